@@ -1,0 +1,37 @@
+"""Linear attention and the baseline operations, each in several interchangeable implementations.
+
+``kernels.backends(op, device)`` lists them and says why one can't be used here; ``backend=NAME``
+takes one, ``backend=None`` the fastest usable. Importing this package imports no Triton and
+compiles nothing.
+"""
+
+from kernels.backends import (
+    BACKENDS,
+    OPERATIONS,
+    backends,
+    default_backend,
+    implementation,
+    is_timeable,
+)
+from kernels.linear_attention import (
+    linear_attention,
+    linear_attention_apply,
+    linear_attention_state,
+)
+from kernels.ripple import ripple_expand, ripple_pool
+from kernels.softmax_attention import softmax_attention
+
+__all__ = [
+    "BACKENDS",
+    "OPERATIONS",
+    "backends",
+    "default_backend",
+    "implementation",
+    "is_timeable",
+    "linear_attention",
+    "linear_attention_apply",
+    "linear_attention_state",
+    "ripple_expand",
+    "ripple_pool",
+    "softmax_attention",
+]

@@ -1,0 +1,285 @@
+"""Which backend can run what here, and if not, why not.
+
+An operation is a room (a package of ``kernels``), a backend a file in it of the backend's name that
+defines the operation's functions. Adding a backend is that file per operation and one line in
+``_PROBES`` below; nothing else asks which backends there are.
+"""
+
+import functools
+import importlib
+import importlib.metadata
+import importlib.util
+import os
+import shutil
+import sys
+import sysconfig
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from kernels.layout import without_autocast
+
+# Operation -> the room (sub-package) its backends live in.
+_ROOMS = {
+    "linear_attention": "linear_attention",
+    "linear_attention_state": "linear_attention",
+    "linear_attention_apply": "linear_attention",
+    "softmax_attention": "softmax_attention",
+    "ripple_pool": "ripple",
+    "ripple_expand": "ripple",
+}
+OPERATIONS = tuple(_ROOMS)
+
+# Head dims that the kernels are written for. 192 (two hydra branches at dim 384) would hold
+# 2·192² float32 accumulators, more than a multiprocessor's register file.
+HEAD_DIMS = (16, 32, 48, 64, 96, 128)
+
+# A probe answers None (usable) or why not, with the remedy, for (device, interpreted or not).
+_Probe = Callable[[torch.device], str | None]
+
+
+def backends(
+    op: str,
+    device: torch.device | str,
+    *,
+    dtype: torch.dtype | None = None,
+    head_dim: int | None = None,
+) -> dict[str, str | None]:
+    """Every backend of an operation, and why it can't be used here where it can't.
+
+    Args:
+        op: an operation's name, one of ``kernels.OPERATIONS``.
+        device: where the tensors are.
+        dtype: the inputs' dtype; None asks about any of float32, float16, bfloat16.
+        head_dim: the inputs' head dim (attention operations); None asks about any supported one.
+
+    Returns:
+        Backend name -> None where it is usable, else the reason and the remedy in one line.
+
+    Raises:
+        ValueError: an unknown operation; the message lists those there are.
+    """
+    if op not in _ROOMS:
+        raise ValueError(f"unknown operation {op!r}: there are {', '.join(OPERATIONS)}")
+    device = torch.device(device)
+    return {name: _reason(name, op, device, dtype, head_dim) for name in BACKENDS}
+
+
+def default_backend(
+    op: str,
+    device: torch.device | str,
+    *,
+    dtype: torch.dtype | None = None,
+    head_dim: int | None = None,
+) -> str:
+    """The backend that ``backend=None`` takes: the first usable one in order of speed."""
+    device = torch.device(device)
+    usable = backends(op, device, dtype=dtype, head_dim=head_dim)
+    for name in _preference(op, device.type):
+        if usable[name] is None and is_timeable(name, device):
+            return name
+    raise ValueError(f"no backend can run {op} on {device}: {_list(usable)}")
+
+
+def is_timeable(backend: str, device: torch.device | str) -> bool:
+    """Whether timing the backend says anything: not where Triton runs in its interpreter."""
+    del device  # the interpreter takes over on every device
+    return not (backend == "triton" and _interpreting())
+
+
+def implementation(op: str, backend: str, *arguments: Any) -> str:
+    """What runs for these arguments, in one line: for SDPA, the kernel PyTorch picks.
+
+    Args:
+        op, backend: names, as for :func:`backends`.
+        arguments: the tensors the operation would be called with.
+    """
+    module = _module(op, backend)
+    describe = getattr(module, "implementation", None)
+    return describe(op, *arguments) if describe else f"{backend}: kernels.{_ROOMS[op]}.{backend}"
+
+
+def run(op: str, backend: str | None, *arguments: Any) -> Any:
+    """Run an operation whose arguments have been validated, on the chosen backend.
+
+    Raises:
+        ValueError: the backend is unknown, or can't run this; the message lists the others.
+        TypeError: ``backend`` is neither a string nor None.
+    """
+    first = arguments[0]
+    head_dim = first.shape[-1] if _ROOMS[op] != "ripple" else None
+    function = _resolve(op, backend, str(first.device), first.dtype, head_dim)
+    with without_autocast(first.device.type):
+        return function(*arguments)
+
+
+@torch.compiler.assume_constant_result
+def _resolve(
+    op: str, backend: str | None, device: str, dtype: torch.dtype, head_dim: int | None
+) -> Callable[..., Any]:
+    if backend is not None and not isinstance(backend, str):
+        raise TypeError(f"backend must be a name or None, got {type(backend).__name__}")
+    return _choose(op, backend, torch.device(device), dtype, head_dim, _interpreting())
+
+
+@functools.lru_cache(maxsize=1024)
+def _choose(
+    op: str,
+    backend: str | None,
+    device: torch.device,
+    dtype: torch.dtype,
+    head_dim: int | None,
+    interpreting: bool,
+) -> Callable[..., Any]:
+    del interpreting  # part of the key: TRITON_INTERPRET changes what is usable
+    if backend is None:
+        backend = default_backend(op, device, dtype=dtype, head_dim=head_dim)
+    usable = backends(op, device, dtype=dtype, head_dim=head_dim)
+    if backend not in usable:
+        raise ValueError(f"unknown backend {backend!r} for {op}: there are {_list(usable)}")
+    if usable[backend] is not None:
+        raise ValueError(
+            f"backend {backend!r} can't run {op} on {device}: {usable[backend]}. "
+            f"All of them: {_list(usable)}"
+        )
+    return getattr(_module(op, backend), op)
+
+
+def _module(op: str, backend: str) -> Any:
+    return importlib.import_module(f"kernels.{_ROOMS[op]}.{backend}")
+
+
+def _list(usable: dict[str, str | None]) -> str:
+    return "; ".join(
+        f"{name} (usable)" if reason is None else f"{name} (not usable: {reason})"
+        for name, reason in usable.items()
+    )
+
+
+def _preference(op: str, device_type: str) -> tuple[str, ...]:
+    """Backends from the fastest to the slowest. Compiling is never a surprise: it is by name."""
+    if device_type == "cuda":
+        # SDPA's kernels are tuned; ours are, so far, only right.
+        if op == "softmax_attention":
+            return ("torch", "triton", "cuda", "reference")
+        return ("triton", "cuda", "torch", "reference")
+    return ("torch", "reference")
+
+
+def _reason(
+    name: str,
+    op: str,
+    device: torch.device,
+    dtype: torch.dtype | None,
+    head_dim: int | None,
+) -> str | None:
+    if dtype == torch.float64 and name != "reference":
+        return "float64 is for the reference only: use backend='reference', or float32"
+    if (
+        name in ("triton", "cuda")
+        and _ROOMS[op] != "ripple"
+        and head_dim is not None
+        and head_dim not in HEAD_DIMS
+    ):
+        return (
+            f"head dim {head_dim} is not one of the kernels' {', '.join(map(str, HEAD_DIMS))}: "
+            "use backend='torch'"
+        )
+    return _PROBES[name](device)
+
+
+def _probe_none(device: torch.device) -> None:
+    return None
+
+
+def _probe_compiled(device: torch.device) -> str | None:
+    if device.type == "cuda":
+        return _probe_triton_installed()
+    return _no_cpp_compiler()
+
+
+@functools.cache
+def _no_cpp_compiler() -> str | None:
+    compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")
+    if compiler is None or shutil.which(compiler.split()[0]) is None:
+        return "torch.compile needs a C++ compiler: install g++ (Debian: apt-get install g++)"
+    if not Path(sysconfig.get_path("include"), "Python.h").exists():
+        version = f"{sys.version_info.major}.{sys.version_info.minor}"
+        return f"torch.compile needs Python's headers: install them (apt: python{version}-dev)"
+    return None
+
+
+def _probe_triton(device: torch.device) -> str | None:
+    missing = _probe_triton_installed()
+    if missing:
+        return missing
+    if _interpreting():
+        return _interpreter_unusable()
+    if device.type != "cuda":
+        return (
+            f"Triton compiles for GPUs, not for {device.type}: use a CUDA device, or set "
+            "TRITON_INTERPRET=1 before Python starts to check the kernels on CPU tensors"
+        )
+    if not torch.cuda.is_available():
+        return _no_cuda_device()
+    return None
+
+
+@functools.cache
+def _probe_triton_installed() -> str | None:
+    if importlib.util.find_spec("triton") is None:
+        return "Triton is not installed: pip install triton"
+    try:
+        importlib.import_module("triton")
+    except Exception as error:  # a broken install raises what it likes
+        return f"Triton does not import ({type(error).__name__}: {error}): reinstall triton"
+    return None
+
+
+@functools.cache
+def _interpreter_unusable() -> str | None:
+    """Triton 3.6's interpreter turns a size-1 array into an int, which NumPy 2.4 refuses."""
+    triton = _version("triton")
+    numpy = _version("numpy")
+    if triton < (3, 7) and numpy >= (2, 4):
+        found = f"Triton {importlib.metadata.version('triton')}"
+        return f"the interpreter of {found} needs numpy<2.4: pip install 'numpy<2.4'"
+    return None
+
+
+def _version(package: str) -> tuple[int, int]:
+    major, minor = importlib.metadata.version(package).split(".")[:2]
+    return int(major), int(minor)
+
+
+def _probe_cuda(device: torch.device) -> str | None:
+    if device.type != "cuda":
+        return f"CUDA kernels run on CUDA devices, not on {device.type}"
+    if not torch.cuda.is_available():
+        return _no_cuda_device()
+    from kernels import extension
+
+    return extension.unavailable("cuda", device)
+
+
+def _no_cuda_device() -> str:
+    if torch.version.cuda is None:
+        return "this PyTorch is built without CUDA: install a CUDA build and use a CUDA device"
+    return "no CUDA device here (torch.cuda.is_available() is False): run on a machine with one"
+
+
+def _interpreting() -> bool:
+    return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "y", "yes")
+
+
+# Backend -> its probe. Probes import and compile nothing they don't have to.
+_PROBES: dict[str, _Probe] = {
+    "reference": _probe_none,
+    "torch": _probe_none,
+    "compiled": _probe_compiled,
+    "triton": _probe_triton,
+    "cuda": _probe_cuda,
+}
+BACKENDS = tuple(_PROBES)

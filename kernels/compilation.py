@@ -1,0 +1,55 @@
+"""One compiled function per (operation, last axis, dtype, pass), with dynamic sizes."""
+
+import functools
+import types
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+# Variants of one function that differ in what the compiler must know about: an axis of size 1 or 0,
+# sizes that coincide, strides, broadcast heads. Each costs one compilation, none a fallback.
+RECOMPILE_LIMIT = 64
+
+
+def compiled(function: Callable[..., Any], *tensors: Tensor) -> Callable[..., Any]:
+    """``torch.compile(function)`` for the kind of call that ``tensors`` make.
+
+    Batch and token counts are symbolic, so a sweep over them compiles once. With ``fullgraph``,
+    running past the recompile limit raises instead of falling back to eager.
+
+    Inside an outer ``torch.compile`` the function itself is returned: the outer graph compiles it.
+    """
+    if torch.compiler.is_compiling():
+        return function
+    backward = torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
+    first = tensors[0]
+    return _compile(function, first.shape[-1], first.dtype, first.device.type, backward)
+
+
+@functools.cache
+def _compile(
+    function: types.FunctionType,
+    last_axis: int,
+    dtype: torch.dtype,
+    device_type: str,
+    backward: bool,
+) -> Callable[..., Any]:
+    # Dynamo keeps its cache on the code object, so each kind of call gets a code object of its own:
+    # variants of one can't use up another's limit.
+    own = types.FunctionType(
+        function.__code__.replace(),
+        function.__globals__,
+        function.__name__,
+        function.__defaults__,
+        function.__closure__,
+    )
+    run = torch.compile(own, fullgraph=True, dynamic=True)
+
+    @functools.wraps(function)
+    def call(*arguments: Any) -> Any:
+        with torch._dynamo.config.patch(recompile_limit=RECOMPILE_LIMIT):
+            return run(*arguments)
+
+    return call

@@ -1,0 +1,98 @@
+"""Memory order and autocast: what every backend does alike around its arithmetic."""
+
+import contextlib
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def empty_like(x: Tensor, shape: tuple[int, ...] | None = None) -> Tensor:
+    """An uninitialised tensor in the memory order of ``x``: its axes nest as ``x``'s do, densely.
+
+    A (B, H, N, D) view of a (B, N, H, D) projection gets a result that is such a view too, so that
+    reshaping it back copies nothing. The last axis is contiguous whatever ``x`` is.
+
+    Args:
+        x: the tensor whose dtype, device and memory order are taken.
+        shape: another shape of the same rank; ``x``'s own by default.
+    """
+    if shape is None:
+        out = torch.empty_like(x)
+        return out if out.stride(-1) == 1 else torch.empty_like(x, memory_format=_CONTIGUOUS)
+    order = sorted(range(x.dim() - 1), key=lambda axis: -x.stride(axis))
+    order.append(x.dim() - 1)
+    inverse = sorted(range(x.dim()), key=order.__getitem__)
+    dense = torch.empty([shape[axis] for axis in order], dtype=x.dtype, device=x.device)
+    return dense.permute(inverse)
+
+
+def in_order_of(x: Tensor, result: Tensor) -> Tensor:
+    """``result``, copied to the memory order of ``x`` (same shape) unless it has it already."""
+    with torch.no_grad():
+        strides = empty_like(x).stride()
+    if result.stride() == strides and result.dtype == x.dtype:
+        return result
+    return torch.empty_strided(result.shape, strides, dtype=x.dtype, device=result.device).copy_(
+        result
+    )
+
+
+class _GradientsInOrder(torch.autograd.Function):
+    """Identity whose backward puts each gradient into the memory order of its input.
+
+    The gradients PyTorch's own formulas produce come in whatever order the products left them.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, *tensors: Tensor) -> tuple[Tensor, ...]:
+        ctx.strides = [empty_like(x).stride() for x in tensors]
+        return tuple(x.view_as(x) for x in tensors)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, ...]:
+        return tuple(
+            g
+            if g.stride() == strides
+            else torch.empty_strided(g.shape, strides, dtype=g.dtype, device=g.device).copy_(g)
+            for g, strides in zip(gradients, ctx.strides, strict=True)
+        )
+
+
+def gradients_in_order(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """The tensors themselves; their gradients will come in each tensor's own memory order."""
+    if not torch.is_grad_enabled() or not any(x.requires_grad for x in tensors):
+        return tensors
+    return _GradientsInOrder.apply(*tensors)
+
+
+def autocast_inputs(*inputs: Any) -> tuple[Any, ...]:
+    """Cast to the autocast dtype where autocast is on, as SDPA does; float64 is left alone.
+
+    What is not a floating-point tensor is returned as it is, for the validation to name.
+    """
+    device_type = next((x.device.type for x in inputs if isinstance(x, Tensor)), "cpu")
+    if not autocast_enabled(device_type):
+        return inputs
+    dtype = torch.get_autocast_dtype(device_type)
+    return tuple(
+        x.to(dtype)
+        if isinstance(x, Tensor) and x.is_floating_point() and x.dtype != torch.float64
+        else x
+        for x in inputs
+    )
+
+
+def autocast_enabled(device_type: str) -> bool:
+    """Whether autocast is on for the device type; False for types that have none."""
+    return torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
+
+
+def without_autocast(device_type: str) -> contextlib.AbstractContextManager:
+    """A context in which float32 products stay float32, though the caller runs under autocast."""
+    if autocast_enabled(device_type):
+        return torch.autocast(device_type, enabled=False)
+    return contextlib.nullcontext()
+
+
+_CONTIGUOUS = torch.contiguous_format

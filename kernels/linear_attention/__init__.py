@@ -1,0 +1,121 @@
+"""Linear attention with the feature map φ(x) = [relu(x), relu(-x)].
+
+    S   = Σₘ φ(kₘ) vₘᵀ            z = Σₘ φ(kₘ)
+    outₙ = φ(qₙ)ᵀ S / (φ(qₙ)·z + eps)
+
+Non-causal, and linear in the number of tokens: the keys and values are summed once into a state of
+2D × D numbers a head, which every query then reads.
+"""
+
+import torch
+from torch import Tensor
+
+from kernels.backends import run
+from kernels.layout import autocast_inputs
+from kernels.validation import (
+    check_attention,
+    check_grouping,
+    check_key_value,
+    check_real,
+    check_same,
+    check_size,
+    check_tensor,
+)
+
+
+def linear_attention(
+    q: Tensor, k: Tensor, v: Tensor, *, eps: float = 1e-6, backend: str | None = None
+) -> Tensor:
+    """Non-causal linear attention.
+
+    Args:
+        q: queries (B, H, N, D); float32, float16 or bfloat16 (float64 on the reference). The last
+            axis is contiguous, every other stride is free and read in place.
+        k, v: keys and values (B, Hk, M, D), of q's dtype and device. H is a multiple of Hk; query
+            head h reads key/value head ``h // (H // Hk)``.
+        eps: added to the normaliser, at least 0. A row whose normaliser is 0 comes out 0.
+        backend: a name from :func:`kernels.backends`, or None for the fastest usable one.
+
+    Returns:
+        (B, H, N, D) in q's dtype and memory order; all zeros where M = 0. The state and the
+        normaliser are accumulated in float32. Gradients have their inputs' dtype and memory order.
+
+    Raises:
+        TypeError, ValueError: a bad argument, named, before anything is launched; or a backend
+            that can't run this, with the reason.
+    """
+    q, k, v = autocast_inputs(q, k, v)
+    check_attention(q, k, v)
+    check_same(q=q, k=k, v=v)
+    check_real("eps", eps, minimum=0.0)
+    return run("linear_attention", backend, q, k, v, float(eps))
+
+
+def linear_attention_state(
+    k: Tensor, v: Tensor, *, backend: str | None = None
+) -> tuple[Tensor, Tensor]:
+    """The key-value state S = Σₘ φ(kₘ) vₘᵀ and normaliser z = Σₘ φ(kₘ).
+
+    The states of disjoint token ranges add up, so a long sequence can be streamed through, or
+    spread over devices.
+
+    Args:
+        k, v: keys and values (B, Hk, M, D), as for :func:`linear_attention`.
+        backend: a name from :func:`kernels.backends`, or None for the fastest usable one.
+
+    Returns:
+        S (B, Hk, 2D, D) and z (B, Hk, 2D), float32 (float64 for float64 inputs).
+
+    Raises:
+        TypeError, ValueError: as :func:`linear_attention`.
+    """
+    k, v = autocast_inputs(k, v)
+    check_key_value(k, v)
+    check_same(k=k, v=v)
+    return run("linear_attention_state", backend, k, v)
+
+
+def linear_attention_apply(
+    q: Tensor, S: Tensor, z: Tensor, *, eps: float = 1e-6, backend: str | None = None
+) -> Tensor:
+    """Read a key-value state with queries: outₙ = φ(qₙ)ᵀ S / (φ(qₙ)·z + eps).
+
+    Args:
+        q: queries (B, H, N, D), as for :func:`linear_attention`.
+        S, z: the state (B, Hk, 2D, D) and normaliser (B, Hk, 2D) of
+            :func:`linear_attention_state`, or a sum of several: float32 (float64 for float64 q).
+        eps: added to the normaliser, at least 0.
+        backend: a name from :func:`kernels.backends`, or None for the fastest usable one.
+
+    Returns:
+        (B, H, N, D) in q's dtype and memory order.
+
+    Raises:
+        TypeError, ValueError: as :func:`linear_attention`.
+    """
+    (q,) = autocast_inputs(q)
+    check_tensor("q", q, "(B, H, N, D)")
+    check_tensor("S", S, "(B, Hk, 2D, D)")
+    check_tensor("z", z, "(B, Hk, 2D)")
+    batch, _, _, head_dim = q.shape
+    check_size("S", S, 0, batch, "q's batch")
+    check_size("S", S, 2, 2 * head_dim, "twice q's head dim")
+    check_size("S", S, 3, head_dim, "q's head dim")
+    for axis, meaning in enumerate(("S's batch", "S's heads", "S's features")):
+        check_size("z", z, axis, S.shape[axis], meaning)
+    if S.shape[1] == 0:
+        raise ValueError(f"S must have at least one head, got shape {tuple(S.shape)}")
+    check_grouping(q, S.shape[1], "S")
+    _check_state_dtype(q, S, z)
+    check_real("eps", eps, minimum=0.0)
+    return run("linear_attention_apply", backend, q, S, z, float(eps))
+
+
+def _check_state_dtype(q: Tensor, S: Tensor, z: Tensor) -> None:
+    """S and z are float32, float64 for float64 queries, and on q's device."""
+    expected = torch.float64 if q.dtype == torch.float64 else torch.float32
+    for name, x in (("S", S), ("z", z)):
+        if x.dtype != expected:
+            raise TypeError(f"{name} must be {expected} for {q.dtype} queries, got {x.dtype}")
+        if x.device != q.device:
+            raise ValueError(f"{name} must be on q's device {q.device}, got {x.device}")

@@ -1,0 +1,45 @@
+"""Linear attention by its definition, in eager PyTorch: the oracle the other backends are held to.
+
+    S = Σₘ φ(kₘ) vₘᵀ      z = Σₘ φ(kₘ)      outₙ = φ(qₙ)ᵀ S / (φ(qₙ)·z + eps)
+
+Any floating dtype; sums are float32, or float64 for float64.
+"""
+
+import torch
+from torch import Tensor
+
+from kernels.layout import gradients_in_order, in_order_of
+
+
+def feature_map(x: Tensor) -> Tensor:
+    """φ(x) = [relu(x), relu(-x)] along the last axis: (…, D) to (…, 2D), non-negative."""
+    return torch.cat([torch.relu(x), torch.relu(-x)], dim=-1)
+
+
+def linear_attention(q: Tensor, k: Tensor, v: Tensor, eps: float) -> Tensor:
+    return linear_attention_apply(q, *linear_attention_state(k, v), eps)
+
+
+def linear_attention_state(k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    k, v = gradients_in_order(k, v)
+    phi_k = feature_map(k.to(_accumulation_dtype(k)))
+    state = torch.einsum("bhmf,bhmd->bhfd", phi_k, v.to(phi_k.dtype))
+    return state, phi_k.sum(dim=2)
+
+
+def linear_attention_apply(q: Tensor, state: Tensor, normaliser: Tensor, eps: float) -> Tensor:
+    (query,) = gradients_in_order(q)
+    group = q.shape[1] // state.shape[1]
+    state = state.repeat_interleave(group, dim=1)
+    normaliser = normaliser.repeat_interleave(group, dim=1)
+    phi_q = feature_map(query.to(state.dtype))
+    numerator = torch.einsum("bhnf,bhfd->bhnd", phi_q, state)
+    denominator = torch.einsum("bhnf,bhf->bhn", phi_q, normaliser).unsqueeze(-1) + eps
+    # eps = 0 and no key on the query's side: 0/0 is 0, and so is its gradient.
+    nothing = denominator == 0
+    out = (numerator / denominator.masked_fill(nothing, 1.0)).masked_fill(nothing, 0.0)
+    return in_order_of(q, out.to(q.dtype))
+
+
+def _accumulation_dtype(x: Tensor) -> torch.dtype:
+    return torch.float64 if x.dtype == torch.float64 else torch.float32

@@ -1,0 +1,53 @@
+"""Linear attention as a good PyTorch user writes it: composed operations, float32 accumulation.
+
+The products are batched matrix products in float32, since a half-precision normaliser overflows
+(float16) or loses its last bits (bfloat16) from a few thousand tokens on. φ is written to memory:
+2D float32 features for every key and every query token.
+"""
+
+import torch
+from torch import Tensor
+
+from kernels.layout import gradients_in_order, in_order_of
+
+
+def linear_attention(q: Tensor, k: Tensor, v: Tensor, eps: float) -> Tensor:
+    q_in, k, v = gradients_in_order(q, k, v)
+    state, normaliser = _state(k, v)
+    return in_order_of(q, _apply(q_in, state, normaliser, eps))
+
+
+def linear_attention_state(k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    return _state(*gradients_in_order(k, v))
+
+
+def linear_attention_apply(q: Tensor, state: Tensor, normaliser: Tensor, eps: float) -> Tensor:
+    (q_in,) = gradients_in_order(q)
+    return in_order_of(q, _apply(q_in, state, normaliser, eps))
+
+
+def _feature_map(x: Tensor) -> Tensor:
+    x = x.float()
+    return torch.cat([torch.relu(x), torch.relu(-x)], dim=-1)
+
+
+def _state(k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    phi_k = _feature_map(k)
+    return phi_k.transpose(-2, -1) @ v.float(), phi_k.sum(dim=-2)
+
+
+def _apply(q: Tensor, state: Tensor, normaliser: Tensor, eps: float) -> Tensor:
+    heads, kv_heads = q.shape[1], state.shape[1]
+    phi_q = _feature_map(q)
+    if heads != kv_heads:
+        phi_q = phi_q.unflatten(1, (kv_heads, heads // kv_heads))
+        state, normaliser = state.unsqueeze(2), normaliser.unsqueeze(2)
+    numerator = phi_q @ state
+    denominator = phi_q @ normaliser.unsqueeze(-1) + eps
+    if eps == 0:
+        # 0/0, a query with no key on its side, is 0 with zero gradient; with eps > 0 it can't be.
+        nothing = denominator == 0
+        denominator = denominator.masked_fill(nothing, 1.0)
+        numerator = numerator.masked_fill(nothing, 0.0)
+    out = (numerator / denominator).to(q.dtype)
+    return out.flatten(1, 2) if heads != kv_heads else out

@@ -1,0 +1,34 @@
+"""Ripple pooling and expansion as a good PyTorch user writes them: depthwise ``conv2d``.
+
+The grid is channels last, so the permuted view is PyTorch's channels_last memory format and
+nothing is copied.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from kernels.layout import gradients_in_order, in_order_of
+
+
+def ripple_pool(x: Tensor, weight: Tensor, axis: int) -> Tensor:
+    grid, weight = gradients_in_order(x, weight)
+    return _depthwise(grid, weight, (2, 1) if axis == 0 else (1, 2))
+
+
+def ripple_expand(
+    z: Tensor, x: Tensor, weight: Tensor, lateral_weight: Tensor, axis: int
+) -> Tensor:
+    coarse, grid, weight, lateral_weight = gradients_in_order(z, x, weight, lateral_weight)
+    pair = weight.view(2, 1, -1) if axis == 0 else weight
+    spread = (coarse.unsqueeze(axis + 2) * pair).flatten(axis + 1, axis + 2)
+    spread = spread.narrow(axis + 1, 0, x.shape[axis + 1])
+    return in_order_of(x, spread + _depthwise(grid, lateral_weight, (1, 1)))
+
+
+def _depthwise(x: Tensor, weight: Tensor, strides: tuple[int, int]) -> Tensor:
+    channels = x.shape[-1]
+    out = F.conv2d(
+        x.permute(0, 3, 1, 2), weight.unsqueeze(1), stride=strides, padding=1, groups=channels
+    )
+    return out.permute(0, 2, 3, 1)

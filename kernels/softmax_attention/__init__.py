@@ -1,0 +1,37 @@
+"""Softmax attention, the baseline: softmax(q kᵀ · scale) v, non-causal."""
+
+from torch import Tensor
+
+from kernels.backends import run
+from kernels.layout import autocast_inputs
+from kernels.validation import check_attention, check_real, check_same
+
+
+def softmax_attention(
+    q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = None, backend: str | None = None
+) -> Tensor:
+    """Non-causal softmax attention, with float32 statistics.
+
+    Args:
+        q: queries (B, H, N, D); float32, float16 or bfloat16 (float64 on the reference). The last
+            axis is contiguous, every other stride is free and read in place.
+        k, v: keys and values (B, Hk, M, D), of q's dtype and device. H is a multiple of Hk; query
+            head h reads key/value head ``h // (H // Hk)``.
+        scale: multiplies q kᵀ; D^-½ by default.
+        backend: a name from :func:`kernels.backends`, or None for the fastest usable one.
+
+    Returns:
+        (B, H, N, D) in q's dtype and memory order; all zeros where M = 0. No N × M matrix is
+        stored, except by the reference.
+
+    Raises:
+        TypeError, ValueError: a bad argument, named, before anything is launched; or a backend
+            that can't run this, with the reason.
+    """
+    q, k, v = autocast_inputs(q, k, v)
+    check_attention(q, k, v)
+    check_same(q=q, k=k, v=v)
+    if scale is None:
+        scale = q.shape[-1] ** -0.5
+    check_real("scale", scale)
+    return run("softmax_attention", backend, q, k, v, float(scale))

@@ -1,0 +1,16 @@
+"""Softmax attention by its definition, in eager PyTorch; stores the N × M matrix."""
+
+import torch
+from torch import Tensor
+
+from kernels.layout import gradients_in_order, in_order_of
+
+
+def softmax_attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    accumulate = torch.float64 if q.dtype == torch.float64 else torch.float32
+    group = q.shape[1] // k.shape[1]
+    query, key, value = (x.to(accumulate) for x in gradients_in_order(q, k, v))
+    key, value = key.repeat_interleave(group, dim=1), value.repeat_interleave(group, dim=1)
+    weights = torch.softmax(torch.einsum("bhnd,bhmd->bhnm", query, key) * scale, dim=-1)
+    out = torch.einsum("bhnm,bhmd->bhnd", weights, value)
+    return in_order_of(q, out.to(q.dtype))

@@ -1,0 +1,114 @@
+"""Argument checks shared by every operation and every backend.
+
+The public functions call these once, before anything is chosen or launched, so a bad argument
+raises the same error whatever the backend: TypeError for what a thing is (not a tensor, a dtype
+that is not floating point, dtypes that differ), ValueError for what it holds (rank, sizes, strides,
+device).
+"""
+
+import math
+from numbers import Real
+
+import torch
+from torch import Tensor
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+_DTYPE_NAMES = "float32, float16, bfloat16, or float64 with backend='reference'"
+
+
+def check_tensor(name: str, x: object, axes: str) -> None:
+    """A strided floating-point tensor of the named axes whose last axis is contiguous.
+
+    Args:
+        name: the argument's name, for the message.
+        x: the argument.
+        axes: the axes allowed, as written in the docstrings, for example ``"(B, H, N, D)"``.
+    """
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor of shape {axes}, got {type(x).__name__}")
+    if x.layout != torch.strided:
+        raise TypeError(f"{name} must be a strided tensor of shape {axes}, got layout {x.layout}")
+    if x.dtype not in DTYPES:
+        raise TypeError(f"{name} must be {_DTYPE_NAMES}, got {x.dtype}")
+    rank = axes.count(",") + 1
+    if x.dim() != rank:
+        raise ValueError(
+            f"{name} must have {rank} axes {axes}, got {x.dim()}: shape {tuple(x.shape)}"
+        )
+    if x.shape[-1] == 0:
+        raise ValueError(f"{name} must have a last axis of at least 1, got shape {tuple(x.shape)}")
+    if x.shape[-1] != 1 and x.stride(-1) != 1:
+        raise ValueError(
+            f"{name} must have a contiguous last axis (stride 1; every other stride is free), got "
+            f"strides {x.stride()}: call .contiguous() on it"
+        )
+
+
+def check_same(**tensors: Tensor) -> None:
+    """All tensors share the first one's dtype and device."""
+    (first_name, first), *others = tensors.items()
+    for name, x in others:
+        if x.dtype != first.dtype:
+            raise TypeError(
+                f"{name} must have {first_name}'s dtype {first.dtype}, got {x.dtype}: cast one of "
+                "them, or run under torch.autocast"
+            )
+        if x.device != first.device:
+            raise ValueError(
+                f"{name} must be on {first_name}'s device {first.device}, got {x.device}"
+            )
+
+
+def check_size(name: str, x: Tensor, axis: int, expected: int, meaning: str) -> None:
+    """``x.shape[axis]`` equals ``expected``, which is what ``meaning`` says."""
+    if x.shape[axis] != expected:
+        raise ValueError(
+            f"{name} must have size {expected} along axis {axis} ({meaning}), "
+            f"got shape {tuple(x.shape)}"
+        )
+
+
+def check_key_value(k: Tensor, v: Tensor) -> None:
+    """k and v are (B, Hk, M, D) alike, with at least one head."""
+    check_tensor("k", k, "(B, Hk, M, D)")
+    check_tensor("v", v, "(B, Hk, M, D)")
+    for axis, meaning in enumerate(("k's batch", "k's heads", "k's tokens", "k's head dim")):
+        check_size("v", v, axis, k.shape[axis], meaning)
+    if k.shape[1] == 0:
+        raise ValueError(f"k must have at least one head, got shape {tuple(k.shape)}")
+
+
+def check_grouping(q: Tensor, heads: int, name: str) -> None:
+    """q's heads are a positive multiple of ``heads``, the key/value heads of argument ``name``."""
+    if q.shape[1] == 0 or q.shape[1] % heads != 0:
+        raise ValueError(
+            f"q's heads must be a positive multiple of {name}'s {heads} heads, got {q.shape[1]}: "
+            f"query head h reads key/value head h // (H // Hk)"
+        )
+
+
+def check_attention(q: Tensor, k: Tensor, v: Tensor) -> None:
+    """q (B, H, N, D) with k, v (B, Hk, M, D), H a multiple of Hk."""
+    check_tensor("q", q, "(B, H, N, D)")
+    check_key_value(k, v)
+    check_size("k", k, 0, q.shape[0], "q's batch")
+    check_size("k", k, 3, q.shape[3], "q's head dim")
+    check_grouping(q, k.shape[1], "k")
+
+
+def check_real(name: str, value: object, *, minimum: float | None = None) -> None:
+    """A finite real number, not below ``minimum``."""
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise TypeError(f"{name} must be a real number, got {type(value).__name__}: {value!r}")
+    if not math.isfinite(value):
+        raise ValueError(f"{name} must be finite, got {value}")
+    if minimum is not None and value < minimum:
+        raise ValueError(f"{name} must be at least {minimum}, got {value}")
+
+
+def check_axis(axis: object) -> None:
+    """0 (rows) or 1 (columns)."""
+    if isinstance(axis, bool) or not isinstance(axis, int):
+        raise TypeError(f"axis must be the int 0 (rows) or 1 (columns), got {axis!r}")
+    if axis not in (0, 1):
+        raise ValueError(f"axis must be 0 (rows) or 1 (columns), got {axis}")
