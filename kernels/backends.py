@@ -110,18 +110,27 @@ def run(op: str, backend: str | None, *arguments: Any) -> Any:
     """
     first = arguments[0]
     head_dim = first.shape[-1] if _ROOMS[op] != "ripple" else None
-    function = _resolve(op, backend, str(first.device), first.dtype, head_dim)
+    chosen = _resolve(op, backend, str(first.device), first.dtype, head_dim)
     with without_autocast(first.device.type):
-        return function(*arguments)
+        return _FUNCTIONS[chosen](*arguments)
 
 
-@torch.compiler.assume_constant_result
+# "op/backend" -> the function that runs it, once it has been chosen.
+_FUNCTIONS: dict[str, Callable[..., Any]] = {}
+
+
 def _resolve(
     op: str, backend: str | None, device: str, dtype: torch.dtype, head_dim: int | None
-) -> Callable[..., Any]:
+) -> str:
+    """The key in ``_FUNCTIONS`` of the function to run, which is loaded by then."""
     if backend is not None and not isinstance(backend, str):
         raise TypeError(f"backend must be a name or None, got {type(backend).__name__}")
     return _choose(op, backend, torch.device(device), dtype, head_dim, _interpreting())
+
+
+# torch.compile takes the choice as a constant of the graph. This is what
+# torch.compiler.assume_constant_result sets; calling that would import Dynamo, and with it Triton.
+_resolve._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 @functools.lru_cache(maxsize=1024)
@@ -132,19 +141,29 @@ def _choose(
     dtype: torch.dtype,
     head_dim: int | None,
     interpreting: bool,
-) -> Callable[..., Any]:
+) -> str:
     del interpreting  # part of the key: TRITON_INTERPRET changes what is usable
-    if backend is None:
-        backend = default_backend(op, device, dtype=dtype, head_dim=head_dim)
     usable = backends(op, device, dtype=dtype, head_dim=head_dim)
-    if backend not in usable:
+    if backend is None:
+        candidates = [
+            name
+            for name in _preference(op, device.type)
+            if usable[name] is None and is_timeable(name, device)
+        ]
+    elif backend not in usable:
         raise ValueError(f"unknown backend {backend!r} for {op}: there are {_list(usable)}")
-    if usable[backend] is not None:
-        raise ValueError(
-            f"backend {backend!r} can't run {op} on {device}: {usable[backend]}. "
-            f"All of them: {_list(usable)}"
-        )
-    return getattr(_module(op, backend), op)
+    else:
+        candidates = [backend] if usable[backend] is None else []
+    for name in candidates:
+        try:
+            _FUNCTIONS[f"{op}/{name}"] = getattr(_module(op, name), op)
+        except RuntimeError as error:  # its extension does not build: the reason from now on
+            usable[name] = str(error)
+        else:
+            return f"{op}/{name}"
+    what = f"backend {backend!r} can't" if backend is not None else "no backend can"
+    because = f": {usable[backend]}" if backend is not None else ""
+    raise ValueError(f"{what} run {op} on {device}{because}. All of them: {_list(usable)}")
 
 
 def _module(op: str, backend: str) -> Any:
@@ -196,7 +215,7 @@ def _probe_none(device: torch.device) -> None:
 
 def _probe_compiled(device: torch.device) -> str | None:
     if device.type == "cuda":
-        return _probe_triton_installed()
+        return _probe_triton(device)
     return _no_cpp_compiler()
 
 
@@ -212,11 +231,10 @@ def _no_cpp_compiler() -> str | None:
 
 
 def _probe_triton(device: torch.device) -> str | None:
-    missing = _probe_triton_installed()
-    if missing:
-        return missing
+    if importlib.util.find_spec("triton") is None:
+        return "Triton is not installed: pip install triton"
     if _interpreting():
-        return _interpreter_unusable()
+        return _triton_broken() or _interpreter_unusable()
     if device.type != "cuda":
         return (
             f"Triton compiles for GPUs, not for {device.type}: use a CUDA device, or set "
@@ -224,13 +242,11 @@ def _probe_triton(device: torch.device) -> str | None:
         )
     if not torch.cuda.is_available():
         return _no_cuda_device()
-    return None
+    return _triton_broken()
 
 
 @functools.cache
-def _probe_triton_installed() -> str | None:
-    if importlib.util.find_spec("triton") is None:
-        return "Triton is not installed: pip install triton"
+def _triton_broken() -> str | None:
     try:
         importlib.import_module("triton")
     except Exception as error:  # a broken install raises what it likes

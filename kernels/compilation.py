@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kernels.layout import needs_gradient
+
 # Variants of one function that differ in what the compiler must know about: an axis of size 1 or 0,
 # sizes that coincide, strides, broadcast heads. Each costs one compilation, none a fallback.
 RECOMPILE_LIMIT = 64
@@ -23,7 +25,7 @@ def compiled(function: Callable[..., Any], *tensors: Tensor) -> Callable[..., An
     """
     if torch.compiler.is_compiling():
         return function
-    backward = torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
+    backward = torch.is_grad_enabled() and needs_gradient(*tensors)
     first = tensors[0]
     return _compile(function, first.shape[-1], first.dtype, first.device.type, backward)
 
@@ -50,6 +52,13 @@ def _compile(
     @functools.wraps(function)
     def call(*arguments: Any) -> Any:
         with torch._dynamo.config.patch(recompile_limit=RECOMPILE_LIMIT):
-            return run(*arguments)
+            try:
+                return run(*arguments)
+            except torch._dynamo.exc.FailOnRecompileLimitHit as error:
+                raise RuntimeError(
+                    f"{function.__module__}.{function.__name__} was compiled for {RECOMPILE_LIMIT} "
+                    "kinds of shapes and strides, the recompile limit, and does not fall back to "
+                    "eager: use backend='torch', or raise kernels.compilation.RECOMPILE_LIMIT"
+                ) from error
 
     return call

@@ -29,13 +29,7 @@ def empty_like(x: Tensor, shape: tuple[int, ...] | None = None) -> Tensor:
 
 def in_order_of(x: Tensor, result: Tensor) -> Tensor:
     """``result``, copied to the memory order of ``x`` (same shape) unless it has it already."""
-    with torch.no_grad():
-        strides = empty_like(x).stride()
-    if result.stride() == strides and result.dtype == x.dtype:
-        return result
-    return torch.empty_strided(result.shape, strides, dtype=x.dtype, device=result.device).copy_(
-        result
-    )
+    return _restride(result, empty_like(x).stride())
 
 
 class _GradientsInOrder(torch.autograd.Function):
@@ -44,26 +38,37 @@ class _GradientsInOrder(torch.autograd.Function):
     The gradients PyTorch's own formulas produce come in whatever order the products left them.
     """
 
+    # Lists and not generators: Dynamo traces these, and trips over a generator it has to resume.
     @staticmethod
     def forward(ctx: Any, *tensors: Tensor) -> tuple[Tensor, ...]:
         ctx.strides = [empty_like(x).stride() for x in tensors]
-        return tuple(x.view_as(x) for x in tensors)
+        return tuple([x.view_as(x) for x in tensors])
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, ...]:
-        return tuple(
-            g
-            if g.stride() == strides
-            else torch.empty_strided(g.shape, strides, dtype=g.dtype, device=g.device).copy_(g)
-            for g, strides in zip(gradients, ctx.strides, strict=True)
-        )
+        return tuple([_restride(g, s) for g, s in zip(gradients, ctx.strides, strict=True)])
 
 
 def gradients_in_order(*tensors: Tensor) -> tuple[Tensor, ...]:
     """The tensors themselves; their gradients will come in each tensor's own memory order."""
-    if not torch.is_grad_enabled() or not any(x.requires_grad for x in tensors):
-        return tensors
-    return _GradientsInOrder.apply(*tensors)
+    if torch.is_grad_enabled() and needs_gradient(*tensors):
+        return _GradientsInOrder.apply(*tensors)
+    return tensors
+
+
+def needs_gradient(*tensors: Tensor) -> bool:
+    """Whether any of them requires a gradient."""
+    for x in tensors:  # noqa: SIM110  (not any(): see above)
+        if x.requires_grad:
+            return True
+    return False
+
+
+def _restride(x: Tensor, strides: tuple[int, ...]) -> Tensor:
+    """``x``, copied to the strides given unless it has them already."""
+    if x.stride() == strides:
+        return x
+    return torch.empty_strided(x.shape, strides, dtype=x.dtype, device=x.device).copy_(x)
 
 
 def autocast_inputs(*inputs: Any) -> tuple[Any, ...]:

@@ -96,6 +96,16 @@ def check_attention(q: Tensor, k: Tensor, v: Tensor) -> None:
     check_grouping(q, k.shape[1], "k")
 
 
+def check_state_dtype(q: Tensor, S: Tensor, z: Tensor) -> None:
+    """S and z are float32, float64 for float64 queries, and on q's device."""
+    expected = torch.float64 if q.dtype == torch.float64 else torch.float32
+    for name, x in (("S", S), ("z", z)):
+        if x.dtype != expected:
+            raise TypeError(f"{name} must be {expected} for {q.dtype} queries, got {x.dtype}")
+        if x.device != q.device:
+            raise ValueError(f"{name} must be on q's device {q.device}, got {x.device}")
+
+
 def check_real(name: str, value: object, *, minimum: float | None = None) -> None:
     """A finite real number, not below ``minimum``."""
     if isinstance(value, bool) or not isinstance(value, Real):

@@ -7,7 +7,7 @@ Non-causal, and linear in the number of tokens: the keys and values are summed o
 2D × D numbers a head, which every query then reads.
 """
 
-import torch
+# Not `import torch`: this package has a submodule of that name, and loading it rebinds the name.
 from torch import Tensor
 
 from kernels.backends import run
@@ -19,6 +19,7 @@ from kernels.validation import (
     check_real,
     check_same,
     check_size,
+    check_state_dtype,
     check_tensor,
 )
 
@@ -106,16 +107,6 @@ def linear_attention_apply(
     if S.shape[1] == 0:
         raise ValueError(f"S must have at least one head, got shape {tuple(S.shape)}")
     check_grouping(q, S.shape[1], "S")
-    _check_state_dtype(q, S, z)
+    check_state_dtype(q, S, z)
     check_real("eps", eps, minimum=0.0)
     return run("linear_attention_apply", backend, q, S, z, float(eps))
-
-
-def _check_state_dtype(q: Tensor, S: Tensor, z: Tensor) -> None:
-    """S and z are float32, float64 for float64 queries, and on q's device."""
-    expected = torch.float64 if q.dtype == torch.float64 else torch.float32
-    for name, x in (("S", S), ("z", z)):
-        if x.dtype != expected:
-            raise TypeError(f"{name} must be {expected} for {q.dtype} queries, got {x.dtype}")
-        if x.device != q.device:
-            raise ValueError(f"{name} must be on q's device {q.device}, got {x.device}")

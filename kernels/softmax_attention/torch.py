@@ -13,8 +13,10 @@ from kernels.layout import gradients_in_order, in_order_of
 
 def softmax_attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
     query, key, value = gradients_in_order(q, k, v)
-    grouped = bool(q.shape[1] != k.shape[1])
-    out = F.scaled_dot_product_attention(query, key, value, scale=scale, enable_gqa=grouped)
+    if q.shape[1] == k.shape[1]:
+        out = F.scaled_dot_product_attention(query, key, value, scale=scale)
+    else:
+        out = F.scaled_dot_product_attention(query, key, value, scale=scale, enable_gqa=True)
     return in_order_of(q, out)
 
 

@@ -1,0 +1,229 @@
+// What every kernel shares: element types, tile loads and stores, half-warp sums, dispatch, launch.
+//
+// All arithmetic is float32. Tensors enter and leave through load_tile and store_tile (16 bytes a
+// thread where the tensor allows, one element otherwise); tiles lie in shared memory as float32.
+// A block is 256 threads seen as 16 x 16: thread (x, y) owns rows y, y + 16, ... and columns
+// x, x + 16, ... of a tile, so neighbouring threads read neighbouring words, and the sum of a row
+// is a sum over 16 neighbouring lanes.
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_runtime.h>
+
+#include <cstddef>
+#include <cstdint>
+#include <type_traits>
+#include <utility>
+
+#include "arguments.h"
+
+// Narrowed by builds that want one kernel in a second (-DLINEAR_VIT_HEAD_DIMS=32).
+#ifndef LINEAR_VIT_HEAD_DIMS
+#define LINEAR_VIT_HEAD_DIMS 16, 32, 48, 64, 96, 128
+#endif
+#ifndef LINEAR_VIT_ELEMENT_TYPES
+#define LINEAR_VIT_ELEMENT_TYPES float, __half, __nv_bfloat16
+#endif
+
+constexpr int kThreads = 256;
+constexpr int kSide = 16;  // of the block's square of threads
+constexpr unsigned kFullWarp = 0xffffffffu;
+
+// ---- elements ------------------------------------------------------------------------------------
+
+__device__ inline float to_float(float x) { return x; }
+__device__ inline float to_float(__half x) { return __half2float(x); }
+__device__ inline float to_float(__nv_bfloat16 x) { return __bfloat162float(x); }
+
+template <typename T>
+__device__ inline T from_float(float x) {
+  if constexpr (std::is_same_v<T, float>) {
+    return x;
+  } else if constexpr (std::is_same_v<T, __half>) {
+    return __float2half_rn(x);
+  } else {
+    return __float2bfloat16_rn(x);
+  }
+}
+
+template <typename T, int kSize>
+struct alignas(kSize * sizeof(T)) Vector {
+  T value[kSize];
+};
+
+template <typename T>
+constexpr int kWide = 16 / sizeof(T);  // elements of a 16-byte access
+
+// ---- tensors -------------------------------------------------------------------------------------
+
+template <typename T>
+struct Rows {
+  T* data;
+  int64_t stride[3];
+  bool wide;  // every row starts on a 16-byte boundary
+
+  __device__ T* at(int64_t i, int64_t j, int64_t k) const {
+    return data + i * stride[0] + j * stride[1] + k * stride[2];
+  }
+};
+
+template <typename T>
+Rows<T> rows_of(const TensorView& view) {
+  bool wide = reinterpret_cast<uintptr_t>(view.data) % 16 == 0;
+  for (int64_t stride : view.stride) wide = wide && stride % kWide<T> == 0;
+  return {static_cast<T*>(view.data), {view.stride[0], view.stride[1], view.stride[2]}, wide};
+}
+
+// ---- shared memory -------------------------------------------------------------------------------
+
+__device__ inline float* shared_memory() {
+  extern __shared__ float4 linear_vit_shared[];
+  return reinterpret_cast<float*>(linear_vit_shared);
+}
+
+// tile[row][column] = source[row * stride + column] for kRows x kColumns; rows from `valid` on are
+// 0. kPitch is the tile's row length: odd where a column is read by neighbouring lanes.
+template <int kRows, int kColumns, int kPitch, typename T>
+__device__ void load_tile(float* tile, const T* source, int64_t stride, int valid, bool wide) {
+  auto load = [&](auto size) {
+    constexpr int kSize = decltype(size)::value;
+    constexpr int kPerRow = kColumns / kSize;
+#pragma unroll 4
+    for (int i = threadIdx.x; i < kRows * kPerRow; i += kThreads) {
+      const int row = i / kPerRow, column = i % kPerRow * kSize;
+      Vector<T, kSize> loaded = {};
+      if (row < valid) {
+        loaded = *reinterpret_cast<const Vector<T, kSize>*>(source + row * stride + column);
+      }
+#pragma unroll
+      for (int e = 0; e < kSize; ++e) {
+        tile[row * kPitch + column + e] = to_float(loaded.value[e]);
+      }
+    }
+  };
+  if (wide) {
+    load(std::integral_constant<int, kWide<T>>{});
+  } else {
+    load(std::integral_constant<int, 1>{});
+  }
+}
+
+// The inverse: the first `valid` rows of the tile, rounded to T.
+template <int kRows, int kColumns, int kPitch, typename T>
+__device__ void store_tile(T* target, int64_t stride, int valid, bool wide, const float* tile) {
+  auto store = [&](auto size) {
+    constexpr int kSize = decltype(size)::value;
+    constexpr int kPerRow = kColumns / kSize;
+#pragma unroll 2
+    for (int i = threadIdx.x; i < kRows * kPerRow; i += kThreads) {
+      const int row = i / kPerRow, column = i % kPerRow * kSize;
+      if (row >= valid) return;
+      Vector<T, kSize> rounded;
+#pragma unroll
+      for (int e = 0; e < kSize; ++e) {
+        rounded.value[e] = from_float<T>(tile[row * kPitch + column + e]);
+      }
+      *reinterpret_cast<Vector<T, kSize>*>(target + row * stride + column) = rounded;
+    }
+  };
+  if (wide) {
+    store(std::integral_constant<int, kWide<T>>{});
+  } else {
+    store(std::integral_constant<int, 1>{});
+  }
+}
+
+// tile[row][column] of a thread's own kRows x kColumns values.
+template <int kRows, int kColumns, int kPitch>
+__device__ void write_tile(float* tile, const float (&value)[kRows][kColumns]) {
+  const int x = threadIdx.x % kSide, y = threadIdx.x / kSide;
+#pragma unroll
+  for (int i = 0; i < kRows; ++i) {
+#pragma unroll
+    for (int j = 0; j < kColumns; ++j) tile[(y + kSide * i) * kPitch + x + kSide * j] = value[i][j];
+  }
+}
+
+// ---- reductions over the 16 threads of a row: every one of them gets the result --------------------
+
+__device__ inline float row_sum(float value) {
+#pragma unroll
+  for (int lane = kSide / 2; lane > 0; lane /= 2) value += __shfl_xor_sync(kFullWarp, value, lane);
+  return value;
+}
+
+// Drops NaN, as fmaxf does.
+__device__ inline float row_max(float value) {
+#pragma unroll
+  for (int lane = kSide / 2; lane > 0; lane /= 2) {
+    value = fmaxf(value, __shfl_xor_sync(kFullWarp, value, lane));
+  }
+  return value;
+}
+
+// ---- host: dispatch and launch ---------------------------------------------------------------------
+
+template <typename T>
+struct Type {
+  using type = T;
+};
+
+namespace dispatch {
+
+template <typename... Ts>
+struct Types {};
+
+template <typename T>
+constexpr int32_t code() {
+  return std::is_same_v<T, float> ? kFloat32 : std::is_same_v<T, __half> ? kFloat16 : kBFloat16;
+}
+
+template <typename... Ts, typename Function>
+cudaError_t element_type(Types<Ts...>, int32_t element, Function function) {
+  cudaError_t error = cudaErrorInvalidValue;
+  ((element == code<Ts>() ? (error = function(Type<Ts>{}), true) : false) || ...);
+  return error;
+}
+
+template <int... kDims, typename Function>
+cudaError_t head_dim(std::integer_sequence<int, kDims...>, int32_t dim, Function function) {
+  cudaError_t error = cudaErrorInvalidValue;
+  ((dim == kDims ? (error = function(std::integral_constant<int, kDims>{}), true) : false) || ...);
+  return error;
+}
+
+}  // namespace dispatch
+
+// function(Type<T>{}) for the element type; cudaErrorInvalidValue if it was not compiled in.
+template <typename Function>
+cudaError_t for_element_type(int32_t element, Function function) {
+  return dispatch::element_type(dispatch::Types<LINEAR_VIT_ELEMENT_TYPES>{}, element, function);
+}
+
+// function(Type<T>{}, std::integral_constant<int, D>{}) likewise.
+template <typename Function>
+cudaError_t for_element_type_and_head_dim(int32_t element, int32_t head_dim, Function function) {
+  return for_element_type(element, [&](auto type) {
+    return dispatch::head_dim(std::integer_sequence<int, LINEAR_VIT_HEAD_DIMS>{}, head_dim,
+                              [&](auto dim) { return function(type, dim); });
+  });
+}
+
+inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// Runs a kernel of one argument on `blocks` blocks of kThreads; none for an empty problem.
+template <typename Arguments>
+cudaError_t launch(void (*kernel)(Arguments), int64_t blocks, size_t shared_bytes,
+                   cudaStream_t stream, Arguments arguments) {
+  if (blocks == 0) return cudaSuccess;
+  if (blocks > INT32_MAX) return cudaErrorInvalidConfiguration;
+  if (shared_bytes > 48 * 1024) {  // more than that a kernel gets only if it asks
+    const cudaError_t error = cudaFuncSetAttribute(
+        kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes));
+    if (error != cudaSuccess) return error;
+  }
+  void* pointers[] = {&arguments};
+  return cudaLaunchKernel(kernel, dim3(static_cast<unsigned>(blocks)), dim3(kThreads), pointers,
+                          shared_bytes, stream);
+}

@@ -1,0 +1,27 @@
+// The launchers of cuda.cu. Each enqueues on `stream` and returns CUDA's error; none allocates.
+// lse and delta are (batch, heads, query_tokens), contiguous float32.
+#pragma once
+
+#include "../cuda/arguments.h"
+
+struct SoftmaxForwardArguments {
+  int32_t element, head_dim;
+  int64_t batch, heads, group, query_tokens, key_tokens;  // query head h reads head h / group
+  TensorView q, k, v, out;
+  float* lse;
+  float scale;
+};
+
+struct SoftmaxBackwardArguments {
+  int32_t element, head_dim;
+  int64_t batch, heads, group, query_tokens, key_tokens;
+  TensorView dout, q, k, v, out, dq, dk, dv;
+  const float* lse;
+  float* delta;  // workspace
+  float scale;
+};
+
+extern "C" {
+cudaError_t softmax_attention_forward(const SoftmaxForwardArguments*, cudaStream_t);
+cudaError_t softmax_attention_backward(const SoftmaxBackwardArguments*, cudaStream_t);
+}

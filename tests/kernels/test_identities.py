@@ -1,0 +1,208 @@
+"""What must hold whatever the numbers: identities and edge cases of every usable backend."""
+
+import hypothesis
+import pytest
+import torch
+from hypothesis import strategies as st
+
+import kernels
+from tests.kernels.cases import ATTENTION, DEVICE, Attention, op_backend_pairs
+
+LINEAR = op_backend_pairs("linear_attention")
+CLOSE = {"rtol": 1e-4, "atol": 1e-5}
+
+
+def _inputs(case: Attention) -> list[torch.Tensor]:
+    return [x.detach() for x in case.inputs()]
+
+
+def _drawn(data: st.DataObject, op: str) -> list[torch.Tensor]:
+    case = Attention(
+        op,
+        queries=data.draw(st.integers(1, 60)),
+        keys=data.draw(st.integers(2, 60)),
+        head_dim=32,
+        seed=data.draw(st.integers(0, 1000)),
+    )
+    return _inputs(case)
+
+
+few = hypothesis.settings(max_examples=4)
+
+
+@pytest.mark.parametrize(("op", "backend"), op_backend_pairs(*ATTENTION, compiled=False))
+@few
+@hypothesis.given(data=st.data())
+def test_permutations(op: str, backend: str, data: st.DataObject) -> None:
+    """Permuting keys with their values changes nothing; permuting queries permutes rows."""
+    q, k, v = _drawn(data, op)
+    attend = getattr(kernels, op)
+    out = attend(q, k, v, backend=backend)
+    keys = torch.randperm(k.shape[2], device=DEVICE)
+    shuffled = attend(q, k[:, :, keys], v[:, :, keys], backend=backend)
+    torch.testing.assert_close(shuffled, out, **CLOSE)
+    rows = torch.randperm(q.shape[2], device=DEVICE)
+    torch.testing.assert_close(
+        attend(q[:, :, rows], k, v, backend=backend), out[:, :, rows], **CLOSE
+    )
+
+
+@pytest.mark.parametrize(("op", "backend"), op_backend_pairs(*ATTENTION, compiled=False))
+@few
+@hypothesis.given(data=st.data())
+def test_convexity(op: str, backend: str, data: st.DataObject) -> None:
+    """Each coordinate lies between the least and the greatest v; constant v comes back."""
+    q, k, v = _drawn(data, op)
+    attend = getattr(kernels, op)
+    out = attend(q, k, v, backend=backend)
+    slack = 1e-4
+    assert (out <= v.amax(2, keepdim=True) + slack).all()
+    assert (out >= v.amin(2, keepdim=True) - slack).all()
+    constant = torch.full_like(v, 2.5)
+    torch.testing.assert_close(
+        attend(q, k, constant, backend=backend), torch.full_like(q, 2.5), rtol=1e-4, atol=1e-4
+    )
+
+
+@pytest.mark.parametrize(("op", "backend"), op_backend_pairs("linear_attention", compiled=False))
+@few
+@hypothesis.given(data=st.data(), c=st.sampled_from((1e-2, 0.5, 8.0, 1e3)))
+def test_scale_of_q_and_k_is_immaterial(
+    op: str, backend: str, data: st.DataObject, c: float
+) -> None:
+    q, k, v = _drawn(data, op)
+    out = kernels.linear_attention(q, k, v, eps=0.0, backend=backend)
+    for scaled in ((q * c, k, v), (q, k * c, v)):
+        torch.testing.assert_close(
+            kernels.linear_attention(*scaled, eps=0.0, backend=backend), out, **CLOSE
+        )
+
+
+@pytest.mark.parametrize(("op", "backend"), LINEAR)
+def test_kernel_is_half_the_norms_plus_the_product(op: str, backend: str) -> None:
+    """φ(q)·φ(k) = ½(Σ|qᵢkᵢ| + q·k): the weights the operation must give one-hot values."""
+    q, k, _ = _inputs(Attention(queries=9, keys=32, head_dim=32))
+    one_hot = torch.eye(32, device=DEVICE).expand(1, 2, 32, 32)
+    out = kernels.linear_attention(q, k, one_hot, backend=backend)
+    weights = 0.5 * (q.abs() @ k.abs().transpose(-1, -2) + q @ k.transpose(-1, -2))
+    expected = weights / (weights.sum(-1, keepdim=True) + 1e-6)
+    torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize(("op", "backend"), LINEAR)
+def test_states_of_token_ranges_add_up(op: str, backend: str) -> None:
+    q, k, v = _inputs(Attention(heads=4, kv_heads=2, queries=20, keys=75))
+    whole = kernels.linear_attention(q, k, v, backend=backend)
+    parts = [
+        kernels.linear_attention_state(k[:, :, a:b], v[:, :, a:b], backend=backend)
+        for a, b in ((0, 30), (30, 31), (31, 75))
+    ]
+    S, z = (sum(part[i] for part in parts) for i in (0, 1))
+    out = kernels.linear_attention_apply(q, S, z, backend=backend)
+    torch.testing.assert_close(out, whole, **CLOSE)
+
+
+@pytest.mark.parametrize(("op", "backend"), op_backend_pairs(*ATTENTION))
+def test_grouped_queries_equal_repeated_heads(op: str, backend: str) -> None:
+    q, k, v = _inputs(Attention(op, heads=4, kv_heads=2, queries=20, keys=24))
+    attend = getattr(kernels, op)
+    repeated = [x.repeat_interleave(2, dim=1) for x in (k, v)]
+    torch.testing.assert_close(
+        attend(q, k, v, backend=backend), attend(q, *repeated, backend=backend), **CLOSE
+    )
+
+
+@pytest.mark.parametrize(("op", "backend"), op_backend_pairs(*ATTENTION))
+@pytest.mark.parametrize("sizes", [(1, 3, 0), (1, 0, 5), (0, 3, 5), (1, 0, 0)])
+def test_empty_axes(op: str, backend: str, sizes: tuple[int, int, int]) -> None:
+    """M = 0 gives zeros, N = 0 or B = 0 an empty result; gradients are zeros of the right shape."""
+    batch, queries, keys = sizes
+    case = Attention(op, batch=batch, queries=queries, keys=keys)
+    inputs = case.inputs()
+    out = case.run(backend, inputs)
+    assert out.shape == (batch, 2, queries, 32)
+    assert (out == 0).all()
+    for x, gradient in zip(
+        inputs, torch.autograd.grad(out, inputs, torch.ones_like(out)), strict=True
+    ):
+        assert gradient.shape == x.shape
+        assert (gradient == 0).all()
+
+
+@pytest.mark.parametrize(("op", "backend"), LINEAR)
+@pytest.mark.parametrize("eps", [0.0, 1e-6])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_zero_query_row(op: str, backend: str, eps: float, dtype: torch.dtype) -> None:
+    """A row of zeros comes out zero, with finite gradients, and leaves its neighbours accurate."""
+    case = Attention(queries=5, keys=40, eps=eps, dtype=dtype)
+    inputs = case.inputs()
+    with torch.no_grad():
+        inputs[0][:, :, 2] = 0.0
+    out = case.run(backend, inputs)
+    assert (out[:, :, 2] == 0).all()
+    gradients = torch.autograd.grad(out, inputs, case.gradient())
+    assert all(torch.isfinite(g).all() for g in gradients)
+    assert (gradients[0][:, :, 2] == 0).all()
+    exact = [x.detach().double().requires_grad_() for x in inputs]
+    exact_gradients = torch.autograd.grad(
+        case.run("reference", exact), exact, case.gradient().double()
+    )
+    from kernels.accuracy import compare
+
+    for a, b in zip(gradients, exact_gradients, strict=True):
+        assert compare(a, b, gradient=True).passed
+
+
+@pytest.mark.parametrize(("op", "backend"), LINEAR)
+def test_no_gradient_at_zero(op: str, backend: str) -> None:
+    """dx = 0 at x = 0, where φ has a corner."""
+    case = Attention(queries=12, keys=12)
+    inputs = case.inputs()
+    with torch.no_grad():
+        inputs[0][..., ::3] = 0.0
+        inputs[1][..., ::2] = 0.0
+    dq, dk, _ = torch.autograd.grad(case.run(backend, inputs), inputs, case.gradient())
+    assert (dq[..., ::3] == 0).all()
+    assert (dk[..., ::2] == 0).all()
+    assert (dk[..., 1::2] != 0).any()
+
+
+@pytest.mark.parametrize(("op", "backend"), op_backend_pairs(*ATTENTION))
+@pytest.mark.parametrize("poisoned", ["q", "k", "v"])
+def test_nan_reaches_what_it_must(op: str, backend: str, poisoned: str) -> None:
+    """A NaN in a key or value reaches every row of its head, one in a query its own row only."""
+    case = Attention(op, queries=40, keys=70)
+    inputs = _inputs(case)
+    tensor = dict(zip("qkv", inputs, strict=True))[poisoned]
+    tensor[0, 1, 33, 5] = float("nan")
+    out = getattr(kernels, op)(*inputs, backend=backend)
+    assert torch.isfinite(out[0, 0]).all()
+    if poisoned == "q":
+        assert out[0, 1, 33].isnan().all()
+        others = torch.arange(40, device=DEVICE) != 33
+        assert torch.isfinite(out[0, 1, others]).all()
+    elif poisoned == "k":
+        assert out[0, 1].isnan().all()
+    else:
+        assert out[0, 1, :, 5].isnan().all()
+
+
+@pytest.mark.parametrize(("op", "backend"), op_backend_pairs(*ATTENTION))
+@pytest.mark.parametrize("layout", ["contiguous", "tokens_first", "packed", "expanded"])
+def test_memory_order_is_the_inputs(op: str, backend: str, layout: str) -> None:
+    """Output and gradients nest their axes as their inputs do: a projection is never copied."""
+    case = Attention(op, batch=2, layout=layout, queries=20, keys=20)
+    inputs = case.inputs()
+    out = case.run(backend, inputs)
+    assert out.stride() == torch.empty_like(inputs[0]).stride()
+    gradients = torch.autograd.grad(out, inputs, case.gradient())
+    for x, gradient in zip(inputs, gradients, strict=True):
+        assert gradient.stride() == torch.empty_like(x).stride()
+
+
+@pytest.mark.parametrize(("op", "backend"), op_backend_pairs("softmax_attention"))
+def test_softmax_scale(op: str, backend: str) -> None:
+    q, k, v = _inputs(Attention(op, queries=10, keys=20))
+    out = kernels.softmax_attention(q, k, v, scale=0.3, backend=backend)
+    expected = torch.softmax(q @ k.transpose(-1, -2) * 0.3, -1) @ v
+    torch.testing.assert_close(out, expected, **CLOSE)

@@ -1,0 +1,164 @@
+"""The kernel tests can fail: kernels broken in a small way, and the tests seen to go red.
+
+Each mutation edits one line of a copy of the sources, in which the tests then run. The line must be
+there exactly once, so that a mutation can't outlive the code it breaks.
+"""
+
+import re
+import shutil
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+from tests.kernels.test_triton import ROOT, interpreter_reason, pytestmark, run_interpreted
+
+__all__ = ["pytestmark"]
+
+
+class Mutation(NamedTuple):
+    name: str
+    file: str
+    old: str
+    new: str
+    tests: str  # a pytest -k expression: the smallest part of the tests that must notice
+
+
+LINEAR, SOFTMAX, RIPPLE = (
+    f"kernels/{room}/triton.py" for room in ("linear_attention", "softmax_attention", "ripple")
+)
+NAMED = "test_named_cases and {op} and N70-M77"
+LINEAR_NAMED = NAMED.format(op="linear_attention")
+SOFTMAX_NAMED = NAMED.format(op="softmax_attention")
+
+FAST = [
+    Mutation(
+        "the last tile of keys is dropped",
+        LINEAR,
+        "    end = tl.minimum(begin + tokens_per_split, num_tokens)\n    columns",
+        "    end = tl.minimum(begin + tokens_per_split, num_tokens // BLOCK_N * BLOCK_N)\n    columns",
+        LINEAR_NAMED,
+    ),
+    Mutation(
+        "φ's halves are swapped for keys",
+        LINEAR,
+        "            positive, negative = positive_part(x), negative_part(x)",
+        "            negative, positive = positive_part(x), negative_part(x)",
+        LINEAR_NAMED + " and float32",
+    ),
+]
+SLOW = [
+    Mutation(
+        "z's gradient is skipped",
+        LINEAR,
+        "        weight = -tl.sum(numerator * dout, axis=1) * inverse * inverse",
+        "        weight = -tl.sum(numerator * dout, axis=1) * inverse * 0.0",
+        LINEAR_NAMED + " and float32",
+    ),
+    Mutation(
+        "the low term of a split operand is lost",
+        "kernels/triton_support.py",
+        "    return acc + dot(a, low, dot(a, high, tl.zeros_like(acc))) * inverse",
+        "    return acc + dot(a, high, tl.zeros_like(acc)) * inverse",
+        "cancel",
+    ),
+    Mutation(
+        "rows of the last tile are not stored",
+        LINEAR,
+        "        store_tile(out_head, tokens, end, out_stride_n, tl.arange(0, BLOCK_D), D, out)",
+        "        store_tile(out_head, tokens, end - 1, out_stride_n, tl.arange(0, BLOCK_D), D, out)",
+        LINEAR_NAMED + " and float32",
+    ),
+    Mutation(
+        "the gradient at zero is not zero",
+        LINEAR,
+        "            dk = tl.where(k <= 0, 0.0, d_positive) - tl.where(k >= 0, 0.0, d_negative)",
+        "            dk = tl.where(k < 0, 0.0, d_positive) - tl.where(k >= 0, 0.0, d_negative)",
+        "test_no_gradient_at_zero",
+    ),
+    Mutation(
+        "NaN is dropped by relu",
+        "kernels/triton_support.py",
+        "    return tl.where(x < 0, 0.0, x)",
+        "    return tl.where(x > 0, x, 0.0)",
+        "test_nan_reaches and linear",
+    ),
+    Mutation(
+        "grouped queries read the wrong head",
+        LINEAR,
+        "    kv_head = b * (heads // GROUP) + h // GROUP\n    begin = part * tokens_per_program\n"
+        "    end = tl.minimum(begin + tokens_per_program, num_tokens)\n\n    state",
+        "    kv_head = b * (heads // GROUP) + h % (heads // GROUP)\n"
+        "    begin = part * tokens_per_program\n"
+        "    end = tl.minimum(begin + tokens_per_program, num_tokens)\n\n    state",
+        "test_grouped and linear",
+    ),
+    Mutation(
+        "the running maximum's correction is lost",
+        SOFTMAX,
+        "        total = total * correction + tl.sum(weights, axis=1)",
+        "        total = total + tl.sum(weights, axis=1)",
+        SOFTMAX_NAMED + " and float32",
+    ),
+    Mutation(
+        "keys past the end are attended to",
+        SOFTMAX,
+        '        scores = tl.where((keys < num_keys)[None, :], scores, float("-inf"))',
+        "        scores = tl.where((keys < num_keys)[None, :], scores, 0.0)",
+        SOFTMAX_NAMED + " and float32",
+    ),
+    Mutation(
+        "delta is left out of the score gradient",
+        SOFTMAX,
+        "        dscores = weights * (dweights - delta[:, None])",
+        "        dscores = weights * dweights",
+        SOFTMAX_NAMED + " and float32",
+    ),
+    Mutation(
+        "the window is flipped",
+        RIPPLE,
+        "        x_row = row * STEP_R + tap // 3 - 1\n        x_col = col * STEP_C + tap % 3 - 1\n"
+        "        valid = (x_row >= 0) & (x_row < rows) & (x_col >= 0) & (x_col < cols)\n"
+        "        mask = inside & valid[:, None]\n"
+        "        x = _load(x_pointer, b, x_row, x_col, channels, mask, x_stride_b, x_stride_r,"
+        " x_stride_c)\n        w",
+        "        x_row = row * STEP_R + 1 - tap // 3\n        x_col = col * STEP_C + tap % 3 - 1\n"
+        "        valid = (x_row >= 0) & (x_row < rows) & (x_col >= 0) & (x_col < cols)\n"
+        "        mask = inside & valid[:, None]\n"
+        "        x = _load(x_pointer, b, x_row, x_col, channels, mask, x_stride_b, x_stride_r,"
+        " x_stride_c)\n        w",
+        "test_named_cases and ripple_pool and float32",
+    ),
+    Mutation(
+        "an odd grid's last pair is not cut",
+        RIPPLE,
+        "        whole = (row < rows) & (col < cols)",
+        "        whole = (row < rows + 1) & (col < cols + 1)",
+        "test_named_cases and ripple_expand and float32",
+    ),
+]
+
+
+@pytest.mark.parametrize(
+    "mutation",
+    [
+        *(pytest.param(m, id=m.name) for m in FAST),
+        *(pytest.param(m, id=m.name, marks=pytest.mark.slow) for m in SLOW),
+    ],
+)
+def test_broken_kernel_is_noticed(mutation: Mutation, tmp_path: Path) -> None:
+    reason = interpreter_reason()
+    if reason:
+        pytest.skip(reason)
+    shutil.copytree(ROOT / "kernels", tmp_path / "kernels")
+    shutil.copytree(ROOT / "tests" / "kernels", tmp_path / "tests" / "kernels")
+    shutil.copy(ROOT / "pyproject.toml", tmp_path)
+    source = (tmp_path / mutation.file).read_text()
+    assert source.count(mutation.old) == 1, f"{mutation.file} no longer has {mutation.old!r} once"
+    (tmp_path / mutation.file).write_text(source.replace(mutation.old, mutation.new))
+
+    done = run_interpreted("tests/kernels", "-k", f"({mutation.tests}) and triton", root=tmp_path)
+    failed = re.search(r"(\d+) failed", done.stdout)
+    assert done.returncode == 1, f"not noticed:\n{done.stdout[-2000:]}{done.stderr[-2000:]}"
+    assert failed, done.stdout
+    assert "AssertionError" in done.stdout, f"red, but not for a wrong number:\n{done.stdout}"

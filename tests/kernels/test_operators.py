@@ -1,0 +1,157 @@
+"""What PyTorch asks of an operator: opcheck, torch.compile, autocast, FakeTensor, second order."""
+
+import importlib
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch._subclasses import FakeTensorMode
+
+import kernels
+from tests.kernels.cases import ATTENTION, DEVICE, Attention, Case, Ripple, op_backend_pairs
+
+CASES: dict[str, Case] = {
+    "linear_attention": Attention(heads=4, kv_heads=2, queries=20, keys=24, head_dim=16),
+    "softmax_attention": Attention(
+        "softmax_attention", heads=4, kv_heads=2, queries=20, keys=24, head_dim=16
+    ),
+    "ripple_pool": Ripple("ripple_pool", channels=8),
+    "ripple_expand": Ripple("ripple_expand", channels=8),
+}
+KERNEL_BACKENDS = ("triton", "cuda")
+
+
+def _operators(op: str, backend: str) -> list[tuple[Any, tuple[Any, ...]]]:
+    """The backend's operators behind an operation, with arguments to call them with."""
+    importlib.import_module(f"kernels.{'ripple' if 'ripple' in op else op}.{backend}")
+    case = CASES[op]
+    inputs, gradient = case.inputs(), case.gradient()
+    plain = [x.detach() for x in inputs]
+    named = lambda name: getattr(torch.ops.linear_vit, f"{backend}_{name}").default  # noqa: E731
+    if op == "linear_attention":
+        q, k, v = inputs
+        S, z = named("linear_attention_state")(*plain[1:])
+        dS, dz = torch.randn_like(S), torch.randn_like(z)
+        return [
+            (named("linear_attention_state"), (k, v)),
+            (named("linear_attention_state_backward"), (dS, dz, *plain[1:])),
+            (named("linear_attention_apply"), (q, S, z, 1e-6)),
+            (named("linear_attention_apply_backward"), (gradient, plain[0], S, z, 1e-6)),
+        ]
+    if op == "softmax_attention":
+        out, lse = named(op)(*plain, 0.25)
+        return [
+            (named(op), (*inputs, 0.25)),
+            (named(f"{op}_backward"), (gradient, *plain, out, lse, 0.25)),
+        ]
+    assert isinstance(case, Ripple)
+    return [
+        (named(op), (*inputs, case.axis)),
+        (named(f"{op}_backward"), (gradient, *plain, case.axis)),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("op", "backend"),
+    [pair for pair in op_backend_pairs(*CASES) if pair.values[1] in KERNEL_BACKENDS],
+)
+def test_opcheck(op: str, backend: str) -> None:
+    for operator, arguments in _operators(op, backend):
+        torch.library.opcheck(operator, arguments)
+
+
+@pytest.mark.parametrize(("op", "backend"), op_backend_pairs(*CASES, compiled=False))
+def test_full_graph(op: str, backend: str) -> None:
+    """torch.compile(fullgraph=True) takes the public function, forward and backward."""
+    torch._dynamo.reset()  # one lambda's code serves every case: their variants must not add up
+    case = CASES[op]
+    compiled = torch.compile(
+        lambda *inputs: case.run(backend, list(inputs)), fullgraph=True, backend="aot_eager"
+    )
+    inputs = case.inputs()
+    out = compiled(*inputs)
+    expected = case.run(backend, inputs)
+    torch.testing.assert_close(out, expected)
+    gradients = torch.autograd.grad(out, inputs, case.gradient())
+    for a, b in zip(gradients, torch.autograd.grad(expected, inputs, case.gradient()), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(("op", "backend"), op_backend_pairs(*CASES, compiled=False))
+def test_autocast_casts_inputs_first(op: str, backend: str) -> None:
+    case = CASES[op]
+    inputs = case.inputs()
+    with torch.autocast(DEVICE.type, dtype=torch.bfloat16):
+        out = case.run(backend, inputs)
+    cast = [x.detach().to(torch.bfloat16) for x in inputs]
+    assert out.dtype == torch.bfloat16
+    assert torch.equal(out, case.run(backend, cast))
+    gradients = torch.autograd.grad(out, inputs, torch.ones_like(out))
+    assert all(g.dtype == torch.float32 for g in gradients)
+
+
+@pytest.mark.parametrize(("op", "backend"), op_backend_pairs(*CASES, compiled=False))
+def test_fake_tensors(op: str, backend: str) -> None:
+    """Shapes, dtypes and strides without a computation."""
+    case = CASES[op]
+    inputs = case.inputs()
+    real = case.run(backend, inputs)
+    with FakeTensorMode() as mode:
+        fake = case.run(backend, [mode.from_tensor(x) for x in inputs])
+    assert (fake.shape, fake.dtype, fake.stride()) == (real.shape, real.dtype, real.stride())
+
+
+@pytest.mark.parametrize(
+    ("op", "backend"),
+    [pair for pair in op_backend_pairs(*CASES) if pair.values[1] in KERNEL_BACKENDS],
+)
+def test_double_backward_says_it_is_not_there(op: str, backend: str) -> None:
+    case = CASES[op]
+    inputs = case.inputs()
+    out = case.run(backend, inputs)
+    gradients = torch.autograd.grad(out, inputs, torch.ones_like(out), create_graph=True)
+    with pytest.raises(RuntimeError, match="double backward through the .* kernels"):
+        torch.autograd.grad(gradients[0].sum(), inputs)
+
+
+@pytest.mark.parametrize("op", [*ATTENTION, "ripple_pool", "ripple_expand"])
+def test_reference_gradcheck(op: str) -> None:
+    """First and second derivatives of the reference, by finite differences."""
+    if op in ATTENTION:
+        case: Case = Attention(op, heads=2, kv_heads=1, queries=3, keys=4, head_dim=4)
+    else:
+        case = Ripple(op, rows=3, cols=4, channels=2, batch=1)
+    inputs = [x.detach().cpu().double().requires_grad_() for x in case.inputs()]
+
+    def function(*tensors: Tensor) -> Tensor:
+        return case.run("reference", list(tensors))
+
+    assert torch.autograd.gradcheck(function, inputs)
+    assert torch.autograd.gradgradcheck(function, inputs)
+
+
+def test_expanded_incoming_gradient() -> None:
+    """out.sum().backward() hands the kernels a gradient of stride 0."""
+    for op, backend in (pair.values for pair in op_backend_pairs(*CASES, compiled=False)):
+        case = CASES[op]
+        inputs = case.inputs()
+        summed = torch.autograd.grad(case.run(backend, inputs).sum(), inputs)
+        out = case.run(backend, inputs)
+        ones = torch.autograd.grad(out, inputs, torch.ones_like(out))
+        for a, b in zip(summed, ones, strict=True):
+            torch.testing.assert_close(a, b)
+
+
+def test_state_gradient_flows_through_either_output() -> None:
+    """A loss on S alone, or on z alone, has its gradient."""
+    for _, backend in (
+        pair.values for pair in op_backend_pairs("linear_attention_state", compiled=False)
+    ):
+        _, k, v = Attention(queries=8, keys=9).inputs()
+        S, z = kernels.linear_attention_state(k, v, backend=backend)
+        (dk,) = torch.autograd.grad(z.sum(), [k], retain_graph=True)
+        torch.testing.assert_close(dk, torch.sign(k.detach()))
+        dk, dv = torch.autograd.grad(S.sum(), [k, v])
+        assert dk.abs().sum() > 0
+        assert dv.abs().sum() > 0
