@@ -31,7 +31,8 @@ def variants(head_dims: list[int], dtypes: list[torch.dtype]) -> Iterator[dict[s
         for head_dim in head_dims:
             options = linear.tile_options(head_dim, dtype) | {"GROUP": 2}
             for rows in (False, True):
-                yield _variant(linear, "_feature_outer", dtype, options | {"ROW_TERMS": rows})
+                extra = options | {"ROW_TERMS": rows, "CHUNK": linear.CHUNK}
+                yield _variant(linear, "_feature_outer", dtype, extra)
             for name in ("_apply", "_query_gradient", "_key_value_gradient"):
                 yield _variant(linear, name, dtype, options)
             options = softmax.tile_options(head_dim, dtype) | {"GROUP": 2}

@@ -186,3 +186,18 @@ def test_reference_is_held_to_itself() -> None:
     weights = phi_q @ phi_k.transpose(-1, -2)
     expected = (weights / (weights.sum(-1, keepdim=True) + case.eps)) @ v
     torch.testing.assert_close(reference_results(case)[0], expected, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("op", "backend"), op_backend_pairs("linear_attention_state", compiled=False)
+)
+def test_float32_sum_over_many_tokens(op: str, backend: str) -> None:
+    """The state of many tokens is still float32-accurate: sums over tokens are not plain."""
+    import kernels
+    from kernels.accuracy import compare
+
+    k, v = torch.randn(2, 1, 1, 20_000, 16, generator=torch.Generator().manual_seed(0)).to(DEVICE)
+    exact = kernels.linear_attention_state(k.double(), v.double(), backend="reference")
+    for a, b in zip(kernels.linear_attention_state(k, v, backend=backend), exact, strict=True):
+        assert compare(a, b, gradient=False).passed, compare(a, b, gradient=False)
