@@ -20,7 +20,8 @@ def empty_like(x: Tensor, shape: tuple[int, ...] | None = None) -> Tensor:
     if shape is None:
         out = torch.empty_like(x)
         return out if out.stride(-1) == 1 else torch.empty_like(x, memory_format=_CONTIGUOUS)
-    order = sorted(range(x.dim() - 1), key=lambda axis: -x.stride(axis))
+    strides = x.stride()
+    order = sorted(range(x.dim() - 1), key=lambda axis: strides[axis], reverse=True)
     order.append(x.dim() - 1)
     inverse = sorted(range(x.dim()), key=order.__getitem__)
     dense = torch.empty([shape[axis] for axis in order], dtype=x.dtype, device=x.device)

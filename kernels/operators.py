@@ -1,9 +1,9 @@
 """What PyTorch needs to know of a kernel backend's operators, beyond the kernels.
 
-A backend written outside PyTorch (Triton, CUDA C++) defines operators ``linear_vit::<backend>_<op>``
-and ``linear_vit::<backend>_<op>_backward``. Each room's ``operators.py`` gives them, once for all
-backends, shapes (fake kernels) and gradients (autograd formulas): with these ``torch.compile``,
-``opcheck``, autocast and FakeTensor treat them like PyTorch's own.
+A backend written outside PyTorch (Triton, CUDA C++) defines operators ``<backend>_<op>`` and
+``<backend>_<op>_backward`` in the namespace ``linear_vit``. Each room's ``operators.py`` gives them,
+once for all backends, shapes (fake kernels) and gradients (autograd formulas): with these
+``torch.compile``, ``opcheck``, autocast and FakeTensor treat them like PyTorch's own.
 """
 
 from collections.abc import Callable

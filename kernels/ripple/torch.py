@@ -4,7 +4,6 @@ The grid is channels last, so the permuted view is PyTorch's channels_last memor
 nothing is copied.
 """
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 

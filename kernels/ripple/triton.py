@@ -241,7 +241,7 @@ def _pair_gradient(
     BLOCK_P: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """dz[i] = Σ weight[j % 2] · dout[j] over the pair j of i; dweight[p] = Σ dout[2i + p] · z[i]."""
+    """dz[i] = Σ weight[p] · dout[2i + p] over p = 0, 1; dweight[p] = Σ dout[2i + p] · z[i]."""
     channel_blocks = tl.cdiv(C, BLOCK_C)
     program = tl.program_id(0).to(tl.int64)
     channels = (program % channel_blocks) * BLOCK_C + tl.arange(0, BLOCK_C)

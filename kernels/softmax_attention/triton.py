@@ -11,7 +11,8 @@ _key_value_gradient BLOCK_N key rows of one key/value head     its query heads a
 The forward keeps a running maximum and sum per row (online softmax) in float32 and writes their
 logarithm, lse = log Σ exp(s). Backward recomputes the weights from it, P = exp(s − lse):
 
-    dV = Pᵀ dO     dS = P ∘ (dO Vᵀ − δ), δ = rowsum(dO ∘ O)     dQ = scale · dS K     dK = scale · dSᵀ Q
+    dV = Pᵀ dO              dS = P ∘ (dO Vᵀ − δ) with δ = rowsum(dO ∘ O)
+    dQ = scale · dS K       dK = scale · dSᵀ Q
 
 Each gradient has one owner that adds in a fixed order, so results repeat bit for bit. Products of
 half-precision operands run on tensor cores; P and dS are rounded to the inputs' dtype for them.

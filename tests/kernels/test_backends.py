@@ -71,7 +71,8 @@ def test_import_is_light() -> None:
     """`import kernels` imports no Triton and builds nothing."""
     done = python(
         "import sys, kernels; kernels.backends('linear_attention', 'cpu');"
-        "print([m for m in sys.modules if m == 'triton' or m.startswith(('triton.', 'kernels.ext'))])"
+        "unwanted = ('triton', 'kernels.extension');"
+        "print([m for m in sys.modules if m.split('.')[0] in unwanted or m in unwanted])"
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == "[]"
@@ -138,6 +139,5 @@ def test_compiled_runs_out_of_variants_with_an_error(monkeypatch: pytest.MonkeyP
     run = lambda keys: Attention(head_dim=HEAD_DIMS[0], keys=keys).inputs()  # noqa: E731
     kernels.linear_attention_state(*run(8)[1:], backend="compiled")
     with pytest.raises(RuntimeError, match="recompile limit"):
-        for keys in (1, 0):
-            kernels.linear_attention_state(*run(keys)[1:], backend="compiled")
+        kernels.linear_attention_state(*run(0)[1:], backend="compiled")
     compilation._compile.cache_clear()

@@ -36,7 +36,7 @@ FAST = [
         "the last tile of keys is dropped",
         LINEAR,
         "    end = tl.minimum(begin + tokens_per_split, num_tokens)\n    columns",
-        "    end = tl.minimum(begin + tokens_per_split, num_tokens // BLOCK_N * BLOCK_N)\n    columns",
+        "    end = tl.minimum(begin + tokens_per_split, num_tokens // 32 * 32)\n    columns",
         LINEAR_NAMED,
     ),
     Mutation(
@@ -65,8 +65,8 @@ SLOW = [
     Mutation(
         "rows of the last tile are not stored",
         LINEAR,
-        "        store_tile(out_head, tokens, end, out_stride_n, tl.arange(0, BLOCK_D), D, out)",
-        "        store_tile(out_head, tokens, end - 1, out_stride_n, tl.arange(0, BLOCK_D), D, out)",
+        "        store_tile(out_head, tokens, end, out_stride_n",
+        "        store_tile(out_head, tokens, end - 1, out_stride_n",
         LINEAR_NAMED + " and float32",
     ),
     Mutation(

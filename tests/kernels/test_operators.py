@@ -111,7 +111,7 @@ def test_double_backward_says_it_is_not_there(op: str, backend: str) -> None:
     inputs = case.inputs()
     out = case.run(backend, inputs)
     gradients = torch.autograd.grad(out, inputs, torch.ones_like(out), create_graph=True)
-    with pytest.raises(RuntimeError, match="double backward through the .* kernels"):
+    with pytest.raises(RuntimeError, match=r"double backward through the .* kernels"):
         torch.autograd.grad(gradients[0].sum(), inputs)
 
 
