@@ -10,24 +10,43 @@ from torch import Tensor
 
 from kernels.layout import needs_gradient
 
-# Variants of one function that differ in what the compiler must know about: an axis of size 1 or 0,
-# sizes that coincide, strides, broadcast heads. Each costs one compilation, none a fallback.
+# Variants of one function that differ in what the compiler must know about: head counts, an axis of
+# size 1 or 0, strides, broadcast heads. Each costs one compilation, none a fallback.
 RECOMPILE_LIMIT = 64
 
 
-def compiled(function: Callable[..., Any], *tensors: Tensor) -> Callable[..., Any]:
-    """``torch.compile(function)`` for the kind of call that ``tensors`` make.
+def compiled(
+    function: Callable[..., Any],
+    *inputs: tuple[Tensor, tuple[int, ...]],
+    symbolic: bool = True,
+) -> Callable[..., Any]:
+    """``torch.compile(function)`` for the kind of call that the inputs make.
 
-    Batch and token counts are symbolic, so a sweep over them compiles once. With ``fullgraph``,
-    running past the recompile limit raises instead of falling back to eager.
+    The axes that count sequences and tokens are symbolic, so a sweep over them compiles once; head
+    dims and channels are constants of the generated code. With ``fullgraph``, running past the
+    recompile limit raises instead of falling back to eager.
 
     Inside an outer ``torch.compile`` the function itself is returned: the outer graph compiles it.
+
+    Args:
+        function: what to compile.
+        inputs: each tensor that decides the kind of call, with its axes of dynamic size. The
+            first one's dtype and last axis are part of the kind.
+        symbolic: False makes every size a constant, with a variant for each.
     """
     if torch.compiler.is_compiling():
         return function
-    backward = torch.is_grad_enabled() and needs_gradient(*tensors)
-    first = tensors[0]
-    return _compile(function, first.shape[-1], first.dtype, first.device.type, backward)
+    first = inputs[0][0]
+    backward = torch.is_grad_enabled() and needs_gradient(*(x for x, _ in inputs))
+    known = _compile.cache_info().misses
+    kind = (first.shape[-1], first.dtype, first.device.type, backward)
+    run = _compile(function, *kind, None if symbolic else False)
+    if (
+        symbolic and _compile.cache_info().misses != known
+    ):  # the first call is the one that is traced
+        for x, axes in inputs:
+            torch._dynamo.maybe_mark_dynamic(x, axes)
+    return run
 
 
 @functools.cache
@@ -37,6 +56,7 @@ def _compile(
     dtype: torch.dtype,
     device_type: str,
     backward: bool,
+    dynamic: bool | None,
 ) -> Callable[..., Any]:
     # Dynamo keeps its cache on the code object, so each kind of call gets a code object of its own:
     # variants of one can't use up another's limit.
@@ -47,7 +67,7 @@ def _compile(
         function.__defaults__,
         function.__closure__,
     )
-    run = torch.compile(own, fullgraph=True, dynamic=True)
+    run = torch.compile(own, fullgraph=True, dynamic=dynamic)
 
     @functools.wraps(function)
     def call(*arguments: Any) -> Any:

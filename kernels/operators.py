@@ -1,8 +1,8 @@
 """What PyTorch needs to know of a kernel backend's operators, beyond the kernels.
 
 A backend written outside PyTorch (Triton, CUDA C++) defines operators ``<backend>_<op>`` and
-``<backend>_<op>_backward`` in the namespace ``linear_vit``. Each room's ``operators.py`` gives them,
-once for all backends, shapes (fake kernels) and gradients (autograd formulas): with these
+``<backend>_<op>_backward`` in the namespace ``linear_vit``. Each room's ``operators.py`` gives
+them, once for all backends, shapes (fake kernels) and gradients (autograd formulas): with these
 ``torch.compile``, ``opcheck``, autocast and FakeTensor treat them like PyTorch's own.
 """
 

@@ -5,15 +5,19 @@ from torch import Tensor
 from kernels.compilation import compiled
 from kernels.linear_attention import torch as composition
 
+BATCH, BATCH_AND_TOKENS = (0,), (0, 2)
+
 
 def linear_attention(q: Tensor, k: Tensor, v: Tensor, eps: float) -> Tensor:
-    return compiled(composition.linear_attention, q, k, v)(q, k, v, eps)
+    inputs = [(x, BATCH_AND_TOKENS) for x in (q, k, v)]
+    return compiled(composition.linear_attention, *inputs)(q, k, v, eps)
 
 
 def linear_attention_state(k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    return compiled(composition.linear_attention_state, k, v)(k, v)
+    inputs = [(x, BATCH_AND_TOKENS) for x in (k, v)]
+    return compiled(composition.linear_attention_state, *inputs)(k, v)
 
 
 def linear_attention_apply(q: Tensor, state: Tensor, normaliser: Tensor, eps: float) -> Tensor:
-    function = compiled(composition.linear_attention_apply, q, state, normaliser)
-    return function(q, state, normaliser, eps)
+    inputs = [(q, BATCH_AND_TOKENS), (state, BATCH), (normaliser, BATCH)]
+    return compiled(composition.linear_attention_apply, *inputs)(q, state, normaliser, eps)

@@ -1,17 +1,25 @@
 """``torch.compile`` of the ``torch`` backend's functions."""
 
+import torch
 from torch import Tensor
 
 from kernels.compilation import compiled
 from kernels.ripple import torch as composition
 
+GRID = (0, 1, 2)  # batch, rows, columns
+# Inductor of PyTorch 2.11 stops at a channels-last convolution of symbolic size ("cannot determine
+# truth value of Relational"); 2.15 compiles it.
+SYMBOLIC = torch.torch_version.TorchVersion(torch.__version__) >= "2.15"
+
 
 def ripple_pool(x: Tensor, weight: Tensor, axis: int) -> Tensor:
-    return compiled(composition.ripple_pool, x, weight)(x, weight, axis)
+    inputs = [(x, GRID), (weight, ())]
+    return compiled(composition.ripple_pool, *inputs, symbolic=SYMBOLIC)(x, weight, axis)
 
 
 def ripple_expand(
     z: Tensor, x: Tensor, weight: Tensor, lateral_weight: Tensor, axis: int
 ) -> Tensor:
-    function = compiled(composition.ripple_expand, x, z, weight, lateral_weight)
+    inputs = [(x, GRID), (z, GRID), (weight, ()), (lateral_weight, ())]
+    function = compiled(composition.ripple_expand, *inputs, symbolic=SYMBOLIC)
     return function(z, x, weight, lateral_weight, axis)

@@ -5,6 +5,9 @@ from torch import Tensor
 from kernels.compilation import compiled
 from kernels.softmax_attention import torch as composition
 
+BATCH_AND_TOKENS = (0, 2)
+
 
 def softmax_attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-    return compiled(composition.softmax_attention, q, k, v)(q, k, v, scale)
+    inputs = [(x, BATCH_AND_TOKENS) for x in (q, k, v)]
+    return compiled(composition.softmax_attention, *inputs)(q, k, v, scale)
