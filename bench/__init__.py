@@ -1,0 +1,1 @@
+"""What ``pytest --benchmark-only`` runs and ``python -m bench.check`` cross-checks."""

@@ -1,0 +1,16 @@
+"""Every operation on every backend: forward and forward+backward, per dtype and token count."""
+
+import pytest
+
+from bench.plugin import Benchmarks, measured_time
+from bench.sweep import Case
+
+# The durations come from bench.clock; pytest-benchmark keeps the statistics and the files.
+pytestmark = [
+    pytest.mark.benchmark(timer=measured_time),
+    pytest.mark.filterwarnings("ignore:Benchmark fixture was not used"),
+]
+
+
+def test_kernel(benchmark, suite: Benchmarks, request, operation, mode, dtype, tokens, backend):
+    suite.time_kernel(Case(operation, mode, dtype, tokens, backend), benchmark, request.node)

@@ -1,0 +1,14 @@
+"""A training step of each model: forward, loss, backward, clipping, optimiser."""
+
+import pytest
+
+from bench.plugin import Benchmarks, measured_time
+
+pytestmark = [
+    pytest.mark.benchmark(timer=measured_time),
+    pytest.mark.filterwarnings("ignore:Benchmark fixture was not used"),
+]
+
+
+def test_training_step(benchmark, suite: Benchmarks, request, model, step_backend):
+    suite.time_training_step(model, step_backend, benchmark, request.node)

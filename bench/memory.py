@@ -1,0 +1,63 @@
+"""Peak memory of a call beyond its inputs and outputs, measured outside the timing."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+
+def peak_beyond_outputs(
+    call: Callable[[], tuple[Tensor, ...]], device: torch.device
+) -> tuple[int | None, str]:
+    """Bytes allocated at the worst moment of one call, less the bytes of what it returns.
+
+    Counts what PyTorch's allocators hand out: on CUDA ``max_memory_allocated``, on a CPU the
+    running sum of the profiler's allocation events. Scratch that a library takes from the system by
+    itself (BLAS packing buffers) is not seen.
+
+    Returns:
+        The bytes, or None where they cannot be measured, and how they were.
+    """
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        before = torch.cuda.memory_allocated(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        outputs = call()
+        torch.cuda.synchronize(device)
+        peak = torch.cuda.max_memory_allocated(device) - before
+        return max(0, peak - _bytes(outputs)), "torch.cuda.max_memory_allocated"
+    if device.type != "cpu":
+        return None, f"not measured on {device.type}"
+
+    with torch.profiler.profile(
+        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
+    ) as profile:
+        outputs = call()
+    kineto = profile.profiler and profile.profiler.kineto_results
+    if kineto is None:
+        return None, "not measured: this PyTorch is built without Kineto"
+    changes = sorted(
+        (event.start_ns(), event.nbytes())
+        for event in kineto.events()
+        if event.name() == "[memory]" and event.device_type() == torch.autograd.DeviceType.CPU
+    )
+    held = peak = 0
+    for _, change in changes:
+        held += change
+        peak = max(peak, held)
+    return max(0, peak - _bytes(outputs)), "torch.profiler allocation events"
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an exception says that an allocation failed, on the device or on the host."""
+    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+        return True
+    # The CPU allocator raises a plain RuntimeError, and a CUDA launch reports the driver's words.
+    text = str(error)
+    return isinstance(error, RuntimeError) and (
+        "DefaultCPUAllocator: " in text or "CUDA error: out of memory" in text
+    )
+
+
+def _bytes(tensors: tuple[Tensor, ...]) -> int:
+    return sum(x.numel() * x.element_size() for x in tensors)

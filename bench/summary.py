@@ -1,0 +1,120 @@
+"""The table a benchmark run ends with: backends side by side, one block per operation and pass."""
+
+import io
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Row:
+    """One measured case: its extra_info and the median in seconds."""
+
+    info: dict[str, Any]
+    median: float
+
+    def line(self) -> str:
+        """What the progress shows."""
+        i = self.info
+        spread = f"{format_seconds(self.median):>8} ±{i['relative_iqr'] / 2:4.0%}"
+        if "model" in i:
+            return f"{i['operation']} {i['model']:15} {spread}  {i['images_per_s']:8.0f} images/s"
+        what = f"{i['operation']} {i['pass']} {i['dtype']} N={i['N']} {i['backend']}"
+        return f"{what:62} {spread}  {i['tflop_per_s'] * 1e3:7.1f} GFLOP/s"
+
+
+def render(rows: list[Row], width: int, colour: bool) -> str:
+    """Blocks of text, at most ``width`` columns wide where rich is there to fit them."""
+    blocks = []
+    kernels = [row for row in rows if "model" not in row.info]
+
+    titles = [f"{i['operation']}, {i['pass']}, {i['dtype']}" for i in (row.info for row in kernels)]
+    for title in dict.fromkeys(titles):
+        block = [row for row, its in zip(kernels, titles, strict=True) if its == title]
+        blocks.append(_kernel_block(title, block))
+    steps = [row for row in rows if "model" in row.info]
+    if steps:
+        blocks.append(_training_block(steps))
+    note = "Median time per call, ± half the interquartile range of the rounds; * fastest.\n"
+    return "".join(draw(*block, width, colour) for block in blocks) + note
+
+
+def format_seconds(seconds: float) -> str:
+    """Three significant digits with the unit that suits: 1.23 ms."""
+    for unit, scale in (("s", 1.0), ("ms", 1e3), ("µs", 1e6)):
+        if seconds * scale >= 1:
+            return f"{seconds * scale:#.3g} {unit}".replace(". ", " ")
+    return f"{seconds * 1e9:.0f} ns"
+
+
+_Block = tuple[str, list[str], list[list[str]]]
+
+
+def _kernel_block(title: str, rows: list[Row]) -> _Block:
+    backends = list(dict.fromkeys(row.info["backend"] for row in rows))
+    table = []
+    for tokens in sorted({row.info["N"] for row in rows}):
+        at = {row.info["backend"]: row for row in rows if row.info["N"] == tokens}
+        fastest = min(at.values(), key=lambda row: row.median)
+        cells = [f"{tokens:,}"]
+        for backend in backends:
+            if backend not in at:
+                cells.append("–")
+                continue
+            row = at[backend]
+            mark = "*" if row is fastest and len(at) > 1 else " "
+            half = row.info["relative_iqr"] / 2
+            cells.append(f"{format_seconds(row.median)} ±{half:3.0%}{mark}")
+        cells.append(f"{fastest.info['tflop_per_s'] * 1e3:.3g}")
+        cells.append(f"{fastest.info['gb_per_s']:.3g}")
+        table.append(cells)
+    return title, ["N", *backends, "GFLOP/s*", "GB/s*"], table
+
+
+def _training_block(rows: list[Row]) -> _Block:
+    settings = rows[0].info["settings"]
+    title = (
+        f"training step: dim {settings['dim']}, depth {settings['depth']}, batch "
+        f"{settings['batch_size']}, {settings['dataset']}, {rows[0].info['dtype']}"
+    )
+    baseline = {r.info["backend"]: r.median for r in rows if r.info["model"] == "baseline"}
+    table = []
+    for row in rows:
+        backend = row.info["backend"]
+        base = baseline.get(backend)
+        table.append(
+            [
+                row.info["model_title"] + ("" if backend == "default" else f" ({backend})"),
+                f"{format_seconds(row.median)} ±{row.info['relative_iqr'] / 2:3.0%}",
+                f"{row.info['images_per_s']:,.0f}",
+                f"{base / row.median:.2f}×" if base else "–",
+            ]
+        )
+    return title, ["model", "time", "images/s", "over baseline"], table
+
+
+def draw(title: str, columns: list[str], rows: list[list[str]], width: int, colour: bool) -> str:
+    try:
+        from rich import box
+        from rich.console import Console
+        from rich.table import Table
+    except ImportError:
+        return _draw_plain(title, columns, rows)
+    table = Table(box=box.SIMPLE_HEAD)
+    for i, column in enumerate(columns):
+        table.add_column(column, justify="right" if i else "left", no_wrap=True)
+    for row in rows:
+        table.add_row(*row)
+    out = io.StringIO()
+    console = Console(file=out, width=width, force_terminal=colour, no_color=not colour)
+    console.print(title, style="bold", highlight=False, soft_wrap=True)
+    console.print(table)
+    return out.getvalue()
+
+
+def _draw_plain(title: str, columns: list[str], rows: list[list[str]]) -> str:
+    widths = [max(map(len, column)) for column in zip(columns, *rows, strict=True)]
+    lines = [
+        "  ".join(cell.rjust(w) for cell, w in zip(row, widths, strict=True))
+        for row in (columns, *rows)
+    ]
+    return "\n".join([title, *lines, "", ""])

@@ -1,0 +1,219 @@
+"""Which cases a benchmark run consists of: options in, an ordered list of cases out."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+import kernels
+from bench.problems import (
+    FORWARD_BACKWARD,
+    PASSES,
+    AttentionShape,
+    RippleShape,
+    Shape,
+    least_work,
+)
+
+TRAINING_STEP = "training_step"
+OPERATIONS = (*kernels.OPERATIONS, TRAINING_STEP)
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+SWEEPS = ("quick", "full")
+
+# One sequence, six heads of 64: time against N is then the scaling of one attention layer of a
+# ViT-S, and N = 65,536 fits on any machine.
+HEADS, HEAD_DIM, CHANNELS = 6, 64, 384
+
+# One call may cost this many FLOP (least work): about a second at 100 GFLOP/s on a CPU, and at 100
+# TFLOP/s on a GPU. This, not a hard-coded length, is what stops a quadratic operation.
+_MOST_FLOP = {"cpu": {"quick": 1e11, "full": 2e12}, "cuda": {"quick": 5e13, "full": 1e16}}
+_LONGEST = {"cpu": {"quick": 65_536, "full": 1_048_576}, "cuda": {"quick": 1_048_576}}
+# The softmax reference stores its N×M matrix, in float32 and several times over.
+_MOST_REFERENCE_BYTES = 4 * 2**30
+_QUICK_DTYPES = {"cpu": ("float32",), "cuda": ("bfloat16", "float32")}
+# Made of the same kernels as linear_attention, so a quick sweep leaves them out.
+_FULL_ONLY = ("linear_attention_state", "linear_attention_apply")
+# Grids of 8×8, 8×16, 16×16 … 64×64 tokens; --seq-lens may name others.
+_GRIDS = tuple(2**i for i in range(6, 13))
+
+
+class SweepError(ValueError):
+    """An option that asks for what there isn't; the message says what there is."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """One kernel to time."""
+
+    operation: str
+    mode: str
+    dtype: str
+    tokens: int
+    backend: str
+
+    def __str__(self) -> str:
+        return f"{self.operation}-{self.mode}-{self.dtype}-N{self.tokens}-{self.backend}"
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """The cases in the order they run, and what was left out with the reason for it."""
+
+    device: torch.device
+    extent: str
+    cases: tuple[Case, ...]
+    training_backends: tuple[str | None, ...]
+    left_out: dict[str, str] = field(default_factory=dict)
+
+
+def make_sweep(
+    *,
+    device: str | None = None,
+    dtypes: Sequence[str] = (),
+    seq_lens: Sequence[int] = (),
+    backends: Sequence[str] = (),
+    operations: Sequence[str] = (),
+    extent: str = "quick",
+) -> Sweep:
+    """Enumerate the cases; an empty sequence takes what the extent ("quick", "full") has.
+
+    Raises:
+        SweepError: an unknown or unusable device, dtype, backend or operation, or nothing left to
+            time. A backend that was not asked for by name and can't run is left out instead.
+    """
+    where = resolve_device(device)
+    kind = where.type
+    _known("operation", operations, OPERATIONS)
+    _known("dtype", dtypes, tuple(DTYPES))
+    if any(n < 1 for n in seq_lens):
+        raise SweepError(f"--seq-lens: lengths are positive, got {min(seq_lens)}")
+    unknown = [name for name in backends if name not in kernels.BACKENDS]
+    if unknown:
+        there_are = _list_backends("linear_attention", where)
+        raise SweepError(f"--backends: unknown backend {unknown[0]!r}; there are {there_are}")
+
+    chosen_operations = operations or tuple(
+        op for op in OPERATIONS if extent == "full" or op not in _FULL_ONLY
+    )
+    chosen_dtypes = dtypes or (tuple(DTYPES) if extent == "full" else _QUICK_DTYPES[kind])
+    left_out: dict[str, str] = {}
+    cases: list[Case] = []
+    for operation in chosen_operations:
+        if operation == TRAINING_STEP:
+            continue
+        usable = _timeable(operation, where, backends, left_out)
+        for dtype in chosen_dtypes:
+            lengths = seq_lens or _lengths(operation, kind, extent)
+            for tokens in sorted(set(lengths)):
+                for mode in PASSES:
+                    for backend in usable:
+                        case = Case(operation, mode, dtype, tokens, backend)
+                        # A length that was asked for is only held to the larger limit.
+                        limit = "full" if seq_lens else extent
+                        reason = _too_much_work(case, kind, limit)
+                        what = f"{operation} {mode} {dtype}"
+                        if reason is None:
+                            reason = _too_much_memory(case)
+                            what += f" on {backend}"
+                        if reason is None:
+                            cases.append(case)
+                        elif not any(key.startswith(f"{what}, N") for key in left_out):
+                            left_out[f"{what}, N from {tokens}"] = reason
+
+    training: tuple[str | None, ...] = ()
+    if TRAINING_STEP in chosen_operations and (not seq_lens or 64 in seq_lens):
+        usable = _timeable("linear_attention", where, backends, left_out)
+        training = usable if backends else (None,)
+    if not cases and not training:
+        why = "; ".join(f"{what}: {reason}" for what, reason in left_out.items())
+        raise SweepError(f"nothing to time{': ' if why else ''}{why}")
+    return Sweep(where, extent, tuple(cases), training, left_out)
+
+
+def shape_of(operation: str, tokens: int) -> Shape:
+    """The shape timed at N tokens: attention over N = M, ripple on the squarest grid of N."""
+    if operation.startswith("ripple"):
+        rows = next(r for r in range(int(tokens**0.5), 0, -1) if tokens % r == 0)
+        return RippleShape(1, rows, tokens // rows, CHANNELS)
+    return AttentionShape(1, HEADS, HEADS, tokens, tokens, HEAD_DIM)
+
+
+def resolve_device(name: str | None) -> torch.device:
+    if name is None:
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise SweepError(f"--device: {name!r} is no device; take cpu or cuda") from error
+    if device.type not in ("cpu", "cuda"):
+        raise SweepError(f"--device: {name!r} can't be timed; take cpu or cuda")
+    if device.type == "cuda":
+        if not torch.cuda.is_available():
+            raise SweepError("--device cuda: PyTorch finds no CUDA device here; take --device cpu")
+        if device.index is not None and device.index >= torch.cuda.device_count():
+            raise SweepError(f"--device {name}: there are {torch.cuda.device_count()} CUDA devices")
+    return device
+
+
+def _known(what: str, asked: Iterable[str], known: tuple[str, ...]) -> None:
+    for name in asked:
+        if name not in known:
+            option = "--ops" if what == "operation" else f"--{what}s"
+            raise SweepError(f"{option}: unknown {what} {name!r}; there are {', '.join(known)}")
+
+
+def _timeable(
+    operation: str, device: torch.device, asked: Sequence[str], left_out: dict[str, str]
+) -> tuple[str, ...]:
+    """Backends to time, in table order; the others go to ``left_out`` or, if asked for, raise."""
+    usable = []
+    reasons = kernels.backends(operation, device, head_dim=HEAD_DIM)
+    for name, reason in reasons.items():
+        if asked and name not in asked:
+            continue
+        if reason is None and not kernels.is_timeable(name, device):
+            reason = "it runs in Triton's interpreter here: right, but no time worth reporting"
+        if reason is None:
+            usable.append(name)
+        elif asked:
+            there_are = _list_backends(operation, device)
+            raise SweepError(
+                f"--backends: {name!r} can't be timed for {operation} on {device}: {reason}. "
+                f"There are {there_are}"
+            )
+        else:
+            left_out[f"backend {name}"] = reason
+    return tuple(usable)
+
+
+def _list_backends(operation: str, device: torch.device) -> str:
+    return "; ".join(
+        f"{name} ({'usable' if reason is None else reason})"
+        for name, reason in kernels.backends(operation, device).items()
+    )
+
+
+def _lengths(operation: str, kind: str, extent: str) -> tuple[int, ...]:
+    if operation.startswith("ripple"):
+        return _GRIDS
+    longest = _LONGEST[kind].get(extent, _LONGEST[kind]["quick"])
+    return tuple(2**i for i in range(6, longest.bit_length()))
+
+
+def _too_much_work(case: Case, kind: str, extent: str) -> str | None:
+    flop = least_work(case.operation, case.mode, shape_of(case.operation, case.tokens), 4).flop
+    limit = _MOST_FLOP[kind][extent]
+    if flop <= limit:
+        return None
+    further = " (--sweep full goes further)" if extent == "quick" else ""
+    return f"one call is {flop:.1e} FLOP, past the {extent} limit of {limit:.0e}{further}"
+
+
+def _too_much_memory(case: Case) -> str | None:
+    if case.operation != "softmax_attention" or case.backend != "reference":
+        return None
+    copies = 5 if case.mode == FORWARD_BACKWARD else 3
+    need = copies * 4 * HEADS * case.tokens**2
+    if need <= _MOST_REFERENCE_BYTES:
+        return None
+    return f"its N×M matrices would take {need / 2**30:.0f} GiB"

@@ -1,0 +1,160 @@
+"""pytest as a user runs it, in a process of its own: with --benchmark-only, and without."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from bench.plugin import sweep_from
+from bench.sweep import SweepError
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def run_pytest(*arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", *arguments]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory) -> tuple[str, dict[str, Any]]:
+    path = tmp_path_factory.mktemp("run") / "new" / "run.json"
+    options = ["--device", "cpu", "--seq-lens", "64", "--ops", "linear_attention"]
+    options += ["--backends", "torch", f"--benchmark-json={path}"]
+    done = run_pytest("--benchmark-only", *options)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout, json.loads(path.read_text())
+
+
+def test_only_the_cases_asked_for_are_run(run) -> None:
+    output, document = run
+    names = [benchmark["name"] for benchmark in document["benchmarks"]]
+    assert names == [
+        "test_kernel[linear_attention-forward-float32-N64-torch]",
+        "test_kernel[linear_attention-forward+backward-float32-N64-torch]",
+    ]
+    assert "2 passed" in output
+    assert "skipped" not in output
+    assert "deselected" not in output
+
+
+def test_extra_info_has_what_a_report_needs(run) -> None:
+    _, document = run
+    for benchmark, work in zip(document["benchmarks"], (1, 3), strict=True):
+        info, stats = benchmark["extra_info"], benchmark["stats"]
+        assert info["schema"] == 1
+        assert (info["operation"], info["backend"]) == ("linear_attention", "torch")
+        assert info["shape"] == {"B": 1, "H": 6, "Hk": 6, "N": 64, "M": 64, "D": 64}
+        assert info["least_flop"] == work * 8 * 64 * 64 * 64 * 6
+        assert info["gb_per_s"] == pytest.approx(info["least_bytes"] / stats["median"] / 1e9)
+        assert info["tflop_per_s"] == pytest.approx(info["least_flop"] / stats["median"] / 1e12)
+        assert info["peak_memory_bytes"] > 0
+        assert info["implementation"]
+        assert len(info["error"]) == (1 if work == 1 else 4)
+        for error in info["error"].values():
+            assert 0 < error["rms"] <= error["rms_tolerance"]
+        machine = info["machine"]
+        assert machine["torch"] == torch.__version__
+        assert machine["cores"] >= 1
+        assert machine["cpu"]
+    suite = document["kernel_suite"]
+    assert suite["kind"] == "benchmarks"
+    assert suite["failed"] == {}
+
+
+def test_statistics_are_those_of_the_measured_rounds(run) -> None:
+    _, document = run
+    for benchmark in document["benchmarks"]:
+        stats = benchmark["stats"]
+        assert len(stats["data"]) == stats["rounds"] >= 3
+        assert min(stats["data"]) == stats["min"] > 0
+        assert sorted(stats["data"])[len(stats["data"]) // 2] == pytest.approx(
+            stats["median"], rel=0.5
+        )
+
+
+def test_output_shows_progress_and_a_table(run) -> None:
+    output, _ = run
+    assert "[1/2 " in output
+    assert "[2/2 " in output
+    assert "linear_attention, forward+backward, float32" in output
+    assert "GFLOP/s" in output
+
+
+def test_plain_pytest_collects_no_benchmark() -> None:
+    done = run_pytest("--collect-only", "-q", "bench", "tests/reports/test_fits.py")
+    assert "bench" not in done.stdout
+    assert "tests/reports/test_fits.py" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--backends", "torch"], "--backends is for benchmarks: add --benchmark-only"),
+        (["--benchmark-only", "--backends", "nope"], "unknown backend 'nope'; there are reference"),
+    ],
+)
+def test_wrong_options_end_with_one_clear_line(arguments: list[str], message: str) -> None:
+    done = run_pytest(*arguments)
+    assert done.returncode == 4
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "message"),
+    [
+        ("seq_lens", "64,x", "--seq-lens: whole numbers separated by commas"),
+        ("dtypes", ",", "--dtypes: the list is empty"),
+        ("ops", "", "--ops: the list is empty"),
+    ],
+)
+def test_malformed_lists_are_refused(option: str, value: str, message: str) -> None:
+    class Config:
+        def getoption(self, name: str) -> str | None:
+            return value if name == option else None
+
+    with pytest.raises(SweepError, match=message):
+        sweep_from(Config())
+
+
+def test_wrong_result_fails_its_case_and_goes_into_the_file(tmp_path: Path) -> None:
+    """A backend that is fast and wrong: a plugin breaks it in the process under test."""
+    (tmp_path / "sabotage.py").write_text(
+        "import kernels\n"
+        "true = kernels.linear_attention\n"
+        "def wrong(q, k, v, *, eps=1e-6, backend=None):\n"
+        "    out = true(q, k, v, eps=eps, backend=backend)\n"
+        "    return out * 1.001 if backend == 'torch' else out\n"
+        "kernels.linear_attention = wrong\n"
+    )
+    path = tmp_path / "run.json"
+    command = (
+        "import sys; sys.path.insert(0, sys.argv.pop(1)); import pytest;"
+        "sys.exit(pytest.main(sys.argv[1:]))"
+    )
+    options = ["--benchmark-only", "--device", "cpu", "--seq-lens", "64"]
+    options += ["--ops", "linear_attention", "--backends", "reference,torch"]
+    options += ["-p", "sabotage", "-p", "no:cacheprovider", f"--benchmark-json={path}"]
+    done = subprocess.run(
+        [sys.executable, "-c", command, str(tmp_path), *options],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 1, done.stdout + done.stderr
+    assert "2 failed, 2 passed" in done.stdout
+    document = json.loads(path.read_text())
+    timed = {benchmark["extra_info"]["backend"] for benchmark in document["benchmarks"]}
+    assert timed == {"reference"}
+    failed = document["kernel_suite"]["failed"]
+    assert set(failed) == {
+        "linear_attention-forward-float32-N64-torch",
+        "linear_attention-forward+backward-float32-N64-torch",
+    }
+    assert all(reason.startswith("wrong result: ") for reason in failed.values())

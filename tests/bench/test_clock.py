@@ -1,0 +1,109 @@
+"""The clock and the memory meter, against calls whose cost is known."""
+
+import statistics
+import time
+
+import pytest
+import torch
+
+from bench import clock
+from bench.memory import is_out_of_memory, peak_beyond_outputs
+
+CPU = torch.device("cpu")
+
+
+def spin(seconds: float) -> None:
+    end = time.perf_counter() + seconds
+    while time.perf_counter() < end:
+        pass
+
+
+def test_cpu_time_is_that_of_the_call() -> None:
+    timing = clock.measure(lambda: spin(2e-3), CPU, budget_s=0.05)
+    # A busy machine only ever adds time, so the fastest round is the one to judge.
+    assert 2e-3 <= min(timing.seconds) < 2.4e-3
+    assert timing.calls_per_round == 1
+
+
+def test_short_calls_are_averaged_over_a_round() -> None:
+    timing = clock.measure(lambda: spin(2e-5), CPU, budget_s=0.02)
+    assert timing.calls_per_round > 10
+    assert 2e-5 <= min(timing.seconds) < 3e-5
+
+
+def test_warm_up_is_not_timed() -> None:
+    calls = []
+
+    def slow_at_first() -> None:
+        calls.append(1)
+        spin(0.05 if len(calls) == 1 else 5e-4)
+
+    timing = clock.measure(slow_at_first, CPU, budget_s=0.05)
+    assert statistics.median(timing.seconds) < 0.02
+    assert len(calls) >= 2 + len(timing.seconds)
+
+
+def test_budget_and_limits_decide_the_rounds() -> None:
+    assert len(clock.measure(lambda: spin(5e-3), CPU, budget_s=0, min_rounds=4).seconds) == 4
+    assert len(clock.measure(lambda: spin(1e-3), CPU, budget_s=9, max_rounds=6).seconds) == 6
+
+
+def test_spread_of_known_rounds() -> None:
+    timing = clock.Timing((1.0, 2.0, 3.0, 4.0, 5.0), 1, "made up")
+    assert timing.median == 3.0
+    assert timing.relative_iqr == pytest.approx(2 / 3)
+
+
+def test_peak_memory_counts_what_lives_at_once_beyond_the_result() -> None:
+    x = torch.randn(512, 1024)  # 2 MiB
+
+    def call() -> tuple[torch.Tensor, ...]:
+        first = x + 1
+        second = first * 2
+        del first
+        third = second * 3
+        del second
+        return (third,)
+
+    peak, how = peak_beyond_outputs(call, CPU)
+    assert peak is not None
+    assert peak == pytest.approx(x.nbytes, rel=0.01)  # two live at a time, one is the result
+    assert "profiler" in how
+
+
+def test_peak_memory_of_a_call_that_needs_none() -> None:
+    x = torch.randn(64, 64)
+    assert peak_beyond_outputs(lambda: (torch.relu(x),), CPU)[0] == 0
+
+
+def test_out_of_memory_is_told_apart() -> None:
+    with pytest.raises(RuntimeError) as too_big:
+        torch.empty(2**62, dtype=torch.uint8)
+    assert is_out_of_memory(too_big.value)
+    assert is_out_of_memory(torch.OutOfMemoryError("CUDA out of memory"))
+    assert not is_out_of_memory(RuntimeError("shapes do not match"))
+    assert not is_out_of_memory(ValueError("out of memory is not what this is about"))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_device_time_agrees_with_do_bench() -> None:
+    from triton.testing import do_bench
+
+    device = torch.device("cuda")
+    x = torch.randn(4096, 4096, device=device, dtype=torch.bfloat16)
+    ours = clock.measure(lambda: x @ x, device, budget_s=0.5).median
+    theirs = do_bench(lambda: x @ x, warmup=100, rep=500, return_mode="median") * 1e-3
+    assert ours == pytest.approx(theirs, rel=0.05)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_launch_gaps_are_no_device_time() -> None:
+    x = torch.zeros(1, device="cuda")
+
+    def hesitant() -> None:
+        x.add_(1)
+        spin(2e-3)
+        x.add_(1)
+
+    timing = clock.measure(hesitant, torch.device("cuda"), budget_s=0.2)
+    assert timing.median < 2e-4
