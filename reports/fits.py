@@ -1,0 +1,188 @@
+"""How time grows with length, and from which length on one curve is below another.
+
+Both answers come with an interval, or with the reason why the data gives none.
+"""
+
+from dataclasses import dataclass
+from itertools import pairwise
+
+import numpy as np
+from numpy.typing import ArrayLike
+from scipy import interpolate, stats
+
+# An exponent less certain than ±0.25 does not tell linear from N^1.5.
+_WIDEST_INTERVAL = 0.5
+_FEWEST_LENGTHS = 5
+_LARGEST_RESIDUAL = 0.25
+_EXPONENTS = np.linspace(0.0, 3.5, 71)
+# The constant a over the growing part at the shortest length; 0 is the pure power law.
+_FLOORS = np.concatenate([[0.0], np.logspace(-2, 4, 121)])
+
+
+@dataclass(frozen=True)
+class Fit:
+    """T = a + b·N^p by least squares of log T.
+
+    ``exponent`` is p with its 95 % interval ``low`` to ``high``; ``floor`` is a, in seconds;
+    ``residual`` the rms of log T about the fit; ``local_slope`` the log-log slope between the two
+    longest lengths. Where ``reason`` is set the data does not support the fit: no number is to be
+    quoted.
+    """
+
+    exponent: float
+    low: float
+    high: float
+    floor: float
+    scale: float
+    residual: float
+    local_slope: float
+    lengths: int
+    reason: str | None = None
+
+    def __str__(self) -> str:
+        if self.reason:
+            return f"no fit: {self.reason}"
+        return f"N^{self.exponent:.2f} ({self.low:.2f} to {self.high:.2f})"
+
+
+def fit_scaling(lengths: ArrayLike, seconds: ArrayLike) -> Fit:
+    """Fit T = a + b·N^p with a ≥ 0, b > 0 over all lengths; p's interval from its profile.
+
+    The interval holds every p whose best fit is not worse than the best of all by more than
+    Student's t allows, RSS(p) ≤ RSS·(1 + t²/(n − 3)), so that it stays honest where a launch floor
+    and the exponent can stand in for each other.
+    """
+    n = np.asarray(lengths, float)
+    order = np.argsort(n)
+    n, y = n[order], np.log(np.asarray(seconds, float)[order])
+    count = len(n)
+    nan = float("nan")
+    if count < _FEWEST_LENGTHS:
+        few = f"{count} lengths, at least {_FEWEST_LENGTHS} are needed"
+        return Fit(nan, nan, nan, nan, nan, nan, nan, count, few)
+    slope = float((y[-1] - y[-2]) / np.log(n[-1] / n[-2]))
+
+    # RSS(p) on a coarse grid of exponents, then on a fine one around its minimum.
+    freedom = count - 3
+    allowed = 1 + float(stats.t.ppf(0.975, freedom)) ** 2 / freedom
+    profile, _, _ = _profile(n, y, _EXPONENTS)
+    near = np.flatnonzero(profile <= max(float(profile.min()), 1e-12) * allowed)
+    ends = max(0, near[0] - 1), min(len(_EXPONENTS) - 1, near[-1] + 1)
+    exponents = np.linspace(_EXPONENTS[ends[0]], _EXPONENTS[ends[1]], 121)
+    profile, floors, offsets = _profile(n, y, exponents)
+    best = int(profile.argmin())
+    least = max(float(profile[best]), 1e-12)
+    inside = np.flatnonzero(profile <= least * allowed)
+    # The ends lie up to one grid step outside of the last points that are inside.
+    low = float(exponents[max(0, inside[0] - 1)])
+    high = float(exponents[min(len(exponents) - 1, inside[-1] + 1)])
+
+    p, floor = float(exponents[best]), float(floors[best])
+    unit = float(np.exp(offsets[best]))
+    residual = float(np.sqrt(least / count))
+    reason: str | None = None
+    if floor > (n[-1] / n[0]) ** p:
+        reason = f"mostly a constant up to N = {n[-1]:.0f}"
+    elif high - low > _WIDEST_INTERVAL or high >= _EXPONENTS[-1]:
+        reason = f"the exponent is anywhere from {low:.2f} to {high:.2f}"
+    elif residual > _LARGEST_RESIDUAL:
+        reason = f"the times scatter by {residual:.0%} about a + b·N^p"
+    scale = unit / n[0] ** p
+    return Fit(p, low, high, floor * unit, scale, residual, slope, count, reason)
+
+
+def _profile(
+    n: np.ndarray, y: np.ndarray, exponents: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Per exponent: the least RSS of y = offset + log(floor + (n/n₀)^p), its floor and offset."""
+    growth = (n / n[0])[None, :] ** exponents[:, None]
+    residuals = y - np.log(_FLOORS[None, :, None] + growth[:, None, :])
+    offset = residuals.mean(axis=2)
+    rss = ((residuals - offset[..., None]) ** 2).sum(axis=2)
+    best = rss.argmin(axis=1)
+    rows = np.arange(len(exponents))
+    return rss[rows, best], _FLOORS[best], offset[rows, best]
+
+
+@dataclass(frozen=True)
+class Crossover:
+    """The length from which the challenger stays below the incumbent, with a 95 % interval.
+
+    ``estimate``, ``low`` and ``high`` are 0 where that is below the shortest length measured, and
+    infinite where it is beyond the longest. ``text`` says it in words.
+    """
+
+    estimate: float
+    low: float
+    high: float
+    text: str
+
+
+def crossover(
+    lengths: ArrayLike,
+    incumbent: ArrayLike,
+    challenger: ArrayLike,
+    relative_error: ArrayLike,
+    *,
+    draws: int = 4000,
+    seed: int = 0,
+) -> Crossover:
+    """Where the ratio of two measured curves passes 1 for good.
+
+    The log of the ratio is interpolated between measured lengths (monotone cubics in log N); the
+    interval comes from redrawing it with the given error. Nothing is extrapolated.
+
+    Args:
+        lengths: where both were measured.
+        incumbent: seconds of the curve to beat.
+        challenger: seconds of the other.
+        relative_error: standard error of the ratio, one or one per length.
+    """
+    n = np.asarray(lengths, float)
+    order = np.argsort(n)
+    x = np.log(n[order])
+    d = (np.log(np.asarray(incumbent, float)) - np.log(np.asarray(challenger, float)))[order]
+    error = np.broadcast_to(np.asarray(relative_error, float), d.shape)
+    if len(n) < 2:
+        return Crossover(float("nan"), float("nan"), float("nan"), "too few common lengths")
+    noise = np.random.default_rng(seed).standard_normal((draws, len(n)))
+    estimate = float(_crossings(x, d[None])[0])
+    crossings = np.sort(_crossings(x, d + noise * error))
+    low = float(crossings[int(0.025 * (draws - 1))])
+    high = float(crossings[int(np.ceil(0.975 * (draws - 1)))])
+    shortest, longest = f"{np.exp(x[0]):.0f}", f"{np.exp(x[-1]):.0f}"
+    if high == 0:
+        text = f"below N = {shortest}, the shortest measured"
+    elif low == np.inf:
+        text = f"none up to N = {longest}"
+    else:
+        text = (
+            f"N ≈ {_length(estimate, shortest, longest)} "
+            f"({_length(low, shortest, longest)} to {_length(high, shortest, longest)})"
+        )
+    return Crossover(estimate, low, high, text)
+
+
+def _crossings(x: np.ndarray, d: np.ndarray) -> np.ndarray:
+    """Per row, the last zero crossing of the log ratio: 0 if all is above, inf if it ends below."""
+    # Between lengths a factor of two apart the ratio is curved: straight lines would be biased.
+    fine = np.unique(np.concatenate([np.linspace(a, b, 17) for a, b in pairwise(x)]))
+    x, d = fine, interpolate.PchipInterpolator(x, d, axis=1)(fine)
+    below = d < 0
+    last = np.where(below.any(axis=1), d.shape[1] - 1 - below[:, ::-1].argmax(axis=1), -1)
+    left = np.clip(last, 0, d.shape[1] - 2)
+    rows = np.arange(len(d))
+    rise = d[rows, left + 1] - d[rows, left]
+    crosses = (d[rows, left] < 0) & (d[rows, left + 1] >= 0)
+    share = np.divide(-d[rows, left], rise, out=np.zeros_like(rise), where=crosses)
+    found = np.exp(x[left] + share * (x[left + 1] - x[left]))
+    found = np.where(last == -1, 0.0, found)
+    return np.where(last == d.shape[1] - 1, np.inf, found)
+
+
+def _length(value: float, shortest: str, longest: str) -> str:
+    if value == 0:
+        return f"under {shortest}"
+    if value == np.inf:
+        return f"over {longest}"
+    return f"{value:.3g}" if value < 1000 else f"{round(value, 2 - len(str(int(value)))):,.0f}"

@@ -1,0 +1,151 @@
+"""A saved run as the benchmarks write it, with timings made up from known curves."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+MACHINE = {
+    "cpu": "Test CPU <3 GHz>",
+    "cores": 2,
+    "threads": 2,
+    "torch": "2.99",
+    "device": "cpu",
+    "device_name": "Test CPU <3 GHz>",
+    "git": "0123456789ab",
+}
+
+
+def seconds(operation: str, backend: str, mode: str, tokens: int) -> float:
+    """Softmax is quadratic, all else linear; they cross at N = 400 whatever the backend's speed."""
+    speed = {"reference": 4.0, "torch": 2.0, "compiled": 1.0}[backend]
+    speed *= 3.0 if "backward" in mode else 1.0
+    if operation == "softmax_attention":
+        return speed * 1e-9 * tokens**2
+    return speed * 4e-7 * tokens
+
+
+def case(
+    operation: str, backend: str, mode: str, tokens: int, dtype: str = "float32"
+) -> dict[str, Any]:
+    median = seconds(operation, backend, mode, tokens)
+    return {
+        "name": f"{operation}-{mode}-{dtype}-N{tokens}-{backend}",
+        "extra_info": {
+            "schema": 1,
+            "operation": operation,
+            "backend": backend,
+            "implementation": f"{backend} of {operation}",
+            "pass": mode,
+            "dtype": dtype,
+            "N": tokens,
+            "shape": {"B": 1, "H": 6, "Hk": 6, "N": tokens, "M": tokens, "D": 64},
+            "least_bytes": 1536 * tokens,
+            "least_flop": 196608 * tokens,
+            "gb_per_s": 1536 * tokens / median / 1e9,
+            "tflop_per_s": 196608 * tokens / median / 1e12,
+            "peak_memory_bytes": 1000 * tokens,
+            "peak_memory_how": "made up",
+            "error": {"out": {"rms": 1e-7, "max": 1e-6}},
+            "device": "cpu",
+            "clock": "made up",
+            "machine": MACHINE,
+        },
+        "stats": {"median": median, "q1": 0.99 * median, "q3": 1.01 * median, "rounds": 9},
+    }
+
+
+def step(model: str, images_per_s: float) -> dict[str, Any]:
+    made = case("linear_attention", "torch", "forward", 64)
+    made["extra_info"] |= {
+        "operation": "training_step",
+        "backend": "default",
+        "pass": "step",
+        "model": model,
+        "model_title": model.title(),
+        "settings": {"dim": 64, "depth": 4, "batch_size": 64, "dataset": "digits"},
+        "images_per_s": images_per_s,
+    }
+    made["stats"]["median"] = 64 / images_per_s
+    return made
+
+
+def run(when: str = "2030-01-02T03:04:05+00:00", **changes: Any) -> dict[str, Any]:
+    benchmarks = [
+        case(operation, backend, mode, 2**i)
+        for operation in ("linear_attention", "softmax_attention", "ripple_pool")
+        for backend in ("reference", "torch", "compiled")
+        for mode in ("forward", "forward+backward")
+        for i in range(6, 13)
+    ]
+    benchmarks += [step("baseline", 100.0), step("ripple", 150.0)]
+    suite = {
+        "kind": "benchmarks",
+        "schema": 1,
+        "sweep": "quick",
+        "device": "cpu",
+        "not_timed": {"backend cuda": "no CUDA device here"},
+        "failed": {"linear_attention-forward-float32-N64-odd": "wrong result: out"},
+    }
+    return {"datetime": when, "benchmarks": benchmarks, "kernel_suite": suite, **changes}
+
+
+def check() -> dict[str, Any]:
+    common = {"operation": "linear_attention", "dtype": "float32", "device": "cpu"}
+    results = [
+        {"backend": "torch", "status": "passed", "mode": "native", "worst_rms_error": 2e-7},
+        {"backend": "triton", "status": "passed", "mode": "interpreter", "worst_rms_error": 3e-7},
+        {"backend": "odd", "status": "failed", "mode": "native", "reason": "wrong grad q"},
+        {"backend": "cuda", "status": "unusable", "mode": "native", "reason": "no device"},
+    ]
+    results = [{**common, "reason": None, "tensors": [], **r} for r in results]
+    return {"kind": "check", "schema": 1, "device": "cpu", "machine": MACHINE, "results": results}
+
+
+def table() -> dict[str, Any]:
+    def row(model: str, accuracy: float | None, claim: dict[str, float] | None) -> dict[str, Any]:
+        ran = accuracy is not None
+        return {
+            "model": model,
+            "title": model.title(),
+            "attention_type": model,
+            "local_branch": False,
+            "status": "measured" if ran else "not run",
+            "seeds": [0, 1, 2] if ran else [],
+            "parameters": 123_456 if ran else None,
+            "accuracy": {"mean": accuracy, "half_width": 0.4, "values": []} if ran else None,
+            "images_per_second": {"median": 2000.0, "values": []} if ran else None,
+            "speedup": {"median": 1.25, "low": 1.2, "high": 1.3, "values": []} if ran else None,
+            "claim": claim,
+        }
+
+    setting = {"dim": 64, "depth": 4, "epochs": 12, "batch_size": 64}
+    where = {"device": "cpu", "cpu": "Test CPU", "threads": 2, "torch": "2.99", "revision": None}
+    return {
+        "schema": "linear-vit-table/1",
+        "created": "2030-01-02T03:04:05+00:00",
+        "claims": {"source": "the original", "backbone": "dim 384"},
+        "datasets": [
+            {
+                "dataset": "digits",
+                "title": "scikit-learn digits",
+                "status": "measured",
+                "setting": setting,
+                "environment": where,
+                "rows": [row("baseline", 95.5, None), row("ripple", 97.25, None)],
+            },
+            {
+                "dataset": "cifar100",
+                "title": "CIFAR-100",
+                "status": "not run",
+                "setting": None,
+                "environment": None,
+                "rows": [row("ripple", None, {"accuracy": 85.3, "speedup": 2.1})],
+            },
+        ],
+    }
+
+
+def save(path: Path, document: Any) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(document))
+    return path
