@@ -47,23 +47,29 @@ _RIPPLE = (RippleShape(2, 8, 8, 48, axis=0), RippleShape(1, 7, 5, 33, axis=1))
 # The interpreter takes seconds for what a GPU does in microseconds.
 _ATTENTION_INTERPRETED = (AttentionShape(B=1, H=2, Hk=1, N=37, M=70, D=16),)
 _RIPPLE_INTERPRETED = (RippleShape(1, 5, 4, 8, axis=0), RippleShape(1, 4, 5, 8, axis=1))
+_SPARED = "each dtype compiles for seconds: python -m bench.check --full goes through all of them"
 
 Result = dict[str, Any]
 
 
 def cross_check(
-    device: torch.device, *, only: str | None = None, progress: Callable[[str], None]
+    device: torch.device,
+    *,
+    only: str | None = None,
+    full: bool = False,
+    progress: Callable[[str], None],
 ) -> list[Result]:
     """Check every operation x backend x dtype on a device; one result each.
 
     Args:
         device: where to run.
         only: the one backend to check; None for all of them.
+        full: also `compiled` in every dtype and shape; without it, in float32 and one shape.
         progress: called with a line before each step.
 
     Returns:
-        Dicts with operation, backend, dtype, status ("passed", "failed", "unusable"), mode
-        ("native", "interpreter"), reason (of a failure, or why it is unusable), and per shape and
+        Dicts with operation, backend, dtype, status ("passed", "failed", "unusable", "left out"),
+        mode ("native", "interpreter"), reason (why it failed or did not run), and per shape and
         tensor the errors and tolerances.
     """
     results = []
@@ -83,12 +89,18 @@ def cross_check(
                 if all(reasons):
                     results.append({**result, "status": "unusable", "reason": reasons[0]})
                     continue
+                sparing = backend == "compiled" and not full
+                if sparing and dtype != torch.float32:
+                    results.append({**result, "status": "left out", "reason": _SPARED})
+                    continue
                 progress(f"{operation} {dtype_name} {backend}")
                 if not prepared:
                     for shape in shapes:
                         problem = make_problem(operation, shape, dtype, device)
                         prepared.append((problem, expected_results(problem)))
-                results.append({**result, **_check_shapes(prepared, backend)})
+                results.append(
+                    {**result, **_check_shapes(prepared[: 1 if sparing else None], backend)}
+                )
     return results
 
 
@@ -188,6 +200,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--device", help="cpu or cuda (default: cuda if there)")
     parser.add_argument("--json", type=Path, metavar="PATH", help="also write the results there")
     parser.add_argument("--only", choices=kernels.BACKENDS, metavar="BACKEND", help="one backend")
+    parser.add_argument("--full", action="store_true", help="`compiled` in every dtype and shape")
     parser.add_argument("--plain", action="store_true", help="lines instead of a live display")
     arguments = parser.parse_args(argv)
     try:
@@ -196,7 +209,7 @@ def main(argv: list[str] | None = None) -> int:
         parser.error(str(error))
 
     with _progress(arguments.plain) as progress:
-        results = cross_check(device, only=arguments.only, progress=progress)
+        results = cross_check(device, only=arguments.only, full=arguments.full, progress=progress)
         # Where Triton has no device, its interpreter stands in, if it is installed.
         if device.type == "cpu" and arguments.only is None:
             results = _with_interpreter(results, progress)
@@ -278,12 +291,17 @@ def _matrix(results: list[Result]) -> str:
         text += "† in Triton's interpreter, on small shapes: correctness only\n"
     for reason, who in notes.items():
         text += f"{', '.join(who)}: {reason}\n"
-    counts = {s: sum(r["status"] == s for r in results) for s in ("passed", "failed", "unusable")}
-    return (
-        text
-        + f"{counts['passed']} passed, {counts['failed']} failed, "
-        + (f"{counts['unusable']} not usable here")
-    )
+    statuses = [r["status"] for r in results]
+    counts = [
+        f"{statuses.count(status)} {words}"
+        for status, words in (
+            ("passed", "passed"),
+            ("failed", "failed"),
+            ("unusable", "not usable here"),
+            ("left out", "left out"),
+        )
+    ]
+    return text + ", ".join(counts)
 
 
 if __name__ == "__main__":

@@ -21,20 +21,25 @@ DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.
 SWEEPS = ("quick", "full")
 
 # One sequence, six heads of 64: time against N is then the scaling of one attention layer of a
-# ViT-S, and N = 65,536 fits on any machine.
+# ViT-S.
 HEADS, HEAD_DIM, CHANNELS = 6, 64, 384
 
 # One call may cost this many FLOP (least work): about a second at 100 GFLOP/s on a CPU, and at 100
 # TFLOP/s on a GPU. This, not a hard-coded length, is what stops a quadratic operation.
 _MOST_FLOP = {"cpu": {"quick": 1e11, "full": 2e12}, "cuda": {"quick": 5e13, "full": 1e16}}
-_LONGEST = {"cpu": {"quick": 65_536, "full": 1_048_576}, "cuda": {"quick": 1_048_576}}
+_LONGEST = {"cpu": {"quick": 16_384, "full": 1_048_576}, "cuda": {"quick": 1_048_576}}
 # The softmax reference stores its N×M matrix, in float32 and several times over.
 _MOST_REFERENCE_BYTES = 4 * 2**30
 _QUICK_DTYPES = {"cpu": ("float32",), "cuda": ("bfloat16", "float32")}
 # Made of the same kernels as linear_attention, so a quick sweep leaves them out.
 _FULL_ONLY = ("linear_attention_state", "linear_attention_apply")
-# Grids of 8×8, 8×16, 16×16 … 64×64 tokens; --seq-lens may name others.
-_GRIDS = tuple(2**i for i in range(6, 13))
+# Grids from 8×8 to 64×64 tokens; --seq-lens may name others.
+_GRIDS = {"quick": (64, 256, 512, 1024, 4096), "full": tuple(2**i for i in range(6, 13))}
+# The oracle; nobody's choice of an implementation.
+_FULL_ONLY_BACKENDS = ("reference",)
+
+
+_SPARED = "the oracle is timed by --sweep full, or by name with --backends"
 
 
 class SweepError(ValueError):
@@ -102,6 +107,9 @@ def make_sweep(
         if operation == TRAINING_STEP:
             continue
         usable = _timeable(operation, where, backends, left_out)
+        if extent == "quick" and not backends:
+            usable = tuple(name for name in usable if name not in _FULL_ONLY_BACKENDS)
+            left_out |= {f"backend {name}": _SPARED for name in _FULL_ONLY_BACKENDS}
         for dtype in chosen_dtypes:
             lengths = seq_lens or _lengths(operation, kind, extent)
             for tokens in sorted(set(lengths)):
@@ -195,7 +203,7 @@ def _list_backends(operation: str, device: torch.device) -> str:
 
 def _lengths(operation: str, kind: str, extent: str) -> tuple[int, ...]:
     if operation.startswith("ripple"):
-        return _GRIDS
+        return _GRIDS[extent]
     longest = _LONGEST[kind].get(extent, _LONGEST[kind]["quick"])
     return tuple(2**i for i in range(6, longest.bit_length()))
 

@@ -112,17 +112,24 @@ def run(op: str, backend: str | None, *arguments: Any) -> Any:
     head_dim = first.shape[-1] if _ROOMS[op] != "ripple" else None
     chosen = _resolve(op, backend, str(first.device), first.dtype, head_dim)
     with without_autocast(first.device.type):
-        return _FUNCTIONS[chosen](*arguments)
+        return getattr(_functions, chosen)(*arguments)
 
 
-# "op/backend" -> the function that runs it, once it has been chosen.
-_FUNCTIONS: dict[str, Callable[..., Any]] = {}
+class _Functions:
+    """Attribute ``<op>__<backend>``: the function that runs it, once it has been chosen.
+
+    Attributes and not a dict, because torch.compile reads them anew: of a dict it keeps the copy
+    it saw first, which lacks what a later call of the same graph loads.
+    """
+
+
+_functions = _Functions()
 
 
 def _resolve(
     op: str, backend: str | None, device: str, dtype: torch.dtype, head_dim: int | None
 ) -> str:
-    """The key in ``_FUNCTIONS`` of the function to run, which is loaded by then."""
+    """The name in ``_functions`` of the function to run, which is loaded by then."""
     if backend is not None and not isinstance(backend, str):
         raise TypeError(f"backend must be a name or None, got {type(backend).__name__}")
     return _choose(op, backend, torch.device(device), dtype, head_dim, _interpreting())
@@ -156,11 +163,11 @@ def _choose(
         candidates = [backend] if usable[backend] is None else []
     for name in candidates:
         try:
-            _FUNCTIONS[f"{op}/{name}"] = getattr(_module(op, name), op)
+            setattr(_functions, f"{op}__{name}", getattr(_module(op, name), op))
         except RuntimeError as error:  # its extension does not build: the reason from now on
             usable[name] = str(error)
         else:
-            return f"{op}/{name}"
+            return f"{op}__{name}"
     what = f"backend {backend!r} can't" if backend is not None else "no backend can"
     because = f": {usable[backend]}" if backend is not None else ""
     raise ValueError(f"{what} run {op} on {device}{because}. All of them: {_list(usable)}")

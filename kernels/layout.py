@@ -33,33 +33,34 @@ def in_order_of(x: Tensor, result: Tensor) -> Tensor:
     return _restride(result, empty_like(x).stride())
 
 
-class _GradientsInOrder(torch.autograd.Function):
-    """Identity whose backward puts each gradient into the memory order of its input.
+class _GradientInOrder(torch.autograd.Function):
+    """Identity whose backward puts the gradient into the memory order of the input.
 
     The gradients PyTorch's own formulas produce come in whatever order the products left them.
     """
 
-    # Lists and not generators: Dynamo traces these, and trips over a generator it has to resume.
     @staticmethod
-    def forward(ctx: Any, *tensors: Tensor) -> tuple[Tensor, ...]:
-        ctx.strides = [empty_like(x).stride() for x in tensors]
-        return tuple([x.view_as(x) for x in tensors])
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.strides = empty_like(x).stride()
+        return x.view_as(x)
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, ...]:
-        return tuple([_restride(g, s) for g, s in zip(gradients, ctx.strides, strict=True)])
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        return _restride(gradient, ctx.strides)
 
 
 def gradients_in_order(*tensors: Tensor) -> tuple[Tensor, ...]:
     """The tensors themselves; their gradients will come in each tensor's own memory order."""
-    if torch.is_grad_enabled() and needs_gradient(*tensors):
-        return _GradientsInOrder.apply(*tensors)
-    return tensors
+    if not torch.is_grad_enabled():
+        return tensors
+    # A list and not a generator: Dynamo traces this, and trips over generators it has to resume.
+    # One call per tensor: it refuses one call that is given the same tensor twice, as attention is.
+    return tuple([_GradientInOrder.apply(x) if x.requires_grad else x for x in tensors])
 
 
 def needs_gradient(*tensors: Tensor) -> bool:
     """Whether any of them requires a gradient."""
-    for x in tensors:  # noqa: SIM110  (not any(): see above)
+    for x in tensors:  # noqa: SIM110  (Dynamo and generators: see above)
         if x.requires_grad:
             return True
     return False

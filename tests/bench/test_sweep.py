@@ -23,7 +23,7 @@ def test_quick_sweep_covers_operation_pass_and_length() -> None:
         for case in sweep.cases
         if (case.operation, case.mode, case.backend) == ("linear_attention", "forward", "torch")
     ]
-    assert lengths == [2**i for i in range(6, 17)]
+    assert lengths == [2**i for i in range(6, 15)]
     assert len(set(sweep.cases)) == len(sweep.cases)
     assert sweep.training_backends == CPU_BACKENDS
 
@@ -77,7 +77,7 @@ def test_backends_of_a_case_stand_next_to_each_other() -> None:
 
 
 def test_unusable_backends_are_left_out_with_their_reason() -> None:
-    sweep = make_sweep(device="cpu", operations=["linear_attention"])
+    sweep = make_sweep(device="cpu", operations=["linear_attention"], extent="full")
     timed = {case.backend for case in sweep.cases}
     reasons = kernels.backends("linear_attention", "cpu")
     for name, reason in reasons.items():

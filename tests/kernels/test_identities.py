@@ -200,6 +200,20 @@ def test_memory_order_is_the_inputs(op: str, backend: str, layout: str) -> None:
         assert gradient.stride() == torch.empty_like(x).stride()
 
 
+@pytest.mark.parametrize(("op", "backend"), op_backend_pairs(*ATTENTION))
+def test_one_tensor_as_all_three(op: str, backend: str) -> None:
+    """Self-attention without projections: x is q, k and v, and collects three gradients."""
+    x = _inputs(Attention(op, queries=12))[0].requires_grad_()
+    attend = getattr(kernels, op)
+    copies = [x.detach().clone().requires_grad_() for _ in range(3)]
+    out, expected = attend(x, x, x, backend=backend), attend(*copies, backend=backend)
+    torch.testing.assert_close(out, expected, **CLOSE)
+    (gradient,) = torch.autograd.grad(out.sum(), [x])
+    torch.testing.assert_close(
+        gradient, sum(torch.autograd.grad(expected.sum(), copies)), rtol=1e-4, atol=1e-4
+    )
+
+
 @pytest.mark.parametrize(("op", "backend"), op_backend_pairs("softmax_attention"))
 def test_softmax_scale(op: str, backend: str) -> None:
     q, k, v = _inputs(Attention(op, queries=10, keys=20))

@@ -1,0 +1,24 @@
+"""The modules a vision transformer is made of: three kinds of attention and the model around them.
+
+Every attention module takes and returns tokens (B, N, C) and is told the token grid at call,
+``module(x, grid=(rows, cols))`` with N = rows * cols. What is computed in them comes from
+``kernels``; ``backend`` (a name, or None for the fastest usable one) is passed through to it.
+
+Two names in the literature mean other things: Bolya et al.'s *Hydra Attention* (as many heads as
+features) is not this HydraAttention (query branches that share one key and value head), and Zheng
+et al.'s *Ripple Attention* (attention weighted by spatial distance) is not this RippleAttention
+(linear attention at the top of a token pyramid).
+"""
+
+from attention.baseline import BaselineAttention
+from attention.hydra import HydraAttention
+from attention.ripple import RippleAttention
+from attention.vit import ATTENTION_TYPES, VisionTransformer
+
+__all__ = [
+    "ATTENTION_TYPES",
+    "BaselineAttention",
+    "HydraAttention",
+    "RippleAttention",
+    "VisionTransformer",
+]

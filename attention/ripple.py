@@ -1,0 +1,125 @@
+"""RippleAttention: linear attention at the top of a token pyramid."""
+
+import torch
+from torch import Tensor, nn
+
+from attention.layers import Grid, LocalBranch, check_tokens, head_count
+from kernels import linear_attention, ripple_expand, ripple_pool
+
+
+def halving_axes(grid: Grid, stages: int) -> list[int]:
+    """The axis that each stage halves: 0 (rows), 1 (columns), 0, ... passing over size 1.
+
+    Size n becomes ceil(n / 2). Raises ValueError where the grid cannot be halved that often.
+    """
+    if stages < 0:
+        raise ValueError(f"ripple_stages must be at least 0, got {stages}")
+    size = list(grid)
+    axes: list[int] = []
+    while len(axes) < stages and max(size) > 1:
+        axis = len(axes) % 2
+        if size[axis] == 1:
+            axis = 1 - axis
+        size[axis] = (size[axis] + 1) // 2
+        axes.append(axis)
+    if len(axes) < stages:
+        raise ValueError(
+            f"a token grid of {grid[0]}x{grid[1]} can be halved at most {len(axes)} times, "
+            f"got ripple_stages {stages}"
+        )
+    return axes
+
+
+class RippleStage(nn.Module):
+    """The weights of one stage: a pooling filter down; two scales and a lateral filter up."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.pool_weight = nn.Parameter(torch.empty(dim, 3, 3))
+        self.expand_weight = nn.Parameter(torch.empty(2, dim))
+        self.lateral_weight = nn.Parameter(torch.empty(dim, 3, 3))
+        self.reset_parameters()
+
+    def reset_parameters(self, generator: torch.Generator | None = None) -> None:
+        nn.init.normal_(self.pool_weight, mean=1 / 9, std=0.05, generator=generator)
+        nn.init.ones_(self.expand_weight)
+        nn.init.normal_(self.lateral_weight, std=0.1, generator=generator)
+
+    def pool(self, x: Tensor, axis: int, backend: str | None) -> Tensor:
+        return ripple_pool(x, self.pool_weight, axis=axis, backend=backend)
+
+    def expand(self, z: Tensor, x: Tensor, axis: int, backend: str | None) -> Tensor:
+        return ripple_expand(
+            z, x, self.expand_weight, self.lateral_weight, axis=axis, backend=backend
+        )
+
+
+class RippleAttention(nn.Module):
+    """Pool the token grid, attend among the few tokens left, expand back; over (B, N, C).
+
+    1. Ripple pooling: each stage halves rows, then columns, then rows ... (a depthwise 3x3 of
+       stride 2; an axis of size 1 is passed over).
+    2. Linear attention on the compressed grid: qkv projection, heads, output projection.
+    3. Ripple expansion, back up the pyramid: each level adds a depthwise 3x3 of its own input.
+
+    Args:
+        dim: C, the embedding dimension.
+        heads: must divide dim; None means dim / 64, at least 1.
+        ripple_stages: how often the grid is halved; 0 gives plain linear attention.
+        local_branch: adds a depthwise 3x3 of the attention's input x, that is of the compressed
+            grid, to the attention's result before the output projection. (On the fine grid the
+            last expansion adds a depthwise 3x3 of x already.)
+        backend: a name from ``kernels.BACKENDS``, or None for the fastest usable one.
+
+    Raises:
+        ValueError: heads do not divide dim; at call, x is not (B, rows * cols, dim), or the grid
+            cannot be halved ``ripple_stages`` times (the message names the largest count).
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        *,
+        heads: int | None = None,
+        ripple_stages: int = 3,
+        local_branch: bool = False,
+        backend: str | None = None,
+    ) -> None:
+        super().__init__()
+        if ripple_stages < 0:
+            raise ValueError(f"ripple_stages must be at least 0, got {ripple_stages}")
+        self.dim = dim
+        self.heads = head_count(dim, heads)
+        self.backend = backend
+        self.stages = nn.ModuleList(RippleStage(dim) for _ in range(ripple_stages))
+        self.qkv = nn.Linear(dim, 3 * dim)
+        self.local = LocalBranch(dim) if local_branch else None
+        self.projection = nn.Linear(dim, dim)
+
+    def forward(self, x: Tensor, grid: Grid) -> Tensor:
+        check_tokens(x, grid, self.dim)
+        axes = halving_axes(grid, len(self.stages))
+        level = x.unflatten(1, grid)  # (B, rows, cols, C)
+        finer: list[Tensor] = []
+        for stage, axis in zip(self.stages, axes, strict=True):
+            assert isinstance(stage, RippleStage)
+            finer.append(level)
+            level = stage.pool(level, axis, self.backend)
+        level = self._attend(level)
+        for stage, axis in zip(reversed(self.stages), reversed(axes), strict=True):
+            assert isinstance(stage, RippleStage)
+            level = stage.expand(level, finer.pop(), axis, self.backend)
+        return level.flatten(1, 2)
+
+    def _attend(self, level: Tensor) -> Tensor:
+        """Multi-head linear attention on the compressed grid (B, rows, cols, C)."""
+        batch, rows, cols, dim = level.shape
+        x = level.flatten(1, 2)
+        packed = self.qkv(x).view(batch, rows * cols, 3, self.heads, -1)
+        q, k, v = packed.permute(2, 0, 3, 1, 4).unbind(0)
+        out = linear_attention(q, k, v, backend=self.backend)
+        # The kernels keep q's (B, N, H, D) memory order, so this reshape is a view.
+        out = out.transpose(1, 2).reshape(batch, rows * cols, dim)
+        if self.local is not None:
+            out = out + self.local(x, (rows, cols))
+        return self.projection(out).unflatten(1, (rows, cols))

@@ -1,0 +1,287 @@
+"""The loaders, on small files of the real formats, whole and damaged."""
+
+import gzip
+import io
+import pickle
+import socket
+import struct
+import sys
+import urllib.error
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from training import datasets
+from training.errors import UserError
+
+
+@pytest.fixture(autouse=True)
+def _no_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Downloads fail as without a network, on every machine; nothing is read from its folders."""
+
+    def unreachable(*_arguments: Any, **_options: Any) -> None:
+        raise urllib.error.URLError("no network in tests")
+
+    monkeypatch.setattr("urllib.request.urlopen", unreachable)
+    original = datasets._find
+    monkeypatch.setattr(
+        datasets,
+        "_find",
+        lambda paths, complete: original(
+            [p for p in paths if "/usr/share" not in str(p)], complete
+        ),
+    )
+
+
+def idx(array: np.ndarray) -> bytes:
+    header = struct.pack(f">HBB{array.ndim}I", 0, 8, array.ndim, *array.shape)
+    return header + array.tobytes()
+
+
+def fashion(folder: Path, *, compressed: bool = True, count: int = 40) -> np.ndarray:
+    """Writes the four files; returns the training images."""
+    folder.mkdir(parents=True, exist_ok=True)
+    generator = np.random.default_rng(0)
+    images = generator.integers(0, 256, (count, 28, 28), np.uint8)
+    labels = (np.arange(count) % 10).astype(np.uint8)
+    for prefix in ("train", "t10k"):
+        for name, array in (("images-idx3", images), ("labels-idx1", labels)):
+            content = idx(array)
+            path = folder / f"{prefix}-{name}-ubyte{'.gz' if compressed else ''}"
+            path.write_bytes(gzip.compress(content) if compressed else content)
+    return images
+
+
+def cifar(folder: Path) -> np.ndarray:
+    """Writes train, test and meta as the published archive has them; returns training data."""
+    folder.mkdir(parents=True)
+    data = np.random.default_rng(0).integers(0, 256, (200, 3072), np.uint8)
+    labels = [n % 100 for n in range(200)]
+    batch = {b"data": data, b"fine_labels": labels, b"coarse_labels": [0] * 200}
+    for name in ("train", "test"):
+        (folder / name).write_bytes(as_python_2(batch))
+    names = {b"fine_label_names": [f"class {n}".encode() for n in range(100)]}
+    (folder / "meta").write_bytes(as_python_2(names))
+    return data
+
+
+def as_python_2(content: Any) -> bytes:
+    """Pickles as the published files were: strings of bytes, numpy under its old name."""
+
+    class Pickler(pickle._Pickler):  # type: ignore[name-defined,misc]
+        dispatch = dict(pickle._Pickler.dispatch)  # type: ignore[attr-defined]  # noqa: RUF012
+
+        def save_string(self, text: bytes) -> None:
+            self.write(pickle.BINSTRING + struct.pack("<i", len(text)) + text)
+
+        dispatch[bytes] = save_string
+
+    buffer = io.BytesIO()
+    Pickler(buffer, protocol=2).dump(content)
+    return buffer.getvalue().replace(b"cnumpy._core.multiarray\n", b"cnumpy.core.multiarray\n")
+
+
+def tiny(folder: Path) -> None:
+    """Three classes of four images; the second class's are grey, class c's pixels are 40 c."""
+    from PIL import Image
+
+    wnids = ["n03", "n01", "n02"]
+    (folder / "val" / "images").mkdir(parents=True)
+    (folder / "wnids.txt").write_text("\n".join(wnids) + "\n")
+    (folder / "words.txt").write_text("n01\tgoldfish, Carassius\nn02\tnewt\n")
+    lines = []
+    for label, wnid in enumerate(wnids):
+        (folder / "train" / wnid / "images").mkdir(parents=True)
+        image = Image.new(
+            "L" if label == 1 else "RGB", (64, 64), (40 * label,) * (1, 3)[label != 1]
+        )
+        for n in range(4):
+            image.save(folder / "train" / wnid / "images" / f"{wnid}_{n}.JPEG", "JPEG")
+        image.save(folder / "val" / "images" / f"val_{label}.JPEG", "JPEG")
+        lines.append(f"val_{label}.JPEG\t{wnid}\t0\t0\t62\t62")
+    (folder / "val" / "val_annotations.txt").write_text("\n".join(lines) + "\n")
+
+
+def test_digits_are_split_alike_every_time() -> None:
+    first, second = datasets.load("digits"), datasets.load("digits")
+    assert len(first.train.labels) + len(first.val.labels) + len(first.test.labels) == 1797
+    for split in ("train", "val", "test"):
+        a, b = getattr(first, split), getattr(second, split)
+        assert a.images.dtype == torch.uint8
+        assert a.images.shape[1:] == (1, 8, 8)
+        assert torch.equal(a.images, b.images)
+        shares = torch.bincount(a.labels, minlength=10) / len(a.labels)
+        assert shares.min() > 0.08  # stratified
+        assert shares.max() < 0.12
+    assert first.train.images.max() == 255
+    pixels = first.train.images.float() / 255
+    assert pixels.mean().item() == pytest.approx(first.info.mean[0], abs=0.005)
+    assert pixels.std().item() == pytest.approx(first.info.std[0], abs=0.005)
+
+
+def test_splits_do_not_overlap() -> None:
+    data = datasets.load("digits")
+    keys = [
+        {image.numpy().tobytes() for image in split.images}
+        for split in (data.train, data.val, data.test)
+    ]
+    from sklearn.datasets import load_digits
+
+    unique = len({row.tobytes() for row in load_digits().data})
+    assert unique == 1797  # no image occurs twice, so a shared one would be a leak
+    assert not keys[0] & keys[1]
+    assert not keys[0] & keys[2]
+    assert not keys[1] & keys[2]
+
+
+@pytest.mark.parametrize("place", [".", "fashion-mnist", "FashionMNIST/raw", "FashionMNIST"])
+@pytest.mark.parametrize("compressed", [True, False])
+def test_fashion_mnist_in_its_usual_places(tmp_path: Path, place: str, compressed: bool) -> None:
+    images = fashion(tmp_path / place, compressed=compressed)
+    data = datasets.load("fashion-mnist", tmp_path)
+    assert len(data.train.labels) + len(data.val.labels) == 40
+    assert torch.equal(data.test.images[:, 0], torch.from_numpy(images))
+    assert data.test.labels.tolist() == [n % 10 for n in range(40)]
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda content: content[: len(content) // 2], "is damaged"),
+        (lambda content: b"not gzip at all", "is damaged"),
+        (lambda content: gzip.compress(b"\0\0\x0d\x01" + bytes(8)), "not an IDX file"),
+        (lambda content: gzip.compress(gzip.decompress(content)[:-5]), "its header says"),
+        (lambda content: gzip.compress(b""), "is damaged"),
+    ],
+)
+def test_damaged_fashion_mnist_is_named(tmp_path: Path, damage: Any, message: str) -> None:
+    fashion(tmp_path)
+    path = tmp_path / "train-images-idx3-ubyte.gz"
+    path.write_bytes(damage(path.read_bytes()))
+    with pytest.raises(UserError, match=message) as caught:
+        datasets.load("fashion-mnist", tmp_path)
+    assert str(path) in str(caught.value)
+
+
+def test_fashion_mnist_label_out_of_range(tmp_path: Path) -> None:
+    fashion(tmp_path)
+    path = tmp_path / "t10k-labels-idx1-ubyte.gz"
+    path.write_bytes(gzip.compress(idx(np.full(40, 11, np.uint8))))
+    with pytest.raises(UserError, match=r"t10k-labels.*labels 11 to 11, not 0 to 9"):
+        datasets.load("fashion-mnist", tmp_path)
+
+
+def test_cifar100(tmp_path: Path) -> None:
+    pixels = cifar(tmp_path / "cifar-100-python")
+    data = datasets.load("cifar100", tmp_path)
+    assert torch.equal(data.test.images, torch.from_numpy(pixels).view(-1, 3, 32, 32))
+    assert data.test.labels[:3].tolist() == [0, 1, 2]
+    assert data.class_names[7] == "class 7"
+    assert len(data.train.labels) + len(data.val.labels) == 200
+
+
+class _Harmful:
+    def __reduce__(self) -> tuple:
+        return (exec, ("import pathlib; pathlib.Path('/tmp/must-not-exist').touch()",))
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"\x80\x02}q\x00",
+        b"",
+        pickle.dumps([1, 2, 3]),
+        pickle.dumps({"data": np.zeros((2, 5), np.uint8), "fine_labels": [1, 2]}),
+        pickle.dumps({"data": np.zeros((2, 3072), np.uint8), "fine_labels": [1]}),
+        pickle.dumps({"data": _Harmful()}),
+    ],
+    ids=["truncated", "empty", "a list", "wrong shape", "a label short", "executes code"],
+)
+def test_damaged_cifar_is_named(tmp_path: Path, content: bytes) -> None:
+    cifar(tmp_path / "cifar-100-python")
+    path = tmp_path / "cifar-100-python" / "train"
+    path.write_bytes(content)
+    with pytest.raises(UserError, match="is damaged") as caught:
+        datasets.load("cifar100", tmp_path)
+    assert str(path) in str(caught.value)
+    assert not Path("/tmp/must-not-exist").exists()
+
+
+def test_tiny_imagenet(tmp_path: Path) -> None:
+    tiny(tmp_path / "tiny-imagenet-200")
+    data = datasets.load("tiny-imagenet", tmp_path)
+    assert data.test.labels.tolist() == [0, 1, 2]
+    assert data.test.images.shape == (3, 3, 64, 64)
+    brightness = data.test.images.float().mean(dim=(1, 2, 3))
+    torch.testing.assert_close(brightness, torch.tensor([0.0, 40.0, 80.0]), atol=1.5, rtol=0)
+    assert len(data.train.labels) + len(data.val.labels) == 12
+    assert data.class_names == ["n03", "goldfish", "newt"]
+    for split in (data.train, data.val):
+        mean = split.images.float().mean(dim=(1, 2, 3))
+        torch.testing.assert_close(mean, 40.0 * split.labels, atol=1.5, rtol=0)
+
+
+def test_damaged_tiny_imagenet_is_named(tmp_path: Path) -> None:
+    folder = tmp_path / "tiny-imagenet-200"
+    tiny(folder)
+    image = folder / "train" / "n01" / "images" / "n01_2.JPEG"
+    whole = image.read_bytes()
+    image.write_bytes(whole[:100])
+    with pytest.raises(UserError, match=r"n01_2\.JPEG is damaged"):
+        datasets.load("tiny-imagenet", tmp_path)
+    image.write_bytes(whole)
+    (folder / "val" / "val_annotations.txt").write_text("val_0.JPEG\tn99\t0\t0\t1\t1\n")
+    with pytest.raises(UserError, match=r"val_annotations\.txt is damaged"):
+        datasets.load("tiny-imagenet", tmp_path)
+    (folder / "val" / "val_annotations.txt").unlink()
+    with pytest.raises(UserError, match=r"val_annotations\.txt"):
+        datasets.load("tiny-imagenet", tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "source", "folder"),
+    [
+        ("fashion-mnist", "fashion-mnist.s3-website", "FashionMNIST/raw"),
+        ("cifar100", "cifar-100-python.tar.gz", "cifar-100-python"),
+        ("tiny-imagenet", "tiny-imagenet-200.zip", "tiny-imagenet-200"),
+    ],
+)
+def test_absent_data_say_where_to_get_them(
+    tmp_path: Path, name: str, source: str, folder: str
+) -> None:
+    before = socket.getdefaulttimeout()
+    with pytest.raises(UserError) as caught:
+        datasets.load(name, tmp_path)
+    message = str(caught.value)
+    for part in (source, str(tmp_path / folder), "--dataset digits", "http"):
+        assert part in message
+    assert socket.getdefaulttimeout() == before
+
+
+@pytest.mark.parametrize("error", [ImportError, RuntimeError, OSError])
+def test_torchvision_that_does_not_import(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: type[Exception]
+) -> None:
+    """Downloading is off, saying why; data on disk and the digits go on."""
+
+    class Broken:
+        def find_spec(self, name: str, *_rest: Any) -> None:
+            if name.split(".")[0] == "torchvision":
+                raise error("operator torchvision::nms does not exist")
+
+    for name in [n for n in sys.modules if n.split(".")[0] == "torchvision"]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setattr(sys, "meta_path", [Broken(), *sys.meta_path])
+    with pytest.raises(UserError, match=r"torchvision::nms does not exist.*--dataset digits"):
+        datasets.load("cifar100", tmp_path / "nowhere")
+    fashion(tmp_path)
+    assert len(datasets.load("fashion-mnist", tmp_path).test.labels) == 40
+    assert datasets.load("digits").info.channels == 1
+
+
+def test_unknown_data_set() -> None:
+    with pytest.raises(UserError, match=r"one of digits, fashion-mnist, .* got 'mnist'"):
+        datasets.load("mnist")

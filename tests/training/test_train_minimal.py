@@ -1,0 +1,279 @@
+"""The command line, end to end on the digits at a tiny size, and its wrong turns."""
+
+import csv
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import train_minimal
+from training import datasets, record
+from training.checkpoints import load_checkpoint
+from training.datasets import Dataset, Split
+from training.errors import UserError
+
+ROOT = Path(train_minimal.__file__).parent
+TINY_SIZES = {"dim": 16, "depth": 1, "heads": 1, "hydra_branches": 1, "batch_size": 64}
+TINY = ["--dataset=digits", *(f"--{name}={value}" for name, value in TINY_SIZES.items())]
+
+
+@pytest.fixture(autouse=True)
+def _few_digits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A tenth of the digits: what is tested here is not how well they are learned."""
+
+    def load(name: str, data_dir: str) -> Dataset:
+        data = original(name, data_dir)
+        if name != "digits":
+            return data
+
+        def some(split: Split, count: int) -> Split:
+            return Split(split.images[:count], split.labels[:count])
+
+        train, val, test = some(data.train, 130), some(data.val, 30), some(data.test, 40)
+        return Dataset(name, data.info, train, val, test, data.class_names)
+
+    original = datasets.load_once
+    monkeypatch.setattr(datasets, "load_once", load)
+    monkeypatch.setattr(train_minimal, "tensorboard", lambda _out: None)
+
+
+def main(*arguments: object) -> int:
+    return train_minimal.main([str(argument) for argument in arguments])
+
+
+def without_times(run: dict[str, Any]) -> dict[str, Any]:
+    kept = {k: run[k] for k in ("config", "parameters", "test_accuracy", "best_epoch")}
+    timed = ("seconds", "images_per_second")
+    kept["epochs"] = [{k: v for k, v in e.items() if k not in timed} for e in run["epochs"]]
+    return kept
+
+
+def test_train_records_and_repeats(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name in ("one", "two"):
+        assert main(*TINY, "--epochs", 2, "--dropout", 0.2, "--out", tmp_path / name) == 0
+    assert "test accuracy" in capsys.readouterr().out
+    runs = [json.loads((tmp_path / name / "run.json").read_text()) for name in ("one", "two")]
+    run = runs[0]
+    assert run["schema"] == record.SCHEMA
+    assert run["status"] == "finished"
+    assert run["config"]["dim"] == 16
+    assert run["environment"]["torch"] == torch.__version__
+    assert [entry["epoch"] for entry in run["epochs"]] == [1, 2]
+    assert run["images_per_second"] > 0
+    assert 0 <= run["test_accuracy"] <= 1
+    best = max(run["epochs"], key=lambda entry: entry["val_accuracy"])
+    assert run["best_epoch"] == best["epoch"]
+    assert without_times(runs[0]) == without_times(runs[1])
+    weights = [load_checkpoint(tmp_path / name / "last.pt")["model"] for name in ("one", "two")]
+    assert all(torch.equal(weights[0][key], weights[1][key]) for key in weights[0])
+    leftovers = {path.name for path in (tmp_path / "one").iterdir()}
+    assert leftovers == {"run.json", "best.pt", "last.pt"}
+
+
+def test_all_models_see_the_same_batches(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    seen: list[list[torch.Tensor]] = []
+
+    def recording(model: Any, optimizer: Any, images: Any, labels: Any, **_: Any) -> Any:
+        seen[-1] += [images, labels]
+        return torch.tensor(1.0), torch.tensor(0)
+
+    monkeypatch.setattr(train_minimal, "training_step", recording)
+    for kind in ("baseline", "ripple", "hydra"):
+        seen.append([])
+        main(*TINY, "--attention_type", kind, "--epochs", 2, "--out", tmp_path / kind)
+    assert len(seen[0]) == 2 * 2 * 3
+    for other in seen[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(seen[0], other, strict=True))
+    assert not torch.equal(seen[0][1], seen[0][7])  # each epoch has its own order
+
+
+def test_evaluate(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    main(*TINY, "--epochs", 1, "--out", tmp_path)
+    run = json.loads((tmp_path / "run.json").read_text())
+    assert main("evaluate", "--checkpoint", tmp_path / "best.pt", "--dataset", "digits") == 0
+    result = json.loads((tmp_path / "best-evaluation.json").read_text())
+    assert result["accuracy"] == run["test_accuracy"]
+    confusion = torch.tensor(result["confusion"])
+    assert confusion.sum() == result["images"] == 40
+    assert confusion.diag().sum() / 40 == pytest.approx(result["accuracy"])
+    for name, value in result["per_class"].items():
+        row = confusion[int(name)]
+        assert value == (pytest.approx(row[int(name)] / row.sum()) if row.sum() else None)
+    with (tmp_path / "best-confusion.csv").open() as file:
+        lines = list(csv.reader(file))
+    assert [[int(cell) for cell in line[1:]] for line in lines[1:]] == result["confusion"]
+    assert (tmp_path / "best-confusion.png").read_bytes().startswith(b"\x89PNG")
+    assert main("evaluate", "--checkpoint", tmp_path / "best.pt", "--dataset", "cifar100") == 2
+    assert "was trained on digits" in capsys.readouterr().err
+
+
+def test_table_trains_what_is_missing_once(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    where = ["--runs", tmp_path / "runs", "--out", tmp_path / "out"]
+    command = ["table", *TINY, "--epochs", 1, "--models", "baseline", "ripple", *where]
+    assert main(*command, "--seeds", 1) == 0
+    assert len(list((tmp_path / "runs").rglob("run.json"))) == 2
+    times = {path: path.stat().st_mtime_ns for path in (tmp_path / "runs").rglob("run.json")}
+    capsys.readouterr()
+    assert main(*command, "--seeds", 2) == 0
+    text = capsys.readouterr().out
+    assert "2 of 4 runs are recorded" in text
+    assert "± " in text
+    assert len(list((tmp_path / "runs").rglob("run.json"))) == 4
+    assert all(path.stat().st_mtime_ns == before for path, before in times.items())
+    table = json.loads((tmp_path / "out" / "table.json").read_text())
+    digits = table["datasets"][0]
+    assert [row["status"] for row in digits["rows"]] == [
+        "measured",
+        "not run",
+        "measured",
+        "not run",
+        "not run",
+    ]
+    assert digits["rows"][2]["seeds"] == [0, 1]
+    assert (tmp_path / "out" / "table.md").read_text() in text
+    assert main("table", "--no-run", *where) == 0
+    assert "RippleViT" in capsys.readouterr().out
+
+
+def test_a_diverging_run_stops_and_says_so(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    nan = (torch.tensor(float("nan")), torch.tensor(0))
+    monkeypatch.setattr(train_minimal, "training_step", lambda *_, **__: nan)
+    assert main(*TINY, "--epochs", 1, "--out", tmp_path) == 2
+    assert "the loss became nan at step 1" in capsys.readouterr().err
+    run = json.loads((tmp_path / "run.json").read_text())
+    assert run["status"] == "failed"
+    assert "nan" in run["error"]
+
+
+def test_the_original_command_parses(monkeypatch: pytest.MonkeyPatch) -> None:
+    parser = train_minimal.make_parser()
+    text = "--attention_type ripple --dataset cifar100 --batch_size 128 --epochs 200 --lr 3e-4"
+    dashes = "--attention-type ripple --dataset cifar100 --batch-size 128 --epochs 200 --lr 3e-4"
+    configs = [
+        train_minimal.chosen_config(parser.parse_args(["train", *line.split()]), amp="off")
+        for line in (text, dashes, "")
+    ]
+    assert configs[0] == configs[1] == configs[2]
+    assert configs[0].attention_type == "ripple"
+    seen: list[str] = []
+    monkeypatch.setattr(train_minimal, "train_command", lambda args: seen.append(args.command))
+    main()
+    main("--dataset", "digits")
+    assert seen == ["train", "train"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--dataset", "mnist"], "dataset must be one of digits, fashion-mnist"),
+        (["--dataset", "digits", "--epochs", "-3"], "epochs must be at least 1, got -3"),
+        (["--dataset", "digits", "--dim", "100", "--heads", "3"], "dim 100 and heads 3"),
+        (["--dataset", "digits", "--patch_size", "3"], "img_size 8x8 and patch_size 3"),
+        (["--dataset", "digits", "--ripple_stages", "9"], "can be halved at most 6 times"),
+        (["--dataset", "digits", "--device", "tpu9"], "device"),
+        (["--dataset", "digits", "--device", "meta"], "device"),
+        (["evaluate", "--checkpoint", "nowhere/best.pt"], "no checkpoint at nowhere/best.pt"),
+        (["table", "--dataset", "imagenet"], "dataset must be one of digits"),
+        (["table", "--no-run", "--runs", "nowhere"], "no folder nowhere of run records"),
+        (["table", "--models", "vit"], "'vit'"),
+        (["table", "--seeds", "0"], "must be at least 1, got 0"),
+        (["--dataset", "digits", "--backend", "magic"], "magic"),
+        (["--batchsize", "3"], "unrecognized arguments: --batchsize"),
+        (["--epochs", "many"], "invalid int value: 'many'"),
+        (["tabel"], "invalid choice: 'tabel'"),
+    ],
+)
+def test_wrong_turns(
+    arguments: list[str],
+    message: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    try:
+        code: Any = main(*arguments)
+    except SystemExit as stop:
+        code = stop.code
+    assert code == 2
+    assert message in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_out_that_cannot_be_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "file").write_text("in the way")
+    assert main(*TINY, "--out", tmp_path / "file" / "run") == 2
+    assert "cannot write" in capsys.readouterr().err
+    assert main("table", "--out", tmp_path / "file") == 2
+    assert "choose another folder with --out" in capsys.readouterr().err
+
+
+def test_foreign_and_truncated_checkpoints(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    main(*TINY, "--epochs", 1, "--out", tmp_path)
+    whole = (tmp_path / "best.pt").read_bytes()
+    (tmp_path / "cut.pt").write_bytes(whole[: len(whole) // 2])
+    (tmp_path / "text.pt").write_text("not a checkpoint")
+    (tmp_path / "empty.pt").write_bytes(b"")
+    torch.save({"weights": torch.zeros(3)}, tmp_path / "other.pt")
+    torch.save(torch.zeros(3), tmp_path / "tensor.pt")
+    torch.save(Path("code"), tmp_path / "object.pt")
+    for name in ("cut", "text", "empty", "other", "tensor", "object"):
+        assert main("evaluate", "--checkpoint", tmp_path / f"{name}.pt") == 2
+        error = capsys.readouterr().err
+        assert f"{name}.pt" in error
+        assert len(error.splitlines()) == 1
+
+
+def test_empty_data_folder(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def unreachable(*_: Any, **__: Any) -> None:
+        raise OSError("network is unreachable")
+
+    monkeypatch.setattr("urllib.request.urlopen", unreachable)
+    assert main("--dataset", "cifar100", "--preset", "small", "--data_dir", tmp_path) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert "CIFAR-100 was not found" in error
+    assert "network is unreachable" in error
+    assert "--dataset digits" in error
+
+
+def test_writing_is_atomic(tmp_path: Path) -> None:
+    path = tmp_path / "file.json"
+    record.write_json(path, {"a": 1})
+    with pytest.raises(ValueError, match="nan"):
+        record.write_json(path, {"a": float("nan")})
+    with pytest.raises(OverflowError), record.writing(path) as temporary:
+        temporary.write_bytes((300).to_bytes(1, "big"))
+    assert json.loads(path.read_text()) == {"a": 1}
+    assert [p.name for p in tmp_path.iterdir()] == ["file.json"]
+    with pytest.raises(UserError, match="cannot write"):
+        record.write_json(path / "below", {})
+
+
+def test_as_a_program(tmp_path: Path) -> None:
+    """Started from another folder, with tensorboard and rich hidden: no traceback, exit code 2."""
+    for name in ("tensorboard", "rich"):
+        (tmp_path / f"{name}.py").write_text(f"raise ImportError('no {name} here')")
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    result = subprocess.run(
+        [sys.executable, str(ROOT / "train_minimal.py"), *TINY, "--epochs", "1"],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert result.returncode == 0, result.stderr
+    assert result.stderr.count("no TensorBoard logs") == 1
+    assert len(list(tmp_path.glob("runs/digits-ripple-seed0-*/run.json"))) == 1

@@ -1,0 +1,48 @@
+"""Times training steps without making the device wait for the host."""
+
+import statistics
+import time
+from typing import Any
+
+import torch
+
+
+class StepClock:
+    """Duration of each step: device events on CUDA, the wall clock on a CPU.
+
+    Call ``start`` and ``stop`` around the step. On CUDA the durations are read in ``seconds``,
+    which waits for the device once.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.cuda = device.type == "cuda"
+        self.marks: list[tuple[Any, Any]] = []
+
+    def start(self) -> None:
+        self.begin = self._mark()
+
+    def stop(self) -> None:
+        self.marks.append((self.begin, self._mark()))
+
+    def seconds(self) -> list[float]:
+        """The duration of every step so far, in order."""
+        if not self.cuda:
+            return [end - begin for begin, end in self.marks]
+        torch.cuda.synchronize()
+        return [begin.elapsed_time(end) / 1000 for begin, end in self.marks]
+
+    def _mark(self) -> Any:
+        if not self.cuda:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+
+def median_images_per_second(seconds: list[float], images: list[int], skip: int = 0) -> float:
+    """The median over steps of images / seconds, the first ``skip`` steps (warm-up) left out.
+
+    Where there are no more than ``skip`` steps, only the first is left out; a single step counts.
+    """
+    rates = [n / s for n, s in zip(images, seconds, strict=True)]
+    return statistics.median(rates[skip:] or rates[1:] or rates)

@@ -1,0 +1,270 @@
+"""One flat configuration of a training run: defaults, named presets, and what follows from what."""
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from attention import ATTENTION_TYPES, VisionTransformer
+from training.errors import UserError
+
+
+@dataclass(frozen=True)
+class DatasetInfo:
+    """What a data set looks like, and how its images are augmented and normalised."""
+
+    title: str
+    image_size: int
+    channels: int
+    classes: int
+    mean: tuple[float, ...]  # of pixels in [0, 1], per channel
+    std: tuple[float, ...]
+    crop_padding: int  # random crop out of the image padded by so many pixels
+    flip: bool  # horizontally
+    patch_size: int = 4  # default
+
+
+# Digits fill their 8x8 frame and lose strokes by any shift, so they are not cropped; mirrored, they
+# are no digits.
+DATASETS: dict[str, DatasetInfo] = {
+    "digits": DatasetInfo(
+        "scikit-learn digits",
+        8,
+        1,
+        10,
+        (0.305,),
+        (0.376,),
+        crop_padding=0,
+        flip=False,
+        patch_size=1,
+    ),
+    "fashion-mnist": DatasetInfo(
+        "Fashion-MNIST", 28, 1, 10, (0.2860,), (0.3530,), crop_padding=2, flip=True
+    ),
+    "cifar100": DatasetInfo(
+        "CIFAR-100",
+        32,
+        3,
+        100,
+        (0.5071, 0.4867, 0.4408),
+        (0.2675, 0.2565, 0.2761),
+        crop_padding=4,
+        flip=True,
+    ),
+    "tiny-imagenet": DatasetInfo(
+        "Tiny ImageNet",
+        64,
+        3,
+        200,
+        (0.4802, 0.4481, 0.3975),
+        (0.2770, 0.2691, 0.2821),
+        crop_padding=4,
+        flip=True,
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Model:
+    """A row of the results table: an attention type, with or without the local branch."""
+
+    title: str
+    attention_type: str
+    local_branch: bool
+
+
+MODELS: dict[str, Model] = {
+    "baseline": Model("Baseline ViT", "baseline", False),
+    "baseline-local": Model("Baseline ViT + local branch", "baseline", True),
+    "ripple": Model("RippleViT", "ripple", False),
+    "ripple-local": Model("RippleViT + local branch", "ripple", True),
+    "hydra": Model("HydraViT", "hydra", False),
+    "hydra-local": Model("HydraViT + local branch", "hydra", True),
+}
+
+
+@dataclass(frozen=True)
+class Config:
+    """Everything that decides the outcome of a run, the machine apart."""
+
+    dataset: str = "cifar100"
+    attention_type: str = "ripple"
+    local_branch: bool = False
+    dim: int = 384
+    depth: int = 12
+    heads: int = 6
+    mlp_dim: int = 1536
+    patch_size: int = 4
+    ripple_stages: int = 3
+    hydra_branches: int = 4
+    dropout: float = 0.1
+    batch_size: int = 128
+    epochs: int = 200
+    lr: float = 3e-4
+    weight_decay: float = 0.05
+    warmup_epochs: float = 10.0
+    label_smoothing: float = 0.1
+    clip: float = 1.0
+    amp: str = "off"
+    backend: str | None = None
+    preset: str = "full"
+    seed: int = 0
+
+    @property
+    def model(self) -> str:
+        """The key in ``MODELS`` of what this trains."""
+        return self.attention_type + ("-local" if self.local_branch else "")
+
+    @property
+    def setting(self) -> dict[str, Any]:
+        """What runs that may share a table have in common: all but the model and the seed."""
+        fields = dataclasses.asdict(self)
+        for name in ("attention_type", "local_branch", "seed"):
+            del fields[name]
+        return fields
+
+    @property
+    def run_name(self) -> str:
+        """A folder name that two different configurations never share."""
+        return f"{self.dataset}-{self.model}-seed{self.seed}-{digest(dataclasses.asdict(self))}"
+
+
+# A preset changes defaults; flags given explicitly come before it. "small" takes seconds per model
+# on two CPU cores for the digits, minutes for Fashion-MNIST.
+_SMALL = {
+    "dim": 64,
+    "depth": 2,
+    "heads": 2,
+    "hydra_branches": 4,
+    "batch_size": 64,
+    "lr": 3e-3,
+    "dropout": 0.0,
+}
+PRESETS: dict[str, dict[str, dict[str, Any]]] = {
+    "full": {},
+    "small": {
+        "digits": {
+            **_SMALL,
+            "dim": 32,
+            "hydra_branches": 2,
+            "batch_size": 32,
+            "lr": 5e-3,
+            "epochs": 12,
+        },
+        "fashion-mnist": {**_SMALL, "epochs": 6},
+        "cifar100": {**_SMALL, "epochs": 10},
+        "tiny-imagenet": {**_SMALL, "epochs": 10, "patch_size": 8},
+    },
+}
+
+_AT_LEAST_ONE = (
+    "dim",
+    "depth",
+    "heads",
+    "mlp_dim",
+    "patch_size",
+    "hydra_branches",
+    "batch_size",
+    "epochs",
+)
+_CHOICES = {
+    "dataset": tuple(DATASETS),
+    "attention_type": ATTENTION_TYPES,
+    "preset": tuple(PRESETS),
+    "amp": ("off", "bf16"),
+}
+
+
+def resolve(given: Mapping[str, Any]) -> Config:
+    """The configuration that explicit values, their preset and the defaults make, in that order.
+
+    What follows from other values where it is not given: ``heads`` is dim / 64 and ``mlp_dim`` is
+    4 * dim (6 and 1536 at the default dim of 384), ``patch_size`` is the data set's, and
+    ``warmup_epochs`` is 10 of 200, in proportion. Raises UserError for a value out of range.
+    """
+    values: dict[str, Any] = dataclasses.asdict(Config())
+    unknown = set(given) - set(values)
+    if unknown:
+        raise UserError(f"unknown settings: {', '.join(sorted(unknown))}")
+    for name in ("preset", "dataset"):
+        _check_choice(name, given.get(name, values[name]))
+    preset = given.get("preset", values["preset"])
+    dataset = given.get("dataset", values["dataset"])
+    chosen = {**PRESETS[preset].get(dataset, {}), **given}
+    if "dim" in given and "heads" not in given:
+        chosen.pop("heads", None)
+    values.update(chosen)
+    for name, choices in _CHOICES.items():
+        if name in values:
+            _check_choice(name, values[name], choices)
+    if "heads" not in chosen:
+        values["heads"] = max(1, values["dim"] // 64)
+    if "mlp_dim" not in chosen:
+        values["mlp_dim"] = 4 * values["dim"]
+    if "patch_size" not in chosen:
+        values["patch_size"] = DATASETS[dataset].patch_size
+    if "warmup_epochs" not in chosen:
+        values["warmup_epochs"] = 0.05 * values["epochs"]
+    for name in _AT_LEAST_ONE:
+        _require(values[name] >= 1, name, values[name], "at least 1")
+    for name in ("ripple_stages", "weight_decay", "warmup_epochs", "seed"):
+        _require(values[name] >= 0, name, values[name], "at least 0")
+    for name in ("dropout", "label_smoothing"):
+        _require(0 <= values[name] < 1, name, values[name], "at least 0 and below 1")
+    for name in ("lr", "clip"):
+        _require(0 < values[name] < float("inf"), name, values[name], "above 0")
+    return Config(**values)
+
+
+def build_model(config: Config) -> VisionTransformer:
+    """The model of a configuration, with its initial weights; UserError where sizes don't fit."""
+    info = DATASETS[config.dataset]
+    try:
+        return VisionTransformer(
+            img_size=info.image_size,
+            patch_size=config.patch_size,
+            num_classes=info.classes,
+            dim=config.dim,
+            depth=config.depth,
+            heads=config.heads,
+            mlp_dim=config.mlp_dim,
+            attention_type=config.attention_type,
+            dropout=config.dropout,
+            in_channels=info.channels,
+            ripple_stages=config.ripple_stages,
+            hydra_branches=config.hydra_branches,
+            local_branch=config.local_branch,
+            backend=config.backend,
+            seed=config.seed,
+        )
+    except ValueError as error:
+        raise UserError(str(error)) from error
+
+
+def model_settings(name: str) -> dict[str, Any]:
+    """The settings that make a row of ``MODELS``; UserError for an unknown name."""
+    if name not in MODELS:
+        raise UserError(f"unknown model {name!r}; there are {', '.join(MODELS)}")
+    return {
+        "attention_type": MODELS[name].attention_type,
+        "local_branch": MODELS[name].local_branch,
+    }
+
+
+def digest(values: Mapping[str, Any]) -> str:
+    """Eight hexadecimal digits that stand for a mapping of plain values."""
+    text = json.dumps(values, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:8]
+
+
+def _check_choice(name: str, value: Any, choices: tuple[str, ...] | None = None) -> None:
+    choices = choices or _CHOICES[name]
+    if value not in choices:
+        raise UserError(f"{name} must be one of {', '.join(choices)}, got {value!r}")
+
+
+def _require(condition: bool, name: str, value: Any, allowed: str) -> None:
+    if not condition:
+        raise UserError(f"{name} must be {allowed}, got {value}")

@@ -1,0 +1,121 @@
+"""What ``evaluate`` does with one checkpoint: accuracy, overall and per class, and confusion."""
+
+import csv
+import io
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from training import datasets
+from training.checkpoints import load_weights
+from training.config import build_model
+from training.errors import UserError
+from training.metrics import predict
+from training.record import environment, write_json, write_text, writing
+
+SCHEMA = "linear-vit-evaluation/1"
+
+
+def evaluate(
+    content: dict[str, Any],
+    path: Path,
+    dataset: str | None,
+    data_dir: str,
+    out: Path,
+    device: torch.device,
+    *,
+    notice: Callable[[str], None],
+) -> dict[str, Any]:
+    """Tests a loaded checkpoint on the test set of the data it was trained on.
+
+    Writes to ``out``, beside the checkpoint's name: ``<stem>-evaluation.json`` (schema, dataset,
+    model, accuracy, per_class {class: accuracy}, images, confusion [true][predicted],
+    environment), ``<stem>-confusion.csv`` and, with matplotlib, ``<stem>-confusion.png``.
+    Returns what the JSON file holds. Raises UserError where ``dataset`` is another one.
+    """
+    from sklearn.metrics import accuracy_score, confusion_matrix, recall_score
+
+    config = content["config"]
+    if dataset is not None and dataset != config.dataset:
+        raise UserError(
+            f"{path} was trained on {config.dataset}, whose classes are not those of "
+            f"--dataset {dataset}; leave --dataset out"
+        )
+    model = build_model(config)
+    load_weights(model, content, path)
+    data = datasets.load_once(config.dataset, data_dir)
+    predicted = predict(
+        model.to(device), data.test.images.to(device), data.info, amp=config.amp
+    ).cpu()
+    truth = data.test.labels
+    labels = np.arange(data.info.classes)
+    confusion = confusion_matrix(truth, predicted, labels=labels)
+    # The share of a class's images that is recognised: what is called recall elsewhere.
+    per_class = recall_score(truth, predicted, labels=labels, average=None, zero_division=np.nan)
+    result = {
+        "schema": SCHEMA,
+        "checkpoint": str(path),
+        "dataset": config.dataset,
+        "model": config.model,
+        "epoch": content.get("epoch"),
+        "images": len(truth),
+        "accuracy": float(accuracy_score(truth, predicted)),
+        "per_class": {
+            name: None if np.isnan(value) else float(value)
+            for name, value in zip(data.class_names, per_class, strict=True)
+        },
+        "confusion": confusion.tolist(),
+        "environment": environment(device),
+    }
+    write_json(out / f"{path.stem}-evaluation.json", result)
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(["true \\ predicted", *data.class_names])
+    writer.writerows([name, *row] for name, row in zip(data.class_names, confusion, strict=True))
+    write_text(out / f"{path.stem}-confusion.csv", text.getvalue())
+    try:
+        _plot(result, data.class_names, out / f"{path.stem}-confusion.png")
+    except ImportError as error:
+        notice(f"no confusion plot ({error}): pip install matplotlib")
+    return result
+
+
+def describe(result: dict[str, Any]) -> str:
+    """A few lines: the overall accuracy, and each class's (the ten worst of many)."""
+    lines = [
+        f"{result['checkpoint']}: {result['model']} on {result['dataset']}: "
+        f"{result['accuracy']:.2%} of {result['images']} test images"
+    ]
+    known = [(value, name) for name, value in result["per_class"].items() if value is not None]
+    worst = sorted(known)[:10]
+    if len(known) > len(worst):
+        lines.append(f"the {len(worst)} worst of {len(known)} classes:")
+    lines += [f"  {value:7.1%}  {name}" for value, name in worst]
+    return "\n".join(lines)
+
+
+def _plot(result: dict[str, Any], names: list[str], path: Path) -> None:
+    from matplotlib.figure import Figure
+
+    confusion = np.array(result["confusion"], float)
+    shares = confusion / np.maximum(confusion.sum(axis=1, keepdims=True), 1)
+    few = len(names) <= 20
+    figure = Figure(figsize=(7, 6) if few else (9, 8), layout="constrained")
+    axes = figure.subplots()
+    shown = axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
+    figure.colorbar(shown, label="share of the true class's images")
+    if few:  # names and counts are legible
+        axes.set_xticks(range(len(names)), names, rotation=45, ha="right")
+        axes.set_yticks(range(len(names)), names)
+        for (row, col), count in np.ndenumerate(confusion):
+            if count:
+                colour = "white" if shares[row, col] > 0.5 else "black"
+                axes.text(col, row, f"{count:.0f}", ha="center", va="center", color=colour, size=8)
+    axes.set_xlabel("predicted class")
+    axes.set_ylabel("true class")
+    axes.set_title(f"{result['model']} on {result['dataset']}: {result['accuracy']:.1%}")
+    with writing(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=150)

@@ -1,0 +1,60 @@
+"""Accuracy on held-out images, and the statistics of a handful of seeds."""
+
+import math
+import statistics
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from training.augmentation import normalise
+from training.config import DatasetInfo
+
+
+@torch.inference_mode()
+def predict(
+    model: nn.Module, images: Tensor, info: DatasetInfo, *, amp: str = "off", batch_size: int = 256
+) -> Tensor:
+    """The predicted class (int64) of uint8 images (N, C, H, W), in evaluation mode."""
+    was_training = model.training
+    model.eval()
+    predictions = []
+    for batch in images.split(batch_size):
+        with torch.autocast(images.device.type, dtype=torch.bfloat16, enabled=amp == "bf16"):
+            logits = model(normalise(batch, info.mean, info.std))
+        predictions.append(logits.argmax(dim=1))
+    model.train(was_training)
+    return torch.cat(predictions)
+
+
+def accuracy(predictions: Tensor, labels: Tensor) -> float:
+    """The share of labels predicted, in [0, 1]."""
+    return (predictions == labels).double().mean().item()
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A mean and its 95 % t-interval; ``half_width`` is None for a single value."""
+
+    mean: float
+    half_width: float | None
+    values: list[float]
+
+    def as_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def t_interval(values: Sequence[float], confidence: float = 0.95) -> Interval:
+    """Mean and half width t * s / sqrt(n) of the two-sided Student interval, n - 1 degrees."""
+    n = len(values)
+    if n == 0:
+        raise ValueError("an interval needs at least one value, got none")
+    half_width = None
+    if n > 1:
+        from scipy import stats
+
+        quantile = float(stats.t.ppf(0.5 + confidence / 2, n - 1))
+        half_width = quantile * statistics.stdev(values) / math.sqrt(n)
+    return Interval(statistics.fmean(values), half_width, list(values))
