@@ -92,7 +92,8 @@ def autocast_inputs(*inputs: Any) -> tuple[Any, ...]:
 
 def autocast_enabled(device_type: str) -> bool:
     """Whether autocast is on for the device type; False for types that have none."""
-    return torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
+    # torch.amp.is_autocast_available would know, but Dynamo of PyTorch 2.11 can't trace it.
+    return device_type in _AUTOCAST and torch.is_autocast_enabled(device_type)
 
 
 def without_autocast(device_type: str) -> contextlib.AbstractContextManager:
@@ -103,3 +104,4 @@ def without_autocast(device_type: str) -> contextlib.AbstractContextManager:
 
 
 _CONTIGUOUS = torch.contiguous_format
+_AUTOCAST = ("cpu", "cuda", "xpu", "mps")

@@ -1,6 +1,7 @@
 """pytest as a user runs it, in a process of its own: with --benchmark-only, and without."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -15,9 +16,15 @@ from bench.sweep import SweepError
 ROOT = Path(__file__).resolve().parents[2]
 
 
+# Benchmarks refuse to run in a worker of pytest-xdist, which these tests may well be in.
+ENVIRONMENT = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST_")}
+
+
 def run_pytest(*arguments: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", *arguments]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    return subprocess.run(
+        command, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=300
+    )
 
 
 @pytest.fixture(scope="module")
@@ -143,6 +150,7 @@ def test_wrong_result_fails_its_case_and_goes_into_the_file(tmp_path: Path) -> N
     done = subprocess.run(
         [sys.executable, "-c", command, str(tmp_path), *options],
         cwd=ROOT,
+        env=ENVIRONMENT,
         capture_output=True,
         text=True,
         timeout=300,

@@ -22,8 +22,8 @@ pytestmark = pytest.mark.skipif(
 
 def run_interpreted(*arguments: str, root: Path = ROOT) -> subprocess.CompletedProcess[str]:
     """pytest over the kernel tests of ``root`` for the interpreted Triton backend alone."""
-    environment = os.environ | {"TRITON_INTERPRET": "1", "KERNEL_TESTS_BACKEND": "triton"}
-    environment.pop("PYTEST_ADDOPTS", None)
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST_")}
+    environment |= {"TRITON_INTERPRET": "1", "KERNEL_TESTS_BACKEND": "triton"}
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--no-header"]
     return subprocess.run(
         [*command, "--tb=short", "--color=no", *arguments],
