@@ -18,7 +18,8 @@ def linear_attention(q: Tensor, k: Tensor, v: Tensor, eps: float) -> Tensor:
 
 
 def linear_attention_state(k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    return _state(*gradients_in_order(k, v))
+    state, normaliser = _state(*gradients_in_order(k, v))
+    return state.contiguous(), normaliser
 
 
 def linear_attention_apply(q: Tensor, state: Tensor, normaliser: Tensor, eps: float) -> Tensor:
@@ -33,7 +34,9 @@ def _feature_map(x: Tensor) -> Tensor:
 
 def _state(k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     phi_k = _feature_map(k)
-    return phi_k.transpose(-2, -1) @ v.float(), phi_k.sum(dim=-2)
+    # Sᵀ = vᵀ φ(k): PyTorch's gradient of a transposed factor comes out transposed, to be copied to
+    # its input's order, so the factor to transpose is v and not φ(k), of twice the size.
+    return (v.float().transpose(-2, -1) @ phi_k).transpose(-2, -1), phi_k.sum(dim=-2)
 
 
 def _apply(q: Tensor, state: Tensor, normaliser: Tensor, eps: float) -> Tensor:
