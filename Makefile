@@ -9,7 +9,6 @@ OUT := reports/out
 # Tests are single-threaded, so that two files run side by side. WORKERS=0 runs them in one process.
 WORKERS ?= 2
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
-TABLE := --seeds 2
 # make demo SHORT=1: a few lengths and one seed, to see everything work; no result to quote.
 ifdef SHORT
 SWEEP := --seq-lens 64,256 --dtypes float32
