@@ -232,8 +232,8 @@ def _results(table: dict[str, Any] | None) -> Section:
         "results",
         "Results",
         "Test accuracy (mean and 95 % t-interval over seeds) and speed of training, beside what "
-        "the original claimed. The local branch (a depthwise 3×3 convolution) has rows of its own, so "
-        "that what it gains can be told from what the attention gains.",
+        "the original claimed. The local branch (a depthwise 3×3 convolution) has rows of its own, "
+        "so that what it gains can be told from what the attention gains.",
     )
     if table is None:
         section.missing = f"{HOW_TO_TRAIN} --out reports/out/training"
