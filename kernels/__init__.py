@@ -16,10 +16,11 @@ from kernels.backends import (
 from kernels.linear_attention import (
     linear_attention,
     linear_attention_apply,
+    linear_attention_packed,
     linear_attention_state,
 )
 from kernels.ripple import ripple_expand, ripple_pool
-from kernels.softmax_attention import softmax_attention
+from kernels.softmax_attention import softmax_attention, softmax_attention_packed
 
 __all__ = [
     "BACKENDS",
@@ -30,8 +31,10 @@ __all__ = [
     "is_timeable",
     "linear_attention",
     "linear_attention_apply",
+    "linear_attention_packed",
     "linear_attention_state",
     "ripple_expand",
     "ripple_pool",
     "softmax_attention",
+    "softmax_attention_packed",
 ]

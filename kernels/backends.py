@@ -24,9 +24,11 @@ from kernels.layout import without_autocast
 # Operation -> the room (sub-package) its backends live in.
 _ROOMS = {
     "linear_attention": "linear_attention",
+    "linear_attention_packed": "linear_attention",
     "linear_attention_state": "linear_attention",
     "linear_attention_apply": "linear_attention",
     "softmax_attention": "softmax_attention",
+    "softmax_attention_packed": "softmax_attention",
     "ripple_pool": "ripple",
     "ripple_expand": "ripple",
 }
@@ -188,7 +190,7 @@ def _preference(op: str, device_type: str) -> tuple[str, ...]:
     """Backends from the fastest to the slowest. Compiling is never a surprise: it is by name."""
     if device_type == "cuda":
         # SDPA's kernels are tuned; ours are, so far, only right.
-        if op == "softmax_attention":
+        if _ROOMS[op] == "softmax_attention":
             return ("torch", "triton", "cuda", "reference")
         return ("triton", "cuda", "torch", "reference")
     return ("torch", "reference")

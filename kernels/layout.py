@@ -33,6 +33,12 @@ def in_order_of(x: Tensor, result: Tensor) -> Tensor:
     return _restride(result, empty_like(x).stride())
 
 
+def unpack_qkv(qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """q, k and v as views (B, H, N, D) of a packed projection (B, N, 3, H, D)."""
+    q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
+    return q, k, v
+
+
 class _GradientInOrder(torch.autograd.Function):
     """Identity whose backward puts the gradient into the memory order of the input.
 

@@ -96,6 +96,14 @@ def check_attention(q: Tensor, k: Tensor, v: Tensor) -> None:
     check_grouping(q, k.shape[1], "k")
 
 
+def check_packed(qkv: Tensor) -> None:
+    """qkv is (B, N, 3, H, D), with at least one head."""
+    check_tensor("qkv", qkv, "(B, N, 3, H, D)")
+    check_size("qkv", qkv, 2, 3, "queries, keys and values")
+    if qkv.shape[3] == 0:
+        raise ValueError(f"qkv must have at least one head, got shape {tuple(qkv.shape)}")
+
+
 def check_state_dtype(q: Tensor, S: Tensor, z: Tensor) -> None:
     """S and z are float32, float64 for float64 queries, and on q's device."""
     expected = torch.float64 if q.dtype == torch.float64 else torch.float32

@@ -16,6 +16,7 @@ from kernels.validation import (
     check_attention,
     check_grouping,
     check_key_value,
+    check_packed,
     check_real,
     check_same,
     check_size,
@@ -50,6 +51,29 @@ def linear_attention(
     check_same(q=q, k=k, v=v)
     check_real("eps", eps, minimum=0.0)
     return run("linear_attention", backend, q, k, v, float(eps))
+
+
+def linear_attention_packed(
+    qkv: Tensor, *, eps: float = 1e-6, backend: str | None = None
+) -> Tensor:
+    """:func:`linear_attention` of one packed projection, whose gradient comes in one piece.
+
+    Args:
+        qkv: (B, N, 3, H, D), the last axis contiguous: ``linear(x).view(B, N, 3, H, D)``.
+        eps: added to the normaliser, at least 0.
+        backend: a name from :func:`kernels.backends`, or None for the fastest usable one.
+
+    Returns:
+        (B, N, H, D) in qkv's dtype and memory order. The kernel backends write the three gradients
+        into one tensor of qkv's memory order, so that the projection's backward copies nothing.
+
+    Raises:
+        TypeError, ValueError: as :func:`linear_attention`.
+    """
+    (qkv,) = autocast_inputs(qkv)
+    check_packed(qkv)
+    check_real("eps", eps, minimum=0.0)
+    return run("linear_attention_packed", backend, qkv, float(eps))
 
 
 def linear_attention_state(

@@ -5,12 +5,16 @@ from torch import Tensor
 from kernels.compilation import compiled
 from kernels.linear_attention import torch as composition
 
-BATCH, BATCH_AND_TOKENS = (0,), (0, 2)
+BATCH, BATCH_AND_TOKENS, BATCH_AND_PACKED_TOKENS = (0,), (0, 2), (0, 1)
 
 
 def linear_attention(q: Tensor, k: Tensor, v: Tensor, eps: float) -> Tensor:
     inputs = [(x, BATCH_AND_TOKENS) for x in (q, k, v)]
     return compiled(composition.linear_attention, *inputs)(q, k, v, eps)
+
+
+def linear_attention_packed(qkv: Tensor, eps: float) -> Tensor:
+    return compiled(composition.linear_attention_packed, (qkv, BATCH_AND_PACKED_TOKENS))(qkv, eps)
 
 
 def linear_attention_state(k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:

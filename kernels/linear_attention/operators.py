@@ -1,7 +1,15 @@
 """Shapes and gradients of linear attention's operators, the same for every kernel backend.
 
-A backend defines four operators in the namespace ``linear_vit``::
+A backend defines eight operators in the namespace ``linear_vit``::
 
+    <backend>_linear_attention(Tensor q, Tensor k, Tensor v, float eps, bool save_state)
+        -> (Tensor out, Tensor S, Tensor z)
+    <backend>_linear_attention_backward(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor S,
+        Tensor z, float eps) -> (Tensor dq, Tensor dk, Tensor dv)
+    <backend>_linear_attention_packed(Tensor qkv, float eps, bool save_state)
+        -> (Tensor out, Tensor S, Tensor z)
+    <backend>_linear_attention_packed_backward(Tensor dout, Tensor qkv, Tensor S, Tensor z,
+        float eps) -> Tensor dqkv
     <backend>_linear_attention_state(Tensor k, Tensor v) -> (Tensor S, Tensor z)
     <backend>_linear_attention_state_backward(Tensor dS, Tensor dz, Tensor k, Tensor v)
         -> (Tensor dk, Tensor dv)
@@ -9,9 +17,13 @@ A backend defines four operators in the namespace ``linear_vit``::
     <backend>_linear_attention_apply_backward(
         Tensor dout, Tensor q, Tensor S, Tensor z, float eps) -> (Tensor dq, Tensor dS, Tensor dz)
 
-Linear attention is their composition. That costs no traffic over one fused operator: forward reads
-k and v, then q, and writes out; backward reads dout and q and writes dq, then reads k and v and
-writes dk and dv; S and z are kept from the forward.
+qkv is (B, N, 3, H, D), out and dout of the packed form are (B, N, H, D), dqkv is one dense tensor
+in qkv's memory order.
+
+S (B, Hk, 2D, D) and z (B, Hk, 2D) are float32. ``save_state`` asks the forward for them; without it
+they come out empty, of shape (0,), and a backward that is given empty ones works them out again
+from k and v. That pays for short sequences: the state of one head is as large as the k and v of
+8·D/e tokens, so below that writing and reading it costs more traffic than reading k and v twice.
 """
 
 from typing import Any, NamedTuple, Protocol
@@ -19,11 +31,16 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from kernels.layout import needs_gradient, unpack_qkv
 from kernels.operators import empty_like, register
 
 
 class LinearAttention(Protocol):
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, eps: float) -> Tensor: ...
+
+
+class Packed(Protocol):
+    def __call__(self, qkv: Tensor, eps: float) -> Tensor: ...
 
 
 class State(Protocol):
@@ -36,12 +53,35 @@ class Apply(Protocol):
 
 class Functions(NamedTuple):
     linear_attention: LinearAttention
+    linear_attention_packed: Packed
     linear_attention_state: State
     linear_attention_apply: Apply
 
 
-def attach(backend: str) -> Functions:
-    """Give the backend's operators shapes and gradients; returns the functions dispatch calls."""
+def attach(backend: str, *, recompute_tokens: int) -> Functions:
+    """Give the backend's operators shapes and gradients; returns the functions dispatch calls.
+
+    Args:
+        backend: its name.
+        recompute_tokens: up to this many key tokens the backward works the state out again; beyond,
+            the forward saves it (where a gradient is needed at all).
+    """
+    fused = register(
+        backend,
+        "linear_attention",
+        fake=_fake,
+        fake_backward=_fake_backward,
+        setup_context=_save_inputs_and_state,
+        backward=_backward,
+    )
+    fused_packed = register(
+        backend,
+        "linear_attention_packed",
+        fake=_fake_packed,
+        fake_backward=_fake_packed_backward,
+        setup_context=_save_inputs_and_state,
+        backward=_packed_backward,
+    )
     state = register(
         backend,
         "linear_attention_state",
@@ -60,16 +100,73 @@ def attach(backend: str) -> Functions:
     )
 
     def linear_attention(q: Tensor, k: Tensor, v: Tensor, eps: float) -> Tensor:
-        S, z = state(k, v)
-        return apply(q, S, z, eps)
+        training = torch.is_grad_enabled() and needs_gradient(q, k, v)
+        return fused(q, k, v, eps, training and k.shape[2] > recompute_tokens)[0]
 
-    return Functions(linear_attention, state, apply)
+    def linear_attention_packed(qkv: Tensor, eps: float) -> Tensor:
+        training = torch.is_grad_enabled() and qkv.requires_grad
+        return fused_packed(qkv, eps, training and qkv.shape[1] > recompute_tokens)[0]
+
+    return Functions(linear_attention, linear_attention_packed, state, apply)
+
+
+def empty_state(k: Tensor, save_state: bool) -> tuple[Tensor, Tensor]:
+    """S and z for keys (B, Hk, M, D), uninitialised; of shape (0,) unless they are to be saved."""
+    batch, heads, _, head_dim = k.shape
+    S_shape = (batch, heads, 2 * head_dim, head_dim) if save_state else (0,)
+    z_shape = S_shape[:3] if save_state else (0,)
+    return k.new_empty(S_shape, dtype=torch.float32), k.new_empty(z_shape, dtype=torch.float32)
+
+
+# ---- the whole operation -------------------------------------------------------------------------
+
+
+def _fake(
+    q: Tensor, k: Tensor, v: Tensor, eps: float, save_state: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    return empty_like(q), *empty_state(k, save_state)
+
+
+def _fake_backward(
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, S: Tensor, z: Tensor, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    return empty_like(q), empty_like(k), empty_like(v)
+
+
+def _fake_packed(qkv: Tensor, eps: float, save_state: bool) -> tuple[Tensor, Tensor, Tensor]:
+    return empty_like(qkv.select(2, 0)), *empty_state(unpack_qkv(qkv)[1], save_state)
+
+
+def _fake_packed_backward(dout: Tensor, qkv: Tensor, S: Tensor, z: Tensor, eps: float) -> Tensor:
+    return empty_like(qkv)
+
+
+def _save_inputs_and_state(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    *tensors, eps, _ = inputs
+    _, S, z = output
+    ctx.save_for_backward(*tensors, S, z)
+    ctx.eps = eps
+    ctx.mark_non_differentiable(S, z)
+    ctx.set_materialize_grads(False)  # zeros for S and z would be written for nobody to read
+
+
+def _backward(
+    kernel: Any, ctx: Any, dout: Tensor, dS: None, dz: None
+) -> tuple[Tensor, Tensor, Tensor, None, None]:
+    return *kernel(dout, *ctx.saved_tensors, ctx.eps), None, None
+
+
+def _packed_backward(
+    kernel: Any, ctx: Any, dout: Tensor, dS: None, dz: None
+) -> tuple[Tensor, None, None]:
+    return kernel(dout, *ctx.saved_tensors, ctx.eps), None, None
+
+
+# ---- its two halves ------------------------------------------------------------------------------
 
 
 def _fake_state(k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    batch, heads, _, head_dim = k.shape
-    S = k.new_empty((batch, heads, 2 * head_dim, head_dim), dtype=torch.float32)
-    return S, k.new_empty((batch, heads, 2 * head_dim), dtype=torch.float32)
+    return empty_state(k, True)
 
 
 def _fake_state_backward(dS: Tensor, dz: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:

@@ -8,7 +8,7 @@ Any floating dtype; sums are float32, or float64 for float64.
 import torch
 from torch import Tensor
 
-from kernels.layout import gradients_in_order, in_order_of
+from kernels.layout import gradients_in_order, in_order_of, unpack_qkv
 
 
 def feature_map(x: Tensor) -> Tensor:
@@ -18,6 +18,11 @@ def feature_map(x: Tensor) -> Tensor:
 
 def linear_attention(q: Tensor, k: Tensor, v: Tensor, eps: float) -> Tensor:
     return linear_attention_apply(q, *linear_attention_state(k, v), eps)
+
+
+def linear_attention_packed(qkv: Tensor, eps: float) -> Tensor:
+    (qkv,) = gradients_in_order(qkv)
+    return linear_attention(*unpack_qkv(qkv), eps).transpose(1, 2)
 
 
 def linear_attention_state(k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:

@@ -8,13 +8,20 @@ The products are batched matrix products in float32, since a half-precision norm
 import torch
 from torch import Tensor
 
-from kernels.layout import gradients_in_order, in_order_of
+from kernels.layout import gradients_in_order, in_order_of, unpack_qkv
 
 
 def linear_attention(q: Tensor, k: Tensor, v: Tensor, eps: float) -> Tensor:
     q_in, k, v = gradients_in_order(q, k, v)
     state, normaliser = _state(k, v)
     return in_order_of(q, _apply(q_in, state, normaliser, eps))
+
+
+def linear_attention_packed(qkv: Tensor, eps: float) -> Tensor:
+    (packed,) = gradients_in_order(qkv)
+    q, k, v = unpack_qkv(packed)
+    out = in_order_of(q, _apply(q, *_state(k, v), eps))
+    return out.transpose(1, 2)
 
 
 def linear_attention_state(k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:

@@ -4,7 +4,7 @@ from torch import Tensor
 
 from kernels.backends import run
 from kernels.layout import autocast_inputs
-from kernels.validation import check_attention, check_real, check_same
+from kernels.validation import check_attention, check_packed, check_real, check_same
 
 
 def softmax_attention(
@@ -35,3 +35,28 @@ def softmax_attention(
         scale = q.shape[-1] ** -0.5
     check_real("scale", scale)
     return run("softmax_attention", backend, q, k, v, float(scale))
+
+
+def softmax_attention_packed(
+    qkv: Tensor, *, scale: float | None = None, backend: str | None = None
+) -> Tensor:
+    """:func:`softmax_attention` of one packed projection, whose gradient comes in one piece.
+
+    Args:
+        qkv: (B, N, 3, H, D), the last axis contiguous: ``linear(x).view(B, N, 3, H, D)``.
+        scale: multiplies q kᵀ; D^-½ by default.
+        backend: a name from :func:`kernels.backends`, or None for the fastest usable one.
+
+    Returns:
+        (B, N, H, D) in qkv's dtype and memory order. The kernel backends write the three gradients
+        into one tensor of qkv's memory order, so that the projection's backward copies nothing.
+
+    Raises:
+        TypeError, ValueError: as :func:`softmax_attention`.
+    """
+    (qkv,) = autocast_inputs(qkv)
+    check_packed(qkv)
+    if scale is None:
+        scale = qkv.shape[-1] ** -0.5
+    check_real("scale", scale)
+    return run("softmax_attention_packed", backend, qkv, float(scale))

@@ -1,16 +1,22 @@
 """Shapes and gradients of softmax attention's operators, the same for every kernel backend.
 
-A backend defines two operators in the namespace ``linear_vit``; lse is the natural logarithm of the
-softmax's denominator, (B, H, N) float32, -inf where M = 0::
+A backend defines four operators in the namespace ``linear_vit``; lse is the natural logarithm of
+the softmax's denominator, (B, H, N) float32, -inf where M = 0::
 
     <backend>_softmax_attention(Tensor q, Tensor k, Tensor v, float scale)
         -> (Tensor out, Tensor lse)
     <backend>_softmax_attention_backward(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out,
         Tensor lse, float scale) -> (Tensor dq, Tensor dk, Tensor dv)
+    <backend>_softmax_attention_packed(Tensor qkv, float scale) -> (Tensor out, Tensor lse)
+    <backend>_softmax_attention_packed_backward(Tensor dout, Tensor qkv, Tensor out, Tensor lse,
+        float scale) -> Tensor dqkv
+
+qkv is (B, N, 3, H, D), out and dout of the packed form are (B, N, H, D), dqkv is one dense tensor
+in qkv's memory order.
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,8 +24,13 @@ from torch import Tensor
 from kernels.operators import empty_like, register
 
 
-def attach(backend: str) -> Callable[[Tensor, Tensor, Tensor, float], Tensor]:
-    """Give the backend's operators shapes and gradients; returns the function dispatch calls."""
+class Functions(NamedTuple):
+    softmax_attention: Callable[[Tensor, Tensor, Tensor, float], Tensor]
+    softmax_attention_packed: Callable[[Tensor, float], Tensor]
+
+
+def attach(backend: str) -> Functions:
+    """Give the backend's operators shapes and gradients; returns the functions dispatch calls."""
     forward = register(
         backend,
         "softmax_attention",
@@ -28,11 +39,22 @@ def attach(backend: str) -> Callable[[Tensor, Tensor, Tensor, float], Tensor]:
         setup_context=_save,
         backward=_backward,
     )
+    packed = register(
+        backend,
+        "softmax_attention_packed",
+        fake=_fake_packed,
+        fake_backward=_fake_packed_backward,
+        setup_context=_save,
+        backward=_packed_backward,
+    )
 
     def softmax_attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
         return forward(q, k, v, scale)[0]
 
-    return softmax_attention
+    def softmax_attention_packed(qkv: Tensor, scale: float) -> Tensor:
+        return packed(qkv, scale)[0]
+
+    return Functions(softmax_attention, softmax_attention_packed)
 
 
 def _fake(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
@@ -45,15 +67,32 @@ def _fake_backward(
     return empty_like(q), empty_like(k), empty_like(v)
 
 
+def _fake_packed(qkv: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    batch, tokens, _, heads, _ = qkv.shape
+    lse = qkv.new_empty((batch, heads, tokens), dtype=torch.float32)
+    return empty_like(qkv.select(2, 0)), lse
+
+
+def _fake_packed_backward(
+    dout: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, scale: float
+) -> Tensor:
+    return empty_like(qkv)
+
+
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    q, k, v, scale = inputs
+    *tensors, scale = inputs
     out, lse = output
-    ctx.save_for_backward(q, k, v, out, lse)
+    ctx.save_for_backward(*tensors, out, lse)
     ctx.scale = scale
     ctx.mark_non_differentiable(lse)
+    ctx.set_materialize_grads(False)  # zeros for lse would be written for nobody to read
 
 
 def _backward(
-    kernel: Any, ctx: Any, dout: Tensor, dlse: Tensor
+    kernel: Any, ctx: Any, dout: Tensor, dlse: None
 ) -> tuple[Tensor, Tensor, Tensor, None]:
     return *kernel(dout, *ctx.saved_tensors, ctx.scale), None
+
+
+def _packed_backward(kernel: Any, ctx: Any, dout: Tensor, dlse: None) -> tuple[Tensor, None]:
+    return kernel(dout, *ctx.saved_tensors, ctx.scale), None

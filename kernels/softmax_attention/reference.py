@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from kernels.layout import gradients_in_order, in_order_of
+from kernels.layout import gradients_in_order, in_order_of, unpack_qkv
 
 
 def softmax_attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
@@ -14,3 +14,8 @@ def softmax_attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
     weights = torch.softmax(torch.einsum("bhnd,bhmd->bhnm", query, key) * scale, dim=-1)
     out = torch.einsum("bhnm,bhmd->bhnd", weights, value)
     return in_order_of(q, out.to(q.dtype))
+
+
+def softmax_attention_packed(qkv: Tensor, scale: float) -> Tensor:
+    (qkv,) = gradients_in_order(qkv)
+    return softmax_attention(*unpack_qkv(qkv), scale).transpose(1, 2)
