@@ -24,6 +24,7 @@ from bench import machine
 from bench.memory import is_out_of_memory
 from bench.problems import (
     FORWARD_BACKWARD,
+    PACKED,
     AttentionShape,
     Expected,
     Problem,
@@ -43,9 +44,11 @@ _ATTENTION = (
     AttentionShape(B=2, H=6, Hk=6, N=197, M=197, D=64),
     AttentionShape(B=1, H=4, Hk=1, N=77, M=130, D=64),
 )
+_PACKED = (AttentionShape(B=2, H=6, Hk=6, N=197, M=197, D=64),)
 _RIPPLE = (RippleShape(2, 8, 8, 48, axis=0), RippleShape(1, 7, 5, 33, axis=1))
 # The interpreter takes seconds for what a GPU does in microseconds.
 _ATTENTION_INTERPRETED = (AttentionShape(B=1, H=2, Hk=1, N=37, M=70, D=16),)
+_PACKED_INTERPRETED = (AttentionShape(B=1, H=2, Hk=2, N=37, M=37, D=16),)
 _RIPPLE_INTERPRETED = (RippleShape(1, 5, 4, 8, axis=0), RippleShape(1, 4, 5, 8, axis=1))
 _SPARED = "each dtype compiles for seconds: python -m bench.check --full goes through all of them"
 
@@ -174,6 +177,8 @@ def _shapes(operation: str, only: str | None) -> tuple[Shape, ...]:
     interpreted = only == "triton" and not kernels.is_timeable("triton", "cpu")
     if operation.startswith("ripple"):
         return _RIPPLE_INTERPRETED if interpreted else _RIPPLE
+    if operation in PACKED:
+        return _PACKED_INTERPRETED if interpreted else _PACKED
     return _ATTENTION_INTERPRETED if interpreted else _ATTENTION
 
 

@@ -6,17 +6,23 @@ passes, so that all are given the same numbers and held to the same float64 refe
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 import kernels
 from kernels.accuracy import Comparison, compare
+from kernels.layout import unpack_qkv
 
 FORWARD = "forward"
 FORWARD_BACKWARD = "forward+backward"
 PASSES = (FORWARD, FORWARD_BACKWARD)
+# Packed form -> the operation it is of. Tokens are axis 1 there, and axis 2 elsewhere.
+PACKED = {
+    "linear_attention_packed": "linear_attention",
+    "softmax_attention_packed": "softmax_attention",
+}
 
 # Tokens of one float64 reference chunk: 8,192 x 6 heads x 128 features is 50 MB.
 _CHUNK = 8192
@@ -72,7 +78,7 @@ class Work:
 class Expected:
     """Float64 results by name ("out", "grad q", ...), and the token rows they stand for.
 
-    ``rows[name]`` is None where all of the tensor is there, else the indices along axis 2.
+    ``rows[name]`` is None where all of the tensor is there, else the indices along the token axis.
     ``cotangents`` are the output gradients that the results belong to.
     """
 
@@ -180,6 +186,15 @@ def make_problem(
 
             def run(t: dict[str, Tensor], backend: str) -> tuple[Tensor, ...]:
                 return (function(t["q"], t["k"], t["v"], backend=backend),)
+        elif operation in PACKED:
+            if Hk != H or M != N:
+                raise ValueError(f"{operation} takes as many keys as queries, got {shape}")
+            inputs = {"qkv": normal(B, N, 3, H, D)}
+            cotangents = (normal(B, N, H, D),)
+            packed_function = getattr(kernels, operation)
+
+            def run(t: dict[str, Tensor], backend: str) -> tuple[Tensor, ...]:
+                return (packed_function(t["qkv"], backend=backend),)
         elif operation == "linear_attention_state":
             inputs = {"k": normal(B, Hk, M, D), "v": normal(B, Hk, M, D)}
             output_names = ("S", "z")
@@ -218,6 +233,7 @@ def least_work(operation: str, mode: str, shape: Shape, element_size: int) -> Wo
     Ripple: every tensor argument and result once, a multiply and an add per tap; backward twice
     that.
     """
+    operation = PACKED.get(operation, operation)
     backward = mode == FORWARD_BACKWARD
     e = element_size
     if isinstance(shape, RippleShape):
@@ -263,6 +279,8 @@ def expected_results(problem: Problem) -> Expected:
     states of disjoint token ranges add up, and query rows are independent of one another. Where
     even that is too long, on a sample of the rows (see :class:`Expected`).
     """
+    if problem.operation in PACKED:
+        return _expected_packed(problem)
     double = {name: x.detach().double() for name, x in problem.inputs.items()}
     if problem.operation in ("linear_attention", "softmax_attention"):
         assert isinstance(problem.shape, AttentionShape)
@@ -288,7 +306,7 @@ def check(problem: Problem, backend: str, mode: str, expected: Expected) -> dict
     for name, actual in zip(problem.names(mode), results, strict=True):
         rows = expected.rows[name]
         if rows is not None:
-            actual = actual[:, :, rows]
+            actual = actual.index_select(1 if problem.operation in PACKED else 2, rows)
         # A gradient of the float32 state is made of half-precision factors that may be rounded
         # once.
         dtype = problem.dtype if name.startswith("grad") else None
@@ -386,6 +404,33 @@ def _expected_softmax_attention(problem: Problem, double: dict[str, Tensor]) -> 
     values = {"out": out, "grad q": dq, "grad k": dk, "grad v": dv}
     rows_of = {"out": sampled, "grad q": sampled, "grad k": None, "grad v": None}
     return Expected(values, rows_of, (cotangent,))
+
+
+def _expected_packed(problem: Problem) -> Expected:
+    """By way of the operation on q, k and v."""
+    q, k, v = (x.detach() for x in unpack_qkv(problem.inputs["qkv"]))
+    unpacked = replace(
+        problem,
+        operation=PACKED[problem.operation],
+        inputs={"q": q, "k": k, "v": v},
+        cotangents=tuple(g.transpose(1, 2) for g in problem.cotangents),
+    )
+    expected = expected_results(unpacked)
+    rows = expected.rows["grad k"]
+    gradients = [expected.values[f"grad {name}"] for name in "qkv"]
+    if rows is None and expected.rows["grad q"] is not None:
+        # Sampled queries: the gradient of all other rows was set to zero, so theirs is zero.
+        dq = torch.zeros_like(gradients[1])
+        dq[:, :, expected.rows["grad q"]] = gradients[0]
+        gradients[0] = dq
+    return Expected(
+        {
+            "out": expected.values["out"].transpose(1, 2),
+            "grad qkv": torch.stack(gradients).permute(1, 3, 0, 2, 4),
+        },
+        {"out": expected.rows["out"], "grad qkv": rows},
+        tuple(g.transpose(1, 2) for g in expected.cotangents),
+    )
 
 
 def _sample(tokens: int, device: torch.device) -> Tensor:

@@ -31,8 +31,13 @@ _LONGEST = {"cpu": {"quick": 16_384, "full": 1_048_576}, "cuda": {"quick": 1_048
 # The softmax reference stores its N×M matrix, in float32 and several times over.
 _MOST_REFERENCE_BYTES = 4 * 2**30
 _QUICK_DTYPES = {"cpu": ("float32",), "cuda": ("bfloat16", "float32")}
-# Made of the same kernels as linear_attention, so a quick sweep leaves them out.
-_FULL_ONLY = ("linear_attention_state", "linear_attention_apply")
+# Made of the same kernels as the operations themselves, so a quick sweep leaves them out.
+_FULL_ONLY = (
+    "linear_attention_packed",
+    "linear_attention_state",
+    "linear_attention_apply",
+    "softmax_attention_packed",
+)
 # Grids from 8×8 to 64×64 tokens; --seq-lens may name others.
 _GRIDS = {"quick": (64, 256, 512, 1024, 4096), "full": tuple(2**i for i in range(6, 13))}
 # The oracle; nobody's choice of an implementation.
@@ -218,7 +223,7 @@ def _too_much_work(case: Case, kind: str, extent: str) -> str | None:
 
 
 def _too_much_memory(case: Case) -> str | None:
-    if case.operation != "softmax_attention" or case.backend != "reference":
+    if not case.operation.startswith("softmax_attention") or case.backend != "reference":
         return None
     copies = 5 if case.mode == FORWARD_BACKWARD else 3
     need = copies * 4 * HEADS * case.tokens**2

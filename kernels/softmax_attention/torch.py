@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.layout import gradients_in_order, in_order_of
+from kernels.layout import gradients_in_order, in_order_of, unpack_qkv
 
 
 def softmax_attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
@@ -18,6 +18,11 @@ def softmax_attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
     else:
         out = F.scaled_dot_product_attention(query, key, value, scale=scale, enable_gqa=True)
     return in_order_of(q, out)
+
+
+def softmax_attention_packed(qkv: Tensor, scale: float) -> Tensor:
+    (packed,) = gradients_in_order(qkv)
+    return softmax_attention(*unpack_qkv(packed), scale).transpose(1, 2)
 
 
 def implementation(op: str, q: Tensor, k: Tensor, v: Tensor, *_: object) -> str:

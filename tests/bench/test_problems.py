@@ -20,11 +20,16 @@ from bench.problems import (
 
 CPU = torch.device("cpu")
 ATTENTION = AttentionShape(B=2, H=4, Hk=2, N=37, M=29, D=16)
+SELF_ATTENTION = AttentionShape(B=2, H=3, Hk=3, N=37, M=37, D=16)
 RIPPLE = RippleShape(B=2, rows=5, cols=4, C=6, axis=1)
 
 
 def problem_of(operation: str, dtype: torch.dtype = torch.float32) -> Problem:
-    shape = RIPPLE if operation.startswith("ripple") else ATTENTION
+    shape: problems.Shape = ATTENTION
+    if operation.startswith("ripple"):
+        shape = RIPPLE
+    elif operation in problems.PACKED:
+        shape = SELF_ATTENTION
     return make_problem(operation, shape, dtype, CPU)
 
 
@@ -48,7 +53,7 @@ def test_expected_results_are_the_references(operation: str, monkeypatch) -> Non
         torch.testing.assert_close(expected.values[name], value, rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize("operation", ["linear_attention", "softmax_attention"])
+@pytest.mark.parametrize("operation", ["linear_attention", "softmax_attention", *problems.PACKED])
 def test_long_sequences_are_compared_on_a_sample(operation: str, monkeypatch) -> None:
     monkeypatch.setattr(problems, "_MOST_ROWS", 20)
     monkeypatch.setattr(problems, "_MOST_REFERENCE_FLOP", 1.0)
@@ -59,7 +64,9 @@ def test_long_sequences_are_compared_on_a_sample(operation: str, monkeypatch) ->
     assert rows is not None
     assert len(rows) == 9
     assert {0, ATTENTION.N - 1} <= set(rows.tolist())
-    torch.testing.assert_close(expected.values["out"], direct(problem)["out"][:, :, rows])
+    axis = 1 if operation in problems.PACKED else 2
+    out = direct(problem)["out"].index_select(axis, rows)
+    torch.testing.assert_close(expected.values["out"], out)
     for mode in (FORWARD, FORWARD_BACKWARD):
         assert all(v.passed for v in check(problem, "torch", mode, expected).values())
 

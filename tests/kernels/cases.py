@@ -1,7 +1,7 @@
 """Inputs for the kernel tests, and the comparison of a backend with the float64 reference."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +15,7 @@ from kernels.accuracy import Comparison, compare
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 ATTENTION = ("linear_attention", "softmax_attention")
+PACKED = ("linear_attention_packed", "softmax_attention_packed")
 
 
 def usable_backends(op: str) -> list[str]:
@@ -45,7 +46,10 @@ def _marks(backend: str) -> list[pytest.MarkDecorator]:
 
 @dataclass(frozen=True)
 class Attention:
-    """One call of an attention operation: sizes, dtype, memory layout and the inputs' scale."""
+    """One call of an attention operation: sizes, dtype, memory layout and the inputs' scale.
+
+    A packed operation has as many keys as queries, and as many key/value heads.
+    """
 
     op: str = "linear_attention"
     batch: int = 1
@@ -62,7 +66,7 @@ class Attention:
     eps: float = 1e-6
 
     def inputs(self) -> list[Tensor]:
-        """q, k, v in the layout asked for, requiring gradients."""
+        """q, k, v, or qkv, in the layout asked for, requiring gradients."""
         generator = torch.Generator().manual_seed(self.seed)
 
         def normal(*shape: int) -> Tensor:
@@ -70,6 +74,8 @@ class Attention:
 
         b, h, hk, d = self.batch, self.heads, self.kv_heads, self.head_dim
         n, m = self.queries, self.keys
+        if self.op in PACKED:
+            return [self._packed(normal).requires_grad_()]
         if self.layout == "packed":  # views into one qkv projection
             assert (h, n) == (hk, m), "a packed projection has as many keys as queries"
             packed = normal(b, n, 3, h, d).to(DEVICE, self.dtype)
@@ -97,13 +103,30 @@ class Attention:
             v.add_(self.mean)
         return [x.detach().requires_grad_() for x in (q, k, v)]
 
+    def _packed(self, normal: Callable[..., Tensor]) -> Tensor:
+        """qkv (B, N, 3, H, D)."""
+        b, n, h, d = self.batch, self.queries, self.heads, self.head_dim
+        assert (h, n) == (self.kv_heads, self.keys)
+        if self.layout == "odd":  # rows of an odd length from an odd offset
+            qkv = normal(b, n, 3, h, d + 3)[..., 1 : d + 1]
+        elif self.layout == "heads_first":  # memory is (B, H, N, 3, D)
+            qkv = normal(b, h, n, 3, d).permute(0, 2, 3, 1, 4)
+        else:
+            qkv = normal(b, n, 3, h, d)
+        qkv = qkv.to(DEVICE, self.dtype)
+        qkv[:, :, :2] *= self.scale
+        qkv[:, :, 2] += self.mean
+        return qkv.detach()
+
     def gradient(self) -> Tensor:
         shape = (self.batch, self.heads, self.queries, self.head_dim)
+        if self.op in PACKED:
+            shape = (self.batch, self.queries, self.heads, self.head_dim)
         generator = torch.Generator().manual_seed(self.seed + 1)
         return torch.randn(shape, generator=generator).to(DEVICE, self.dtype)
 
     def run(self, backend: str, inputs: list[Tensor]) -> Tensor:
-        options = {"eps": self.eps} if self.op == "linear_attention" else {}
+        options = {"eps": self.eps} if self.op.startswith("linear_attention") else {}
         return getattr(kernels, self.op)(*inputs, backend=backend, **options)
 
 
@@ -210,5 +233,6 @@ def _label(case: Case) -> str:
     if isinstance(case, Ripple):
         sizes = f"axis{case.axis}-{case.rows}x{case.cols}x{case.channels}"
     else:
-        sizes = f"H{case.heads}over{case.kv_heads}-N{case.queries}-M{case.keys}-D{case.head_dim}"
+        heads = f"B{case.batch}-H{case.heads}over{case.kv_heads}"
+        sizes = f"{heads}-N{case.queries}-M{case.keys}-D{case.head_dim}"
     return f"{case.op}-{sizes}-{dtype}-{case.layout}"

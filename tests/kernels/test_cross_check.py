@@ -15,6 +15,7 @@ from tests.kernels.cases import (
     ATTENTION,
     DEVICE,
     DTYPES,
+    PACKED,
     Attention,
     Case,
     Ripple,
@@ -41,6 +42,17 @@ ATTENTION_CASES: list[Case] = [
         Attention(op, heads=1, kv_heads=1, queries=300, keys=290, head_dim=16),
     )
 ]
+PACKED_CASES: list[Case] = [
+    case
+    for op in PACKED
+    for case in (
+        *(Attention(op, dtype=dtype, head_dim=64) for dtype in DTYPES),
+        Attention(op, batch=2, heads=3, kv_heads=3, queries=33, keys=33, head_dim=48),
+        Attention(op, layout="odd", dtype=torch.float16, queries=31, keys=31, head_dim=16),
+        Attention(op, layout="heads_first", dtype=torch.bfloat16, queries=40, keys=40),
+        Attention(op, heads=1, kv_heads=1, queries=290, keys=290, head_dim=16),
+    )
+]
 RIPPLE_CASES: list[Case] = [
     case
     for op in ("ripple_pool", "ripple_expand")
@@ -54,7 +66,9 @@ RIPPLE_CASES: list[Case] = [
 ]
 
 
-@pytest.mark.parametrize(("case", "backend"), on_every(ATTENTION_CASES + RIPPLE_CASES, compiled=6))
+@pytest.mark.parametrize(
+    ("case", "backend"), on_every(ATTENTION_CASES + PACKED_CASES + RIPPLE_CASES, compiled=6)
+)
 def test_named_cases(case: Case, backend: str) -> None:
     assert_accurate(case, backend)
 

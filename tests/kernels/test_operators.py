@@ -9,6 +9,7 @@ from torch import Tensor
 from torch._subclasses import FakeTensorMode
 
 import kernels
+from kernels.backends import _ROOMS
 from tests.kernels.cases import ATTENTION, DEVICE, Attention, Case, Ripple, op_backend_pairs
 
 CASES: dict[str, Case] = {
@@ -16,15 +17,17 @@ CASES: dict[str, Case] = {
     "softmax_attention": Attention(
         "softmax_attention", heads=4, kv_heads=2, queries=20, keys=24, head_dim=16
     ),
+    "linear_attention_packed": Attention("linear_attention_packed", head_dim=16),
+    "softmax_attention_packed": Attention("softmax_attention_packed", head_dim=16),
     "ripple_pool": Ripple("ripple_pool", channels=8),
     "ripple_expand": Ripple("ripple_expand", channels=8),
 }
-KERNEL_BACKENDS = ("triton", "cuda")
+KERNEL_BACKENDS = ("triton", "cuda", "cpu")
 
 
 def _operators(op: str, backend: str) -> list[tuple[Any, tuple[Any, ...]]]:
     """The backend's operators behind an operation, with arguments to call them with."""
-    importlib.import_module(f"kernels.{'ripple' if 'ripple' in op else op}.{backend}")
+    importlib.import_module(f"kernels.{_ROOMS[op]}.{backend}")
     case = CASES[op]
     inputs, gradient = case.inputs(), case.gradient()
     plain = [x.detach() for x in inputs]
@@ -33,13 +36,26 @@ def _operators(op: str, backend: str) -> list[tuple[Any, tuple[Any, ...]]]:
         q, k, v = inputs
         S, z = named("linear_attention_state")(*plain[1:])
         dS, dz = torch.randn_like(S), torch.randn_like(z)
+        out, *state = named(op)(*plain, 1e-6, True)
+        _, *no_state = named(op)(*plain, 1e-6, False)
         return [
+            (named(op), (*inputs, 1e-6, True)),
+            (named(op), (*inputs, 1e-6, False)),
+            (named(f"{op}_backward"), (gradient, *plain, *state, 1e-6)),
+            (named(f"{op}_backward"), (gradient, *plain, *no_state, 1e-6)),
             (named("linear_attention_state"), (k, v)),
             (named("linear_attention_state_backward"), (dS, dz, *plain[1:])),
             (named("linear_attention_apply"), (q, S, z, 1e-6)),
             (named("linear_attention_apply_backward"), (gradient, plain[0], S, z, 1e-6)),
         ]
-    if op == "softmax_attention":
+    if op == "linear_attention_packed":
+        out, S, z = named(op)(*plain, 1e-6, True)
+        return [
+            (named(op), (*inputs, 1e-6, True)),
+            (named(op), (*inputs, 1e-6, False)),
+            (named(f"{op}_backward"), (gradient, *plain, S, z, 1e-6)),
+        ]
+    if op in ("softmax_attention", "softmax_attention_packed"):
         out, lse = named(op)(*plain, 0.25)
         return [
             (named(op), (*inputs, 0.25)),

@@ -108,6 +108,26 @@ def test_bad_scale() -> None:
         attend("softmax_attention", "torch", {}, scale=float("inf"))
 
 
+@pytest.mark.parametrize("backend", [None, *BACKENDS])
+@pytest.mark.parametrize("op", ["linear_attention_packed", "softmax_attention_packed"])
+@pytest.mark.parametrize(
+    ("qkv", "error", "message"),
+    [
+        (torch.randn(1, 6, 3, 32), ValueError, r"qkv must have 5 axes \(B, N, 3, H, D\), got 4"),
+        (torch.randn(1, 3, 6, 2, 32), ValueError, r"qkv must have size 3 along axis 2"),
+        (torch.randn(1, 6, 3, 0, 32), ValueError, "qkv must have at least one head"),
+        (torch.ones(1, 6, 3, 2, 32, dtype=torch.int8), TypeError, "qkv must be float32"),
+        (torch.randn(1, 6, 3, 32, 2).transpose(3, 4), ValueError, r"contiguous last axis"),
+    ],
+    ids=["rank", "not three", "no heads", "integers", "last axis"],
+)
+def test_bad_packed_input(
+    op: str, qkv: Tensor, error: type[Exception], message: str, backend: str
+) -> None:
+    with pytest.raises(error, match=message):
+        getattr(kernels, op)(qkv, backend=backend)
+
+
 BAD_RIPPLE: list[tuple[Callable[[], Any], type[Exception], str]] = [
     (lambda: kernels.ripple_pool(torch.randn(4, 4, 8), torch.randn(8, 3, 3), axis=0),
      ValueError, r"x must have 4 axes \(B, rows, cols, C\), got 3"),
