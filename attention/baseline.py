@@ -3,14 +3,14 @@
 from torch import Tensor, nn
 
 from attention.layers import Grid, LocalBranch, check_tokens, head_count
-from kernels import softmax_attention
+from kernels import softmax_attention_packed
 
 
 class BaselineAttention(nn.Module):
     """Multi-head softmax attention over tokens (B, N, C).
 
-    One packed projection C -> 3C gives q, k and v, which are read in place as strided views; one
-    projection C -> C follows. The grid is used by the local branch alone.
+    One packed projection C -> 3C gives q, k and v, which are read in place; one projection C -> C
+    follows. The grid is used by the local branch alone.
 
     Args:
         dim: C, the embedding dimension.
@@ -41,10 +41,8 @@ class BaselineAttention(nn.Module):
     def forward(self, x: Tensor, grid: Grid) -> Tensor:
         batch, tokens = check_tokens(x, grid, self.dim)
         packed = self.qkv(x)
-        q, k, v = packed.view(batch, tokens, 3, self.heads, -1).permute(2, 0, 3, 1, 4).unbind(0)
-        out = softmax_attention(q, k, v, backend=self.backend)
-        # The kernels keep q's (B, N, H, D) memory order, so this reshape is a view.
-        out = out.transpose(1, 2).reshape(batch, tokens, self.dim)
+        qkv = packed.view(batch, tokens, 3, self.heads, -1)
+        out = softmax_attention_packed(qkv, backend=self.backend).flatten(2)
         if self.local is not None:
             out = out + self.local(packed[..., 2 * self.dim :], grid)
         return self.projection(out)
