@@ -1,0 +1,152 @@
+"""Tiles, warps, stages and splits of every Triton kernel: one table to read and to retune.
+
+``TABLE`` maps a kernel, ``<room>.<kernel>``, to rules; the first one that fits the architecture,
+the dimension (head dim, or channels) and the dtype decides, so exceptions stand above what is
+usual. A rule holds what its kernel is launched with: tile sizes by the kernel's own parameter
+names, ``num_warps`` and ``num_stages``. ``python -m bench.tune`` measures candidates on a GPU and
+writes a file of the same rules; the environment variable LINEAR_VIT_TUNING names such a file,
+whose rules are asked before the table's::
+
+    {"schema": 1, "rules": [{"kernel": "linear_attention.state", "architecture": "sm_90",
+                             "dim": 64, "dtype": "bfloat16",
+                             "options": {"BLOCK_N": 128, "num_warps": 8, "num_stages": 3}}]}
+"""
+
+import contextlib
+import functools
+import json
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+HALF = (torch.float16, torch.bfloat16)
+FLOAT32 = (torch.float32,)
+OVERRIDES = "LINEAR_VIT_TUNING"
+
+
+@dataclass(frozen=True)
+class Rule:
+    """Launch options, and what they are for: None stands for any."""
+
+    options: dict[str, int]
+    architectures: tuple[str, ...] | None = None  # "sm_86"
+    dims: range | tuple[int, ...] | None = None
+    dtypes: tuple[torch.dtype, ...] | None = None
+
+    def fits(self, architecture: str, dim: int, dtype: torch.dtype) -> bool:
+        return (
+            (self.architectures is None or architecture in self.architectures)
+            and (self.dims is None or dim in self.dims)
+            and (self.dtypes is None or dtype in self.dtypes)
+        )
+
+
+def _tile(num_warps: int, num_stages: int, **tile: int) -> dict[str, int]:
+    return {**tile, "num_warps": num_warps, "num_stages": num_stages}
+
+
+TABLE: dict[str, tuple[Rule, ...]] = {}
+
+
+@dataclass(frozen=True)
+class Device:
+    """What a choice depends on: the architecture, and how many multiprocessors there are to fill."""
+
+    architecture: str
+    multiprocessors: int
+
+
+# Interpreted programs run one after the other: there is nothing to fill.
+_INTERPRETER = Device("interpreter", 1)
+_assumed: list[Device] = []
+
+
+def device(of: torch.device) -> Device:
+    """The device's architecture and multiprocessors, or those of the innermost :func:`assume`."""
+    if _assumed:
+        return _assumed[-1]
+    return _query(of) if of.type == "cuda" else _INTERPRETER
+
+
+@functools.cache
+def _query(of: torch.device) -> Device:
+    properties = torch.cuda.get_device_properties(of)
+    architecture = f"sm_{properties.major}{properties.minor}"
+    return Device(architecture, properties.multi_processor_count)
+
+
+def architecture(of: torch.device) -> str:
+    """``"sm_90"`` and the like; ``"interpreter"`` on a CPU."""
+    return device(of).architecture
+
+
+@contextlib.contextmanager
+def assume(architecture: str, multiprocessors: int) -> Iterator[None]:
+    """Choose as for another device: to compile for it, or to count what it would move."""
+    _assumed.append(Device(architecture, multiprocessors))
+    try:
+        yield
+    finally:
+        _assumed.pop()
+
+
+def options(kernel: str, dim: int, dtype: torch.dtype, of: torch.device) -> dict[str, int]:
+    """The launch options of a kernel: tile sizes, ``num_warps``, ``num_stages``.
+
+    Args:
+        kernel: a key of ``TABLE``.
+        dim: the head dim, or the channels.
+        dtype: of the inputs.
+        of: the device that the tensors are on.
+
+    Raises:
+        LookupError: no rule fits, which is a hole in the table.
+    """
+    return dict(_options(kernel, dim, dtype, architecture(of), os.environ.get(OVERRIDES)))
+
+
+@functools.lru_cache(maxsize=4096)
+def _options(
+    kernel: str, dim: int, dtype: torch.dtype, architecture: str, overrides: str | None
+) -> dict[str, int]:
+    extra = read_overrides(Path(overrides)).get(kernel, ()) if overrides else ()
+    for rule in (*extra, *TABLE[kernel]):
+        if rule.fits(architecture, dim, dtype):
+            return rule.options
+    raise LookupError(f"no rule of {kernel} fits {architecture}, {dim}, {dtype}")
+
+
+@functools.cache
+def read_overrides(path: Path) -> dict[str, tuple[Rule, ...]]:
+    """The rules of a file that ``bench.tune`` wrote, by kernel.
+
+    Raises:
+        ValueError: another schema, or a kernel that does not exist.
+    """
+    content = json.loads(path.read_text())
+    if content.get("schema") != 1:
+        raise ValueError(f"{path} has tuning schema {content.get('schema')!r}, not 1")
+    rules: dict[str, tuple[Rule, ...]] = {}
+    for entry in content["rules"]:
+        kernel = entry["kernel"]
+        if kernel not in TABLE:
+            raise ValueError(f"{path} tunes {kernel!r}; there are {', '.join(TABLE)}")
+        rule = Rule(
+            options=entry["options"],
+            architectures=(entry["architecture"],),
+            dims=(entry["dim"],),
+            dtypes=(getattr(torch, entry["dtype"]),),
+        )
+        rules[kernel] = (*rules.get(kernel, ()), rule)
+    return rules
+
+
+def describe(kernel: str, dim: int, dtype: torch.dtype, of: torch.device) -> str:
+    """The choice in one line: ``state BLOCK_N=64, 8 warps, 3 stages``."""
+    chosen = options(kernel, dim, dtype, of)
+    warps, stages = chosen.pop("num_warps"), chosen.pop("num_stages")
+    tile = "".join(f" {name}={value}" for name, value in chosen.items())
+    return f"{kernel.partition('.')[2]}{tile}, {warps} warps, {stages} stages"
