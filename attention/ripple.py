@@ -4,7 +4,8 @@ import torch
 from torch import Tensor, nn
 
 from attention.layers import Grid, LocalBranch, check_tokens, head_count
-from kernels import linear_attention, ripple_expand, ripple_pool
+from kernels import linear_attention
+from kernels.ripple import ripple_expand_stages, ripple_pool_stages
 
 
 def halving_axes(grid: Grid, stages: int) -> list[int]:
@@ -44,14 +45,6 @@ class RippleStage(nn.Module):
         nn.init.normal_(self.pool_weight, mean=1 / 9, std=0.05, generator=generator)
         nn.init.ones_(self.expand_weight)
         nn.init.normal_(self.lateral_weight, std=0.1, generator=generator)
-
-    def pool(self, x: Tensor, axis: int, backend: str | None) -> Tensor:
-        return ripple_pool(x, self.pool_weight, axis=axis, backend=backend)
-
-    def expand(self, z: Tensor, x: Tensor, axis: int, backend: str | None) -> Tensor:
-        return ripple_expand(
-            z, x, self.expand_weight, self.lateral_weight, axis=axis, backend=backend
-        )
 
 
 class RippleAttention(nn.Module):
@@ -99,16 +92,20 @@ class RippleAttention(nn.Module):
     def forward(self, x: Tensor, grid: Grid) -> Tensor:
         check_tokens(x, grid, self.dim)
         axes = halving_axes(grid, len(self.stages))
+        stages = [stage for stage in self.stages if isinstance(stage, RippleStage)]
         level = x.unflatten(1, grid)  # (B, rows, cols, C)
-        finer: list[Tensor] = []
-        for stage, axis in zip(self.stages, axes, strict=True):
-            assert isinstance(stage, RippleStage)
-            finer.append(level)
-            level = stage.pool(level, axis, self.backend)
-        level = self._attend(level)
-        for stage, axis in zip(reversed(self.stages), reversed(axes), strict=True):
-            assert isinstance(stage, RippleStage)
-            level = stage.expand(level, finer.pop(), axis, self.backend)
+        pooled = ripple_pool_stages(
+            level, [stage.pool_weight for stage in stages], axes=axes, backend=self.backend
+        )
+        *finer, coarsest = level, *pooled
+        level = ripple_expand_stages(
+            self._attend(coarsest),
+            finer,
+            [stage.expand_weight for stage in stages],
+            [stage.lateral_weight for stage in stages],
+            axes=axes,
+            backend=self.backend,
+        )
         return level.flatten(1, 2)
 
     def _attend(self, level: Tensor) -> Tensor:

@@ -31,6 +31,8 @@ _ROOMS = {
     "softmax_attention_packed": "softmax_attention",
     "ripple_pool": "ripple",
     "ripple_expand": "ripple",
+    "ripple_pool_stages": "ripple",
+    "ripple_expand_stages": "ripple",
 }
 OPERATIONS = tuple(_ROOMS)
 

@@ -1,9 +1,12 @@
-"""Ripple pooling and expansion: one stage of a token pyramid on a channels-last grid."""
+"""Ripple pooling and expansion: a token pyramid on a channels-last grid, a stage or all at once."""
+
+from collections.abc import Sequence
 
 from torch import Tensor
 
 from kernels.backends import run
 from kernels.layout import autocast_inputs
+from kernels.ripple.stages import level_shapes
 from kernels.validation import check_axis, check_same, check_size, check_tensor
 
 _GRID = "(B, rows, cols, C)"
@@ -80,6 +83,104 @@ def ripple_expand(
         check_size("z", z, grid_axis, expected, meaning)
     check_same(x=x, z=z, weight=weight, lateral_weight=lateral_weight)
     return run("ripple_expand", backend, z, x, weight, lateral_weight, axis)
+
+
+def ripple_pool_stages(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    *,
+    axes: Sequence[int],
+    backend: str | None = None,
+) -> tuple[Tensor, ...]:
+    """A whole pyramid: :func:`ripple_pool` along ``axes[0]``, of its result along ``axes[1]``, ...
+
+    Args:
+        x: level 0, as for :func:`ripple_pool`.
+        weights: one (C, 3, 3) a stage, finest first.
+        axes: the axis that each stage halves, 0 (rows) or 1 (columns); any number of stages.
+        backend: a name from :func:`kernels.backends`, or None for the fastest usable one. A backend
+            with fused kernels takes them where a grid fits, else single stages.
+
+    Returns:
+        Levels 1, 2, ...: each stage's result, finest first, rounded to x's dtype like a single
+        stage's before the next one reads it. x itself is not among them.
+
+    Raises:
+        TypeError, ValueError: as :func:`ripple_pool`; or weights and axes that differ in number.
+    """
+    axes = _check_stages(axes, weights=weights)
+    x, *filters = autocast_inputs(x, *weights)
+    check_tensor("x", x, _GRID)
+    for s, weight in enumerate(filters):
+        _check_weight(f"weights[{s}]", weight, x)
+        check_same(**{"x": x, f"weights[{s}]": weight})
+    return tuple(run("ripple_pool_stages", backend, x, filters, axes))
+
+
+def ripple_expand_stages(
+    z: Tensor,
+    levels: Sequence[Tensor],
+    weights: Sequence[Tensor],
+    lateral_weights: Sequence[Tensor],
+    *,
+    axes: Sequence[int],
+    backend: str | None = None,
+) -> Tensor:
+    """Back up a whole pyramid: :func:`ripple_expand` along ``axes[-1]``, ..., along ``axes[0]``.
+
+    Args:
+        z: the coarsest grid, level S of S stages.
+        levels: the finer levels' own inputs, finest first: (x, level 1, ..., level S - 1), where
+            ``levels[s]`` halved along ``axes[s]`` has the size of ``levels[s + 1]``, and the last
+            one that of z.
+        weights: one (2, C) a stage, finest first.
+        lateral_weights: one (C, 3, 3) a stage, finest first.
+        axes: the axis that each stage doubles, finest first, as for :func:`ripple_pool_stages`.
+        backend: as for :func:`ripple_pool_stages`.
+
+    Returns:
+        The finest grid, of the shape, dtype and memory order of ``levels[0]``; z for no stages.
+        Between stages a fused kernel keeps float32 where single stages round.
+
+    Raises:
+        TypeError, ValueError: as :func:`ripple_expand`; or lists that differ in number.
+    """
+    axes = _check_stages(axes, levels=levels, weights=weights, lateral_weights=lateral_weights)
+    count = len(axes)
+    z, *tensors = autocast_inputs(z, *levels, *weights, *lateral_weights)
+    check_tensor("z", z, _GRID)
+    grids, pairs, laterals = (tensors[i * count : (i + 1) * count] for i in range(3))
+    for s, (x, weight, lateral_weight) in enumerate(zip(grids, pairs, laterals, strict=True)):
+        check_tensor(f"levels[{s}]", x, _GRID)
+        check_tensor(f"weights[{s}]", weight, "(2, C)")
+        check_size(f"weights[{s}]", weight, 0, 2, "even and odd tokens")
+        check_size(f"weights[{s}]", weight, 1, z.shape[3], "z's channels")
+        _check_weight(f"lateral_weights[{s}]", lateral_weight, z)
+        named = {f"levels[{s}]": x, f"weights[{s}]": weight}
+        check_same(z=z, **named, **{f"lateral_weights[{s}]": lateral_weight})
+    if grids:
+        shapes = level_shapes(grids[0].shape, axes)
+        names = (*(f"levels[{s}]" for s in range(count)), "z")
+        for s, (name, x) in enumerate(zip(names, (*grids, z), strict=True)):
+            for grid_axis, expected in enumerate(shapes[s]):
+                check_size(name, x, grid_axis, expected, f"levels[0]'s after {s} halvings")
+    return run("ripple_expand_stages", backend, z, grids, pairs, laterals, axes)
+
+
+def _check_stages(axes: Sequence[int], **lists: Sequence[Tensor]) -> tuple[int, ...]:
+    """The axes, checked, with as many of everything else."""
+    if isinstance(axes, int) or not isinstance(axes, Sequence):
+        raise TypeError(f"axes must be a sequence of 0 (rows) and 1 (columns), got {axes!r}")
+    for axis in axes:
+        check_axis(axis)
+    for name, tensors in lists.items():
+        if isinstance(tensors, Tensor) or not isinstance(tensors, Sequence):
+            raise TypeError(
+                f"{name} must be a sequence of tensors, one a stage, got {type(tensors).__name__}"
+            )
+        if len(tensors) != len(axes):
+            raise ValueError(f"{name} must be {len(axes)}, one a stage of axes, got {len(tensors)}")
+    return tuple(axes)
 
 
 def _check_weight(name: str, weight: Tensor, x: Tensor) -> None:

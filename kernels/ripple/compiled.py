@@ -5,6 +5,7 @@ from torch import Tensor
 
 from kernels.compilation import compiled
 from kernels.ripple import torch as composition
+from kernels.ripple.stages import compose
 
 GRID = (0, 1, 2)  # batch, rows, columns
 # Inductor of PyTorch 2.11 stops at a channels-last convolution of symbolic size ("cannot determine
@@ -23,3 +24,6 @@ def ripple_expand(
     inputs = [(x, GRID), (z, GRID), (weight, ()), (lateral_weight, ())]
     function = compiled(composition.ripple_expand, *inputs, symbolic=SYMBOLIC)
     return function(z, x, weight, lateral_weight, axis)
+
+
+ripple_pool_stages, ripple_expand_stages = compose(ripple_pool, ripple_expand)

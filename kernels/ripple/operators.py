@@ -10,14 +10,31 @@ A backend defines four operators in the namespace ``linear_vit``::
     <backend>_ripple_expand_backward(Tensor dout, Tensor z, Tensor x, Tensor weight,
         Tensor lateral_weight, int axis)
         -> (Tensor dz, Tensor dx, Tensor dweight, Tensor dlateral_weight)
+
+and, where it has fused kernels for a pyramid of two stages or more, another four. ``levels`` are
+the finer levels' own inputs, finest first, so ``levels[0]`` is x and the coarsest is not among
+them; the gradients come in one list, in the order of the arguments::
+
+    <backend>_ripple_pool_stages(Tensor x, Tensor[] weights, int[] axes) -> Tensor[]
+        (levels 1 to S)
+    <backend>_ripple_pool_stages_backward(Tensor[] dlevels, Tensor[] levels, Tensor[] weights,
+        int[] axes) -> Tensor[]
+        (dx, then a dweight a stage; dlevels are of levels 1 to S)
+    <backend>_ripple_expand_stages(Tensor z, Tensor[] levels, Tensor[] weights,
+        Tensor[] lateral_weights, int[] axes) -> Tensor
+    <backend>_ripple_expand_stages_backward(Tensor dout, Tensor z, Tensor[] levels,
+        Tensor[] weights, Tensor[] lateral_weights, int[] axes) -> Tensor[]
+        (dz, then the levels', the weights' and the lateral weights' gradients)
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 from torch import Tensor
 
 from kernels.operators import empty_like, register
+from kernels.ripple import stages
+from kernels.ripple.stages import level_shapes, pooled_shape
 
 
 class Functions(NamedTuple):
@@ -46,16 +63,32 @@ def attach(backend: str) -> Functions:
     return Functions(pool, expand)
 
 
-def pooled_shape(x: Tensor, axis: int) -> tuple[int, ...]:
-    """The grid's shape after one stage: ⌈n/2⌉ along ``axis``."""
-    batch, rows, cols, channels = x.shape
-    if axis == 0:
-        return batch, (rows + 1) // 2, cols, channels
-    return batch, rows, (cols + 1) // 2, channels
+def attach_stages(backend: str) -> stages.Functions:
+    """The same for the fused operators."""
+    pool = register(
+        backend,
+        "ripple_pool_stages",
+        fake=_fake_pool_stages,
+        fake_backward=_fake_pool_stages_backward,
+        setup_context=_save_pool_stages,
+        backward=_pool_stages_backward,
+    )
+    expand = register(
+        backend,
+        "ripple_expand_stages",
+        fake=_fake_expand_stages,
+        fake_backward=_fake_expand_stages_backward,
+        setup_context=_save_expand_stages,
+        backward=_expand_stages_backward,
+    )
+    return stages.Functions(pool, expand)
+
+
+# ---- one stage -----------------------------------------------------------------------------------
 
 
 def _fake_pool(x: Tensor, weight: Tensor, axis: int) -> Tensor:
-    return empty_like(x, pooled_shape(x, axis))
+    return empty_like(x, pooled_shape(x.shape, axis))
 
 
 def _fake_pool_backward(
@@ -87,3 +120,68 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 def _backward(kernel: Any, ctx: Any, dout: Tensor) -> tuple[Any, ...]:
     return *kernel(dout, *ctx.saved_tensors, ctx.axis), None
+
+
+# ---- a pyramid -----------------------------------------------------------------------------------
+
+
+def _fake_pool_stages(x: Tensor, weights: Sequence[Tensor], axes: Sequence[int]) -> list[Tensor]:
+    return [empty_like(x, shape) for shape in level_shapes(x.shape, axes)[1:]]
+
+
+def _fake_pool_stages_backward(
+    dlevels: Sequence[Tensor],
+    levels: Sequence[Tensor],
+    weights: Sequence[Tensor],
+    axes: Sequence[int],
+) -> list[Tensor]:
+    return [empty_like(levels[0]), *(w.new_empty(w.shape) for w in weights)]
+
+
+def _fake_expand_stages(
+    z: Tensor,
+    levels: Sequence[Tensor],
+    weights: Sequence[Tensor],
+    lateral_weights: Sequence[Tensor],
+    axes: Sequence[int],
+) -> Tensor:
+    return empty_like(levels[0])
+
+
+def _fake_expand_stages_backward(
+    dout: Tensor,
+    z: Tensor,
+    levels: Sequence[Tensor],
+    weights: Sequence[Tensor],
+    lateral_weights: Sequence[Tensor],
+    axes: Sequence[int],
+) -> list[Tensor]:
+    filters = [w.new_empty(w.shape) for w in (*weights, *lateral_weights)]
+    return [empty_like(z), *(empty_like(x) for x in levels), *filters]
+
+
+def _save_pool_stages(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
+    x, weights, axes = inputs
+    ctx.save_for_backward(x, *output[:-1], *weights)
+    ctx.axes = axes
+
+
+def _pool_stages_backward(kernel: Any, ctx: Any, dlevels: Sequence[Tensor]) -> tuple[Any, ...]:
+    count = len(ctx.axes)
+    saved = list(ctx.saved_tensors)
+    dx, *dweights = kernel(list(dlevels), saved[:count], saved[count:], ctx.axes)
+    return dx, dweights, None
+
+
+def _save_expand_stages(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    z, levels, weights, lateral_weights, axes = inputs
+    ctx.save_for_backward(z, *levels, *weights, *lateral_weights)
+    ctx.axes = axes
+
+
+def _expand_stages_backward(kernel: Any, ctx: Any, dout: Tensor) -> tuple[Any, ...]:
+    count = len(ctx.axes)
+    z, *rest = ctx.saved_tensors
+    lists = [rest[i * count : (i + 1) * count] for i in range(3)]
+    dz, *gradients = kernel(dout, z, *lists, ctx.axes)
+    return dz, *(gradients[i * count : (i + 1) * count] for i in range(3)), None

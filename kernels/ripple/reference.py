@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kernels.layout import empty_like, gradients_in_order
+from kernels.ripple.stages import compose
 
 
 def ripple_pool(x: Tensor, weight: Tensor, axis: int) -> Tensor:
@@ -29,6 +30,9 @@ def ripple_expand(
     spread = pair_weight * coarse.index_select(axis + 1, token // 2)
     out = spread + _depthwise(grid, lateral_weight, (1, 1))
     return empty_like(x).copy_(out)
+
+
+ripple_pool_stages, ripple_expand_stages = compose(ripple_pool, ripple_expand)
 
 
 def _depthwise(x: Tensor, weight: Tensor, strides: tuple[int, int]) -> Tensor:

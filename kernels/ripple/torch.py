@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kernels.layout import gradients_in_order, in_order_of
+from kernels.ripple.stages import compose
 
 
 def ripple_pool(x: Tensor, weight: Tensor, axis: int) -> Tensor:
@@ -23,6 +24,9 @@ def ripple_expand(
     spread = (coarse.unsqueeze(axis + 2) * pair).flatten(axis + 1, axis + 2)
     spread = spread.narrow(axis + 1, 0, x.shape[axis + 1])
     return in_order_of(x, spread + _depthwise(grid, lateral_weight, (1, 1)))
+
+
+ripple_pool_stages, ripple_expand_stages = compose(ripple_pool, ripple_expand)
 
 
 def _depthwise(x: Tensor, weight: Tensor, strides: tuple[int, int]) -> Tensor:

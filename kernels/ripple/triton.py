@@ -24,7 +24,8 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.operators import empty_like, readable
-from kernels.ripple.operators import attach, pooled_shape
+from kernels.ripple.operators import attach
+from kernels.ripple.stages import compose, pooled_shape
 from kernels.triton_support import narrow, operator, split_tokens
 
 
@@ -383,7 +384,7 @@ def _run_gradients(
 
 @operator("ripple_pool")
 def _launch_pool(x: Tensor, weight: Tensor, axis: int) -> Tensor:
-    out = empty_like(x, pooled_shape(x, axis))
+    out = empty_like(x, pooled_shape(x.shape, axis))
     _run_depthwise(x, weight, out, _steps(axis))
     return out
 
@@ -437,3 +438,4 @@ def _launch_expand_backward(
 
 
 ripple_pool, ripple_expand = attach("triton")
+ripple_pool_stages, ripple_expand_stages = compose(ripple_pool, ripple_expand)
