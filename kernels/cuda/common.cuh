@@ -1,10 +1,14 @@
-// What every kernel shares: element types, tile loads and stores, half-warp sums, dispatch, launch.
+// What every kernel shares: element types, access to global memory, tiles, sums over lanes, dispatch
+// and launch.
 //
-// All arithmetic is float32. Tensors enter and leave through load_tile and store_tile (16 bytes a
-// thread where the tensor allows, one element otherwise); tiles lie in shared memory as float32.
-// A block is 256 threads seen as 16 x 16: thread (x, y) owns rows y, y + 16, ... and columns
-// x, x + 16, ... of a tile, so neighbouring threads read neighbouring words, and the sum of a row
-// is a sum over 16 neighbouring lanes.
+// Global memory is read and written through load_global and store_global (and ptx::cp_async_16)
+// only: built for the host they count the bytes, on a GPU they are plain accesses. 16 bytes a thread
+// where the tensor allows, one element otherwise.
+//
+// Float tiles (load_tile, store_tile, write_tile) lie in shared memory as float32. Their block is 256
+// threads seen as 16 x 16: thread (x, y) owns rows y, y + 16, ... and columns x, x + 16, ... of a
+// tile, so neighbouring threads read neighbouring words, and the sum of a row is a sum over 16
+// neighbouring lanes.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -55,6 +59,24 @@ struct alignas(kSize * sizeof(T)) Vector {
 template <typename T>
 constexpr int kWide = 16 / sizeof(T);  // elements of a 16-byte access
 
+// ---- global memory -------------------------------------------------------------------------------
+
+template <typename Value>
+__device__ inline Value load_global(const Value* source) {
+#ifdef LINEAR_VIT_CUDA_HOST
+  cuda_host::count_load(source, sizeof(Value));
+#endif
+  return *source;
+}
+
+template <typename Value>
+__device__ inline void store_global(Value* target, Value value) {
+#ifdef LINEAR_VIT_CUDA_HOST
+  cuda_host::count_store(target, sizeof(Value));
+#endif
+  *target = value;
+}
+
 // ---- tensors -------------------------------------------------------------------------------------
 
 template <typename T>
@@ -94,7 +116,8 @@ __device__ void load_tile(float* tile, const T* source, int64_t stride, int vali
       const int row = i / kPerRow, column = i % kPerRow * kSize;
       Vector<T, kSize> loaded = {};
       if (row < valid) {
-        loaded = *reinterpret_cast<const Vector<T, kSize>*>(source + row * stride + column);
+        loaded = load_global(
+            reinterpret_cast<const Vector<T, kSize>*>(source + row * stride + column));
       }
 #pragma unroll
       for (int e = 0; e < kSize; ++e) {
@@ -124,7 +147,7 @@ __device__ void store_tile(T* target, int64_t stride, int valid, bool wide, cons
       for (int e = 0; e < kSize; ++e) {
         rounded.value[e] = from_float<T>(tile[row * kPitch + column + e]);
       }
-      *reinterpret_cast<Vector<T, kSize>*>(target + row * stride + column) = rounded;
+      store_global(reinterpret_cast<Vector<T, kSize>*>(target + row * stride + column), rounded);
     }
   };
   if (wide) {
@@ -212,10 +235,10 @@ cudaError_t for_element_type_and_head_dim(int32_t element, int32_t head_dim, Fun
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// Runs a kernel of one argument on `blocks` blocks of kThreads; none for an empty problem.
+// Runs a kernel of one argument on `blocks` blocks of `threads`; none for an empty problem.
 template <typename Arguments>
 cudaError_t launch(void (*kernel)(Arguments), int64_t blocks, size_t shared_bytes,
-                   cudaStream_t stream, Arguments arguments) {
+                   cudaStream_t stream, Arguments arguments, int threads = kThreads) {
   if (blocks == 0) return cudaSuccess;
   if (blocks > INT32_MAX) return cudaErrorInvalidConfiguration;
   if (shared_bytes > 48 * 1024) {  // more than that a kernel gets only if it asks
@@ -224,6 +247,6 @@ cudaError_t launch(void (*kernel)(Arguments), int64_t blocks, size_t shared_byte
     if (error != cudaSuccess) return error;
   }
   void* pointers[] = {&arguments};
-  return cudaLaunchKernel(kernel, dim3(static_cast<unsigned>(blocks)), dim3(kThreads), pointers,
+  return cudaLaunchKernel(kernel, dim3(static_cast<unsigned>(blocks)), dim3(threads), pointers,
                           shared_bytes, stream);
 }

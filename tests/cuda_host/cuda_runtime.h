@@ -3,20 +3,30 @@
 // Stands in for the toolkit's cuda_runtime.h when a .cu file is compiled by an ordinary C++
 // compiler with this folder first on the include path. The kernels are the very same text.
 //
-// A block's threads are fibers. A thread runs until it reaches a barrier (of the block, of the warp)
-// or a shuffle, then the next one does, in the order cuda_host_configure chose. So a missing barrier is
-// seen as what it is: a thread reading what another has not written yet. Shared memory is filled
-// with NaN before each block and guarded by a pattern past its end; threads that wait for different
-// things forever, or leave while others wait, end the launch with an error.
+// A block's threads are fibers. A thread runs until it reaches a barrier (of the block, of the warp),
+// a shuffle or one of ptx_host.h's collective instructions, then the next one does, in the order
+// cuda_host_configure chose. So a missing barrier is seen as what it is: a thread reading what
+// another has not written yet. Shared memory is filled with NaN before each block and guarded by a
+// pattern past its end; asynchronous copies arrive no sooner than they are waited for; threads that
+// wait for different things forever, or leave while others wait, end the launch with an error.
+//
+// It counts global traffic: kernels/cuda/common.cuh and ptx.cuh call count_load and count_store for
+// every access to global memory, and cuda_host_traffic says, for each range of memory that was named
+// with cuda_host_watch and for all else, how many bytes were loaded and stored, by 16-byte accesses
+// and by narrower ones.
 //
 // Not modelled: registers, caches, time, and races that only some interleaving of instructions
 // between two barriers would show (the three thread orders show most).
 #pragma once
 
+#define LINEAR_VIT_CUDA_HOST
+
 #include <setjmp.h>
 #include <ucontext.h>
 
+#include <algorithm>
 #include <cmath>
+#include <cstddef>
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
@@ -32,14 +42,37 @@
 #define __host__
 #define __shared__
 #define __launch_bounds__(...)
+#define __forceinline__ inline
 
 struct dim3 {
   unsigned x, y, z;
   constexpr dim3(unsigned x = 1, unsigned y = 1, unsigned z = 1) : x(x), y(y), z(z) {}
 };
+struct alignas(8) float2 {
+  float x, y;
+};
 struct alignas(16) float4 {
   float x, y, z, w;
 };
+struct alignas(16) uint4 {
+  unsigned x, y, z, w;
+};
+inline float2 make_float2(float x, float y) { return {x, y}; }
+inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
+inline uint4 make_uint4(unsigned x, unsigned y, unsigned z, unsigned w) { return {x, y, z, w}; }
+
+inline unsigned __float_as_uint(float x) {
+  unsigned bits;
+  std::memcpy(&bits, &x, sizeof(bits));
+  return bits;
+}
+inline float __uint_as_float(unsigned bits) {
+  float x;
+  std::memcpy(&x, &bits, sizeof(x));
+  return x;
+}
+using std::max;
+using std::min;
 
 inline dim3 threadIdx, blockIdx, blockDim, gridDim;
 
@@ -57,18 +90,53 @@ constexpr unsigned char kGuard = 0xA5;
 
 enum class Wait { nothing, block, warp, done };
 
+// An asynchronous copy of 16 bytes on its way.
+struct PendingCopy {
+  void* target;
+  unsigned char bytes[16];
+};
+
+// A thread's asynchronous copies: the group still open, and the committed ones, oldest first.
+struct Copies {
+  std::vector<PendingCopy> open;
+  std::vector<std::vector<PendingCopy>> committed;
+
+  void commit() {
+    committed.push_back(std::move(open));
+    open.clear();
+  }
+  void finish_all_but(size_t latest) {
+    while (committed.size() > latest) {
+      for (const PendingCopy& copy : committed.front()) std::memcpy(copy.target, copy.bytes, 16);
+      committed.erase(committed.begin());
+    }
+  }
+  bool none() const {
+    bool none = open.empty();
+    for (const auto& group : committed) none = none && group.empty();
+    return none;
+  }
+};
+
+// What a lane puts down for the others of its warp.
+struct alignas(16) Deposit {
+  unsigned char bytes[64];
+};
+
 struct Fiber {
   ucontext_t context;
   jmp_buf resume;
   bool started;
   Wait wait;
-  unsigned shuffles;  // so far: their parity chooses the exchange buffer
+  unsigned exchanges;  // so far: their parity chooses the buffer
+  Copies copies;
 };
 
 struct Scheduler {
   std::vector<Fiber> fibers;
   std::vector<char> stacks;
-  std::vector<float> exchange[2];
+  std::vector<Deposit> exchange[2];
+  size_t shared_bytes;
   ucontext_t context;
   jmp_buf resume;
   unsigned current;
@@ -80,6 +148,34 @@ inline Scheduler scheduler;
 inline int thread_order = 0;      // 0 forward, 1 reverse, 2 a stride through the block
 inline size_t granted_bytes = 0;  // by cudaFuncSetAttribute, for the launch that follows
 inline const char* failure = nullptr;
+
+inline void fail(const char* what) {
+  if (!failure) failure = what;
+}
+
+// ---- global traffic, in bytes --------------------------------------------------------------------
+
+struct Watched {
+  uintptr_t begin, end;
+  int64_t bytes[4];  // loaded 16 at a time, loaded otherwise, stored 16 at a time, stored otherwise
+};
+
+// The last one stands for everything that no other holds. Where ranges overlap, the first counts.
+inline std::vector<Watched> watched = {{0, UINTPTR_MAX, {}}};
+
+inline void count(const void* pointer, size_t bytes, int kind) {
+  static size_t last = 0;  // most accesses are where the one before was
+  const auto address = reinterpret_cast<uintptr_t>(pointer);
+  auto holds = [&](const Watched& range) { return address >= range.begin && address < range.end; };
+  if (last >= watched.size() || !holds(watched[last]) || last + 1 == watched.size()) {
+    last = 0;
+    while (!holds(watched[last])) ++last;
+  }
+  watched[last].bytes[kind + (bytes == 16 ? 0 : 1)] += static_cast<int64_t>(bytes);
+}
+
+inline void count_load(const void* pointer, size_t bytes) { count(pointer, bytes, 0); }
+inline void count_store(const void* pointer, size_t bytes) { count(pointer, bytes, 2); }
 
 #ifdef CUDA_HOST_SANITIZE
 // AddressSanitizer follows swapcontext; it does not follow longjmp between stacks.
@@ -97,13 +193,16 @@ inline void yield() {
 
 inline void fiber_main() {
   scheduler.body(scheduler.argument);
-  scheduler.fibers[scheduler.current].wait = Wait::done;
+  Fiber& fiber = scheduler.fibers[scheduler.current];
+  if (!fiber.copies.none()) fail("a thread left before its asynchronous copies arrived");
+  fiber.wait = Wait::done;
   yield();
 }
 
 inline void start(Fiber& fiber, unsigned thread) {
   fiber.started = true;
-  fiber.shuffles = 0;
+  fiber.exchanges = 0;
+  fiber.copies = {};
   getcontext(&fiber.context);
   fiber.context.uc_stack.ss_sp = scheduler.stacks.data() + thread * kStackBytes;
   fiber.context.uc_stack.ss_size = kStackBytes;
@@ -158,11 +257,10 @@ inline bool run_block() {
     if (progress) continue;
     for (const Fiber& fiber : scheduler.fibers) {
       if (fiber.wait != Wait::done) {
-        failure = "threads wait at different barriers, or some left before a barrier";
-        return false;
+        fail("threads wait at different barriers, or some left before a barrier");
       }
     }
-    return true;
+    return failure == nullptr;
   }
 }
 
@@ -171,6 +269,7 @@ inline bool run_grid(size_t shared_bytes) {
   scheduler.fibers.resize(threads);
   scheduler.stacks.resize(threads * kStackBytes);
   for (auto& buffer : scheduler.exchange) buffer.resize(threads);
+  scheduler.shared_bytes = shared_bytes;
   auto* const shared = reinterpret_cast<unsigned char*>(linear_vit_shared);
   for (unsigned i = 0; i < gridDim.x; ++i) {
     blockIdx = dim3(thread_order == 1 ? gridDim.x - 1 - i : i);
@@ -179,7 +278,7 @@ inline bool run_grid(size_t shared_bytes) {
     if (!run_block()) return false;
     for (size_t byte = shared_bytes; byte < sizeof(linear_vit_shared); ++byte) {
       if (shared[byte] != kGuard) {
-        failure = "a write past the end of shared memory";
+        fail("a write past the end of shared memory");
         return false;
       }
     }
@@ -198,14 +297,57 @@ inline void __syncthreads() { cuda_host::wait_for(cuda_host::Wait::block); }
 
 inline void __syncwarp() { cuda_host::wait_for(cuda_host::Wait::warp); }
 
-// Every thread of the warp takes part; threadIdx is one-dimensional.
-inline float __shfl_xor_sync(unsigned, float value, int lane_mask) {
-  auto& s = cuda_host::scheduler;
-  const unsigned thread = s.current;
-  std::vector<float>& buffer = s.exchange[s.fibers[thread].shuffles++ % 2];
-  buffer[thread] = value;
-  cuda_host::wait_for(cuda_host::Wait::warp);
-  return buffer[thread ^ static_cast<unsigned>(lane_mask)];
+namespace cuda_host {
+
+inline Copies& copies() { return scheduler.fibers[scheduler.current].copies; }
+
+// Puts down `size` bytes and, when every lane of the warp has, returns what each put down, by lane.
+// Good until the next exchange but one. Every thread of the warp takes part; threadIdx is
+// one-dimensional.
+inline const Deposit* exchange(const void* bytes, size_t size) {
+  const unsigned thread = scheduler.current;
+  std::vector<Deposit>& buffer = scheduler.exchange[scheduler.fibers[thread].exchanges++ % 2];
+  std::memcpy(buffer[thread].bytes, bytes, size);
+  wait_for(Wait::warp);
+  return buffer.data() + thread / kWarpSize * kWarpSize;
+}
+
+template <typename Value>
+Value value_of(const Value& value, unsigned lane) {
+  static_assert(sizeof(Value) == 4 || sizeof(Value) == 8);
+  Value other;
+  std::memcpy(&other, exchange(&value, sizeof(value))[lane].bytes, sizeof(other));
+  return other;
+}
+
+inline unsigned lane() { return scheduler.current % kWarpSize; }
+
+// Matrix loads and asynchronous copies want whole 16-byte rows of the block's shared memory.
+inline void check_shared(const void* pointer, size_t bytes) {
+  const auto begin = reinterpret_cast<uintptr_t>(linear_vit_shared);
+  const auto address = reinterpret_cast<uintptr_t>(pointer);
+  if (address % 16 != 0) fail("an address in shared memory that is not 16-byte aligned");
+  if (address < begin || address + bytes > begin + scheduler.shared_bytes) {
+    fail("an address outside of the block's shared memory");
+  }
+}
+
+}  // namespace cuda_host
+
+template <typename Value>
+Value __shfl_xor_sync(unsigned, Value value, int lane_mask) {
+  return cuda_host::value_of(value, cuda_host::lane() ^ static_cast<unsigned>(lane_mask));
+}
+
+template <typename Value>
+Value __shfl_sync(unsigned, Value value, int lane) {
+  return cuda_host::value_of(value, static_cast<unsigned>(lane) % cuda_host::kWarpSize);
+}
+
+template <typename Value>
+Value __shfl_down_sync(unsigned, Value value, unsigned delta) {
+  const unsigned lane = cuda_host::lane() + delta;
+  return cuda_host::value_of(value, lane < cuda_host::kWarpSize ? lane : cuda_host::lane());
 }
 
 template <typename Kernel>
@@ -244,4 +386,22 @@ inline __attribute__((used)) void cuda_host_configure(int thread_order) {
   cuda_host::failure = nullptr;
 }
 inline __attribute__((used)) const char* cuda_host_failure() { return cuda_host::failure; }
+
+// Counts the traffic of [begin, end) apart from now on; returns its index for cuda_host_traffic.
+inline __attribute__((used)) int cuda_host_watch(const void* begin, const void* end) {
+  auto& watched = cuda_host::watched;
+  watched.insert(watched.end() - 1, {reinterpret_cast<uintptr_t>(begin),
+                                     reinterpret_cast<uintptr_t>(end), {}});
+  return static_cast<int>(watched.size()) - 2;
+}
+// Forgets all ranges and counts.
+inline __attribute__((used)) void cuda_host_watch_nothing() {
+  cuda_host::watched = {{0, UINTPTR_MAX, {}}};
+}
+// Four counts of a range, in bytes (see Watched); an index past the last range: of everything else.
+inline __attribute__((used)) void cuda_host_traffic(int index, int64_t* bytes) {
+  const auto& watched = cuda_host::watched;
+  const size_t which = std::min(static_cast<size_t>(index), watched.size() - 1);
+  std::memcpy(bytes, watched[which].bytes, sizeof(watched[which].bytes));
+}
 }

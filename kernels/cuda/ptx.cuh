@@ -1,0 +1,158 @@
+// The PTX of this project, and all of it: tensor-core products, matrix loads, asynchronous copies,
+// packed half-precision arithmetic. Compute capability 8.0 and up.
+//
+// Registers hold two half-precision elements, the lower one first. Fragments are as in the PTX
+// manual, with group = lane / 4 and pair = 2 (lane % 4):
+//   a, 16 x 16   a[0] row group,     columns pair, pair + 1     a[2] columns + 8
+//                a[1] row group + 8, the same columns           a[3] likewise
+//   b, 16 x 8    b[0] rows pair, pair + 1 of column group       b[1] rows + 8
+//   d, 16 x 8    d[0], d[1] row group, columns pair, pair + 1   d[2], d[3] row group + 8
+// so a 16 x 8 product, rounded and packed, is half of an a operand.
+//
+// Where the sources are compiled for the host (tests/cuda_host), its ptx_host.h has the same names.
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_runtime.h>
+
+#include <cstdint>
+#include <type_traits>
+
+#ifdef LINEAR_VIT_CUDA_HOST
+#include <ptx_host.h>
+#else
+
+namespace ptx {
+
+__device__ inline unsigned shared_address(const void* pointer) {
+  return static_cast<unsigned>(__cvta_generic_to_shared(pointer));
+}
+
+// ---- 8 x 8 matrices of half-precision elements from shared memory ----------------------------------
+// Lane i gives the address of a row, 16-byte aligned: row i % 8 of matrix i / 8. Lane i gets elements
+// 2 (i % 4) and + 1 of row i / 4 of each matrix; transposed, of column i / 4.
+
+__device__ inline void ldmatrix_x4(unsigned (&d)[4], const void* row) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(d[0]), "=r"(d[1]), "=r"(d[2]), "=r"(d[3])
+               : "r"(shared_address(row))
+               : "memory");
+}
+
+__device__ inline void ldmatrix_x4_trans(unsigned (&d)[4], const void* row) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(d[0]), "=r"(d[1]), "=r"(d[2]), "=r"(d[3])
+               : "r"(shared_address(row))
+               : "memory");
+}
+
+// Only the addresses of lanes 0 to 15 count.
+__device__ inline void ldmatrix_x2(unsigned (&d)[2], const void* row) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x2.shared.b16 {%0, %1}, [%2];"
+               : "=r"(d[0]), "=r"(d[1])
+               : "r"(shared_address(row))
+               : "memory");
+}
+
+__device__ inline void ldmatrix_x2_trans(unsigned (&d)[2], const void* row) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x2.trans.shared.b16 {%0, %1}, [%2];"
+               : "=r"(d[0]), "=r"(d[1])
+               : "r"(shared_address(row))
+               : "memory");
+}
+
+// ---- tensor cores ----------------------------------------------------------------------------------
+
+// d += a b, accumulated in float32.
+template <typename T>
+__device__ inline void mma_16816(float (&d)[4], const unsigned (&a)[4], const unsigned (&b)[2]) {
+  if constexpr (std::is_same_v<T, __half>) {
+    asm volatile(
+        "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 "
+        "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+  } else {
+    static_assert(std::is_same_v<T, __nv_bfloat16>);
+    asm volatile(
+        "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 "
+        "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+  }
+}
+
+// ---- asynchronous copies from global to shared memory ----------------------------------------------
+
+// 16 bytes, both addresses 16-byte aligned: the first `bytes` of them from `global`, the rest 0. With
+// bytes == 0 nothing is read, but `global` still has to be an address one may form.
+__device__ inline void cp_async_16(void* shared, const void* global, int bytes) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;"
+               :
+               : "r"(shared_address(shared)), "l"(__cvta_generic_to_global(global)), "r"(bytes)
+               : "memory");
+}
+
+// Closes this thread's group of copies.
+__device__ inline void cp_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+
+// Until all but this thread's latest kPending groups have arrived. Other threads see them after a
+// barrier.
+template <int kPending>
+__device__ inline void cp_async_wait() {
+  asm volatile("cp.async.wait_group %0;" : : "n"(kPending) : "memory");
+}
+
+// ---- pairs of half-precision elements --------------------------------------------------------------
+
+// The greater of each pair and 0; a NaN stays one, which fmaxf would drop.
+template <typename T>
+__device__ inline unsigned relu2(unsigned x) {
+  unsigned result;
+  if constexpr (std::is_same_v<T, __half>) {
+    asm("max.NaN.f16x2 %0, %1, %2;" : "=r"(result) : "r"(x), "r"(0u));
+  } else {
+    asm("max.NaN.bf16x2 %0, %1, %2;" : "=r"(result) : "r"(x), "r"(0u));
+  }
+  return result;
+}
+
+// The product of float16 pairs.
+__device__ inline unsigned multiply_half2(unsigned a, unsigned b) {
+  unsigned result;
+  asm("mul.f16x2 %0, %1, %2;" : "=r"(result) : "r"(a), "r"(b));
+  return result;
+}
+
+// Two float32, rounded to nearest even.
+template <typename T>
+__device__ inline unsigned pack2(float low, float high) {
+  unsigned result;
+  if constexpr (std::is_same_v<T, __half>) {
+    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(result) : "f"(high), "f"(low));
+  } else {
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(result) : "f"(high), "f"(low));
+  }
+  return result;
+}
+
+}  // namespace ptx
+
+#endif
+
+namespace ptx {
+
+__device__ inline unsigned negate2(unsigned x) { return x ^ 0x80008000u; }
+
+template <typename T>
+__device__ inline float2 unpack2(unsigned x) {
+  if constexpr (std::is_same_v<T, __half>) {
+    return make_float2(__half2float(__ushort_as_half(static_cast<unsigned short>(x))),
+                       __half2float(__ushort_as_half(static_cast<unsigned short>(x >> 16))));
+  } else {
+    return make_float2(__uint_as_float(x << 16), __uint_as_float(x & 0xffff0000u));
+  }
+}
+
+}  // namespace ptx
