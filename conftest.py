@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 _ROOT = Path(__file__).parent
-_OPTIONS = ("device", "dtypes", "seq_lens", "backends", "ops", "sweep")
+_OPTIONS = ("device", "dtypes", "seq_lens", "total_tokens", "backends", "ops", "sweep")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -14,6 +14,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption("--device", metavar="NAME", help="cpu or cuda[:i] (default: cuda if there)")
     group.addoption("--dtypes", metavar="LIST", help="e.g. float32,bfloat16")
     group.addoption("--seq-lens", metavar="LIST", help="token counts N, e.g. 64,1024,16384")
+    group.addoption(
+        "--total-tokens",
+        type=int,
+        metavar="COUNT",
+        help="as many sequences of each length as make this many tokens (default: one sequence)",
+    )
     group.addoption("--backends", metavar="LIST", help="e.g. torch,compiled,triton")
     group.addoption("--ops", metavar="LIST", help="e.g. linear_attention,softmax_attention")
     group.addoption(

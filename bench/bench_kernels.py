@@ -12,5 +12,8 @@ pytestmark = [
 ]
 
 
-def test_kernel(benchmark, suite: Benchmarks, request, operation, mode, dtype, tokens, backend):
-    suite.time_kernel(Case(operation, mode, dtype, tokens, backend), benchmark, request.node)
+def test_kernel(
+    benchmark, suite: Benchmarks, request, operation, mode, dtype, tokens, batch, backend
+):
+    case = Case(operation, mode, dtype, tokens, batch, backend)
+    suite.time_kernel(case, benchmark, request.node)

@@ -5,11 +5,13 @@ Both return one duration per round and know nothing of what they time. Whatever 
 """
 
 import gc
+import random
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -17,8 +19,10 @@ import torch
 _SHORTEST_ROUND_S = 1e-3
 # A call this long is its own warm-up, and is timed three times rather than five.
 _LONG_CALL_S = 0.2
-# Rounds enqueued on CUDA before waiting for them: below the driver's queue of about 1,000 launches.
+# Rounds of one call enqueued on CUDA in a turn, at most: a few calls of these stay below the
+# driver's queue of about 1,000 launches. Calls as long as a turn take one round.
 _ENQUEUED_ROUNDS = 16
+_TURN_S = 0.01
 
 
 @dataclass(frozen=True)
@@ -50,22 +54,49 @@ def measure(
     min_rounds: int = 5,
     max_rounds: int = 200,
 ) -> Timing:
-    """Time ``call`` until the budget is spent, within the given numbers of rounds.
+    """Time one call by itself: :func:`measure_interleaved` of one."""
+    timings = measure_interleaved(
+        {"": call}, device, budget_s=budget_s, min_rounds=min_rounds, max_rounds=max_rounds
+    )
+    return timings[""]
+
+
+def measure_interleaved(
+    calls: Mapping[str, Callable[[], object]],
+    device: torch.device,
+    *,
+    budget_s: float,
+    min_rounds: int = 5,
+    max_rounds: int = 200,
+) -> dict[str, Timing]:
+    """Time calls that are to be compared: they take turns, so that drift hits all of them alike.
+
+    A turn is one round of every call, in an order drawn anew.
 
     Args:
-        call: does one pass and is free of set-up; its results are dropped.
-        device: where it runs. CUDA takes device time, everything else host time.
-        budget_s: seconds to spend on rounds.
-        min_rounds: however long the call is (three for one of more than 0.2 s).
+        calls: by name; each does one pass and is free of set-up. Its results are dropped.
+        device: where they run. CUDA takes device time, everything else host time.
+        budget_s: seconds to spend on the rounds of each call; one that has spent them drops out.
+        min_rounds: however long a call is (three for one of more than 0.2 s).
         max_rounds: however short it is.
+
+    Returns:
+        A :class:`Timing` for each name.
     """
-    estimate = warm_up(call, device)
-    if estimate > _LONG_CALL_S:
-        min_rounds = min(min_rounds, 3)
+    rounds = {name: _rounds_of(call, device, min_rounds) for name, call in calls.items()}
+    order = random.Random(0)
     with _no_garbage_collection():
-        if device.type == "cuda":
-            return _measure_cuda(call, device, estimate, budget_s, min_rounds, max_rounds)
-        return _measure_cpu(call, estimate, budget_s, min_rounds, max_rounds)
+        while True:
+            turn = [r for r in rounds.values() if r.wants_more(budget_s, max_rounds)]
+            if not turn:
+                break
+            order.shuffle(turn)
+            for one in turn:
+                one.start()
+            _wait_for(device)
+            for one in turn:
+                one.finish()
+    return {name: one.timing() for name, one in rounds.items()}
 
 
 def warm_up(call: Callable[[], object], device: torch.device, *, least_s: float = 0.02) -> float:
@@ -81,60 +112,99 @@ def warm_up(call: Callable[[], object], device: torch.device, *, least_s: float 
             return min(times)
 
 
-def _measure_cpu(
-    call: Callable[[], object], estimate: float, budget_s: float, min_rounds: int, max_rounds: int
-) -> Timing:
-    calls = max(1, round(_SHORTEST_ROUND_S / estimate))
-    seconds: list[float] = []
-    deadline = time.perf_counter() + budget_s
-    while len(seconds) < min_rounds or (
-        len(seconds) < max_rounds and time.perf_counter() < deadline
-    ):
+def _rounds_of(call: Callable[[], object], device: torch.device, min_rounds: int) -> "_Rounds":
+    estimate = warm_up(call, device)
+    if estimate > _LONG_CALL_S:
+        min_rounds = min(min_rounds, 3)
+    kind = _CudaRounds if device.type == "cuda" else _CpuRounds
+    return kind(call, device, estimate, min_rounds)
+
+
+class _Rounds:
+    """The rounds of one call so far, and what they cost."""
+
+    clock: str
+    calls_per_round = 1
+
+    def __init__(
+        self, call: Callable[[], object], device: torch.device, estimate: float, min_rounds: int
+    ) -> None:
+        self.call, self.device, self.estimate = call, device, estimate
+        self.min_rounds = min_rounds
+        self.seconds: list[float] = []
+        self.spent = 0.0
+
+    def wants_more(self, budget_s: float, max_rounds: int) -> bool:
+        done = len(self.seconds)
+        return done < self.min_rounds or (done < max_rounds and self.spent < budget_s)
+
+    def start(self) -> None:
+        raise NotImplementedError
+
+    def finish(self) -> None:
+        """Called when the device has nothing left to do."""
+
+    def timing(self) -> Timing:
+        return Timing(tuple(self.seconds), self.calls_per_round, self.clock)
+
+
+class _CpuRounds(_Rounds):
+    clock = "host clock (perf_counter_ns)"
+
+    def __init__(self, *arguments: Any) -> None:
+        super().__init__(*arguments)
+        self.calls_per_round = max(1, round(_SHORTEST_ROUND_S / self.estimate))
+
+    def start(self) -> None:
+        call, calls = self.call, self.calls_per_round
         start = time.perf_counter_ns()
         for _ in range(calls):
             call()
-        seconds.append((time.perf_counter_ns() - start) * 1e-9 / calls)
-    return Timing(tuple(seconds), calls, "host clock (perf_counter_ns)")
+        seconds = (time.perf_counter_ns() - start) * 1e-9
+        self.spent += seconds
+        self.seconds.append(seconds / calls)
 
 
-def _measure_cuda(
-    call: Callable[[], object],
-    device: torch.device,
-    estimate: float,
-    budget_s: float,
-    min_rounds: int,
-    max_rounds: int,
-) -> Timing:
+class _CudaRounds(_Rounds):
     """Device time between two events around the call, with a cold L2.
 
     Each round enqueues, without waiting: a spin, a write over twice the L2, start event, call, stop
     event. The spin outlasts the host's enqueueing of the round, so the device finds the whole call
     in its queue and no launch gap is inside the interval.
     """
-    properties = torch.cuda.get_device_properties(device)
-    flush = torch.empty(2 * properties.L2_cache_size, dtype=torch.int8, device=device)
-    spin = _spin_cycles(call, device)
-    seconds: list[float] = []
-    started = time.perf_counter()
-    with torch.cuda.device(device):
-        while len(seconds) < min_rounds or (
-            len(seconds) < max_rounds and time.perf_counter() - started < budget_s
-        ):
-            # No more in flight than the budget has room for.
-            rounds = int(min(_ENQUEUED_ROUNDS, max(1.0, budget_s / max(estimate, 1e-6))))
-            events = []
+
+    clock = "device time (CUDA events, L2 flushed)"
+
+    def __init__(self, *arguments: Any) -> None:
+        super().__init__(*arguments)
+        properties = torch.cuda.get_device_properties(self.device)
+        self._flush = torch.empty(
+            2 * properties.L2_cache_size, dtype=torch.int8, device=self.device
+        )
+        self._spin = _spin_cycles(self.call, self.device)
+        self._events: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
+
+    def start(self) -> None:
+        # A batch of rounds a turn: waiting for the device costs more than a short call.
+        rounds = int(min(_ENQUEUED_ROUNDS, max(1.0, _TURN_S / max(self.estimate, 1e-6))))
+        before = time.perf_counter()
+        with torch.cuda.device(self.device):
             for _ in range(rounds):
                 start = torch.cuda.Event(enable_timing=True)
                 stop = torch.cuda.Event(enable_timing=True)
-                torch.cuda._sleep(spin)
-                flush.zero_()
+                torch.cuda._sleep(self._spin)
+                self._flush.zero_()
                 start.record()
-                call()
+                self.call()
                 stop.record()
-                events.append((start, stop))
-            torch.cuda.synchronize(device)
-            seconds += [start.elapsed_time(stop) * 1e-3 for start, stop in events]
-    return Timing(tuple(seconds), 1, "device time (CUDA events, L2 flushed)")
+                self._events.append((start, stop))
+        self.spent += time.perf_counter() - before
+
+    def finish(self) -> None:
+        seconds = [start.elapsed_time(stop) * 1e-3 for start, stop in self._events]
+        self.spent += sum(seconds)
+        self.seconds += seconds
+        self._events.clear()
 
 
 def _spin_cycles(call: Callable[[], object], device: torch.device) -> int:

@@ -27,7 +27,7 @@ def render(rows: list[Row], width: int, colour: bool) -> str:
     blocks = []
     kernels = [row for row in rows if "model" not in row.info]
 
-    titles = [f"{i['operation']}, {i['pass']}, {i['dtype']}" for i in (row.info for row in kernels)]
+    titles = [_title(row.info) for row in kernels]
     for title in dict.fromkeys(titles):
         block = [row for row, its in zip(kernels, titles, strict=True) if its == title]
         blocks.append(_kernel_block(title, block))
@@ -36,6 +36,12 @@ def render(rows: list[Row], width: int, colour: bool) -> str:
         blocks.append(_training_block(steps))
     note = "Median time per call, ± half the interquartile range of the rounds; * fastest.\n"
     return "".join(draw(*block, width, colour) for block in blocks) + note
+
+
+def _title(info: dict[str, Any]) -> str:
+    title = f"{info['operation']}, {info['pass']}, {info['dtype']}"
+    total = info.get("total_tokens")
+    return f"{title}, {total:,} tokens a call" if total else title
 
 
 def format_seconds(seconds: float) -> str:

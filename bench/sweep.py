@@ -59,10 +59,12 @@ class Case:
     mode: str
     dtype: str
     tokens: int
+    batch: int
     backend: str
 
     def __str__(self) -> str:
-        return f"{self.operation}-{self.mode}-{self.dtype}-N{self.tokens}-{self.backend}"
+        size = f"B{self.batch}-N{self.tokens}" if self.batch > 1 else f"N{self.tokens}"
+        return f"{self.operation}-{self.mode}-{self.dtype}-{size}-{self.backend}"
 
 
 @dataclass(frozen=True)
@@ -74,6 +76,7 @@ class Sweep:
     cases: tuple[Case, ...]
     training_backends: tuple[str | None, ...]
     left_out: dict[str, str] = field(default_factory=dict)
+    total_tokens: int | None = None
 
 
 def make_sweep(
@@ -83,9 +86,13 @@ def make_sweep(
     seq_lens: Sequence[int] = (),
     backends: Sequence[str] = (),
     operations: Sequence[str] = (),
+    total_tokens: int | None = None,
     extent: str = "quick",
 ) -> Sweep:
     """Enumerate the cases; an empty sequence takes what the extent ("quick", "full") has.
+
+    A case is one sequence, or, with ``total_tokens``, as many of its length as make that many
+    tokens: then a call does the same work at every length, and its time says what length costs.
 
     Raises:
         SweepError: an unknown or unusable device, dtype, backend or operation, or nothing left to
@@ -97,6 +104,8 @@ def make_sweep(
     _known("dtype", dtypes, tuple(DTYPES))
     if any(n < 1 for n in seq_lens):
         raise SweepError(f"--seq-lens: lengths are positive, got {min(seq_lens)}")
+    if total_tokens is not None and total_tokens < 1:
+        raise SweepError(f"--total-tokens: a positive number, got {total_tokens}")
     unknown = [name for name in backends if name not in kernels.BACKENDS]
     if unknown:
         there_are = _list_backends("linear_attention", where)
@@ -118,9 +127,14 @@ def make_sweep(
         for dtype in chosen_dtypes:
             lengths = seq_lens or _lengths(operation, kind, extent)
             for tokens in sorted(set(lengths)):
+                batch = total_tokens // tokens if total_tokens else 1
+                if batch == 0:
+                    what = f"{operation}, N from {tokens}"
+                    left_out.setdefault(what, f"longer than --total-tokens {total_tokens}")
+                    continue
                 for mode in PASSES:
                     for backend in usable:
-                        case = Case(operation, mode, dtype, tokens, backend)
+                        case = Case(operation, mode, dtype, tokens, batch, backend)
                         # A length that was asked for is only held to the larger limit.
                         limit = "full" if seq_lens else extent
                         reason = _too_much_work(case, kind, limit)
@@ -140,15 +154,15 @@ def make_sweep(
     if not cases and not training:
         why = "; ".join(f"{what}: {reason}" for what, reason in left_out.items())
         raise SweepError(f"nothing to time{': ' if why else ''}{why}")
-    return Sweep(where, extent, tuple(cases), training, left_out)
+    return Sweep(where, extent, tuple(cases), training, left_out, total_tokens)
 
 
-def shape_of(operation: str, tokens: int) -> Shape:
+def shape_of(operation: str, tokens: int, batch: int = 1) -> Shape:
     """The shape timed at N tokens: attention over N = M, ripple on the squarest grid of N."""
     if operation.startswith("ripple"):
         rows = next(r for r in range(int(tokens**0.5), 0, -1) if tokens % r == 0)
-        return RippleShape(1, rows, tokens // rows, CHANNELS)
-    return AttentionShape(1, HEADS, HEADS, tokens, tokens, HEAD_DIM)
+        return RippleShape(batch, rows, tokens // rows, CHANNELS)
+    return AttentionShape(batch, HEADS, HEADS, tokens, tokens, HEAD_DIM)
 
 
 def resolve_device(name: str | None) -> torch.device:
@@ -214,7 +228,8 @@ def _lengths(operation: str, kind: str, extent: str) -> tuple[int, ...]:
 
 
 def _too_much_work(case: Case, kind: str, extent: str) -> str | None:
-    flop = least_work(case.operation, case.mode, shape_of(case.operation, case.tokens), 4).flop
+    shape = shape_of(case.operation, case.tokens, case.batch)
+    flop = least_work(case.operation, case.mode, shape, 4).flop
     limit = _MOST_FLOP[kind][extent]
     if flop <= limit:
         return None
@@ -226,7 +241,7 @@ def _too_much_memory(case: Case) -> str | None:
     if not case.operation.startswith("softmax_attention") or case.backend != "reference":
         return None
     copies = 5 if case.mode == FORWARD_BACKWARD else 3
-    need = copies * 4 * HEADS * case.tokens**2
+    need = copies * 4 * case.batch * HEADS * case.tokens**2
     if need <= _MOST_REFERENCE_BYTES:
         return None
     return f"its N×M matrices would take {need / 2**30:.0f} GiB"

@@ -2,6 +2,7 @@
 
 import statistics
 import time
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -46,6 +47,30 @@ def test_warm_up_is_not_timed() -> None:
 def test_budget_and_limits_decide_the_rounds() -> None:
     assert len(clock.measure(lambda: spin(5e-3), CPU, budget_s=0, min_rounds=4).seconds) == 4
     assert len(clock.measure(lambda: spin(1e-3), CPU, budget_s=9, max_rounds=6).seconds) == 6
+
+
+def test_interleaved_calls_take_turns() -> None:
+    turns: list[str] = []
+    durations = {"a": 1e-3, "b": 1e-3, "slow": 6e-3}
+
+    def call(name: str) -> Callable[[], None]:
+        def run() -> None:
+            turns.append(name)
+            spin(durations[name])
+
+        return run
+
+    calls = {name: call(name) for name in durations}
+    timings = clock.measure_interleaved(calls, CPU, budget_s=0.03, min_rounds=3, max_rounds=20)
+    for name, timing in timings.items():
+        assert durations[name] <= min(timing.seconds) < 1.2 * durations[name]
+    # Who has spent its budget drops out; until then no call is two turns ahead of another.
+    assert len(timings["slow"].seconds) < len(timings["a"].seconds)
+    rounds = len(timings["slow"].seconds)
+    timed = turns[-(sum(len(t.seconds) for t in timings.values())) :][: 3 * rounds]
+    for turn in range(rounds):
+        assert sorted(timed[3 * turn : 3 * turn + 3]) == ["a", "b", "slow"]
+    assert len({tuple(timed[3 * turn : 3 * turn + 3]) for turn in range(rounds)}) > 1
 
 
 def test_spread_of_known_rounds() -> None:

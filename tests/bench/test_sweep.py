@@ -1,10 +1,13 @@
 """What a benchmark run consists of, and what its options refuse."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 import kernels
-from bench.sweep import TRAINING_STEP, Case, SweepError, make_sweep, shape_of
+from bench.problems import AttentionShape
+from bench.sweep import TRAINING_STEP, SweepError, make_sweep, shape_of
 
 CPU_BACKENDS = ("reference", "torch")  # usable wherever PyTorch is
 
@@ -71,9 +74,28 @@ def test_backends_of_a_case_stand_next_to_each_other() -> None:
     cases = make_sweep(device="cpu", backends=CPU_BACKENDS).cases
     for first, second in zip(cases[::2], cases[1::2], strict=True):
         assert [first.backend, second.backend] == list(CPU_BACKENDS)
-        assert first == Case(
-            second.operation, second.mode, second.dtype, second.tokens, "reference"
-        )
+        assert first == replace(second, backend="reference")
+
+
+def test_total_tokens_make_batches() -> None:
+    lengths = (64, 1000, 4096, 5000)
+    sweep = make_sweep(
+        device="cpu",
+        operations=["linear_attention"],
+        backends=["torch"],
+        seq_lens=lengths,
+        total_tokens=4096,
+    )
+    sizes = {(case.batch, case.tokens) for case in sweep.cases}
+    assert sizes == {(64, 64), (4, 1000), (1, 4096)}
+    assert "longer than --total-tokens 4096" in sweep.left_out["linear_attention, N from 5000"]
+    shape = shape_of("linear_attention", 64, 64)
+    assert shape == AttentionShape(B=64, H=6, Hk=6, N=64, M=64, D=64)
+    ids = [str(case) for case in sweep.cases]
+    assert "linear_attention-forward-float32-B64-N64-torch" in ids
+    assert len(ids) == len(set(ids))
+    with pytest.raises(SweepError, match="--total-tokens: a positive number, got 0"):
+        make_sweep(device="cpu", total_tokens=0)
 
 
 def test_unusable_backends_are_left_out_with_their_reason() -> None:
