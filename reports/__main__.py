@@ -1,4 +1,4 @@
-"""Command line: ``python -m reports scaling`` and ``python -m reports page``."""
+"""Command line: ``python -m reports scaling``, ``… compare`` and ``… page``."""
 
 import argparse
 import sys
@@ -22,7 +22,12 @@ def main(argv: list[str] | None = None) -> int:
         help="one self-contained HTML page of all results",
         description="Write one HTML file that shows everything measured.",
     )
-    for command in (scaling, page):
+    compare = commands.add_parser(
+        "compare",
+        help="backends against one of them, case by case",
+        description="Speed-up of every backend over one, with intervals, geometric mean and worst.",
+    )
+    for command in (scaling, compare, page):
         command.add_argument(
             "paths",
             nargs="*",
@@ -35,6 +40,11 @@ def main(argv: list[str] | None = None) -> int:
     )
     scaling.add_argument("--op", action="append", default=[], metavar="NAME", help="only this one")
     scaling.add_argument("--dtype", action="append", default=[], metavar="NAME", help="likewise")
+    compare.add_argument("--baseline", required=True, metavar="NAME", help="a backend")
+    compare.add_argument(
+        "--backend", action="append", default=[], metavar="NAME", help="only this one over it"
+    )
+    compare.add_argument("--csv", type=Path, metavar="FILE", help="write the cases there, too")
     page.add_argument(
         "--out", type=Path, default=runs.DEFAULT_OUT / "index.html", help="file (%(default)s)"
     )
@@ -49,12 +59,14 @@ def main(argv: list[str] | None = None) -> int:
         parser.print_help(sys.stderr)
         return 2
     try:
-        return _scaling(arguments) if arguments.command == "scaling" else _page(arguments)
+        return {"scaling": _scaling, "compare": _compare, "page": _page}[arguments.command](
+            arguments
+        )
     except runs.NoRuns as error:
         print(error, file=sys.stderr)
         return 2
     except OSError as error:
-        print(f"cannot write {error.filename}: {error.strerror}; choose --out", file=sys.stderr)
+        print(f"cannot write {error.filename}: {error.strerror}", file=sys.stderr)
         return 2
 
 
@@ -73,6 +85,19 @@ def _scaling(arguments: argparse.Namespace) -> int:
     written = scaling.write(found, arguments.out)
     print(scaling.summary(found))
     print(f"{len(written)} files in {arguments.out}")
+    return 0
+
+
+def _compare(arguments: argparse.Namespace) -> int:
+    from reports import compare
+
+    loaded = runs.load(arguments.paths or runs.default_paths())
+    for line in loaded.skipped:
+        print(f"skipped {line}", file=sys.stderr)
+    cases = compare.speedups(loaded, arguments.baseline, arguments.backend)
+    if arguments.csv:
+        cases.to_csv(arguments.csv, index=False)
+    print(compare.render(cases, arguments.baseline))
     return 0
 
 

@@ -350,7 +350,9 @@ def _speed(found: list[scaling.Group]) -> Section:
                 cells = [f"{tokens:,}"]
                 for backend in backends:
                     cells.append(
-                        _time(float(at["median_s"][backend])) if backend in at.index else "–"
+                        plots.duration(float(at["median_s"][backend]))
+                        if backend in at.index
+                        else "–"
                     )
                 cells.append(_rate(float(at["tflop_per_s"][fastest]) * 1e3))
                 cells.append(_rate(float(at["gb_per_s"][fastest])))
@@ -386,7 +388,7 @@ def _training_steps(loaded: Runs | None) -> Section:
                 [
                     row["model_title"],
                     row["backend"],
-                    _time(row["median_s"]),
+                    plots.duration(row["median_s"]),
                     f"{row['images_per_s']:,.0f}",
                     f"{base / row['median_s']:.2f}×" if base else "–",
                 ]
@@ -471,10 +473,3 @@ def _fit_cells(fit: Any) -> Iterable[str]:
 
 def _rate(value: float) -> str:
     return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
-
-
-def _time(value: float) -> str:
-    for unit, scale in (("s", 1.0), ("ms", 1e3), ("µs", 1e6)):
-        if value * scale >= 1:
-            return f"{value * scale:#.3g} {unit}".replace(". ", " ")
-    return f"{value * 1e9:.0f} ns"

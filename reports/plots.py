@@ -98,6 +98,14 @@ def seconds(value: float) -> str:
     return f"{value / 1e-9:g} ns"
 
 
+def duration(value: float) -> str:
+    """Three significant digits with the unit that suits: 1.23 ms."""
+    for unit, scale in (("s", 1.0), ("ms", 1e3), ("µs", 1e6)):
+        if value * scale >= 1:
+            return f"{value * scale:#.3g} {unit}".replace(". ", " ")
+    return f"{value * 1e9:.0f} ns"
+
+
 def mebibytes(value: float) -> str:
     for unit, size in (("GiB", 1024.0), ("MiB", 1.0), ("KiB", 1 / 1024)):
         if value >= size * 0.9999:

@@ -28,7 +28,7 @@ _KERNEL_COLUMNS = {
     "least_bytes": "least_bytes",
     "clock": "clock",
 }
-_CASE = ["machine", "operation", "pass", "dtype", "N", "backend"]
+_CASE = ["machine", "total_tokens", "operation", "pass", "dtype", "N", "backend"]
 
 
 class NoRuns(Exception):
@@ -40,7 +40,9 @@ class Runs:
     """Measured cases of one or several saved runs.
 
     ``kernels``: a row per case, with the columns of ``_KERNEL_COLUMNS``, ``machine`` (a label),
-    ``median_s``, ``q1_s``, ``q3_s``, ``rounds`` and ``file``. ``training``: a row per training
+    ``median_s``, ``q1_s``, ``q3_s``, ``rounds``, ``file`` and ``total_tokens``: 0 where a call is
+    one sequence of N tokens, else how many tokens the sequences of a call have together.
+    ``training``: a row per training
     step. ``skipped``: a line per file that could not be used. ``heads``: per file, where and when.
     """
 
@@ -173,6 +175,7 @@ def _rows(
                 training.append(row)
             else:
                 row.update({column: info[name] for column, name in _KERNEL_COLUMNS.items()})
+                row["total_tokens"] = int(info.get("total_tokens") or 0)
                 row["worst_rms_error"] = max(
                     (error["rms"] for error in info["error"].values()), default=None
                 )

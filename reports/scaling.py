@@ -19,9 +19,14 @@ PASSES = ("forward", "forward+backward")
 
 @dataclass(frozen=True)
 class Group:
-    """The cases that share a picture: one machine, one family of operations, one dtype."""
+    """The cases that share a picture: one machine, one family of operations, one dtype.
+
+    ``total_tokens`` as in :class:`reports.runs.Runs`. Where it is not 0 every call has the same
+    number of tokens, so time against N is no complexity, and nothing is fitted.
+    """
 
     machine: str
+    total_tokens: int
     family: str
     dtype: str
     frame: pd.DataFrame
@@ -39,7 +44,8 @@ class Group:
 
     @property
     def where(self) -> str:
-        return f"{self.dtype}, {self.machine}"
+        total = f"{self.total_tokens:,} tokens a call, " if self.total_tokens else ""
+        return f"{self.dtype}, {total}{self.machine}"
 
 
 def groups(runs: Runs, operations: Sequence[str] = (), dtypes: Sequence[str] = ()) -> list[Group]:
@@ -64,14 +70,15 @@ def groups(runs: Runs, operations: Sequence[str] = (), dtypes: Sequence[str] = (
     family = {op: name for name, members in FAMILIES.items() for op in members}
     keys = frame["operation"].map(lambda op: family.get(op, op))
     found = []
-    for (machine, name, dtype), part in frame.groupby(
-        [frame["machine"], keys, frame["dtype"]], sort=False
+    for (machine, total, name, dtype), part in frame.groupby(
+        [frame["machine"], frame["total_tokens"], keys, frame["dtype"]], sort=False
     ):
+        curves = part.groupby(["operation", "pass", "backend"]) if total == 0 else ()
         fits = {
             (str(op), str(mode), str(backend)): fit_scaling(curve["N"], curve["median_s"])
-            for (op, mode, backend), curve in part.groupby(["operation", "pass", "backend"])
+            for (op, mode, backend), curve in curves
         }
-        found.append(Group(str(machine), str(name), str(dtype), part, fits))
+        found.append(Group(str(machine), int(str(total)), str(name), str(dtype), part, fits))
     order = list(FAMILIES)
     found.sort(key=lambda g: order.index(g.family) if g.family in order else len(order))
     return found
@@ -82,6 +89,8 @@ def pictures(group: Group) -> list[tuple[Picture, pd.DataFrame]]:
     wanted = [TIME, MEMORY, OVER_TORCH]
     if group.family == "attention":
         wanted.insert(2, OVER_SOFTMAX)
+    if group.total_tokens:
+        wanted = [picture for picture in wanted if picture in (OVER_SOFTMAX, OVER_TORCH)]
     data = [(picture, plots.picture_data(group.frame, picture)) for picture in wanted]
     return [(picture, frame) for picture, frame in data if not frame.empty]
 
@@ -124,6 +133,7 @@ def crossover_table(found: Sequence[Group]) -> pd.DataFrame:
                 "machine": group.machine,
                 "pass": mode,
                 "dtype": group.dtype,
+                "total_tokens": group.total_tokens,
                 "backend": backend,
                 "estimate": answer.estimate,
                 "low": answer.low,
@@ -186,7 +196,8 @@ def write(found: Sequence[Group], out: Path) -> list[Path]:
     for group in found:
         prefix = f"{_slug(group.machine)}-" if several else ""
         for picture, frame in pictures(group):
-            stem = out / f"{prefix}{group.family}-{picture.name}-{group.dtype}"
+            total = f"-{group.total_tokens}-tokens" if group.total_tokens else ""
+            stem = out / f"{prefix}{group.family}-{picture.name}-{group.dtype}{total}"
             written += plots.save(draw(group, picture, frame, group.passes), stem)
             table = stem.with_name(stem.name + ".csv")
             frame.drop(columns=["datetime"]).to_csv(table, index=False)

@@ -1,0 +1,102 @@
+"""``python -m reports compare --baseline NAME``: every backend against one, case by case.
+
+A case's speed-up is the ratio of two medians of one run, whose rounds took turns. Its interval is
+95 %, from the standard errors of both medians. Over the lengths of a group stand the geometric mean
+and the worst.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+import pandas as pd
+
+from reports import plots
+from reports.runs import NoRuns, Runs
+
+_GROUP = ["machine", "total_tokens", "operation", "pass", "dtype", "backend"]
+_NORMAL_95 = 1.96
+
+
+def speedups(runs: Runs, baseline: str, backends: Sequence[str] = ()) -> pd.DataFrame:
+    """A row per case that the baseline has, too.
+
+    Args:
+        runs: saved runs.
+        baseline: the backend to divide by.
+        backends: those to compare; empty takes every other one.
+
+    Returns:
+        Columns of ``_GROUP``, ``N``, ``median_s``, ``baseline_s``, ``speedup``, ``low``, ``high``.
+
+    Raises:
+        NoRuns: no saved case is of one of these backends, or none is of both.
+    """
+    frame = runs.kernels
+    there = sorted(frame["backend"].unique()) if not frame.empty else []
+    for name in (baseline, *backends):
+        if name not in there:
+            listed = ", ".join(there) or "none"
+            raise NoRuns(f"no saved case is of backend {name!r}; there are {listed}")
+    case = [name for name in _GROUP if name != "backend"] + ["N"]
+    frame = frame.assign(error=relative_error(frame))
+    base = frame[frame["backend"] == baseline]
+    base = base[[*case, "file", "median_s", "error"]]
+    others = frame[frame["backend"].isin(backends or set(there) - {baseline})]
+    # Of one run: medians of different runs were not taken by turns.
+    both = others.merge(base, on=[*case, "file"], suffixes=("", "_base"))
+    if both.empty:
+        raise NoRuns(f"no run has a case of {baseline!r} and of another backend, too")
+    both["baseline_s"] = both["median_s_base"]
+    both["speedup"] = both["baseline_s"] / both["median_s"]
+    half = _NORMAL_95 * np.hypot(both["error"], both["error_base"])
+    both["low"], both["high"] = both["speedup"] * np.exp(-half), both["speedup"] * np.exp(half)
+    columns = [*_GROUP, "N", "median_s", "baseline_s", "speedup", "low", "high"]
+    return both[columns].sort_values([*_GROUP, "N"], kind="stable").reset_index(drop=True)
+
+
+def relative_error(frame: pd.DataFrame) -> pd.Series:
+    """Standard error of each case's median, over the median: 1.2533 σ / √n with σ = IQR / 1.349."""
+    spread = (frame["q3_s"] - frame["q1_s"]) / frame["median_s"]
+    return 1.2533 / 1.349 * spread / np.sqrt(frame["rounds"])
+
+
+def summarise(cases: pd.DataFrame) -> pd.DataFrame:
+    """A row per group: lengths, geometric mean, and the worst with its N."""
+    rows = []
+    for key, part in cases.groupby(_GROUP, sort=False):
+        worst = part.sort_values("speedup").iloc[0]
+        rows.append(
+            {
+                **dict(zip(_GROUP, key, strict=True)),
+                "lengths": len(part),
+                "geometric_mean": float(np.exp(np.log(part["speedup"]).mean())),
+                "worst": float(worst["speedup"]),
+                "worst_N": int(worst["N"]),
+            }
+        )
+    return pd.DataFrame(rows)
+
+
+def render(cases: pd.DataFrame, baseline: str) -> str:
+    """The comparison as text, a block per operation, pass, dtype and backend."""
+    lines: list[str] = []
+    for summary in summarise(cases).to_dict("records"):
+        part = cases
+        for name in _GROUP:
+            part = part[part[name] == summary[name]]
+        total = f"{summary['total_tokens']:,} tokens a call, " if summary["total_tokens"] else ""
+        lines.append(
+            f"{plots.label(summary['operation'])}, {summary['pass']}, {summary['dtype']}, {total}"
+            f"{summary['machine']}: {summary['backend']} over {baseline}"
+        )
+        for row in part.to_dict("records"):
+            lines.append(
+                f"  N = {row['N']:>9,}  {plots.duration(row['median_s']):>8} against "
+                f"{plots.duration(row['baseline_s']):>8}  {row['speedup']:6.2f}× "
+                f"({row['low']:.2f} to {row['high']:.2f})"
+            )
+        lines.append(
+            f"  geometric mean {summary['geometric_mean']:.2f}×, worst {summary['worst']:.2f}× "
+            f"at N = {summary['worst_N']:,}"
+        )
+    return "\n".join(lines)
