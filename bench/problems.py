@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 import kernels
+from attention.ripple import halving_axes
 from kernels.accuracy import Comparison, compare
 from kernels.layout import unpack_qkv
 
@@ -23,6 +24,10 @@ PACKED = {
     "linear_attention_packed": "linear_attention",
     "softmax_attention_packed": "softmax_attention",
 }
+
+# The whole pyramid in one call, and its stages in the module as it is configured by default.
+PYRAMIDS = ("ripple_pool_stages", "ripple_expand_stages")
+_STAGES = 3
 
 # Tokens of one float64 reference chunk: 8,192 x 6 heads x 128 features is 50 MB.
 _CHUNK = 8192
@@ -47,7 +52,10 @@ class AttentionShape:
 
 @dataclass(frozen=True)
 class RippleShape:
-    """Batch, token grid, channels, and the axis (0 rows, 1 columns) that is halved."""
+    """Batch, token grid, channels, and the axis (0 rows, 1 columns) that is halved.
+
+    A pyramid has the module's three stages, or as many as the grid has halvings.
+    """
 
     B: int
     rows: int
@@ -61,6 +69,20 @@ class RippleShape:
         if self.axis == 0:
             return (self.rows + 1) // 2, self.cols
         return self.rows, (self.cols + 1) // 2
+
+    @property
+    def axes(self) -> tuple[int, ...]:
+        """The axis that each stage of the pyramid halves."""
+        most = (self.rows - 1).bit_length() + (self.cols - 1).bit_length()
+        return tuple(halving_axes((self.rows, self.cols), min(_STAGES, most)))
+
+    @property
+    def levels(self) -> list[tuple[int, int]]:
+        """The pyramid's grids, finest first."""
+        grids = [(self.rows, self.cols)]
+        for axis in self.axes:
+            grids.append(replace(self, rows=grids[-1][0], cols=grids[-1][1], axis=axis).coarse)
+        return grids
 
 
 Shape = AttentionShape | RippleShape
@@ -171,6 +193,35 @@ def make_problem(
             def run(t: dict[str, Tensor], backend: str) -> tuple[Tensor, ...]:
                 z, x, w, lateral = t["z"], t["x"], t["weight"], t["lateral_weight"]
                 return (kernels.ripple_expand(z, x, w, lateral, axis=axis, backend=backend),)
+        elif operation in PYRAMIDS:
+            axes = shape.axes
+            stages = range(len(axes))
+            levels = [normal(B, *grid, C) for grid in shape.levels]
+
+            def filters(mean: float, std: float, *size: int) -> list[Tensor]:
+                return [(mean + std * normal(*size, dtype=torch.float32)).to(dtype) for _ in stages]
+
+            if operation == "ripple_pool_stages":
+                inputs = {"x": levels[0]} | _numbered("weight", filters(1 / 9, 0.05, C, 3, 3))
+                output_names = tuple(_numbered("level", levels[1:]))
+                cotangents = tuple(levels[1:])  # random tensors of the right sizes
+
+                def run(t: dict[str, Tensor], backend: str) -> tuple[Tensor, ...]:
+                    weights = [t[f"weight {s}"] for s in stages]
+                    return kernels.ripple_pool_stages(t["x"], weights, axes=axes, backend=backend)
+            else:
+                inputs = {"z": levels[-1]} | _numbered("x", levels[:-1])
+                inputs |= _numbered("weight", filters(1, 0.1, 2, C))
+                inputs |= _numbered("lateral weight", filters(0, 0.1, C, 3, 3))
+                cotangents = (normal(B, rows, cols, C),)
+
+                def run(t: dict[str, Tensor], backend: str) -> tuple[Tensor, ...]:
+                    lists = [
+                        [t[f"{n} {s}"] for s in stages] for n in ("x", "weight", "lateral weight")
+                    ]
+                    return (
+                        kernels.ripple_expand_stages(t["z"], *lists, axes=axes, backend=backend),
+                    )
         else:
             raise ValueError(f"{operation} does not take a token grid: give it an AttentionShape")
     else:
@@ -223,6 +274,10 @@ def make_problem(
     return Problem(operation, shape, dtype, inputs, output_names, cotangents, run)
 
 
+def _numbered(name: str, tensors: list[Tensor]) -> dict[str, Tensor]:
+    return {f"{name} {s}": x for s, x in enumerate(tensors)}
+
+
 def least_work(operation: str, mode: str, shape: Shape, element_size: int) -> Work:
     """The least traffic and work of one call, whatever the implementation does.
 
@@ -241,7 +296,15 @@ def least_work(operation: str, mode: str, shape: Shape, element_size: int) -> Wo
         coarse = shape.B * math.prod(shape.coarse) * shape.C
         weights = (9 if operation == "ripple_pool" else 11) * shape.C
         # Backward reads every input and dout, and writes a gradient per input.
-        if operation == "ripple_pool":
+        if operation in PYRAMIDS:
+            sizes = [shape.B * math.prod(grid) * shape.C for grid in shape.levels]
+            per_stage = 9 if operation == "ripple_pool_stages" else 11
+            weights = per_stage * shape.C * len(shape.axes)
+            if operation == "ripple_pool_stages":
+                read, written, flop = fine + weights, sum(sizes[1:]), 18 * sum(sizes[1:])
+            else:
+                read, written, flop = sum(sizes) + weights, fine, 20 * sum(sizes[:-1])
+        elif operation == "ripple_pool":
             read, written, flop = fine + weights, coarse, 18 * coarse
         else:
             read, written, flop = coarse + fine + weights, fine, 20 * fine

@@ -37,6 +37,8 @@ _FULL_ONLY = (
     "linear_attention_state",
     "linear_attention_apply",
     "softmax_attention_packed",
+    "ripple_pool_stages",
+    "ripple_expand_stages",
 )
 # Grids from 8×8 to 64×64 tokens; --seq-lens may name others.
 _GRIDS = {"quick": (64, 256, 512, 1024, 4096), "full": tuple(2**i for i in range(6, 13))}

@@ -19,7 +19,12 @@ from kernels.linear_attention import (
     linear_attention_packed,
     linear_attention_state,
 )
-from kernels.ripple import ripple_expand, ripple_pool
+from kernels.ripple import (
+    ripple_expand,
+    ripple_expand_stages,
+    ripple_pool,
+    ripple_pool_stages,
+)
 from kernels.softmax_attention import softmax_attention, softmax_attention_packed
 
 __all__ = [
@@ -34,7 +39,9 @@ __all__ = [
     "linear_attention_packed",
     "linear_attention_state",
     "ripple_expand",
+    "ripple_expand_stages",
     "ripple_pool",
+    "ripple_pool_stages",
     "softmax_attention",
     "softmax_attention_packed",
 ]

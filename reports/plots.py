@@ -41,12 +41,18 @@ _SHORT = {
     "linear_attention_apply": "apply",
     "ripple_pool": "ripple pool",
     "ripple_expand": "ripple expand",
+    "ripple_pool_stages": "ripple pyramid down",
+    "ripple_expand_stages": "ripple pyramid up",
+    "linear_attention_packed": "linear attention, packed",
+    "softmax_attention_packed": "softmax attention, packed",
 }
 # Operations that share a picture; the first is drawn solid, the second dashed.
 FAMILIES = {
     "attention": ("linear_attention", "softmax_attention"),
     "state": ("linear_attention_state", "linear_attention_apply"),
+    "packed": ("linear_attention_packed", "softmax_attention_packed"),
     "ripple": ("ripple_pool", "ripple_expand"),
+    "pyramid": ("ripple_pool_stages", "ripple_expand_stages"),
 }
 _LINES = ("-", "--")
 
