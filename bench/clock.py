@@ -4,15 +4,17 @@ Both return one duration per round and know nothing of what they time. Whatever 
 (compilation, allocation of workspaces) happens in :func:`warm_up`, before the first round.
 """
 
+import functools
 import gc
 import random
 import statistics
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 
 # A CPU round lasts at least this, so that the clock's own cost (some 50 ns) stays under 0.1 %.
@@ -23,6 +25,8 @@ _LONG_CALL_S = 0.2
 # driver's queue of about 1,000 launches. Calls as long as a turn take one round.
 _ENQUEUED_ROUNDS = 16
 _TURN_S = 0.01
+# A median known to this, from end to end of its interval, is known well enough.
+TARGET = 0.02
 
 
 @dataclass(frozen=True)
@@ -32,6 +36,12 @@ class Timing:
     seconds: tuple[float, ...]
     calls_per_round: int
     clock: str
+    stop: str = "asked for"  # why there are no more rounds: see measure_interleaved
+
+    @functools.cached_property
+    def interval(self) -> tuple[float, float]:
+        """95 % bootstrap interval of the median, in seconds."""
+        return median_interval(self.seconds)
 
     @property
     def median(self) -> float:
@@ -46,17 +56,34 @@ class Timing:
         return (high - low) / self.median
 
 
+def median_interval(seconds: Sequence[float], draws: int = 1000) -> tuple[float, float]:
+    """95 % percentile-bootstrap interval of the median: (low, high), in the unit of ``seconds``.
+
+    The draws are the same at every call, so the same rounds give the same interval.
+    """
+    rounds = np.asarray(seconds)
+    drawn = np.random.default_rng(0).integers(len(rounds), size=(draws, len(rounds)))
+    low, high = np.quantile(np.median(rounds[drawn], axis=1), (0.025, 0.975))
+    return float(low), float(high)
+
+
 def measure(
     call: Callable[[], object],
     device: torch.device,
     *,
     budget_s: float,
+    target: float = TARGET,
     min_rounds: int = 5,
     max_rounds: int = 200,
 ) -> Timing:
     """Time one call by itself: :func:`measure_interleaved` of one."""
     timings = measure_interleaved(
-        {"": call}, device, budget_s=budget_s, min_rounds=min_rounds, max_rounds=max_rounds
+        {"": call},
+        device,
+        budget_s=budget_s,
+        target=target,
+        min_rounds=min_rounds,
+        max_rounds=max_rounds,
     )
     return timings[""]
 
@@ -66,17 +93,20 @@ def measure_interleaved(
     device: torch.device,
     *,
     budget_s: float,
+    target: float = TARGET,
     min_rounds: int = 5,
     max_rounds: int = 200,
 ) -> dict[str, Timing]:
     """Time calls that are to be compared: they take turns, so that drift hits all of them alike.
 
-    A turn is one round of every call, in an order drawn anew.
+    A turn is one round of every call, in an order drawn anew. A call drops out with the reason
+    "interval" (that of its median is narrow enough), "budget" or "rounds" (the most there may be).
 
     Args:
         calls: by name; each does one pass and is free of set-up. Its results are dropped.
         device: where they run. CUDA takes device time, everything else host time.
-        budget_s: seconds to spend on the rounds of each call; one that has spent them drops out.
+        budget_s: seconds to spend on the rounds of each call, at most.
+        target: width of the median's 95 % interval, over the median, that is narrow enough.
         min_rounds: however long a call is (three for one of more than 0.2 s).
         max_rounds: however short it is.
 
@@ -87,7 +117,7 @@ def measure_interleaved(
     order = random.Random(0)
     with _no_garbage_collection():
         while True:
-            turn = [r for r in rounds.values() if r.wants_more(budget_s, max_rounds)]
+            turn = [r for r in rounds.values() if r.wants_more(budget_s, target, max_rounds)]
             if not turn:
                 break
             order.shuffle(turn)
@@ -133,10 +163,25 @@ class _Rounds:
         self.min_rounds = min_rounds
         self.seconds: list[float] = []
         self.spent = 0.0
+        self.stop = ""
+        self._judge_at = 2 * min_rounds  # of fewer rounds the interval is luck
 
-    def wants_more(self, budget_s: float, max_rounds: int) -> bool:
+    def wants_more(self, budget_s: float, target: float, max_rounds: int) -> bool:
+        """Whether another round is needed; if not, ``stop`` says why."""
         done = len(self.seconds)
-        return done < self.min_rounds or (done < max_rounds and self.spent < budget_s)
+        if self.stop or done < self.min_rounds:
+            return not self.stop
+        if self.spent >= budget_s:
+            self.stop = "budget"
+        elif done >= max_rounds:
+            self.stop = "rounds"
+        elif done >= self._judge_at:
+            low, high = median_interval(self.seconds)
+            if high - low <= target * statistics.median(self.seconds):
+                self.stop = "interval"
+            # Every look is another chance to stop by luck, and costs a millisecond or two.
+            self._judge_at = max(done + 1, int(1.4 * done))
+        return not self.stop
 
     def start(self) -> None:
         raise NotImplementedError
@@ -145,7 +190,7 @@ class _Rounds:
         """Called when the device has nothing left to do."""
 
     def timing(self) -> Timing:
-        return Timing(tuple(self.seconds), self.calls_per_round, self.clock)
+        return Timing(tuple(self.seconds), self.calls_per_round, self.clock, self.stop)
 
 
 class _CpuRounds(_Rounds):

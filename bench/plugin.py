@@ -229,6 +229,8 @@ class Benchmarks:
             clock=timing.clock,
             calls_per_round=timing.calls_per_round,
             relative_iqr=timing.relative_iqr,
+            median_interval_s=timing.interval,
+            stop=timing.stop,
             machine=machine.describe(self.sweep.device),
         )
         rounds = iter(timing.seconds)

@@ -1,9 +1,11 @@
 """The clock and the memory meter, against calls whose cost is known."""
 
+import itertools
 import statistics
 import time
 from collections.abc import Callable
 
+import numpy as np
 import pytest
 import torch
 
@@ -61,7 +63,9 @@ def test_interleaved_calls_take_turns() -> None:
         return run
 
     calls = {name: call(name) for name in durations}
-    timings = clock.measure_interleaved(calls, CPU, budget_s=0.03, min_rounds=3, max_rounds=20)
+    timings = clock.measure_interleaved(
+        calls, CPU, budget_s=0.03, target=0, min_rounds=3, max_rounds=20
+    )
     for name, timing in timings.items():
         assert durations[name] <= min(timing.seconds) < 1.2 * durations[name]
     # Who has spent its budget drops out; until then no call is two turns ahead of another.
@@ -71,6 +75,32 @@ def test_interleaved_calls_take_turns() -> None:
     for turn in range(rounds):
         assert sorted(timed[3 * turn : 3 * turn + 3]) == ["a", "b", "slow"]
     assert len({tuple(timed[3 * turn : 3 * turn + 3]) for turn in range(rounds)}) > 1
+
+
+def test_stops_when_the_median_is_known() -> None:
+    steady = clock.measure(lambda: spin(1e-3), CPU, budget_s=5, target=0.3, max_rounds=10**6)
+    assert steady.stop == "interval"
+    assert 10 <= len(steady.seconds) < 100
+    low, high = steady.interval
+    assert low <= steady.median <= high
+    assert high - low <= 0.3 * steady.median
+
+    durations = itertools.cycle((1e-3, 3e-3))
+    unsteady = clock.measure(lambda: spin(next(durations)), CPU, budget_s=0.1, target=0.01)
+    assert unsteady.stop == "budget"
+    assert (
+        clock.measure(lambda: spin(1e-4), CPU, budget_s=9, target=0, max_rounds=7).stop == "rounds"
+    )
+
+
+def test_interval_of_the_median_covers_it() -> None:
+    """Of 200 samples of a known median, 95 % of the intervals hold it, give or take 4 sigma."""
+    random = np.random.default_rng(0)
+    held = 0
+    for _ in range(200):
+        low, high = clock.median_interval(random.lognormal(sigma=0.3, size=40), draws=400)
+        held += low <= 1.0 <= high
+    assert held >= 200 * 0.95 - 4 * (200 * 0.95 * 0.05) ** 0.5
 
 
 def test_spread_of_known_rounds() -> None:
