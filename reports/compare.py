@@ -38,7 +38,6 @@ def speedups(runs: Runs, baseline: str, backends: Sequence[str] = ()) -> pd.Data
             listed = ", ".join(there) or "none"
             raise NoRuns(f"no saved case is of backend {name!r}; there are {listed}")
     case = [name for name in _GROUP if name != "backend"] + ["N"]
-    frame = frame.assign(error=relative_error(frame))
     base = frame[frame["backend"] == baseline]
     base = base[[*case, "file", "median_s", "error"]]
     others = frame[frame["backend"].isin(backends or set(there) - {baseline})]
@@ -52,12 +51,6 @@ def speedups(runs: Runs, baseline: str, backends: Sequence[str] = ()) -> pd.Data
     both["low"], both["high"] = both["speedup"] * np.exp(-half), both["speedup"] * np.exp(half)
     columns = [*_GROUP, "N", "median_s", "baseline_s", "speedup", "low", "high"]
     return both[columns].sort_values([*_GROUP, "N"], kind="stable").reset_index(drop=True)
-
-
-def relative_error(frame: pd.DataFrame) -> pd.Series:
-    """Standard error of each case's median, over the median: 1.2533 σ / √n with σ = IQR / 1.349."""
-    spread = (frame["q3_s"] - frame["q1_s"]) / frame["median_s"]
-    return 1.2533 / 1.349 * spread / np.sqrt(frame["rounds"])
 
 
 def summarise(cases: pd.DataFrame) -> pd.DataFrame:

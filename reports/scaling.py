@@ -179,9 +179,7 @@ def _ratio_error(both: pd.DataFrame, fits: FitTable, mode: str, backend: str) ->
         ("softmax", "softmax_attention", "torch"),
         ("linear", "linear_attention", backend),
     ):
-        spread = (both[f"q3_s_{side}"] - both[f"q1_s_{side}"]) / both[f"median_s_{side}"]
-        # Of a median: 1.2533 σ / √n, with σ = IQR / 1.349.
-        variance += (1.2533 / 1.349 * spread / np.sqrt(both[f"rounds_{side}"])) ** 2
+        variance += both[f"error_{side}"].to_numpy() ** 2
         fit: Fit | None = fits.get((operation, mode, name))
         if fit is not None and fit.reason is None:
             scatter += fit.residual**2 * fit.lengths / (fit.lengths - 3)

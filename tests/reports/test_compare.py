@@ -39,6 +39,16 @@ def test_interval_is_that_of_both_medians(tmp_path: Path) -> None:
     assert math.log(row["speedup"] / row["low"]) == pytest.approx(1.96 * one * math.sqrt(2))
 
 
+def test_interval_is_the_bootstraps_where_the_run_has_it(tmp_path: Path) -> None:
+    document = saved.run()
+    for case in document["benchmarks"]:
+        median = case["stats"]["median"]
+        case["extra_info"]["median_interval_s"] = [0.97 * median, 1.03 * median]
+    run = saved.save(tmp_path / "run.json", document)
+    row = speedups(load([run]), "torch", ["compiled"]).iloc[0]
+    assert math.log(row["high"] / row["speedup"]) == pytest.approx(0.03 * math.sqrt(2))
+
+
 def test_mean_and_worst(tmp_path: Path) -> None:
     document = saved.run()
     for case in document["benchmarks"]:
