@@ -1,0 +1,248 @@
+"""What a compiled kernel asks of a multiprocessor, read from ptxas's report and the machine code.
+
+Registers, spills and static shared memory are what ``ptxas -v`` prints; instructions are counted in
+what ``cuobjdump -sass`` prints. Occupancy is worked out from the limits of the architecture.
+"""
+
+import re
+import shutil
+import subprocess
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+KIB = 1024
+
+
+# ---- occupancy -----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What a multiprocessor has; shared memory in bytes, ``per_block`` after opting in."""
+
+    warps: int
+    blocks: int
+    shared_memory: int
+    shared_memory_per_block: int
+    registers: int = 64 * KIB
+    registers_per_thread: int = 255
+    multiprocessors: int = 0  # of the best-known GPU: what a launcher is told it would find
+
+    @property
+    def threads(self) -> int:
+        return 32 * self.warps
+
+
+# CUDA C++ Programming Guide, "Compute Capabilities", table of technical specifications. The GPUs
+# whose multiprocessors are counted: A100, RTX 3090, H200, B200.
+LIMITS = {
+    "sm_80": Limits(64, 32, 164 * KIB, 163 * KIB, multiprocessors=108),
+    "sm_86": Limits(48, 16, 100 * KIB, 99 * KIB, multiprocessors=82),
+    "sm_90a": Limits(64, 32, 228 * KIB, 227 * KIB, multiprocessors=132),
+    "sm_100a": Limits(64, 32, 228 * KIB, 227 * KIB, multiprocessors=148),
+}
+# Registers are handed out to a warp 256 at a time, to a multiprocessor's four partitions; shared
+# memory in units of 128 bytes, after 1 KiB a block that the system keeps (the same table, and
+# cuda_occupancy.h of the CUDA toolkit).
+_REGISTER_UNIT, _PARTITIONS, _SHARED_UNIT, _SHARED_RESERVED = 256, 4, 128, KIB
+
+
+def resident_blocks(architecture: str, threads: int, registers: int, shared_memory: int) -> int:
+    """Blocks of a kernel that fit a multiprocessor at once; 0 where not even one does.
+
+    Args:
+        architecture: a key of ``LIMITS``.
+        threads: of a block.
+        registers: of a thread.
+        shared_memory: bytes of a block, static and dynamic together.
+    """
+    limits = LIMITS[architecture]
+    warps = -(-threads // 32)
+    if threads > KIB or registers > limits.registers_per_thread:
+        return 0
+    if shared_memory > limits.shared_memory_per_block:
+        return 0
+    fits = [limits.blocks, limits.warps // warps]
+    if registers:
+        per_warp = _round_up(32 * registers, _REGISTER_UNIT)
+        fits.append(_PARTITIONS * (limits.registers // _PARTITIONS // per_warp) // warps)
+    per_block = _round_up(shared_memory + _SHARED_RESERVED, _SHARED_UNIT)
+    fits.append(limits.shared_memory // per_block)
+    return min(fits)
+
+
+def occupancy(architecture: str, threads: int, registers: int, shared_memory: int) -> float:
+    """Resident warps over the most there can be, in [0, 1]."""
+    blocks = resident_blocks(architecture, threads, registers, shared_memory)
+    return blocks * -(-threads // 32) / LIMITS[architecture].warps
+
+
+def _round_up(value: int, unit: int) -> int:
+    return -(-value // unit) * unit
+
+
+# ---- ptxas -v ------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Usage:
+    """What ptxas says of one kernel, sizes in bytes."""
+
+    registers: int
+    spill_stores: int
+    spill_loads: int
+    stack: int
+    static_shared: int
+
+
+_ENTRY = re.compile(r"Compiling entry function '(\S+)' for '(\w+)'")
+_FUNCTION = re.compile(r"Function properties for (\S+)")
+_FRAME = re.compile(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads")
+_USED = re.compile(r"Used (\d+) registers(.*)")
+
+
+def read_ptxas(log: str) -> dict[tuple[str, str], Usage]:
+    """``ptxas -v``'s report as (architecture, mangled name) -> :class:`Usage`.
+
+    The frame and spills of device functions that were not inlined are added to the kernel that is
+    being compiled when they are reported.
+
+    Raises:
+        ValueError: a kernel without its line of registers: ptxas says something else than expected.
+    """
+    found: dict[tuple[str, str], Usage] = {}
+    entry: tuple[str, str] | None = None
+    frame = [0, 0, 0]
+    for line in log.splitlines():
+        if match := _ENTRY.search(line):
+            if entry is not None:
+                raise ValueError(f"ptxas reports no registers for {entry[1]}")
+            entry, frame = (match.group(2), match.group(1)), [0, 0, 0]
+        elif match := _FRAME.search(line):
+            frame = [a + int(b) for a, b in zip(frame, match.groups(), strict=True)]
+        elif entry is not None and (match := _USED.search(line)):
+            static = re.search(r"(\d+) bytes smem", match.group(2))
+            shared = int(static.group(1)) if static else 0
+            stack, stores, loads = frame
+            found[entry] = Usage(int(match.group(1)), stores, loads, stack, shared)
+            entry = None
+    if entry is not None:
+        raise ValueError(f"ptxas reports no registers for {entry[1]}")
+    return found
+
+
+# ---- machine code --------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Instructions:
+    """Counts of a kernel's instructions, as they stand in the code (a loop's body counts once).
+
+    ``wide`` accesses to global memory are of 16 bytes a thread or more, bulk copies among them;
+    ``narrow`` are all others. ``tf32`` are those of ``tensor_core`` that round to TF32, ``fma``
+    multiply-adds outside of the tensor cores, ``local`` accesses to the stack, and
+    ``float_atomics`` additions whose order the hardware chooses.
+    """
+
+    tensor_core: int = 0
+    tf32: int = 0
+    fma: int = 0
+    wide_loads: int = 0
+    narrow_loads: int = 0
+    wide_stores: int = 0
+    narrow_stores: int = 0
+    local: int = 0
+    float_atomics: int = 0
+    total: int = 0
+
+
+# Ampere's HMMA, Hopper's HGMMA, Blackwell's UTCHMMA and their integer and fp8 kin.
+_TENSOR_CORE = re.compile(r"^([HIDQO]MMA|HGMMA|QGMMA|IGMMA|UTC[A-Z]*MMA)\b")
+_LOAD = re.compile(r"^(LDG|LDGSTS|LD|UTMALDG|UBLKCP)\b")
+_STORE = re.compile(r"^(STG|ST|UTMASTG|UTMAREDG)\b")
+_BULK = re.compile(r"^(UTMALDG|UBLKCP|UTMASTG|UTMAREDG)\b")
+_WIDE = re.compile(r"\.(128|256)\b")
+_FMA = re.compile(r"^(FFMA2?|HFMA2|DFMA)\b")
+_LOCAL = re.compile(r"^(LDL|STL)\b")
+_FLOAT_ATOMIC = re.compile(r"^(RED|REDG|ATOM|ATOMG|REDAS|UTMAREDG)\b.*\.(F16|F32|F64|BF16)")
+_LINE = re.compile(r"^\s*/\*[0-9a-f]{4,}\*/\s+(?:\{\s*)?(?:@!?U?P\w+\s+)?([A-Z][\w.]*)")
+
+
+def count(mnemonics: Iterable[str]) -> Instructions:
+    """Classify instructions such as ``LDG.E.128.CONSTANT``."""
+    counts: Counter[str] = Counter()
+    for word in mnemonics:
+        counts["total"] += 1
+        if _TENSOR_CORE.match(word):
+            counts["tensor_core"] += 1
+            counts["tf32"] += ".TF32" in word
+        elif _FLOAT_ATOMIC.match(word):
+            counts["float_atomics"] += 1
+        elif _LOCAL.match(word):
+            counts["local"] += 1
+        elif _FMA.match(word):
+            counts["fma"] += 1
+        elif (load := _LOAD.match(word)) or _STORE.match(word):
+            wide = _BULK.match(word) or _WIDE.search(word)
+            counts[f"{'wide' if wide else 'narrow'}_{'loads' if load else 'stores'}"] += 1
+    return Instructions(**counts)
+
+
+def read_sass(listing: str) -> dict[str, Instructions]:
+    """``cuobjdump -sass``'s listing of one architecture as mangled name -> counts."""
+    return {name: count(mnemonics) for name, mnemonics in _functions(listing)}
+
+
+def _functions(listing: str) -> Iterator[tuple[str, list[str]]]:
+    name: str | None = None
+    mnemonics: list[str] = []
+    for line in listing.splitlines():
+        if "Function : " in line:
+            if name is not None:
+                yield name, mnemonics
+            name, mnemonics = line.partition("Function : ")[2].strip(), []
+        elif match := _LINE.match(line):
+            mnemonics.append(match.group(1))
+    if name is not None:
+        yield name, mnemonics
+
+
+def disassemble(binary: Path, architecture: str | None = None) -> dict[str, Instructions]:
+    """Count every kernel's instructions in a cubin, or in an object of one or more architectures.
+
+    Raises:
+        FileNotFoundError: there is no cuobjdump.
+        RuntimeError: cuobjdump refuses the file, or finds no kernel in it.
+    """
+    tool = find_cuobjdump()
+    chosen = ["-arch", architecture] if architecture is not None else []
+    done = subprocess.run(
+        [str(tool), "-sass", *chosen, str(binary)], capture_output=True, text=True, check=False
+    )
+    kernels = read_sass(done.stdout)
+    if done.returncode != 0 or not kernels:
+        message = (done.stderr or done.stdout).strip().splitlines() or ["no kernel in it"]
+        raise RuntimeError(f"cuobjdump on {binary.name}: {message[-1]}")
+    return kernels
+
+
+def find_cuobjdump() -> Path:
+    """Triton's wheel carries cuobjdump with the nvdisasm it calls; else the one on PATH."""
+    import importlib.util
+
+    spec = importlib.util.find_spec("triton")
+    if spec is not None and spec.origin is not None:
+        carried = Path(spec.origin).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+        if carried.is_file():
+            return carried
+    found = shutil.which("cuobjdump")
+    if found is None:
+        raise FileNotFoundError("no cuobjdump: install triton, or the CUDA toolkit")
+    return Path(found)
+
+
+def as_columns(usage: Usage, instructions: Instructions) -> dict[str, int]:
+    """Both as columns of a table."""
+    return {**asdict(usage), **asdict(instructions)}

@@ -1,0 +1,231 @@
+"""Every kernel, compiled with no GPU: no spills, products on tensor cores, 16-byte accesses.
+
+The fast test is one architecture and head dim of linear attention; all the rest is slow.
+"""
+
+import csv
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from bench import static
+from kernels import extension
+
+needs_triton = pytest.mark.skipif(
+    static.machine._version("triton") is None, reason="Triton is not installed here"
+)
+needs_toolchain = pytest.mark.skipif(
+    extension._no_toolchain() is not None, reason=str(extension._no_toolchain())
+)
+BACKENDS = (
+    pytest.param("triton", marks=needs_triton),
+    pytest.param("cuda", marks=needs_toolchain),
+)
+# A kernel that none of these compiles for is one that no operation launches.
+ROOMS = static.launches.rooms()
+
+
+def healthy(rows: list[static.Row]) -> None:
+    """No faults, and the table is about something."""
+    assert rows
+    wrong = [
+        f"{r['kernel']} D={r['head_dim']} {r['dtype']} {r['architecture']} {r['layout']}: {fault}"
+        for r in rows
+        for fault in r["faults"]
+    ]
+    assert not wrong, "\n".join(wrong)
+    assert all(16 <= r["registers"] <= 255 for r in rows)
+    assert all(r["occupancy"] > 0 for r in rows if r["threads"] is not None)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_linear_attention_ships_without_faults(backend: str) -> None:
+    rows = static.compile_all(
+        backends=[backend],
+        rooms=["linear_attention"],
+        architectures=["sm_90a"],
+        dtypes=("float32", "bfloat16"),
+        head_dims=(64,),
+    )
+    healthy(rows)
+    half = [r for r in rows if r["dtype"] == "bfloat16"]
+    assert any(r["tensor_core"] for r in half)
+    assert any(r["wide_loads"] for r in half)
+    assert any(r["wide_stores"] for r in half)
+    assert not any(r["tensor_core"] for r in rows if r["dtype"] == "float32")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_everything_ships_without_faults(backend: str) -> None:
+    """All rooms, head dims and dtypes for all architectures; no kernel is left out."""
+    rows = static.compile_all(backends=[backend])
+    healthy(rows)
+    assert {(r["room"], r["architecture"]) for r in rows} == {
+        (room, architecture) for room in ROOMS for architecture in static.ARCHITECTURES
+    }
+    if backend == "cuda":
+        assert [r["kernel"] for r in rows if r["threads"] is None] == []
+    else:
+        from bench.compiled_triton import shipped_kernels
+
+        for room in ROOMS:
+            compiled = {r["kernel"] for r in rows if r["room"] == room}
+            assert shipped_kernels(room) == compiled
+
+
+# ---- faults: a checker that can't go red checks nothing ------------------------------------------
+
+SOUND: static.Row = {
+    "room": "linear_attention",
+    "dtype": "bfloat16",
+    "layout": "aligned",
+    "products": True,
+    "spill_stores": 0,
+    "spill_loads": 0,
+    "occupancy": 0.5,
+    "float_atomics": 0,
+    "tf32": 0,
+    "fma": 10,
+    "tensor_core": 16,
+    "wide_loads": 4,
+    "narrow_loads": 2,
+    "wide_stores": 1,
+    "narrow_stores": 1,
+}
+WRONG: dict[str, tuple[dict[str, Any], str]] = {
+    "spills": ({"spill_stores": 8, "spill_loads": 4}, "spills 12 bytes"),
+    "too large": ({"occupancy": 0.0}, "does not fit a multiprocessor"),
+    "atomics": ({"float_atomics": 1}, "adds floats in no fixed order"),
+    "TF32": ({"dtype": "float32", "tf32": 3}, "rounds float32 to TF32"),
+    "no tensor core": ({"tensor_core": 0}, "10 multiply-adds and no tensor core"),
+    "by hand": (
+        {"tensor_core": 0, "products": None, "fma": 300},
+        "300 multiply-adds and no tensor core",
+    ),
+    "narrow loads": ({"wide_loads": 0, "narrow_loads": 9}, "9 narrow loads and no 16-byte one"),
+    "narrow stores": ({"wide_stores": 0, "narrow_stores": 9}, "9 narrow stores and no 16-byte one"),
+}
+
+
+def test_a_sound_kernel_has_no_fault() -> None:
+    assert static.faults(SOUND) == []
+
+
+@pytest.mark.parametrize("case", WRONG.values(), ids=WRONG)
+def test_each_fault_is_found(case: tuple[dict[str, Any], str]) -> None:
+    change, fault = case
+    assert static.faults({**SOUND, **change}) == [fault]
+
+
+def test_rows_that_cannot_be_16_bytes_apart_may_be_read_narrowly() -> None:
+    ragged = {**SOUND, "layout": "ragged", "wide_loads": 0, "narrow_loads": 9}
+    assert static.faults(ragged) == []
+
+
+# ---- the table -----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def rows() -> list[static.Row]:
+    def row(kernel: str, **changes: Any) -> static.Row:
+        filled = dict.fromkeys(static.COLUMNS, 0) | SOUND
+        named = {"backend": "cuda", "kernel": kernel, "head_dim": 64, "architecture": "sm_90a"}
+        shape = {"threads": 128, "registers": 100, "configuration": "64", "faults": []}
+        return {**filled, **named, **shape, **changes}
+
+    return [
+        row("one"),
+        row("one", head_dim=128, registers=200, dynamic_shared=64 * 1024),
+        row("two", spill_stores=4, faults=["spills 4 bytes"]),
+        row("three", threads=None, occupancy=None, dynamic_shared=None),
+    ]
+
+
+def test_table_shows_ranges_worst_cases_and_faults(rows: list[static.Row]) -> None:
+    text = static.render(rows, width=160)
+    one = next(line for line in text.splitlines() if line.strip().startswith("one"))
+    assert "100–200" in one
+    assert "0–64" in one
+    assert "FAULT cuda linear_attention two sm_90a D=64 bfloat16 aligned: spills 4 bytes" in text
+    assert text.endswith("4 kernels compiled, 1 faults\n")
+    assert static.render(rows, every=True, width=160).count("one") == 2
+
+
+def test_files_have_every_row_and_where_it_was_made(rows: list[static.Row], tmp_path: Path) -> None:
+    static.write_csv(rows, tmp_path / "new" / "static.csv")
+    with (tmp_path / "new" / "static.csv").open() as file:
+        read = list(csv.DictReader(file))
+    assert [r["kernel"] for r in read] == ["one", "one", "two", "three"]
+    assert tuple(read[0]) == static.COLUMNS
+    assert read[2]["faults"] == "spills 4 bytes"
+    document = json.loads(json.dumps(static.document(rows)))
+    assert document["kind"] == "static"
+    assert document["schema"] == static.SCHEMA
+    assert document["toolchain"]["torch"] == torch.__version__
+    assert len(document["rows"]) == 4
+
+
+def test_the_command_exits_with_1_where_something_is_at_fault(
+    rows: list[static.Row], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked: dict[str, Any] = {}
+
+    def compile_all(**options: Any) -> list[static.Row]:
+        asked.update(options)
+        return rows
+
+    monkeypatch.setattr(static, "compile_all", compile_all)
+    assert static.main(["--arch", "sm_86", "--head-dims", "64,128", "--jobs", "1"]) == 1
+    assert asked["architectures"] == ("sm_86",)
+    assert asked["head_dims"] == [64, 128]
+    assert asked["rooms"] == ROOMS
+    del rows[2]
+    assert static.main([]) == 0
+    with pytest.raises(SystemExit):
+        static.main(["--arch", "sm_75"])
+    assert "no 'sm_75'; there are sm_80" in capsys.readouterr().err
+
+
+# ---- what is kept from run to run ----------------------------------------------------------------
+
+
+def test_what_is_kept_is_named_by_its_sources(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("kernels/ripple", "kernels/cuda", "kernels/linear_attention"):
+        (tmp_path / name).mkdir(parents=True)
+    (tmp_path / "kernels/ripple/cuda.cu").write_text("one")
+    monkeypatch.setattr(static, "_ROOT", tmp_path)
+    unit = static.Unit("cuda", "ripple", "sm_80", ("float32",), (64,))
+    before = static._kept(unit)
+    (tmp_path / "kernels/linear_attention/cuda.cu").write_text("another room's")
+    assert static._kept(unit) == before
+    (tmp_path / "kernels/ripple/cuda.cu").write_text("two")
+    changed = static._kept(unit)
+    assert changed != before
+    (tmp_path / "kernels/cuda/common.cuh").write_text("shared")
+    assert static._kept(unit) not in (before, changed)
+
+
+def test_a_unit_that_was_compiled_is_not_compiled_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    row = {**SOUND, "architecture": "sm_80", "threads": 128, "registers": 64}
+    row |= {"static_shared": 0, "dynamic_shared": 0}
+    compiled: list[static.Unit] = []
+
+    def compile_unit(unit: static.Unit) -> list[static.Row]:
+        compiled.append(unit)
+        return [dict(row)]
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(static, "_compile", compile_unit)
+    unit = static.Unit("cuda", "ripple", "sm_80", ("float32",), (64,))
+    first = static._compile_group([unit])
+    assert first[0]["blocks_per_multiprocessor"] == 8
+    assert static._compile_group([unit]) == first
+    assert compiled == [unit]
