@@ -1,26 +1,149 @@
-// Ripple pooling and expansion in CUDA C++: channels last, five kernels.
+// Ripple pooling and expansion in CUDA C++: channels last, one stage or a whole pyramid.
 //
-//   1 forward           depthwise 3 x 3, stride 1 or 2 along the axis; plus, expanding, the pair term
-//   2 input_gradient    dx, the transposed 3 x 3
-//   3 coarse_gradient   dz of the pair term
-//   4 weight_gradient   partial sums of both weights' gradients, one a split of the output's tokens
-//   5 reduce            adds the splits, in order, and rounds
+// Single stages, for grids of any size:
+//   1 forward        depthwise 3 x 3, stride 1 or 2 along the axis; plus, expanding, the pair term
+//   2 backward       every gradient at once: a token's dx and its part of dweight are made of the
+//                    same nine dout, and those of an even and its odd token make dz
+// A pyramid whose grid fits in shared memory, in one launch each way:
+//   3 pool_stages             x once from memory, every level once to memory
+//   4 pool_stages_backward    levels and their gradients once, dx once
+//   5 expand_stages           levels and z once, out once
+//   6 expand_stages_backward  dout, levels and z once; dz and the levels' gradients once
+// and for the weights' gradients
+//   7 reduce         adds the splits' partial sums, in order, and rounds
 //
-// A warp is 32 neighbouring channel vectors (16 bytes a thread where the tensors allow, one channel
-// otherwise) of one token; a block has eight tokens in flight and keeps its weights in registers
-// over kTokensPerThread rounds. Each grid is read from memory once: the nine taps of a token find
-// their neighbours in the cache. Sums are float32. No atomics: results repeat bit for bit.
+// Decomposition: a thread has a vector of channels (16 bytes where the tensors allow, one channel
+// otherwise) of one token at a time; `lanes` neighbouring threads have neighbouring vectors, so a
+// warp reads whole sectors of 32 / lanes tokens. Channels never meet. In 1 and 2 a block strides
+// over tokens with its weights in registers, and neighbours come from the cache. In 3 to 6 a block
+// has one image at a time, up to 64 channels wide, in shared memory: the tokens of every level for a
+// 3 x 3 to read, in the element type where they are inputs or results, in float32 where they are
+// sums. It is as wide as leaves 48 KB and two blocks a multiprocessor.
+//
+// Traffic of 3 to 6, with level s of n_s tokens (n_0 = B rows cols): exactly the least, e C times
+//   pool     n_0 + ... + n_S          backward  2 n_0 + 2 (n_1 + ... + n_(S-1)) + n_S
+//   expand   2 n_0 + n_1 + ... + n_S  backward  3 n_0 + 2 (n_1 + ... + n_S)
+// plus the weights, and for their gradients a workspace of 36 or 44 bytes a split, stage and channel.
+// What passes between stages and is no result (backward: the levels' total gradients; the expanded
+// levels, computed again) stays in shared memory, so a third of what single stages move is saved.
+//
+// Sums are float32. No atomics: results repeat bit for bit.
 #include "cuda.h"
 
 #include "../cuda/common.cuh"
 
 namespace {
 
-constexpr int kLanes = 32;
-constexpr int kWarps = kThreads / kLanes;
+constexpr int kWarp = 32;
+constexpr int kWarps = kThreads / kWarp;
 constexpr int kTokensPerThread = 8;
 constexpr int kTaps = 9;
 constexpr int kPairTaps = 2;
+constexpr int kSums = kTaps + kPairTaps;  // of a weight gradient, per channel
+constexpr int kRound = 3;                 // sums that add_block_sums takes through memory at a time
+
+// ---- vectors of channels ---------------------------------------------------------------------------
+
+template <typename T, int kSize>
+__device__ void load(float (&value)[kSize], const T* source) {
+  const auto loaded = load_global(reinterpret_cast<const Vector<T, kSize>*>(source));
+#pragma unroll
+  for (int e = 0; e < kSize; ++e) value[e] = to_float(loaded.value[e]);
+}
+
+template <typename T, int kSize>
+__device__ Vector<T, kSize> rounded(const float (&value)[kSize]) {
+  Vector<T, kSize> result;
+#pragma unroll
+  for (int e = 0; e < kSize; ++e) result.value[e] = from_float<T>(value[e]);
+  return result;
+}
+
+template <typename T, int kSize>
+__device__ void store(T* target, const float (&value)[kSize]) {
+  store_global(reinterpret_cast<Vector<T, kSize>*>(target), rounded<T>(value));
+}
+
+// weight[tap][e] of the channels from `channel` on: contiguous, kTaps vectors of them.
+template <typename T, int kSize>
+__device__ void load_weight(float (&weight)[kTaps][kSize], const T* source, int64_t channel) {
+  float flat[kTaps][kSize];
+#pragma unroll
+  for (int i = 0; i < kTaps; ++i) load<T, kSize>(flat[i], source + channel * kTaps + i * kSize);
+#pragma unroll
+  for (int i = 0; i < kTaps * kSize; ++i) weight[i % kTaps][i / kTaps] = flat[i / kSize][i % kSize];
+}
+
+template <int kSize>
+__device__ void add_product(float (&sum)[kSize], const float (&a)[kSize], const float (&b)[kSize]) {
+#pragma unroll
+  for (int e = 0; e < kSize; ++e) sum[e] += a[e] * b[e];
+}
+
+// A thread of a block that takes `lanes` vectors of channels of several tokens at once.
+struct Place {
+  int lane, slot, slots;
+  int64_t channel;  // the thread's first
+  bool inside;      // it has channels at all
+
+  __device__ Place(int lanes, int size, int64_t channels, int64_t channel_block)
+      : lane(threadIdx.x % lanes),
+        slot(threadIdx.x / lanes),
+        slots(kThreads / lanes),
+        channel((channel_block * lanes + lane) * size),
+        inside(channel < channels) {}
+};
+
+// ---- sums over a block -----------------------------------------------------------------------------
+// total[i][c] += sum of sum[i] over the block's slots, in a fixed order. Every thread calls it. Both
+// arrays are in shared memory with rows of lanes * kSize, an element's lanes next to one another;
+// exchange has kWarps * kRound rows. Ends before all have read exchange, or written total.
+
+template <int kCount, int kSize>
+__device__ void add_block_sums(float* total, float* exchange, float (&sum)[kCount][kSize],
+                               int lanes) {
+  const int width = lanes * kSize;
+  const int thread = threadIdx.x, lane = thread % lanes, warp = thread / kWarp;
+#pragma unroll
+  for (int first = 0; first < kCount; first += kRound) {
+    const int count = kCount - first < kRound ? kCount - first : kRound;
+    __syncthreads();  // the round before has been read
+#pragma unroll
+    for (int i = first; i < first + kRound && i < kCount; ++i) {
+#pragma unroll
+      for (int e = 0; e < kSize; ++e) {
+        float value = sum[i][e];
+        for (int other = lanes; other < kWarp; other *= 2) {
+          value += __shfl_xor_sync(kFullWarp, value, other);
+        }
+        if (thread % kWarp < lanes) {
+          exchange[(warp * kRound + i - first) * width + e * lanes + lane] = value;
+        }
+      }
+    }
+    __syncthreads();
+    for (int c = thread; c < count * width; c += kThreads) {
+      float value = total[first * width + c];
+#pragma unroll
+      for (int w = 0; w < kWarps; ++w) value += exchange[w * kRound * width + c];
+      total[first * width + c] = value;
+    }
+  }
+}
+
+// workspace[i][channel] = total[i][c] for `count` sums of the block's channels.
+template <int kSize>
+__device__ void store_block_sums(float* workspace, const float* total, int count, int lanes,
+                                 int64_t channels, int64_t channel_block) {
+  const int width = lanes * kSize;
+  for (int c = threadIdx.x; c < count * width; c += kThreads) {
+    const int i = c / width, e = c % width / lanes, lane = c % lanes;
+    const int64_t channel = (channel_block * lanes + lane) * kSize + e;
+    if (channel < channels) store_global(workspace + i * channels + channel, total[c]);
+  }
+}
+
+// ---- single stages ---------------------------------------------------------------------------------
 
 template <typename T>
 struct Ripple {
@@ -28,253 +151,651 @@ struct Ripple {
   Rows<T> out, dx, dz;
   const T* weight;
   const T* pair_weight;  // null when pooling
-  int axis, row_stride, col_stride;
-  int64_t batch, rows, cols, channels;    // of x
-  int64_t out_rows, out_cols;             // of out
-  int64_t coarse_rows, coarse_cols;       // of z
-  int64_t num_splits, tokens_per_split;   // kernel 4
-  float* workspace;                       // [num_splits][kTaps + kPairTaps][channels]
+  int axis, row_stride, col_stride, lanes;
+  int64_t batch, rows, cols, channels;   // of x
+  int64_t out_rows, out_cols;            // of out
+  int64_t num_splits, tokens_per_split;  // kernel 2
+  float* workspace;                      // [num_splits][kSums][channels]
 };
-
-template <typename T, int kSize>
-__device__ void load(float (&value)[kSize], const T* source) {
-  const auto loaded = *reinterpret_cast<const Vector<T, kSize>*>(source);
-#pragma unroll
-  for (int e = 0; e < kSize; ++e) value[e] = to_float(loaded.value[e]);
-}
-
-template <typename T, int kSize>
-__device__ void store(T* target, const float (&value)[kSize]) {
-  Vector<T, kSize> rounded;
-#pragma unroll
-  for (int e = 0; e < kSize; ++e) rounded.value[e] = from_float<T>(value[e]);
-  *reinterpret_cast<Vector<T, kSize>*>(target) = rounded;
-}
-
-template <typename T, int kSize>
-__device__ void load_weight(float (&weight)[kTaps][kSize], const T* source, int64_t channel) {
-#pragma unroll
-  for (int tap = 0; tap < kTaps; ++tap) {
-#pragma unroll
-    for (int e = 0; e < kSize; ++e) {
-      weight[tap][e] = to_float(source[(channel + e) * kTaps + tap]);
-    }
-  }
-}
 
 struct Token {
   int64_t batch, row, col;
 
-  __device__ Token(int64_t index, int64_t rows, int64_t cols)
-      : batch(index / cols / rows), row(index / cols % rows), col(index % cols) {}
+  __device__ Token(int64_t index, int64_t rows, int64_t cols) {
+    if (index >> 32 == 0 && cols >> 32 == 0) {  // a 64-bit division is a hundred instructions
+      const uint32_t i = static_cast<uint32_t>(index), n = static_cast<uint32_t>(cols);
+      const uint32_t line = i / n, m = static_cast<uint32_t>(rows);
+      batch = rows >> 32 == 0 ? line / m : 0;
+      row = line - batch * rows;
+      col = i - line * n;
+    } else {
+      batch = index / cols / rows;
+      row = index / cols % rows;
+      col = index % cols;
+    }
+  }
 };
 
-// Calls body(token index) for each token of a thread and passes by channels past the end.
-template <int kSize, typename Body>
-__device__ void for_tokens(int64_t tokens, int64_t channels, Body body) {
-  const int64_t channel_blocks = (channels + kLanes * kSize - 1) / (kLanes * kSize);
-  const int64_t channel =
-      (blockIdx.x % channel_blocks * kLanes + threadIdx.x % kLanes) * kSize;
-  if (channel >= channels) return;
-  const int64_t first = blockIdx.x / channel_blocks * (kWarps * kTokensPerThread);
-  body(channel, [&](auto each) {
-#pragma unroll 1
-    for (int i = 0; i < kTokensPerThread; ++i) {
-      const int64_t token = first + i * kWarps + threadIdx.x / kLanes;
-      if (token < tokens) each(token);
-    }
-  });
-}
-
-// ---- 1 forward -------------------------------------------------------------------------------------
+// 1 forward
 
 template <typename T, int kSize>
 __global__ void __launch_bounds__(kThreads) forward_kernel(Ripple<T> p) {
   const int64_t tokens = p.batch * p.out_rows * p.out_cols;
-  for_tokens<kSize>(tokens, p.channels, [&](int64_t channel, auto for_each) {
-    float weight[kTaps][kSize];
-    load_weight<T, kSize>(weight, p.weight, channel);
-    for_each([&](int64_t index) {
-      const Token token(index, p.out_rows, p.out_cols);
-      float sum[kSize] = {};
+  const int64_t channel_blocks = (p.channels + p.lanes * kSize - 1) / (p.lanes * kSize);
+  const Place place(p.lanes, kSize, p.channels, blockIdx.x % channel_blocks);
+  if (!place.inside) return;
+  float weight[kTaps][kSize];
+  load_weight<T, kSize>(weight, p.weight, place.channel);
+  const int64_t first = blockIdx.x / channel_blocks * (place.slots * kTokensPerThread);
+#pragma unroll 1
+  for (int i = 0; i < kTokensPerThread; ++i) {
+    const int64_t index = first + i * place.slots + place.slot;
+    if (index >= tokens) return;
+    const Token token(index, p.out_rows, p.out_cols);
+    float sum[kSize] = {};
 #pragma unroll
-      for (int tap = 0; tap < kTaps; ++tap) {
-        const int64_t row = token.row * p.row_stride + tap / 3 - 1;
-        const int64_t col = token.col * p.col_stride + tap % 3 - 1;
-        if (row < 0 || row >= p.rows || col < 0 || col >= p.cols) continue;
-        float x[kSize];
-        load<T, kSize>(x, p.x.at(token.batch, row, col) + channel);
-#pragma unroll
-        for (int e = 0; e < kSize; ++e) sum[e] += weight[tap][e] * x[e];
-      }
-      if (p.pair_weight) {
-        const int64_t along = p.axis == 0 ? token.row : token.col;
-        const int64_t row = p.axis == 0 ? token.row / 2 : token.row;
-        const int64_t col = p.axis == 0 ? token.col : token.col / 2;
-        float z[kSize];
-        load<T, kSize>(z, p.z.at(token.batch, row, col) + channel);
-#pragma unroll
-        for (int e = 0; e < kSize; ++e) {
-          sum[e] += to_float(p.pair_weight[along % 2 * p.channels + channel + e]) * z[e];
-        }
-      }
-      store<T, kSize>(p.out.at(token.batch, token.row, token.col) + channel, sum);
-    });
-  });
+    for (int tap = 0; tap < kTaps; ++tap) {
+      const int64_t row = token.row * p.row_stride + tap / 3 - 1;
+      const int64_t col = token.col * p.col_stride + tap % 3 - 1;
+      if (row < 0 || row >= p.rows || col < 0 || col >= p.cols) continue;
+      float x[kSize];
+      load<T, kSize>(x, p.x.at(token.batch, row, col) + place.channel);
+      add_product(sum, weight[tap], x);
+    }
+    if (p.pair_weight) {
+      const int64_t along = p.axis == 0 ? token.row : token.col;
+      const int64_t row = p.axis == 0 ? token.row / 2 : token.row;
+      const int64_t col = p.axis == 0 ? token.col : token.col / 2;
+      float z[kSize], pair[kSize];
+      load<T, kSize>(z, p.z.at(token.batch, row, col) + place.channel);
+      load<T, kSize>(pair, p.pair_weight + along % 2 * p.channels + place.channel);
+      add_product(sum, pair, z);
+    }
+    store<T, kSize>(p.out.at(token.batch, token.row, token.col) + place.channel, sum);
+  }
 }
 
-// ---- 2 input_gradient ------------------------------------------------------------------------------
+// 2 backward
 // x[r, c] met weight tap (i, j) in out[(r + 1 - i) / row_stride, (c + 1 - j) / col_stride], where
-// these divide.
+// these divide: dx is a sum over taps, dweight a sum over tokens, of the same nine dout.
 
-template <typename T, int kSize>
-__global__ void __launch_bounds__(kThreads) input_gradient_kernel(Ripple<T> p) {
+template <typename T, int kSize, bool kPairs>
+__global__ void __launch_bounds__(kThreads, 1) backward_kernel(Ripple<T> p) {
+  const int64_t channel_blocks = (p.channels + p.lanes * kSize - 1) / (p.lanes * kSize);
+  const int64_t channel_block = blockIdx.x % channel_blocks, split = blockIdx.x / channel_blocks;
+  const Place place(p.lanes, kSize, p.channels, channel_block);
   const int64_t tokens = p.batch * p.rows * p.cols;
-  for_tokens<kSize>(tokens, p.channels, [&](int64_t channel, auto for_each) {
-    float weight[kTaps][kSize];
-    load_weight<T, kSize>(weight, p.weight, channel);
-    for_each([&](int64_t index) {
-      const Token token(index, p.rows, p.cols);
-      float sum[kSize] = {};
-#pragma unroll
-      for (int tap = 0; tap < kTaps; ++tap) {
-        const int64_t row = token.row + 1 - tap / 3, col = token.col + 1 - tap % 3;
-        if (row < 0 || col < 0 || row % p.row_stride != 0 || col % p.col_stride != 0) continue;
-        const int64_t out_row = row / p.row_stride, out_col = col / p.col_stride;
-        if (out_row >= p.out_rows || out_col >= p.out_cols) continue;
-        float g[kSize];
-        load<T, kSize>(g, p.out.at(token.batch, out_row, out_col) + channel);
-#pragma unroll
-        for (int e = 0; e < kSize; ++e) sum[e] += weight[tap][e] * g[e];
-      }
-      store<T, kSize>(p.dx.at(token.batch, token.row, token.col) + channel, sum);
-    });
-  });
-}
-
-// ---- 3 coarse_gradient -----------------------------------------------------------------------------
-
-template <typename T, int kSize>
-__global__ void __launch_bounds__(kThreads) coarse_gradient_kernel(Ripple<T> p) {
-  const int64_t tokens = p.batch * p.coarse_rows * p.coarse_cols;
-  for_tokens<kSize>(tokens, p.channels, [&](int64_t channel, auto for_each) {
-    for_each([&](int64_t index) {
-      const Token token(index, p.coarse_rows, p.coarse_cols);
-      float sum[kSize] = {};
-#pragma unroll
-      for (int parity = 0; parity < kPairTaps; ++parity) {
-        const int64_t row = p.axis == 0 ? token.row * 2 + parity : token.row;
-        const int64_t col = p.axis == 0 ? token.col : token.col * 2 + parity;
-        if (row >= p.rows || col >= p.cols) continue;  // an odd size cuts the last pair
-        float g[kSize];
-        load<T, kSize>(g, p.out.at(token.batch, row, col) + channel);
-#pragma unroll
-        for (int e = 0; e < kSize; ++e) {
-          sum[e] += to_float(p.pair_weight[parity * p.channels + channel + e]) * g[e];
-        }
-      }
-      store<T, kSize>(p.dz.at(token.batch, token.row, token.col) + channel, sum);
-    });
-  });
-}
-
-// ---- 4 weight_gradient -----------------------------------------------------------------------------
-// dweight[c, tap] = sum over out's tokens of dout x[tap]; dpair_weight[parity, c] = sum of dout z.
-// One block: one split of the tokens, 32 channel vectors; its eight warps take tokens in turn and
-// are added at the end, in order.
-
-template <typename T, int kSize>
-__global__ void __launch_bounds__(kThreads) weight_gradient_kernel(Ripple<T> p) {
-  const int64_t channel_blocks = (p.channels + kLanes * kSize - 1) / (kLanes * kSize);
-  const int lane = threadIdx.x % kLanes, warp = threadIdx.x / kLanes;
-  const int64_t channel0 = blockIdx.x % channel_blocks * kLanes * kSize;
-  const int64_t channel = channel0 + lane * kSize;
-  const int64_t split = blockIdx.x / channel_blocks;
-  const int64_t tokens = p.batch * p.out_rows * p.out_cols;
   const int64_t begin = split * p.tokens_per_split;
   const int64_t end = begin + p.tokens_per_split < tokens ? begin + p.tokens_per_split : tokens;
 
-  float sum[kTaps + kPairTaps][kSize] = {};
-  if (channel < p.channels) {
+  float sum[kPairs ? kSums : kTaps][kSize] = {};
+  if (place.inside) {
+    float weight[kTaps][kSize];
+    load_weight<T, kSize>(weight, p.weight, place.channel);
 #pragma unroll 1
-    for (int64_t index = begin + warp; index < end; index += kWarps) {
-      const Token token(index, p.out_rows, p.out_cols);
-      float g[kSize];
-      load<T, kSize>(g, p.out.at(token.batch, token.row, token.col) + channel);
+    for (int64_t index = begin + place.slot; index < end; index += place.slots) {
+      const Token token(index, p.rows, p.cols);
+      float x[kSize], dx[kSize] = {};
+      float own[kSize] = {}, next[kSize] = {};  // dout of this token, and of the one after it
+      load<T, kSize>(x, p.x.at(token.batch, token.row, token.col) + place.channel);
 #pragma unroll
       for (int tap = 0; tap < kTaps; ++tap) {
-        const int64_t row = token.row * p.row_stride + tap / 3 - 1;
-        const int64_t col = token.col * p.col_stride + tap % 3 - 1;
-        if (row < 0 || row >= p.rows || col < 0 || col >= p.cols) continue;
-        float x[kSize];
-        load<T, kSize>(x, p.x.at(token.batch, row, col) + channel);
+        const int64_t row = token.row + 1 - tap / 3, col = token.col + 1 - tap % 3;
+        if (row < 0 || col < 0) continue;
+        if (!kPairs && (row % p.row_stride != 0 || col % p.col_stride != 0)) continue;
+        const int64_t out_row = kPairs ? row : row / p.row_stride;
+        const int64_t out_col = kPairs ? col : col / p.col_stride;
+        if (out_row >= p.out_rows || out_col >= p.out_cols) continue;
+        float g[kSize];
+        load<T, kSize>(g, p.out.at(token.batch, out_row, out_col) + place.channel);
+        add_product(dx, weight[tap], g);
+        add_product(sum[tap], x, g);
+        if constexpr (kPairs) {
+          if (tap == 4) {
 #pragma unroll
-        for (int e = 0; e < kSize; ++e) sum[tap][e] += g[e] * x[e];
+            for (int e = 0; e < kSize; ++e) own[e] = g[e];
+          } else if (tap == 1 || tap == 3) {  // the next row, the next column
+            if ((tap == 1) == (p.axis == 0)) {
+#pragma unroll
+              for (int e = 0; e < kSize; ++e) next[e] = g[e];
+            }
+          }
+        }
       }
-      if (p.pair_weight) {
-        const int64_t along = p.axis == 0 ? token.row : token.col;
+      store<T, kSize>(p.dx.at(token.batch, token.row, token.col) + place.channel, dx);
+      if constexpr (kPairs) {
         const int64_t row = p.axis == 0 ? token.row / 2 : token.row;
         const int64_t col = p.axis == 0 ? token.col : token.col / 2;
+        const bool odd = (p.axis == 0 ? token.row : token.col) % 2 != 0;
         float z[kSize];
-        load<T, kSize>(z, p.z.at(token.batch, row, col) + channel);
-#pragma unroll
-        for (int parity = 0; parity < kPairTaps; ++parity) {
-          if (along % 2 != parity) continue;
-#pragma unroll
-          for (int e = 0; e < kSize; ++e) sum[kTaps + parity][e] += g[e] * z[e];
+        load<T, kSize>(z, p.z.at(token.batch, row, col) + place.channel);
+        if (odd) {
+          add_product(sum[kTaps + 1], own, z);
+        } else {
+          add_product(sum[kTaps], own, z);
+          float pair[kSize], dz[kSize] = {};
+          load<T, kSize>(pair, p.pair_weight + place.channel);
+          add_product(dz, pair, own);
+          load<T, kSize>(pair, p.pair_weight + p.channels + place.channel);
+          add_product(dz, pair, next);  // 0 where an odd size cuts the last pair
+          store<T, kSize>(p.dz.at(token.batch, row, col) + place.channel, dz);
         }
       }
     }
   }
 
-  float* const shared = shared_memory();  // [kWarps][kLanes * kSize]
-  constexpr int kBlockChannels = kLanes * kSize;
+  constexpr int kCount = kPairs ? kSums : kTaps;
+  const int width = p.lanes * kSize;
+  float* const total = shared_memory();
+  for (int c = threadIdx.x; c < kCount * width; c += kThreads) total[c] = 0.0f;
+  add_block_sums(total, total + kSums * width, sum, p.lanes);
+  __syncthreads();
+  store_block_sums<kSize>(p.workspace + split * kSums * p.channels, total, kCount, p.lanes,
+                          p.channels, channel_block);
+}
+
+// ---- pyramids in shared memory ---------------------------------------------------------------------
+
+template <typename T>
+struct Stages {
+  Rows<T> level[kMostStages + 1], gradient[kMostStages + 1], out;
+  const T* weight[kMostStages];
+  const T* pair_weight[kMostStages];
+  int num_stages, lanes;
+  int axes[kMostStages];
+  int rows[kMostStages + 1], cols[kMostStages + 1];   // of a level
+  int tokens[kMostStages + 1];                        // of a level of one image
+  int first[kMostStages + 2];                         // tokens of the finer levels together
+  int64_t batch, channels, num_splits;
+  float* workspace;  // [num_splits][num_stages][kSums][channels]
+};
+
+// Shared memory of kernels 3 to 6, in this order: tokens in the element type, tokens in float32,
+// block sums and their exchange.
+struct Shared {
+  int64_t elements, floats, sums;  // tokens, tokens, rows of lanes * size floats
+
+  __host__ __device__ static int64_t aligned(int64_t bytes) { return (bytes + 15) / 16 * 16; }
+  __host__ __device__ int64_t floats_at(int64_t token_elements, int64_t element_size) const {
+    return aligned(elements * token_elements * element_size);
+  }
+  __host__ __device__ int64_t sums_at(int64_t token_elements, int64_t element_size) const {
+    return floats_at(token_elements, element_size) + aligned(floats * token_elements * 4);
+  }
+  __host__ __device__ int64_t bytes(int64_t token_elements, int64_t element_size) const {
+    return sums_at(token_elements, element_size) + sums * token_elements * 4;
+  }
+};
+
+template <typename T>
+__host__ __device__ Shared pool_shared(const Stages<T>& p) {
+  return {p.first[p.num_stages], 0, 0};
+}
+template <typename T>
+__host__ __device__ Shared pool_backward_shared(const Stages<T>& p) {
+  return {0, p.first[p.num_stages + 1] - p.first[1], p.num_stages * kTaps + kWarps * kRound};
+}
+template <typename T>
+__host__ __device__ Shared expand_shared(const Stages<T>& p) {
+  return {p.first[p.num_stages], p.first[p.num_stages] - p.first[1], 0};
+}
+template <typename T>
+__host__ __device__ Shared expand_backward_shared(const Stages<T>& p) {
+  return {p.first[p.num_stages], 2 * (p.first[p.num_stages] - p.first[1]),
+          p.num_stages * kSums + kWarps * kRound};
+}
+
+// Tokens of several levels in the element type: [token][lane].
+template <typename T, int kSize>
+struct Elements {
+  Vector<T, kSize>* data;
+  int lanes, lane;
+
+  __device__ Vector<T, kSize>& at(int token) const { return data[token * lanes + lane]; }
+  __device__ void read(float (&value)[kSize], int token) const {
+    const Vector<T, kSize> loaded = at(token);
 #pragma unroll
-  for (int tap = 0; tap < kTaps + kPairTaps; ++tap) {
-    __syncthreads();  // the tap before has been read
+    for (int e = 0; e < kSize; ++e) value[e] = to_float(loaded.value[e]);
+  }
+};
+
+// The same in float32, by quarters of 16 bytes so that neighbouring lanes meet no bank conflict:
+// [token][quarter][lane].
+template <int kSize>
+struct Floats {
+  static constexpr int kPart = kSize < 4 ? kSize : 4;
+  Vector<float, kPart>* data;
+  int lanes, lane;
+
+  __device__ Floats(void* memory, int lanes, int lane)
+      : data(static_cast<Vector<float, kPart>*>(memory)), lanes(lanes), lane(lane) {}
+  __device__ void read(float (&value)[kSize], int token) const {
 #pragma unroll
-    for (int e = 0; e < kSize; ++e) {
-      shared[warp * kBlockChannels + lane * kSize + e] = sum[tap][e];
+    for (int q = 0; q < kSize / kPart; ++q) {
+      const auto part = data[(token * (kSize / kPart) + q) * lanes + lane];
+#pragma unroll
+      for (int e = 0; e < kPart; ++e) value[q * kPart + e] = part.value[e];
     }
-    __syncthreads();
-    for (int c = threadIdx.x; c < kBlockChannels && channel0 + c < p.channels; c += kThreads) {
-      float total = 0.0f;
+  }
+  __device__ void write(int token, const float (&value)[kSize]) const {
 #pragma unroll
-      for (int w = 0; w < kWarps; ++w) total += shared[w * kBlockChannels + c];
-      p.workspace[(split * (kTaps + kPairTaps) + tap) * p.channels + channel0 + c] = total;
+    for (int q = 0; q < kSize / kPart; ++q) {
+      Vector<float, kPart> part;
+#pragma unroll
+      for (int e = 0; e < kPart; ++e) part.value[e] = value[q * kPart + e];
+      data[(token * (kSize / kPart) + q) * lanes + lane] = part;
+    }
+  }
+};
+
+// elements[first token + i] = the level's token i of one image.
+template <typename T, int kSize>
+__device__ void load_level(const Elements<T, kSize>& elements, int first, const Rows<T>& level,
+                           int64_t image, int tokens, int cols, const Place& place) {
+#pragma unroll 4
+  for (int i = place.slot; i < tokens; i += place.slots) {
+    const T* const source = level.at(image, i / cols, i % cols) + place.channel;
+    elements.at(first + i) = load_global(reinterpret_cast<const Vector<T, kSize>*>(source));
+  }
+}
+
+// sum += the 3 x 3 around (row, col) of a grid in `elements`.
+template <typename T, int kSize>
+__device__ void add_window(float (&sum)[kSize], const float (&weight)[kTaps][kSize],
+                           const Elements<T, kSize>& elements, int first, int row, int col,
+                           int rows, int cols) {
+#pragma unroll
+  for (int tap = 0; tap < kTaps; ++tap) {
+    const int r = row + tap / 3 - 1, c = col + tap % 3 - 1;
+    if (r < 0 || r >= rows || c < 0 || c >= cols) continue;
+    float x[kSize];
+    elements.read(x, first + r * cols + c);
+    add_product(sum, weight[tap], x);
+  }
+}
+
+// 3 pool_stages. A block: one image, lanes * kSize channels.
+
+template <typename T, int kSize>
+__global__ void __launch_bounds__(kThreads) pool_stages_kernel(Stages<T> p) {
+  const int64_t channel_blocks = (p.channels + p.lanes * kSize - 1) / (p.lanes * kSize);
+  const Place place(p.lanes, kSize, p.channels, blockIdx.x % channel_blocks);
+  const int64_t image = blockIdx.x / channel_blocks;
+  const Elements<T, kSize> elements{reinterpret_cast<Vector<T, kSize>*>(shared_memory()), p.lanes,
+                                    place.lane};
+  if (place.inside) {
+    load_level(elements, 0, p.level[0], image, p.tokens[0], p.cols[0], place);
+  }
+#pragma unroll 1
+  for (int s = 0; s < p.num_stages; ++s) {
+    __syncthreads();  // level s is there
+    if (!place.inside) continue;
+    float weight[kTaps][kSize];
+    load_weight<T, kSize>(weight, p.weight[s], place.channel);
+    const int row_stride = p.axes[s] == 0 ? 2 : 1, col_stride = p.axes[s] == 0 ? 1 : 2;
+    const int cols = p.cols[s + 1];
+#pragma unroll 1
+    for (int i = place.slot; i < p.tokens[s + 1]; i += place.slots) {
+      const int row = i / cols, col = i % cols;
+      float sum[kSize] = {};
+      add_window(sum, weight, elements, p.first[s], row * row_stride, col * col_stride, p.rows[s],
+                 p.cols[s]);
+      const Vector<T, kSize> result = rounded<T>(sum);
+      T* const target = p.level[s + 1].at(image, row, col) + place.channel;
+      store_global(reinterpret_cast<Vector<T, kSize>*>(target), result);
+      if (s + 1 < p.num_stages) elements.at(p.first[s + 1] + i) = result;
     }
   }
 }
 
-// ---- 5 reduce --------------------------------------------------------------------------------------
+// 4 pool_stages_backward. A block: a split of the images in turn, lanes * kSize channels. The total
+// gradient of level s is its own plus what stage s brings back from level s + 1.
+
+template <typename T, int kSize>
+__global__ void __launch_bounds__(kThreads, 1) pool_stages_backward_kernel(Stages<T> p) {
+  const int64_t channel_blocks = (p.channels + p.lanes * kSize - 1) / (p.lanes * kSize);
+  const int64_t channel_block = blockIdx.x % channel_blocks, split = blockIdx.x / channel_blocks;
+  const Place place(p.lanes, kSize, p.channels, channel_block);
+  const int width = p.lanes * kSize;
+  char* const memory = reinterpret_cast<char*>(shared_memory());
+  const Shared shared = pool_backward_shared(p);
+  const Floats<kSize> gradient(memory, p.lanes, place.lane);  // of levels 1 to S
+  float* const total = reinterpret_cast<float*>(memory + shared.sums_at(width, sizeof(T)));
+  float* const exchange = total + p.num_stages * kTaps * width;
+  for (int c = threadIdx.x; c < p.num_stages * kTaps * width; c += kThreads) total[c] = 0.0f;
+
+#pragma unroll 1
+  for (int64_t image = split; image < p.batch; image += p.num_splits) {
+    __syncthreads();  // the gradients of the image before have been read
+    const int last = p.num_stages;
+    if (place.inside) {
+#pragma unroll 1
+      for (int i = place.slot; i < p.tokens[last]; i += place.slots) {
+        float g[kSize];
+        load<T, kSize>(g, p.gradient[last].at(image, i / p.cols[last], i % p.cols[last]) +
+                              place.channel);
+        gradient.write(p.first[last] - p.first[1] + i, g);
+      }
+    }
+#pragma unroll 1
+    for (int s = last - 1; s >= 0; --s) {
+      __syncthreads();  // the gradient of level s + 1 is there
+      float sum[kTaps][kSize] = {};
+      if (place.inside) {
+        float weight[kTaps][kSize];
+        load_weight<T, kSize>(weight, p.weight[s], place.channel);
+        const int row_shift = p.axes[s] == 0, col_shift = p.axes[s] != 0;  // of a stride of 2
+        const int cols = p.cols[s], coarse = p.first[s + 1] - p.first[1];
+#pragma unroll 1
+        for (int i = place.slot; i < p.tokens[s]; i += place.slots) {
+          const int row = i / cols, col = i % cols;
+          float x[kSize], dx[kSize] = {};
+          load<T, kSize>(x, p.level[s].at(image, row, col) + place.channel);
+          if (s > 0) load<T, kSize>(dx, p.gradient[s].at(image, row, col) + place.channel);
+#pragma unroll
+          for (int tap = 0; tap < kTaps; ++tap) {
+            const int r = row + 1 - tap / 3, c = col + 1 - tap % 3;
+            if (r < 0 || c < 0 || (r & row_shift) || (c & col_shift)) continue;
+            const int out_row = r >> row_shift, out_col = c >> col_shift;
+            if (out_row >= p.rows[s + 1] || out_col >= p.cols[s + 1]) continue;
+            float g[kSize];
+            gradient.read(g, coarse + out_row * p.cols[s + 1] + out_col);
+            add_product(dx, weight[tap], g);
+            add_product(sum[tap], x, g);
+          }
+          if (s > 0) {
+            gradient.write(p.first[s] - p.first[1] + i, dx);
+          } else {
+            store<T, kSize>(p.gradient[0].at(image, row, col) + place.channel, dx);
+          }
+        }
+      }
+      add_block_sums(total + s * kTaps * width, exchange, sum, p.lanes);
+    }
+  }
+  __syncthreads();
+  for (int s = 0; s < p.num_stages; ++s) {
+    store_block_sums<kSize>(p.workspace + (split * p.num_stages + s) * kSums * p.channels,
+                            total + s * kTaps * width, kTaps, p.lanes, p.channels, channel_block);
+  }
+}
+
+// 5 expand_stages. A block: one image, lanes * kSize channels. A thread has a coarse token at a
+// time and makes the two fine ones of it, so a coarse token is read once.
+
+template <typename T, int kSize>
+__global__ void __launch_bounds__(kThreads) expand_stages_kernel(Stages<T> p) {
+  const int64_t channel_blocks = (p.channels + p.lanes * kSize - 1) / (p.lanes * kSize);
+  const Place place(p.lanes, kSize, p.channels, blockIdx.x % channel_blocks);
+  const int64_t image = blockIdx.x / channel_blocks;
+  char* const memory = reinterpret_cast<char*>(shared_memory());
+  const Elements<T, kSize> elements{reinterpret_cast<Vector<T, kSize>*>(memory), p.lanes,
+                                    place.lane};
+  const Floats<kSize> expanded(memory + expand_shared(p).floats_at(p.lanes * kSize, sizeof(T)),
+                               p.lanes, place.lane);  // levels 1 to S - 1
+  if (place.inside) {
+    for (int s = p.num_stages - 1; s >= 0; --s) {
+      load_level(elements, p.first[s], p.level[s], image, p.tokens[s], p.cols[s], place);
+    }
+  }
+#pragma unroll 1
+  for (int s = p.num_stages - 1; s >= 0; --s) {
+    __syncthreads();  // level s is there, and the expanded level s + 1
+    if (!place.inside) continue;
+    float weight[kTaps][kSize], pair[kPairTaps][kSize];
+    load_weight<T, kSize>(weight, p.weight[s], place.channel);
+#pragma unroll
+    for (int parity = 0; parity < kPairTaps; ++parity) {
+      load<T, kSize>(pair[parity], p.pair_weight[s] + parity * p.channels + place.channel);
+    }
+    const int rows = p.rows[s], cols = p.cols[s], coarse_cols = p.cols[s + 1];
+#pragma unroll 1
+    for (int i = place.slot; i < p.tokens[s + 1]; i += place.slots) {
+      const int coarse_row = i / coarse_cols, coarse_col = i % coarse_cols;
+      float z[kSize];
+      if (s + 1 == p.num_stages) {
+        load<T, kSize>(z, p.level[s + 1].at(image, coarse_row, coarse_col) + place.channel);
+      } else {
+        expanded.read(z, p.first[s + 1] - p.first[1] + i);
+      }
+#pragma unroll
+      for (int parity = 0; parity < kPairTaps; ++parity) {
+        const int row = p.axes[s] == 0 ? coarse_row * 2 + parity : coarse_row;
+        const int col = p.axes[s] == 0 ? coarse_col : coarse_col * 2 + parity;
+        if (row >= rows || col >= cols) continue;  // an odd size cuts the last pair
+        float sum[kSize] = {};
+        add_window(sum, weight, elements, p.first[s], row, col, rows, cols);
+        add_product(sum, pair[parity], z);
+        if (s > 0) {
+          expanded.write(p.first[s] - p.first[1] + row * cols + col, sum);
+        } else {
+          store<T, kSize>(p.out.at(image, row, col) + place.channel, sum);
+        }
+      }
+    }
+  }
+}
+
+// 6 expand_stages_backward. A block: a split of the images in turn, lanes * kSize channels. Up: the
+// gradient of every expanded level, from dout to dz. Down: the expanded levels again, for the pair
+// weights. Then every level's own gradient and its lateral weight's.
+
+template <typename T, int kSize>
+__global__ void __launch_bounds__(kThreads, 1) expand_stages_backward_kernel(Stages<T> p) {
+  const int64_t channel_blocks = (p.channels + p.lanes * kSize - 1) / (p.lanes * kSize);
+  const int64_t channel_block = blockIdx.x % channel_blocks, split = blockIdx.x / channel_blocks;
+  const Place place(p.lanes, kSize, p.channels, channel_block);
+  const int width = p.lanes * kSize, last = p.num_stages;
+  char* const memory = reinterpret_cast<char*>(shared_memory());
+  const Shared shared = expand_backward_shared(p);
+  // dout in the place of level 0, then levels 1 to S - 1.
+  const Elements<T, kSize> elements{reinterpret_cast<Vector<T, kSize>*>(memory), p.lanes,
+                                    place.lane};
+  // The gradients of the expanded levels 1 to S - 1, then these levels.
+  const Floats<kSize> floats(memory + shared.floats_at(width, sizeof(T)), p.lanes, place.lane);
+  const int expanded = p.first[last] - 2 * p.first[1], gradients = -p.first[1];
+  float* const total = reinterpret_cast<float*>(memory + shared.sums_at(width, sizeof(T)));
+  float* const exchange = total + last * kSums * width;
+  for (int c = threadIdx.x; c < last * kSums * width; c += kThreads) total[c] = 0.0f;
+
+  const auto read_gradient = [&](float (&g)[kSize], int s, int token) {
+    if (s == 0) {
+      elements.read(g, token);
+    } else {
+      floats.read(g, gradients + p.first[s] + token);
+    }
+  };
+  // body(parity, row, col) of the fine tokens of a coarse one
+  const auto for_pair = [&](int s, int coarse, auto body) {
+    const int row = coarse / p.cols[s + 1], col = coarse % p.cols[s + 1];
+#pragma unroll
+    for (int parity = 0; parity < kPairTaps; ++parity) {
+      const int fine_row = p.axes[s] == 0 ? row * 2 + parity : row;
+      const int fine_col = p.axes[s] == 0 ? col : col * 2 + parity;
+      if (fine_row < p.rows[s] && fine_col < p.cols[s]) body(parity, fine_row, fine_col);
+    }
+  };
+  const auto load_pair = [&](float (&pair)[kPairTaps][kSize], int s) {
+#pragma unroll
+    for (int parity = 0; parity < kPairTaps; ++parity) {
+      load<T, kSize>(pair[parity], p.pair_weight[s] + parity * p.channels + place.channel);
+    }
+  };
+
+  int64_t image = split;
+  // The gradients of level s and of its lateral weight, from that of the expanded level s.
+  const auto lateral = [&](int s, auto finest) {
+    float sum[kTaps][kSize] = {};
+    if (place.inside) {
+      float weight[kTaps][kSize];
+      load_weight<T, kSize>(weight, p.weight[s], place.channel);
+      const int rows = p.rows[s], cols = p.cols[s], first = p.first[s];
+#pragma unroll 1
+      for (int i = place.slot; i < p.tokens[s]; i += place.slots) {
+        const int row = i / cols, col = i % cols;
+        float x[kSize], dx[kSize] = {};
+        if constexpr (decltype(finest)::value) {
+          load<T, kSize>(x, p.level[0].at(image, row, col) + place.channel);
+        } else {
+          elements.read(x, first + i);
+        }
+#pragma unroll
+        for (int tap = 0; tap < kTaps; ++tap) {
+          const int r = row + 1 - tap / 3, c = col + 1 - tap % 3;
+          if (r < 0 || r >= rows || c < 0 || c >= cols) continue;
+          float g[kSize];
+          if constexpr (decltype(finest)::value) {
+            elements.read(g, r * cols + c);
+          } else {
+            floats.read(g, gradients + first + r * cols + c);
+          }
+          add_product(dx, weight[tap], g);
+          add_product(sum[tap], x, g);
+        }
+        store<T, kSize>(p.gradient[s].at(image, row, col) + place.channel, dx);
+      }
+    }
+    add_block_sums(total + s * kSums * width, exchange, sum, p.lanes);
+  };
+
+#pragma unroll 1
+  for (; image < p.batch; image += p.num_splits) {
+    __syncthreads();  // the image before has been read
+    if (place.inside) {
+      load_level(elements, 0, p.out, image, p.tokens[0], p.cols[0], place);
+      for (int s = 1; s < last; ++s) {
+        load_level(elements, p.first[s], p.level[s], image, p.tokens[s], p.cols[s], place);
+      }
+    }
+
+#pragma unroll 1
+    for (int s = 0; s < last; ++s) {  // up
+      __syncthreads();  // the gradient of the expanded level s is there
+      if (!place.inside) continue;
+      float pair[kPairTaps][kSize];
+      load_pair(pair, s);
+#pragma unroll 1
+      for (int i = place.slot; i < p.tokens[s + 1]; i += place.slots) {
+        float dz[kSize] = {};
+        for_pair(s, i, [&](int parity, int row, int col) {
+          float g[kSize];
+          read_gradient(g, s, row * p.cols[s] + col);
+          add_product(dz, pair[parity], g);
+        });
+        if (s + 1 < last) {
+          floats.write(gradients + p.first[s + 1] + i, dz);
+        } else {
+          store<T, kSize>(
+              p.gradient[last].at(image, i / p.cols[last], i % p.cols[last]) + place.channel, dz);
+        }
+      }
+    }
+
+#pragma unroll 1
+    for (int s = last - 1; s >= 0; --s) {  // down
+      __syncthreads();  // the expanded level s + 1 is there
+      float sum[kPairTaps][kSize] = {};
+      if (place.inside) {
+        float weight[kTaps][kSize], pair[kPairTaps][kSize];
+        if (s > 0) load_weight<T, kSize>(weight, p.weight[s], place.channel);
+        load_pair(pair, s);
+#pragma unroll 1
+        for (int i = place.slot; i < p.tokens[s + 1]; i += place.slots) {
+          float z[kSize];
+          if (s + 1 == last) {
+            load<T, kSize>(z, p.level[last].at(image, i / p.cols[last], i % p.cols[last]) +
+                                  place.channel);
+          } else {
+            floats.read(z, expanded + p.first[s + 1] + i);
+          }
+          for_pair(s, i, [&](int parity, int row, int col) {
+            const int token = row * p.cols[s] + col;
+            float g[kSize];
+            read_gradient(g, s, token);
+            add_product(sum[parity], g, z);
+            if (s > 0) {
+              float x[kSize] = {};
+              add_window(x, weight, elements, p.first[s], row, col, p.rows[s], p.cols[s]);
+              add_product(x, pair[parity], z);
+              floats.write(expanded + p.first[s] + token, x);
+            }
+          });
+        }
+      }
+      add_block_sums(total + (s * kSums + kTaps) * width, exchange, sum, p.lanes);
+    }
+
+    // Two copies of the loop: dout and x come from elsewhere than other levels' gradient and tokens.
+    lateral(0, std::true_type{});
+#pragma unroll 1
+    for (int s = 1; s < last; ++s) lateral(s, std::false_type{});
+  }
+  __syncthreads();
+  store_block_sums<kSize>(p.workspace + split * last * kSums * p.channels, total, last * kSums,
+                          p.lanes, p.channels, channel_block);
+}
+
+// ---- 7 reduce --------------------------------------------------------------------------------------
 
 template <typename T>
 struct Reduce {
-  const float* partials;  // [num_splits][kTaps + kPairTaps][channels]
-  int64_t num_splits, channels;
-  T* dweight;       // (channels, kTaps)
-  T* dpair_weight;  // (kPairTaps, channels), or null
+  const float* partials;  // [num_splits][num_stages][kSums][channels]
+  int64_t num_splits, num_stages, channels;
+  T* dweight[kMostStages];       // (channels, kTaps)
+  T* dpair_weight[kMostStages];  // (kPairTaps, channels), or null
 };
 
 template <typename T>
 __global__ void __launch_bounds__(kThreads) reduce_kernel(Reduce<T> p) {
-  const int64_t size = (kTaps + kPairTaps) * p.channels;
-  const int64_t i = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
+  const int64_t size = kSums * p.channels;
+  const unsigned blocks_per_stage = static_cast<unsigned>((size + kThreads - 1) / kThreads);
+  const int s = blockIdx.x / blocks_per_stage;
+  const int64_t i = blockIdx.x % blocks_per_stage * static_cast<int64_t>(kThreads) + threadIdx.x;
   const int64_t tap = i / p.channels, channel = i % p.channels;
-  if (i >= size || (tap >= kTaps && !p.dpair_weight)) return;
+  T* const dpair_weight = p.dpair_weight[s];
+  if (i >= size || (tap >= kTaps && !dpair_weight)) return;
+  const float* const partials = p.partials + s * size + i;
   float sum = 0.0f;
-  for (int64_t split = 0; split < p.num_splits; ++split) sum += p.partials[split * size + i];
-  if (tap < kTaps) {
-    p.dweight[channel * kTaps + tap] = from_float<T>(sum);
-  } else {
-    p.dpair_weight[(tap - kTaps) * p.channels + channel] = from_float<T>(sum);
+#pragma unroll 8
+  for (int64_t split = 0; split < p.num_splits; ++split) {
+    sum += load_global(partials + split * p.num_stages * size);
   }
+  if (tap < kTaps) {
+    store_global(p.dweight[s] + channel * kTaps + tap, from_float<T>(sum));
+  } else {
+    store_global(dpair_weight + (tap - kTaps) * p.channels + channel, from_float<T>(sum));
+  }
+}
+
+template <typename T>
+cudaError_t launch_reduce(const Reduce<T>& p, cudaStream_t stream) {
+  return launch(reduce_kernel<T>, p.num_stages * ceil_div(kSums * p.channels, kThreads), 0, stream,
+                p);
+}
+
+// ---- choices ---------------------------------------------------------------------------------------
+
+bool is_wide(const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % 16 == 0; }
+
+int64_t channel_blocks(int64_t channels, int64_t width) { return ceil_div(channels, width); }
+
+// Lanes of the single-stage kernels: 128 to 256 bytes of a token, and few idle ones.
+int token_lanes(int64_t channels, int size) {
+  const int64_t vectors = ceil_div(channels, size);
+  if (size == 1) return vectors <= 8 ? 8 : kWarp;
+  return vectors % 16 == 0 ? 16 : vectors > 4 ? 8 : 4;
+}
+
+// function(integral_constant<int, elements a thread reads at once>)
+template <typename T, typename Function>
+cudaError_t for_vector_size(bool wide, Function function) {
+  return wide ? function(std::integral_constant<int, kWide<T>>{})
+              : function(std::integral_constant<int, 1>{});
 }
 
 template <typename T>
 Ripple<T> parameters(const RippleArguments& p) {
   const int row_stride = p.axis == 0 ? p.stride : 1, col_stride = p.axis == 1 ? p.stride : 1;
-  const int64_t out_rows = ceil_div(p.rows, row_stride), out_cols = ceil_div(p.cols, col_stride);
   return {rows_of<const T>(p.x),
           rows_of<const T>(p.z),
           rows_of<T>(p.out),
@@ -285,31 +806,123 @@ Ripple<T> parameters(const RippleArguments& p) {
           p.axis,
           row_stride,
           col_stride,
+          0,
           p.batch,
           p.rows,
           p.cols,
           p.channels,
-          out_rows,
-          out_cols,
-          p.axis == 0 ? ceil_div(p.rows, 2) : p.rows,
-          p.axis == 1 ? ceil_div(p.cols, 2) : p.cols,
+          ceil_div(p.rows, row_stride),
+          ceil_div(p.cols, col_stride),
           p.num_splits,
-          ceil_div(p.batch * out_rows * out_cols, p.num_splits),
+          ceil_div(p.batch * p.rows * p.cols, p.num_splits),
           p.workspace};
 }
 
-// function(integral_constant<int, elements a thread reads at once>); unused views are wide.
-template <typename T, typename Function>
-cudaError_t for_vector_size(const Ripple<T>& p, Function function) {
-  const bool wide = p.channels % kWide<T> == 0 && p.x.wide && p.z.wide && p.out.wide && p.dx.wide &&
-                    p.dz.wide;
-  return wide ? function(std::integral_constant<int, kWide<T>>{})
-              : function(std::integral_constant<int, 1>{});
+// function(parameters, vector size); unused views are wide.
+template <typename Function>
+cudaError_t for_stage(const RippleArguments& arguments, Function function) {
+  return for_element_type(arguments.element, [&](auto type) {
+    using T = typename decltype(type)::type;
+    Ripple<T> p = parameters<T>(arguments);
+    const bool wide = p.channels % kWide<T> == 0 && p.x.wide && p.z.wide && p.out.wide &&
+                      p.dx.wide && p.dz.wide && is_wide(p.weight) && is_wide(p.pair_weight);
+    return for_vector_size<T>(wide, [&](auto size) {
+      p.lanes = token_lanes(p.channels, decltype(size)::value);
+      return function(p, size);
+    });
+  });
 }
 
-int64_t channel_blocks(int64_t channels, int size) { return ceil_div(channels, kLanes * size); }
+template <typename T>
+Stages<T> parameters(const RippleStagesArguments& a) {
+  Stages<T> p{};
+  p.num_stages = a.num_stages;
+  p.batch = a.batch;
+  p.channels = a.channels;
+  p.num_splits = a.num_splits;
+  p.workspace = a.workspace;
+  p.out = rows_of<T>(a.out);
+  int64_t rows = a.rows, cols = a.cols;
+  for (int s = 0; s <= a.num_stages; ++s) {
+    p.level[s] = rows_of<T>(a.level[s]);
+    p.gradient[s] = rows_of<T>(a.gradient[s]);
+    p.rows[s] = static_cast<int>(rows);
+    p.cols[s] = static_cast<int>(cols);
+    p.tokens[s] = p.rows[s] * p.cols[s];
+    p.first[s + 1] = p.first[s] + p.tokens[s];
+    if (s == a.num_stages) break;
+    p.axes[s] = a.axes[s];
+    p.weight[s] = static_cast<const T*>(a.weight[s]);
+    p.pair_weight[s] = static_cast<const T*>(a.pair_weight[s]);
+    (a.axes[s] == 0 ? rows : cols) = ceil_div(a.axes[s] == 0 ? rows : cols, 2);
+  }
+  return p;
+}
 
-int64_t token_blocks(int64_t tokens) { return ceil_div(tokens, kWarps * kTokensPerThread); }
+// As many lanes as leave the shared memory for four blocks on the larger multiprocessors (227 KB),
+// two on the smaller (99 KB), and two blocks a multiprocessor in the grid; 0 where even one lane has
+// no room. Not fewer than a 32-byte sector for the sake of more blocks.
+template <typename T>
+int image_lanes(const Stages<T>& p, const Shared& shared, int size, int64_t multiprocessors) {
+  constexpr int64_t kPreferred = 48 * 1024, kMost = 99 * 1024, kWidest = 64;
+  const auto bytes = [&](int lanes) { return shared.bytes(lanes * size, sizeof(T)); };
+  const auto blocks = [&](int lanes) { return p.batch * channel_blocks(p.channels, lanes * size); };
+  int lanes = size == 1 ? kWarp : static_cast<int>(kWidest) / size;
+  while (lanes > 1 && lanes / 2 * size >= p.channels) lanes /= 2;
+  while (lanes > 1 && bytes(lanes) > kPreferred) lanes /= 2;
+  while (lanes * size * sizeof(T) > 32 && blocks(lanes) < 2 * multiprocessors) lanes /= 2;
+  return bytes(lanes) <= kMost ? lanes : 0;
+}
+
+// function(parameters, vector size, bytes of shared memory)
+template <typename SharedOf, typename Function>
+cudaError_t for_stages(const RippleStagesArguments& arguments, SharedOf shared_of,
+                       Function function) {
+  constexpr int64_t kMostTokens = 1 << 16;  // sizes are 32-bit from here on
+  if (arguments.num_stages < 1 || arguments.num_stages > kMostStages ||
+      arguments.rows * arguments.cols > kMostTokens) {
+    return cudaErrorInvalidValue;
+  }
+  return for_element_type(arguments.element, [&](auto type) {
+    using T = typename decltype(type)::type;
+    Stages<T> p = parameters<T>(arguments);
+    bool wide = p.channels % kWide<T> == 0 && p.out.wide;
+    for (int s = 0; s <= p.num_stages; ++s) wide = wide && p.level[s].wide && p.gradient[s].wide;
+    for (int s = 0; s < p.num_stages; ++s) {
+      wide = wide && is_wide(p.weight[s]) && is_wide(p.pair_weight[s]);
+    }
+    const Shared shared = shared_of(p);
+    return for_vector_size<T>(wide, [&](auto size) {
+      constexpr int kSize = decltype(size)::value;
+      p.lanes = image_lanes(p, shared, kSize, arguments.multiprocessors);
+      if (p.lanes == 0) return cudaErrorInvalidValue;
+      return function(p, size, shared.bytes(p.lanes * kSize, sizeof(T)));
+    });
+  });
+}
+
+// Two blocks a multiprocessor, of whole images; at most 512 images in one float32 sum.
+int64_t image_splits(int64_t batch, int64_t blocks_of_channels, int64_t multiprocessors) {
+  const int64_t wanted = ceil_div(2 * multiprocessors, blocks_of_channels);
+  const int64_t fewest = ceil_div(batch, 512);
+  const int64_t splits = wanted < batch ? wanted : batch;
+  return splits > fewest ? splits : fewest > 0 ? fewest : 1;
+}
+
+template <typename T>
+Reduce<T> reduction(const RippleStagesArguments& a, const Stages<T>& p) {
+  Reduce<T> r{p.workspace, p.num_splits, p.num_stages, p.channels, {}, {}};
+  for (int s = 0; s < p.num_stages; ++s) {
+    r.dweight[s] = static_cast<T*>(a.dweight[s]);
+    r.dpair_weight[s] = static_cast<T*>(a.dpair_weight[s]);
+  }
+  return r;
+}
+
+constexpr auto kPoolShared = [](const auto& p) { return pool_shared(p); };
+constexpr auto kPoolBackwardShared = [](const auto& p) { return pool_backward_shared(p); };
+constexpr auto kExpandShared = [](const auto& p) { return expand_shared(p); };
+constexpr auto kExpandBackwardShared = [](const auto& p) { return expand_backward_shared(p); };
 
 }  // namespace
 
@@ -317,53 +930,102 @@ int64_t token_blocks(int64_t tokens) { return ceil_div(tokens, kWarps * kTokensP
 
 extern "C" int64_t ripple_num_splits(int64_t tokens, int64_t channels, int64_t multiprocessors) {
   constexpr int64_t kFewestTokens = 64;
-  constexpr int64_t kMostTokens = 4096;  // 512 a thread: float32 sums of more lose too much
+  constexpr int64_t kMostTokens = 4096;  // 512 a thread at most: float32 sums of more lose too much
   if (tokens == 0 || channels == 0) return 1;
-  const int64_t wanted = ceil_div(2 * multiprocessors, channel_blocks(channels, 4));
+  const int64_t wanted = ceil_div(2 * multiprocessors, channel_blocks(channels, 128));
   const int64_t most = ceil_div(tokens, kFewestTokens), fewest = ceil_div(tokens, kMostTokens);
   const int64_t splits = wanted < most ? wanted : most;
   return splits > fewest ? splits : fewest;
 }
 
 extern "C" cudaError_t ripple_forward(const RippleArguments* arguments, cudaStream_t stream) {
-  return for_element_type(arguments->element, [&](auto type) {
-    using T = typename decltype(type)::type;
-    const Ripple<T> p = parameters<T>(*arguments);
-    return for_vector_size(p, [&](auto size) {
-      constexpr int kSize = decltype(size)::value;
-      return launch(forward_kernel<T, kSize>,
-                    channel_blocks(p.channels, kSize) *
-                        token_blocks(p.batch * p.out_rows * p.out_cols),
-                    0, stream, p);
-    });
+  return for_stage(*arguments, [&](const auto& p, auto size) {
+    constexpr int kSize = decltype(size)::value;
+    using T = std::remove_const_t<std::remove_pointer_t<decltype(p.weight)>>;
+    const int64_t tokens_per_block = kThreads / p.lanes * kTokensPerThread;
+    const int64_t blocks = channel_blocks(p.channels, p.lanes * kSize) *
+                           ceil_div(p.batch * p.out_rows * p.out_cols, tokens_per_block);
+    return launch(forward_kernel<T, kSize>, blocks, 0, stream, p);
   });
 }
 
 extern "C" cudaError_t ripple_backward(const RippleArguments* arguments, cudaStream_t stream) {
-  return for_element_type(arguments->element, [&](auto type) {
-    using T = typename decltype(type)::type;
-    const Ripple<T> p = parameters<T>(*arguments);
-    return for_vector_size(p, [&](auto size) {
-      constexpr int kSize = decltype(size)::value;
-      const int64_t blocks = channel_blocks(p.channels, kSize);
-      cudaError_t error =
-          launch(input_gradient_kernel<T, kSize>,
-                 blocks * token_blocks(p.batch * p.rows * p.cols), 0, stream, p);
-      if (error != cudaSuccess) return error;
-      if (p.pair_weight) {
-        error = launch(coarse_gradient_kernel<T, kSize>,
-                       blocks * token_blocks(p.batch * p.coarse_rows * p.coarse_cols), 0, stream,
-                       p);
-        if (error != cudaSuccess) return error;
-      }
-      error = launch(weight_gradient_kernel<T, kSize>, blocks * p.num_splits,
-                     kWarps * kLanes * kSize * sizeof(float), stream, p);
-      if (error != cudaSuccess) return error;
-      return launch(reduce_kernel<T>, ceil_div((kTaps + kPairTaps) * p.channels, kThreads), 0,
-                    stream,
-                    Reduce<T>{p.workspace, p.num_splits, p.channels,
-                              static_cast<T*>(arguments->dweight),
-                              static_cast<T*>(arguments->dpair_weight)});
-    });
+  return for_stage(*arguments, [&](const auto& p, auto size) {
+    constexpr int kSize = decltype(size)::value;
+    using T = std::remove_const_t<std::remove_pointer_t<decltype(p.weight)>>;
+    const int64_t blocks = channel_blocks(p.channels, p.lanes * kSize) * p.num_splits;
+    const size_t shared = (kSums + kWarps * kRound) * p.lanes * kSize * sizeof(float);
+    const cudaError_t error =
+        p.pair_weight ? launch(backward_kernel<T, kSize, true>, blocks, shared, stream, p)
+                      : launch(backward_kernel<T, kSize, false>, blocks, shared, stream, p);
+    if (error != cudaSuccess) return error;
+    return launch_reduce(Reduce<T>{p.workspace,
+                                   p.num_splits,
+                                   1,
+                                   p.channels,
+                                   {static_cast<T*>(arguments->dweight)},
+                                   {static_cast<T*>(arguments->dpair_weight)}},
+                         stream);
   });
+}
+
+extern "C" int64_t ripple_stages_num_splits(const RippleStagesArguments* arguments,
+                                            int32_t expand) {
+  int64_t splits = 1;
+  const auto choose = [&](const auto& p, auto size, int64_t) {
+    const int64_t blocks = channel_blocks(p.channels, p.lanes * decltype(size)::value);
+    splits = image_splits(p.batch, blocks, arguments->multiprocessors);
+    return cudaSuccess;
+  };
+  if (expand) {
+    for_stages(*arguments, kExpandBackwardShared, choose);
+  } else {
+    for_stages(*arguments, kPoolBackwardShared, choose);
+  }
+  return splits;
+}
+
+extern "C" cudaError_t ripple_pool_stages(const RippleStagesArguments* arguments,
+                                          cudaStream_t stream) {
+  return for_stages(*arguments, kPoolShared, [&](const auto& p, auto size, int64_t shared) {
+    constexpr int kSize = decltype(size)::value;
+    using T = std::remove_pointer_t<decltype(p.out.data)>;
+    return launch(pool_stages_kernel<T, kSize>,
+                  p.batch * channel_blocks(p.channels, p.lanes * kSize), shared, stream, p);
+  });
+}
+
+extern "C" cudaError_t ripple_pool_stages_backward(const RippleStagesArguments* arguments,
+                                                   cudaStream_t stream) {
+  return for_stages(*arguments, kPoolBackwardShared, [&](const auto& p, auto size, int64_t shared) {
+    constexpr int kSize = decltype(size)::value;
+    using T = std::remove_pointer_t<decltype(p.out.data)>;
+    const cudaError_t error =
+        launch(pool_stages_backward_kernel<T, kSize>,
+               p.num_splits * channel_blocks(p.channels, p.lanes * kSize), shared, stream, p);
+    return error != cudaSuccess ? error : launch_reduce(reduction<T>(*arguments, p), stream);
+  });
+}
+
+extern "C" cudaError_t ripple_expand_stages(const RippleStagesArguments* arguments,
+                                            cudaStream_t stream) {
+  return for_stages(*arguments, kExpandShared, [&](const auto& p, auto size, int64_t shared) {
+    constexpr int kSize = decltype(size)::value;
+    using T = std::remove_pointer_t<decltype(p.out.data)>;
+    return launch(expand_stages_kernel<T, kSize>,
+                  p.batch * channel_blocks(p.channels, p.lanes * kSize), shared, stream, p);
+  });
+}
+
+extern "C" cudaError_t ripple_expand_stages_backward(const RippleStagesArguments* arguments,
+                                                     cudaStream_t stream) {
+  return for_stages(
+      *arguments, kExpandBackwardShared, [&](const auto& p, auto size, int64_t shared) {
+        constexpr int kSize = decltype(size)::value;
+        using T = std::remove_pointer_t<decltype(p.out.data)>;
+        const cudaError_t error =
+            launch(expand_stages_backward_kernel<T, kSize>,
+                   p.num_splits * channel_blocks(p.channels, p.lanes * kSize), shared, stream, p);
+        return error != cudaSuccess ? error : launch_reduce(reduction<T>(*arguments, p), stream);
+      });
 }

@@ -17,12 +17,43 @@ struct RippleArguments {
   const void* pair_weight;
   void* dweight;
   void* dpair_weight;
-  int64_t num_splits;  // of the output's tokens, for the weights' gradients
+  int64_t num_splits;  // of x's tokens, for the weights' gradients
   float* workspace;    // num_splits * 11 * channels floats
+};
+
+constexpr int kMostStages = 4;
+
+// A pyramid: level 0 is (batch, rows, cols, channels), stage s halves level s along axes[s]. With S
+// stages, pooling reads level 0 and writes levels 1 to S; expansion reads levels 0 to S, of which
+// level S is the coarse grid z, and writes `out`. Backward, gradient[s] is that of level s: pooling
+// reads those of 1 to S and writes that of 0, expansion reads that of `out` and writes all. Weights
+// as above; in an expansion `weight` is the lateral one.
+struct RippleStagesArguments {
+  int32_t element, num_stages;
+  int32_t axes[kMostStages];
+  int64_t batch, rows, cols, channels;
+  TensorView level[kMostStages + 1];
+  TensorView gradient[kMostStages + 1];
+  TensorView out;
+  const void* weight[kMostStages];
+  const void* pair_weight[kMostStages];
+  void* dweight[kMostStages];
+  void* dpair_weight[kMostStages];
+  int64_t multiprocessors;  // to fill
+  int64_t num_splits;       // of the batch, for the weights' gradients
+  float* workspace;         // num_splits * num_stages * 11 * channels floats
 };
 
 extern "C" {
 int64_t ripple_num_splits(int64_t tokens, int64_t channels, int64_t multiprocessors);
 cudaError_t ripple_forward(const RippleArguments*, cudaStream_t);
 cudaError_t ripple_backward(const RippleArguments*, cudaStream_t);
+
+// Splits for a backward pass whose other arguments are all there; `expand` 0 or 1.
+int64_t ripple_stages_num_splits(const RippleStagesArguments*, int32_t expand);
+// cudaErrorInvalidValue where the grid does not fit in shared memory.
+cudaError_t ripple_pool_stages(const RippleStagesArguments*, cudaStream_t);
+cudaError_t ripple_pool_stages_backward(const RippleStagesArguments*, cudaStream_t);
+cudaError_t ripple_expand_stages(const RippleStagesArguments*, cudaStream_t);
+cudaError_t ripple_expand_stages_backward(const RippleStagesArguments*, cudaStream_t);
 }

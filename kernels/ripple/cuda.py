@@ -3,11 +3,23 @@
 Importing this loads the extension, and builds it the first time.
 """
 
+import functools
+
+import torch
+
 from kernels import extension
-from kernels.ripple.operators import attach
-from kernels.ripple.stages import compose
+from kernels.ripple.operators import attach, attach_stages
+from kernels.ripple.stages import compose, fused_where_it_fits
 
 extension.load("cuda", "ripple")
 
+
+@functools.cache
+def _multiprocessors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
 ripple_pool, ripple_expand = attach("cuda")
-ripple_pool_stages, ripple_expand_stages = compose(ripple_pool, ripple_expand)
+ripple_pool_stages, ripple_expand_stages = fused_where_it_fits(
+    attach_stages("cuda"), compose(ripple_pool, ripple_expand), _multiprocessors
+)

@@ -1,16 +1,36 @@
 """Ripple's CUDA launchers, called on the host."""
 
+import ctypes
+from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor
 
 from kernels.layout import empty_like
+from kernels.ripple.stages import FUSED_STAGES, level_shapes
 from tests.cuda_host.emulator import ELEMENT_TYPES, Emulator, structure, view
 
 _Ripple = structure(
     "RippleArguments",
     "i element axis stride; l batch rows cols channels; view x z out dx dz;"
     "p weight pair_weight dweight dpair_weight; l num_splits; p workspace",
+)
+
+_LEVELS = FUSED_STAGES + 1
+
+
+def _numbered(prefix: str, count: int) -> str:
+    return " ".join(f"{prefix}{i}" for i in range(count))
+
+
+# The header's arrays, element by element: level0, level1, ...
+_Stages = structure(
+    "RippleStagesArguments",
+    f"i element num_stages {_numbered('axes', FUSED_STAGES)}; l batch rows cols channels;"
+    f"view {_numbered('level', _LEVELS)} {_numbered('gradient', _LEVELS)} out;"
+    f"p {_numbered('weight', FUSED_STAGES)} {_numbered('pair_weight', FUSED_STAGES)}"
+    f" {_numbered('dweight', FUSED_STAGES)} {_numbered('dpair_weight', FUSED_STAGES)};"
+    "l multiprocessors num_splits; p workspace",
 )
 
 
@@ -42,7 +62,7 @@ class RippleOperators(Emulator):
     ) -> tuple[Tensor, Tensor]:
         dx, dweight = self.empty_like(x), self.empty_like(weight)
         arguments = self._ripple(
-            x, axis, 2, dout[..., 0].numel(), out=view(dout), dx=view(dx),
+            x, axis, 2, x[..., 0].numel(), out=view(dout), dx=view(dx),
             weight=weight.data_ptr(), dweight=dweight.data_ptr(),
         )  # fmt: skip
         self.launch("ripple_backward", arguments)
@@ -71,9 +91,104 @@ class RippleOperators(Emulator):
         dz, dx = self.empty_like(z), self.empty_like(x)
         dweight, dlateral_weight = self.empty_like(weight), self.empty_like(lateral_weight)
         arguments = self._ripple(
-            x, axis, 1, dout[..., 0].numel(), z=view(z), out=view(dout), dx=view(dx),
+            x, axis, 1, x[..., 0].numel(), z=view(z), out=view(dout), dx=view(dx),
             dz=view(dz), weight=lateral_weight.data_ptr(), pair_weight=weight.data_ptr(),
             dweight=dlateral_weight.data_ptr(), dpair_weight=dweight.data_ptr(),
         )  # fmt: skip
         self.launch("ripple_backward", arguments)
         return dz, dx, dweight, dlateral_weight
+
+    # -- a pyramid
+
+    def _stages(self, x: Tensor, axes: Sequence[int], **lists: Any) -> _Stages:
+        """Arguments with each list of tensors or of axes in its array."""
+        batch, rows, cols, channels = x.shape
+        arguments = _Stages(
+            element=ELEMENT_TYPES[x.dtype], num_stages=len(axes), batch=batch, rows=rows, cols=cols,
+            channels=channels, multiprocessors=self.multiprocessors, num_splits=1,
+        )  # fmt: skip
+        for name, values in (*lists.items(), ("axes", axes)):
+            for i, value in enumerate(values):
+                if name in ("level", "gradient"):
+                    value = view(value)
+                elif isinstance(value, Tensor):
+                    value = value.data_ptr()
+                setattr(arguments, f"{name}{i}", value)
+        return arguments
+
+    def _give_workspace(self, arguments: _Stages, expand: bool) -> Tensor:
+        if self.num_splits is not None:
+            arguments.num_splits = self.num_splits
+        else:
+            function = self.library.ripple_stages_num_splits
+            function.restype = ctypes.c_int64
+            arguments.num_splits = function(ctypes.byref(arguments), ctypes.c_int32(expand))
+        size = arguments.num_splits * arguments.num_stages * 11 * arguments.channels
+        workspace = self.floats(size, name="workspace")
+        arguments.workspace = workspace.data_ptr()
+        return workspace
+
+    def ripple_pool_stages(
+        self, x: Tensor, weights: Sequence[Tensor], axes: Sequence[int]
+    ) -> list[Tensor]:
+        shapes = level_shapes(x.shape, axes)[1:]
+        levels = [self.output(empty_like(x, shape), "levels") for shape in shapes]
+        self.launch("ripple_pool_stages", self._stages(x, axes, level=[x, *levels], weight=weights))
+        return levels
+
+    def ripple_pool_stages_backward(
+        self,
+        dlevels: Sequence[Tensor],
+        levels: Sequence[Tensor],
+        weights: Sequence[Tensor],
+        axes: Sequence[int],
+    ) -> list[Tensor]:
+        dx = self.empty_like(levels[0], "dx")
+        dweights = [self.empty_like(w, "weights") for w in weights]
+        arguments = self._stages(
+            levels[0], axes, level=levels, gradient=[dx, *dlevels], weight=weights,
+            dweight=dweights,
+        )  # fmt: skip
+        workspace = self._give_workspace(arguments, expand=False)
+        self.launch("ripple_pool_stages_backward", arguments)
+        del workspace
+        return [dx, *dweights]
+
+    def ripple_expand_stages(
+        self,
+        z: Tensor,
+        levels: Sequence[Tensor],
+        weights: Sequence[Tensor],
+        lateral_weights: Sequence[Tensor],
+        axes: Sequence[int],
+    ) -> Tensor:
+        out = self.empty_like(levels[0], "out")
+        arguments = self._stages(
+            levels[0], axes, level=[*levels, z], weight=lateral_weights, pair_weight=weights
+        )
+        arguments.out = view(out)
+        self.launch("ripple_expand_stages", arguments)
+        return out
+
+    def ripple_expand_stages_backward(
+        self,
+        dout: Tensor,
+        z: Tensor,
+        levels: Sequence[Tensor],
+        weights: Sequence[Tensor],
+        lateral_weights: Sequence[Tensor],
+        axes: Sequence[int],
+    ) -> list[Tensor]:
+        dz = self.empty_like(z, "dz")
+        dlevels = [self.empty_like(x, "dlevels") for x in levels]
+        dweights = [self.empty_like(w, "weights") for w in weights]
+        dlaterals = [self.empty_like(w, "weights") for w in lateral_weights]
+        arguments = self._stages(
+            levels[0], axes, level=[*levels, z], gradient=[*dlevels, dz], weight=lateral_weights,
+            pair_weight=weights, dweight=dlaterals, dpair_weight=dweights,
+        )  # fmt: skip
+        arguments.out = view(dout)
+        workspace = self._give_workspace(arguments, expand=True)
+        self.launch("ripple_expand_stages_backward", arguments)
+        del workspace
+        return [dz, *dlevels, *dweights, *dlaterals]

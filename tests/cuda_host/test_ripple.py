@@ -1,5 +1,7 @@
 """Ripple's CUDA kernels on the host: see emulator.py."""
 
+import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -9,6 +11,7 @@ import torch
 from torch import Tensor
 
 from kernels.ripple import reference
+from kernels.ripple.stages import level_shapes
 from tests.cuda_host.checks import (
     DTYPES,
     ORDERS,
@@ -93,6 +96,88 @@ def check(libraries: dict[str, Path], grid: Grid) -> dict[str, Tensor]:
     return actual
 
 
+@dataclass(frozen=True)
+class Pyramid:
+    """A whole pyramid's inputs: level 0 (batch, rows, cols, channels), the axis of each stage."""
+
+    shape: tuple[int, int, int, int]
+    axes: tuple[int, ...]
+    dtype: torch.dtype = torch.float32
+    layout: str = "contiguous"
+    order: str = "forward"
+    num_splits: int | None = 1
+
+    def __str__(self) -> str:
+        dtype = str(self.dtype).removeprefix("torch.")
+        shape, axes = "x".join(map(str, self.shape)), "".join(map(str, self.axes))
+        return f"{shape}-axes{axes}-{dtype}-{self.layout}-{self.order}"
+
+    def normal(self) -> Callable[..., Tensor]:
+        """Draws tensors of a shape, laid out as asked for."""
+        random = torch.Generator().manual_seed(sum(self.shape))
+
+        def draw(*shape: int) -> Tensor:
+            x = torch.randn(shape, generator=random).to(self.dtype)
+            if len(shape) == 4 and self.layout == "transposed":
+                x = x.transpose(1, 2).contiguous().transpose(1, 2)
+            return guarded(x, 1 if self.layout == "misaligned" else 0)
+
+        return draw
+
+
+def check_pyramid(libraries: dict[str, Path], case: Pyramid) -> dict[str, Tensor]:
+    """Pooling and expansion of a pyramid, with the gradients of every tensor, beside the composed
+    float64 reference. Pooled levels are the composition's, bit for bit."""
+    emulated = RippleOperators(libraries, thread_order=case.order, num_splits=case.num_splits)
+    emulated.watch_nothing()
+    normal, axes, count = case.normal(), case.axes, len(case.axes)
+    shapes, channels = level_shapes(case.shape, axes), case.shape[3]
+    x = normal(*case.shape)
+    weights = [normal(channels, 3, 3) for _ in axes]
+
+    levels = emulated.ripple_pool_stages(x, weights, axes)
+    finer = x
+    for s, level in enumerate(levels):
+        finer = emulated.ripple_pool(finer, weights[s], axes[s])
+        assert torch.equal(level, finer), f"level {s + 1}"
+    dlevels = [normal(*shape) for shape in shapes[1:]]
+    finer_levels = [x, *levels[:-1]]
+    gradients = emulated.ripple_pool_stages_backward(dlevels, finer_levels, weights, axes)
+    # The backward pass is given levels that were rounded, so each stage is a problem of its own.
+    exact_levels, exact_weights = double(*finer_levels), double(*weights)
+    gradient = dlevels[-1].double()
+    for s in reversed(range(count)):
+        pooled = reference.ripple_pool(exact_levels[s], exact_weights[s], axes[s])
+        pooled.backward(gradient)
+        if s > 0:
+            gradient = grad(exact_levels[s]) + dlevels[s - 1].double()
+    actual = {f"level {s + 1}": level for s, level in enumerate(levels)}
+    expected = [grad(exact_levels[0]), *(grad(w) for w in exact_weights)]
+    for s, (a, b) in enumerate(zip(gradients, expected, strict=True)):
+        assert_accurate("dx" if s == 0 else f"dweight {s - 1}", a, b, gradient=True)
+        actual[f"pool gradient {s}"] = a
+
+    z, dout = normal(*shapes[-1]), normal(*case.shape)
+    grids = [x, *(normal(*shape) for shape in shapes[1:-1])]
+    pairs = [normal(2, channels) for _ in axes]
+    out = emulated.ripple_expand_stages(z, grids, pairs, weights, axes)
+    inputs = (z, grids, pairs, weights)
+    gradients = emulated.ripple_expand_stages_backward(dout, *inputs, axes)
+    emulated.check_guards()
+    exact = double(z, *grids, *pairs, *weights)
+    lists = [exact[1 + i * count : 1 + (i + 1) * count] for i in range(3)]
+    exact_out = reference.ripple_expand_stages(exact[0], *lists, axes)
+    exact_out.backward(dout.double())
+    assert_accurate("expanded", out, exact_out.detach(), gradient=False)
+    actual["expanded"] = out
+    for i, (a, b) in enumerate(zip(gradients, exact, strict=True)):
+        assert_accurate(
+            f"expand gradient {i} of z, levels, pairs, laterals", a, grad(b), gradient=True
+        )
+        actual[f"expand gradient {i}"] = a
+    return actual
+
+
 # ---- numbers -------------------------------------------------------------------------------------
 
 GRIDS = (
@@ -108,6 +193,100 @@ def test_numbers(libraries: dict[str, Path], grid: Grid) -> None:
     check(libraries, grid)
 
 
+PYRAMIDS = (
+    Pyramid((2, 5, 6, 40), (0, 1, 0), order="reverse", num_splits=2),
+    Pyramid((3, 8, 8, 64), (0, 1, 0), torch.bfloat16, order="strided", num_splits=2),
+    Pyramid((1, 1, 7, 9), (1, 0, 1), torch.float16),
+    Pyramid((3, 4, 4, 24), (0, 1), torch.float16, layout="misaligned", num_splits=None),
+    Pyramid((1, 6, 3, 72), (1, 1, 0, 0), torch.bfloat16, layout="transposed"),
+)
+
+
+@pytest.mark.parametrize("case", PYRAMIDS, ids=str)
+def test_pyramids(libraries: dict[str, Path], case: Pyramid) -> None:
+    check_pyramid(libraries, case)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("axes", [(0, 1), (0, 1, 0), (1, 0, 1, 0)], ids=str)
+@pytest.mark.parametrize("order", ORDERS)
+def test_more_pyramids(
+    libraries: dict[str, Path], dtype: torch.dtype, axes: tuple[int, ...], order: str
+) -> None:
+    check_pyramid(libraries, Pyramid((5, 9, 11, 88), axes, dtype, order=order, num_splits=3))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_traffic_of_a_pyramid_is_the_least(libraries: dict[str, Path], dtype: torch.dtype) -> None:
+    """Each element of x, the levels, z and their gradients once, in 16-byte accesses."""
+    case = Pyramid((4, 8, 8, 64), (0, 1, 0), dtype)
+    normal, axes = case.normal(), case.axes
+    shapes = level_shapes(case.shape, axes)
+    sizes = [math.prod(shape) * dtype.itemsize for shape in shapes]
+    x, z, dout = normal(*case.shape), normal(*shapes[-1]), normal(*case.shape)
+    grids = [x, *(normal(*shape) for shape in shapes[1:-1])]
+    dlevels = [normal(*shape) for shape in shapes[1:]]
+    weights, pairs = [normal(64, 3, 3) for _ in axes], [normal(2, 64) for _ in axes]
+
+    def moved(run: Callable[[RippleOperators], object], **inputs: Tensor) -> dict:
+        emulated = RippleOperators(libraries, num_splits=2)
+        emulated.watch_nothing()
+        emulated.watch(**inputs)
+        for name, tensors in (("levels", grids[1:]), ("dlevels", dlevels), ("weights", weights)):
+            for tensor in tensors:
+                emulated.watch(**{f"{name} in": tensor})
+        run(emulated)
+        traffic = emulated.traffic()
+        emulated.watch_nothing()
+        for name, t in traffic.items():
+            if not name.startswith(("weights", "workspace", "other")):
+                assert t.loaded_narrow == t.stored_narrow == 0, name
+        return {name: (t.loaded, t.stored) for name, t in traffic.items()}
+
+    coarser, inner = sum(sizes[1:]), sum(sizes[1:-1])
+    found = moved(lambda e: e.ripple_pool_stages(x, weights, axes), x=x)
+    assert found["x"] == (sizes[0], 0)
+    assert found["levels"] == (0, coarser)
+    assert found["other"] == (0, 0)
+
+    found = moved(lambda e: e.ripple_pool_stages_backward(dlevels, grids, weights, axes), x=x)
+    assert found["x"] == (sizes[0], 0)
+    assert found["levels in"] == (inner, 0)
+    assert found["dlevels in"] == (coarser, 0)
+    assert found["dx"] == (0, sizes[0])
+
+    found = moved(lambda e: e.ripple_expand_stages(z, grids, pairs, weights, axes), x=x, z=z)
+    assert found["x"] == (sizes[0], 0)
+    assert found["levels in"] == (inner, 0)
+    assert found["z"] == (sizes[-1], 0)
+    assert found["out"] == (0, sizes[0])
+
+    found = moved(
+        lambda e: e.ripple_expand_stages_backward(dout, z, grids, pairs, weights, axes),
+        x=x, z=z, dout=dout,
+    )  # fmt: skip
+    assert found["x"] == found["dout"] == (sizes[0], 0)
+    assert found["levels in"] == (inner, 0)
+    assert found["z"] == (sizes[-1], 0)
+    assert found["dz"] == (0, sizes[-1])
+    assert found["dlevels"] == (0, sizes[0] + inner)
+    sums = 2 * 3 * 11 * 64 * 4  # splits, stages, sums, channels, bytes
+    assert found["workspace"] == (sums, sums)
+
+
+def test_a_grid_too_large_for_shared_memory_is_refused(libraries: dict[str, Path]) -> None:
+    emulated = RippleOperators(libraries)
+    with pytest.raises(RuntimeError, match="error 1,"):
+        emulated.ripple_pool_stages(torch.zeros(1, 300, 300, 8), [torch.zeros(8, 3, 3)] * 2, (0, 1))
+
+
+def test_the_largest_grid_fits(libraries: dict[str, Path]) -> None:
+    """What kernels.ripple.stages lets through, in the layout that takes most memory."""
+    check_pyramid(libraries, Pyramid((1, 32, 32, 8), (0, 1, 0, 1)))
+    check_pyramid(libraries, Pyramid((1, 1, 1024, 3), (1, 1), torch.bfloat16))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("axis", [0, 1])
@@ -121,6 +300,11 @@ def test_more_numbers(
 def test_results_repeat_bit_for_bit_whatever_the_thread_order(libraries: dict[str, Path]) -> None:
     grid = Grid((1, 3, 5, 40), num_splits=2)
     runs = [check(libraries, replace(grid, order=order)) for order in ORDERS]
+    for other in runs[1:]:
+        for name, x in runs[0].items():
+            assert torch.equal(x, other[name]), name
+    case = Pyramid((3, 5, 4, 24), (0, 1), num_splits=2)
+    runs = [check_pyramid(libraries, replace(case, order=order)) for order in ORDERS]
     for other in runs[1:]:
         for name, x in runs[0].items():
             assert torch.equal(x, other[name]), name
