@@ -1,5 +1,5 @@
 // The PTX of this project, and all of it: tensor-core products, matrix loads, asynchronous copies,
-// packed half-precision arithmetic. Compute capability 8.0 and up.
+// packed half-precision arithmetic, exponentials. Compute capability 8.0 and up.
 //
 // Registers hold two half-precision elements, the lower one first. Fragments are as in the PTX
 // manual, with group = lane / 4 and pair = 2 (lane % 4):
@@ -134,6 +134,15 @@ __device__ inline unsigned pack2(float low, float high) {
   } else {
     asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(result) : "f"(high), "f"(low));
   }
+  return result;
+}
+
+// ---- special functions -----------------------------------------------------------------------------
+
+// 2^x within 2 ulp; results below the smallest normal number are 0.
+__device__ inline float exp2(float x) {
+  float result;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(x));
   return result;
 }
 

@@ -10,6 +10,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <limits>
 #include <type_traits>
 
 namespace ptx {
@@ -132,6 +133,11 @@ unsigned relu2(unsigned x) {
 template <typename T>
 unsigned pack2(float low, float high) {
   return host::rounded<T>(low) | static_cast<unsigned>(host::rounded<T>(high)) << 16;
+}
+
+inline float exp2(float x) {
+  const float result = std::exp2(x);
+  return result < std::numeric_limits<float>::min() ? 0.0f : result;  // a NaN compares false
 }
 
 inline unsigned multiply_half2(unsigned a, unsigned b) {
