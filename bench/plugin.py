@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import torch
 
-from bench import clock, machine, memory, summary
+from bench import clock, limits, machine, memory, summary
 from bench.problems import (
     FORWARD,
     Expected,
@@ -116,6 +116,7 @@ class Benchmarks:
             runs = _implementation(problem, case)
 
         work = least_work(case.operation, case.mode, problem.shape, problem.dtype.itemsize)
+        limit, least_s = self._limits().binding(work, case.dtype)
         self._record(
             benchmark,
             item,
@@ -134,6 +135,8 @@ class Benchmarks:
                 "least_flop": work.flop,
                 "gb_per_s": work.bytes / timing.median / 1e9,
                 "tflop_per_s": work.flop / timing.median / 1e12,
+                "limit": limit,
+                "share_of_limit": least_s / timing.median,
                 "peak_memory_bytes": peak,
                 "peak_memory_how": how,
                 "error": {
@@ -203,6 +206,10 @@ class Benchmarks:
                 "peak_memory_how": how,
             },
         )
+
+    def _limits(self) -> limits.Limits:
+        names = sorted({case.dtype for case in self.sweep.cases})
+        return limits.measure(self.sweep.device, tuple(names))
 
     def _training_step(self, model: str, backend: str | None) -> Callable[[], None]:
         from training.step import make_step
@@ -330,6 +337,7 @@ class Benchmarks:
             "sweep": self.sweep.extent,
             "device": self.sweep.device.type,
             "machine": machine.describe(self.sweep.device),
+            "limits": dataclasses.asdict(self._limits()) if self._rows else None,
             "not_timed": self.sweep.left_out,
             "failed": self._failures,
         }

@@ -34,7 +34,11 @@ def render(rows: list[Row], width: int, colour: bool) -> str:
     steps = [row for row in rows if "model" in row.info]
     if steps:
         blocks.append(_training_block(steps))
-    note = "Median time per call, ± half the interquartile range of the rounds; * fastest.\n"
+    note = (
+        "Median time per call, ± half the interquartile range of the rounds; * fastest. Of limit: "
+        "the time that the measured copy or matmul rate allows for the least traffic or work, over "
+        "the time taken.\n"
+    )
     return "".join(draw(*block, width, colour) for block in blocks) + note
 
 
@@ -72,8 +76,9 @@ def _kernel_block(title: str, rows: list[Row]) -> _Block:
             cells.append(f"{format_seconds(row.median)} ±{half:3.0%}{mark}")
         cells.append(f"{fastest.info['tflop_per_s'] * 1e3:.3g}")
         cells.append(f"{fastest.info['gb_per_s']:.3g}")
+        cells.append(f"{fastest.info['share_of_limit']:.0%} {fastest.info['limit']}")
         table.append(cells)
-    return title, ["N", *backends, "GFLOP/s*", "GB/s*"], table
+    return title, ["N", *backends, "GFLOP/s*", "GB/s*", "of limit*"], table
 
 
 def _training_block(rows: list[Row]) -> _Block:

@@ -335,7 +335,8 @@ def _speed(found: list[scaling.Group]) -> Section:
         "Speed",
         "Median time per call; the fastest of a row is marked. GFLOP/s and GB/s are those of the "
         "fastest, by the operation's least work and least traffic, whatever the implementation "
-        "does.",
+        "does. Of limit: the time that the machine's copy or matmul rate, measured in the same run, "
+        "allows for that, over the time taken.",
     )
     if not found:
         section.missing = runs.HOW_TO_MEASURE
@@ -343,6 +344,7 @@ def _speed(found: list[scaling.Group]) -> Section:
     for group in found:
         for (operation, mode), part in group.frame.groupby(["operation", "pass"], sort=False):
             backends = list(part["backend"].unique())
+            limits = part["limit"].notna().any()
             rows, best = [], []
             for tokens, line in part.groupby("N"):
                 at = line.set_index("backend")
@@ -356,10 +358,14 @@ def _speed(found: list[scaling.Group]) -> Section:
                     )
                 cells.append(_rate(float(at["tflop_per_s"][fastest]) * 1e3))
                 cells.append(_rate(float(at["gb_per_s"][fastest])))
+                if limits:
+                    share, limit = at["share_of_limit"][fastest], at["limit"][fastest]
+                    cells.append(f"{share:.0%} {limit}" if limit else "–")
                 rows.append(cells)
                 best.append(1 + backends.index(fastest) if len(at) > 1 else None)
             title = f"{plots.label(str(operation))}, {mode}, {group.where}"
             columns = ["N", *map(str, backends), "GFLOP/s", "GB/s"]
+            columns += ["of limit"] if limits else []
             what = part.drop_duplicates("backend").set_index("backend")["implementation"]
             note = "; ".join(
                 text if text.startswith(f"{backend}:") else f"{backend}: {text}"

@@ -177,6 +177,8 @@ def _rows(
             else:
                 row.update({column: info[name] for column, name in _KERNEL_COLUMNS.items()})
                 row["total_tokens"] = int(info.get("total_tokens") or 0)
+                row["limit"] = info.get("limit")
+                row["share_of_limit"] = info.get("share_of_limit")
                 row["worst_rms_error"] = max(
                     (error["rms"] for error in info["error"].values()), default=None
                 )

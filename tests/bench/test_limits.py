@@ -1,0 +1,45 @@
+"""The limits, and which of them binds."""
+
+import time
+
+import pytest
+import torch
+
+from bench import limits
+from bench.limits import Limits
+from bench.problems import Work
+
+KNOWN = Limits(
+    copy_bytes_per_s=1e10, matmul_flop_per_s={"float32": 1e11, "bfloat16": 1e12}, launch_s=1e-6
+)
+
+
+@pytest.mark.parametrize(
+    ("work", "dtype", "binding", "seconds"),
+    [
+        (Work(bytes=10**9, flop=10**9), "float32", "copy", 0.1),
+        (Work(bytes=10**9, flop=10**11), "float32", "float32 matmul", 1.0),
+        (Work(bytes=2 * 10**9, flop=10**11), "bfloat16", "copy", 0.2),
+    ],
+)
+def test_the_longer_time_binds(work: Work, dtype: str, binding: str, seconds: float) -> None:
+    name, least = KNOWN.binding(work, dtype)
+    assert name == binding
+    assert least == pytest.approx(seconds)
+
+
+def test_rates_are_those_of_the_machine() -> None:
+    """The limit is not below what one plain round here shows, and a copy is not free."""
+    device = torch.device("cpu")
+    found = limits.measure(device, ("float32",))
+    assert found is limits.measure(device, ("float32",))  # measured once
+    a = torch.randn(512, 512)
+    rounds = []
+    for _ in range(5):
+        start = time.perf_counter()
+        a @ a
+        rounds.append(time.perf_counter() - start)
+    # A large product runs at the rate of a small one at least; half of it on a busy machine.
+    assert found.matmul_flop_per_s["float32"] > 0.5 * 2 * 512**3 / min(rounds)
+    assert 1e8 < found.copy_bytes_per_s < 1e12
+    assert 0 < found.launch_s < 1e-3
