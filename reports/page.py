@@ -335,8 +335,8 @@ def _speed(found: list[scaling.Group]) -> Section:
         "Speed",
         "Median time per call; the fastest of a row is marked. GFLOP/s and GB/s are those of the "
         "fastest, by the operation's least work and least traffic, whatever the implementation "
-        "does. Of limit: the time that the machine's copy or matmul rate, measured in the same run, "
-        "allows for that, over the time taken.",
+        "does. Of limit: the time that the machine's copy or matmul rate, measured in the same "
+        "run, allows for that, over the time taken.",
     )
     if not found:
         section.missing = runs.HOW_TO_MEASURE
