@@ -1,386 +1,44 @@
-// Softmax attention in CUDA C++: four kernels, forward and backward. No N x M matrix in memory.
+// Softmax attention in CUDA C++: three kernels, one forward and two backward. No N x M matrix in
+// memory.
 //
-//   1 forward             out and lse, keys 32 at a time with a running maximum and sum
-//   2 delta               delta = rowsum(dout * out)
-//   3 query_gradient      dq,     P recomputed from lse
-//   4 key_value_gradient  dk, dv, P recomputed from lse, the query heads of a group in turn
+//   forward             out and lse; keys and values pass by, with a running maximum and sum
+//   query_gradient      dq and delta = rowsum(dout * out); keys and values pass by
+//   key_value_gradient  dk, dv; the rows of q and dout pass by, the query heads of a group in turn
 //
-// Formulas: FlashAttention-2, algorithms 1 and 2 (arXiv:2307.08691). A block owns 64 rows (32 at
-// D = 128) of queries in kernels 1 and 3, of keys in 4, and passes over the other side 32 rows at a
-// time. Logarithms are to base 2 inside, natural in lse. Arithmetic is float32 on the FMA units for
-// every element type. No atomics: results repeat bit for bit.
+// Formulas: FlashAttention-2, algorithms 1 and 2 (arXiv:2307.08691). Backward, P is recomputed from
+// lse. Logarithms are to base 2 inside, natural in lse. No atomics: results repeat bit for bit.
 //
-// A row of P or dS is written and read by the same half warp, so a warp's barrier is enough for it.
-// Sums over many rows are two-level (a tile's sum is formed, then added): a plain float32 sum of n
-// terms is off by 3e-8 sqrt(n / 2), which is past 1e-6 from 4,000 rows on.
+// A block owns rows of one side of one head; the other side passes by a tile at a time.
+//
+//   rows owned / passed by        float32               float16, bfloat16
+//   forward                       64 / 32 (D=128: 32)   128 / 64 up to D = 64, then 64 / 32
+//   query_gradient                64 / 32 (D=128: 32)   64 / 32
+//   key_value_gradient            64 / 32 (D=128: 32)   64 / 32
+//
+// Traffic: what a block owns is read once, results are written once; the other side is read once per
+// block of its head, by blocks that are neighbours and so for the most part from the L2 cache. Forward
+// adds 4 bytes a query (lse), backward 20: lse twice, delta written and read.
 #include "cuda.h"
 
-#include "../cuda/common.cuh"
+#include <cstdio>
+
+#include "float32.cuh"
+#include "half.cuh"
 
 namespace {
 
-constexpr float kLog2E = 1.44269504088896341f;
-constexpr float kLn2 = 0.69314718055994531f;
-constexpr float kInfinity = __builtin_huge_valf();
-
-constexpr int kTile = 32;  // rows of the side passed over
-constexpr int kTilePerThread = kTile / kSide;
-
-template <int D>
-struct Block {
-  static constexpr int kRows = D > 96 ? 32 : 64;  // rows of the side owned
-  static constexpr int kPerThread = kRows / kSide;
-  static constexpr int kColumns = D / kSide;  // of a row of D, per thread
-  static constexpr int kPitch = D + 1;
-  static constexpr int kProbabilityPitch = kTile + 1;
-
-  using Owned = float[kRows][kPitch];
-  using Passed = float[kTile][kPitch];
-  using Probabilities = float[kRows][kProbabilityPitch];
-  using Scores = float[kPerThread][kTilePerThread];
-  using Values = float[kPerThread][kColumns];
-};
-
-// product = a b^T: the owned rows against the rows passed over.
-template <int D>
-__device__ void multiply_rows(typename Block<D>::Scores& product,
-                              const typename Block<D>::Owned& a,
-                              const typename Block<D>::Passed& b) {
-  const int tx = threadIdx.x % kSide, ty = threadIdx.x / kSide;
-#pragma unroll
-  for (int i = 0; i < Block<D>::kPerThread; ++i) {
-#pragma unroll
-    for (int j = 0; j < kTilePerThread; ++j) product[i][j] = 0.0f;
-  }
-#pragma unroll 4
-  for (int d = 0; d < D; ++d) {
-    float row[kTilePerThread];
-#pragma unroll
-    for (int j = 0; j < kTilePerThread; ++j) row[j] = b[tx + kSide * j][d];
-#pragma unroll
-    for (int i = 0; i < Block<D>::kPerThread; ++i) {
-      const float value = a[ty + kSide * i][d];
-#pragma unroll
-      for (int j = 0; j < kTilePerThread; ++j) product[i][j] += value * row[j];
-    }
-  }
-}
-
-// total = total * scale + p b, with the product formed first.
-template <int D>
-__device__ void accumulate(typename Block<D>::Values& total,
-                           const float (&scale)[Block<D>::kPerThread],
-                           const typename Block<D>::Probabilities& p,
-                           const typename Block<D>::Passed& b) {
-  using B = Block<D>;
-  const int tx = threadIdx.x % kSide, ty = threadIdx.x / kSide;
-  float sum[B::kPerThread][B::kColumns] = {};
-#pragma unroll 2
-  for (int t = 0; t < kTile; ++t) {
-    float row[B::kColumns];
-#pragma unroll
-    for (int j = 0; j < B::kColumns; ++j) row[j] = b[t][tx + kSide * j];
-#pragma unroll
-    for (int i = 0; i < B::kPerThread; ++i) {
-      const float value = p[ty + kSide * i][t];
-#pragma unroll
-      for (int j = 0; j < B::kColumns; ++j) sum[i][j] += value * row[j];
-    }
-  }
-#pragma unroll
-  for (int i = 0; i < B::kPerThread; ++i) {
-#pragma unroll
-    for (int j = 0; j < B::kColumns; ++j) total[i][j] = total[i][j] * scale[i] + sum[i][j];
-  }
-}
-
-__device__ inline int valid_rows(int64_t tokens, int64_t first, int rows) {
-  return tokens - first < rows ? static_cast<int>(tokens - first) : rows;
-}
-
-// Which rows a block owns.
-struct RowBlock {
-  int64_t batch, head, first;
-  int valid;
-
-  __device__ RowBlock(int64_t heads, int64_t tokens, int rows) {
-    const int64_t tiles = (tokens + rows - 1) / rows;
-    first = blockIdx.x % tiles * rows;
-    batch = blockIdx.x / tiles / heads;
-    head = blockIdx.x / tiles % heads;
-    valid = valid_rows(tokens, first, rows);
-  }
-};
-
-// ---- 1 forward -------------------------------------------------------------------------------------
-
+// dS is about 1 / key_tokens, and must not underflow float16. The scale grows as slowly as accuracy
+// allows: what the inputs leave to overflow is not known.
 template <typename T>
-struct Forward {
-  Rows<const T> q, k, v;
-  Rows<T> out;
-  int64_t heads, group, query_tokens, key_tokens;
-  float* lse;
-  float scale;
-};
-
-template <int D>
-struct ForwardShared {
-  typename Block<D>::Owned q;
-  typename Block<D>::Passed k, v;
-  typename Block<D>::Probabilities p;
-};
-
-template <int D, typename T>
-__global__ void __launch_bounds__(kThreads) forward_kernel(Forward<T> a) {
-  using B = Block<D>;
-  auto& shared = *reinterpret_cast<ForwardShared<D>*>(shared_memory());
-  const int tx = threadIdx.x % kSide, ty = threadIdx.x / kSide;
-  const RowBlock block(a.heads, a.query_tokens, B::kRows);
-  const int64_t kv_head = block.head / a.group;
-  const float to_log2 = a.scale * kLog2E;
-
-  load_tile<B::kRows, D, B::kPitch>(&shared.q[0][0], a.q.at(block.batch, block.head, block.first),
-                                    a.q.stride[2], block.valid, a.q.wide);
-  float out[B::kPerThread][B::kColumns] = {};
-  float maximum[B::kPerThread], sum[B::kPerThread] = {};
-#pragma unroll
-  for (float& value : maximum) value = -kInfinity;
-
-  for (int64_t first = 0; first < a.key_tokens; first += kTile) {
-    const int valid = valid_rows(a.key_tokens, first, kTile);
-    __syncthreads();  // the tiles before have been read
-    load_tile<kTile, D, B::kPitch>(&shared.k[0][0], a.k.at(block.batch, kv_head, first),
-                                   a.k.stride[2], valid, a.k.wide);
-    load_tile<kTile, D, B::kPitch>(&shared.v[0][0], a.v.at(block.batch, kv_head, first),
-                                   a.v.stride[2], valid, a.v.wide);
-    __syncthreads();
-    float score[B::kPerThread][kTilePerThread], rescale[B::kPerThread];
-    multiply_rows<D>(score, shared.q, shared.k);
-#pragma unroll
-    for (int i = 0; i < B::kPerThread; ++i) {
-      float largest = maximum[i];
-#pragma unroll
-      for (int j = 0; j < kTilePerThread; ++j) {
-        score[i][j] = tx + kSide * j < valid ? score[i][j] * to_log2 : -kInfinity;
-        largest = fmaxf(largest, score[i][j]);
-      }
-      // fmaxf drops a NaN score, but its exponential below is NaN again and reaches sum and out.
-      largest = row_max(largest);
-      rescale[i] = exp2f(maximum[i] - largest);
-      maximum[i] = largest;
-      float tile_sum = 0.0f;
-#pragma unroll
-      for (int j = 0; j < kTilePerThread; ++j) {
-        const float p = exp2f(score[i][j] - largest);
-        tile_sum += p;
-        shared.p[ty + kSide * i][tx + kSide * j] = p;
-      }
-      sum[i] = sum[i] * rescale[i] + row_sum(tile_sum);
-    }
-    __syncwarp();
-    accumulate<D>(out, rescale, shared.p, shared.v);
+float dscore_scale(int64_t key_tokens) {
+  float scale = 1.0f;
+  if constexpr (std::is_same_v<T, __half>) {
+    for (; key_tokens > 2047; key_tokens /= 2) scale *= 2.0f;
   }
-
-#pragma unroll
-  for (int i = 0; i < B::kPerThread; ++i) {
-    const int row = ty + kSide * i;
-    const float inverse = sum[i] != 0.0f ? 1.0f / sum[i] : 0.0f;  // no key at all: 0
-#pragma unroll
-    for (int j = 0; j < B::kColumns; ++j) out[i][j] *= inverse;
-    if (tx == 0 && row < block.valid) {
-      const int64_t token =
-          (block.batch * a.heads + block.head) * a.query_tokens + block.first + row;
-      a.lse[token] = (maximum[i] + log2f(sum[i])) * kLn2;
-    }
-  }
-  __syncthreads();  // q has been read: its tile now takes the result
-  write_tile<B::kPerThread, B::kColumns, B::kPitch>(&shared.q[0][0], out);
-  __syncthreads();
-  store_tile<B::kRows, D, B::kPitch>(a.out.at(block.batch, block.head, block.first),
-                                     a.out.stride[2], block.valid, a.out.wide, &shared.q[0][0]);
-}
-
-// ---- 2 delta ---------------------------------------------------------------------------------------
-// Sixteen threads a row.
-
-template <typename T>
-struct Delta {
-  Rows<const T> dout, out;
-  int64_t heads, query_tokens, rows;
-  float* delta;
-};
-
-template <int D, typename T>
-__global__ void __launch_bounds__(kThreads) delta_kernel(Delta<T> a) {
-  const int tx = threadIdx.x % kSide, ty = threadIdx.x / kSide;
-  const int64_t row = static_cast<int64_t>(blockIdx.x) * kSide + ty;
-  const bool inside = row < a.rows;  // every lane takes part in the sum
-  float sum = 0.0f;
-  if (inside) {
-    const int64_t token = row % a.query_tokens, head = row / a.query_tokens % a.heads;
-    const int64_t batch = row / a.query_tokens / a.heads;
-    const T* const g = a.dout.at(batch, head, token);
-    const T* const out = a.out.at(batch, head, token);
-#pragma unroll
-    for (int d = tx; d < D; d += kSide) sum += to_float(g[d]) * to_float(out[d]);
-  }
-  sum = row_sum(sum);
-  if (inside && tx == 0) a.delta[row] = sum;
-}
-
-// ---- 3 query_gradient ------------------------------------------------------------------------------
-// P = exp(scale q k^T - lse),  dS = P (g v^T - delta),  dq = scale dS k.
-
-template <typename T>
-struct Backward {
-  Rows<const T> dout, q, k, v;
-  Rows<T> dq, dk, dv;
-  int64_t heads, group, query_tokens, key_tokens;
-  const float* lse;
-  const float* delta;
-  float scale;
-};
-
-template <int D>
-struct QueryGradientShared {
-  typename Block<D>::Owned q, g;
-  typename Block<D>::Passed k, v;
-  typename Block<D>::Probabilities ds;
-};
-
-template <int D, typename T>
-__global__ void __launch_bounds__(kThreads) query_gradient_kernel(Backward<T> a) {
-  using B = Block<D>;
-  auto& shared = *reinterpret_cast<QueryGradientShared<D>*>(shared_memory());
-  const int tx = threadIdx.x % kSide, ty = threadIdx.x / kSide;
-  const RowBlock block(a.heads, a.query_tokens, B::kRows);
-  const int64_t kv_head = block.head / a.group;
-  const int64_t row0 = (block.batch * a.heads + block.head) * a.query_tokens + block.first;
-  const float to_log2 = a.scale * kLog2E;
-
-  load_tile<B::kRows, D, B::kPitch>(&shared.q[0][0], a.q.at(block.batch, block.head, block.first),
-                                    a.q.stride[2], block.valid, a.q.wide);
-  load_tile<B::kRows, D, B::kPitch>(&shared.g[0][0],
-                                    a.dout.at(block.batch, block.head, block.first),
-                                    a.dout.stride[2], block.valid, a.dout.wide);
-  float lse2[B::kPerThread], delta[B::kPerThread], one[B::kPerThread];
-#pragma unroll
-  for (int i = 0; i < B::kPerThread; ++i) {
-    const int row = ty + kSide * i;
-    lse2[i] = row < block.valid ? a.lse[row0 + row] * kLog2E : 0.0f;
-    delta[i] = row < block.valid ? a.delta[row0 + row] : 0.0f;
-    one[i] = 1.0f;
-  }
-  float dq[B::kPerThread][B::kColumns] = {};
-  for (int64_t first = 0; first < a.key_tokens; first += kTile) {
-    const int valid = valid_rows(a.key_tokens, first, kTile);
-    __syncthreads();  // the tiles before have been read
-    load_tile<kTile, D, B::kPitch>(&shared.k[0][0], a.k.at(block.batch, kv_head, first),
-                                   a.k.stride[2], valid, a.k.wide);
-    load_tile<kTile, D, B::kPitch>(&shared.v[0][0], a.v.at(block.batch, kv_head, first),
-                                   a.v.stride[2], valid, a.v.wide);
-    __syncthreads();
-    float score[B::kPerThread][kTilePerThread], dp[B::kPerThread][kTilePerThread];
-    multiply_rows<D>(score, shared.q, shared.k);
-    multiply_rows<D>(dp, shared.g, shared.v);
-#pragma unroll
-    for (int i = 0; i < B::kPerThread; ++i) {
-#pragma unroll
-      for (int j = 0; j < kTilePerThread; ++j) {
-        const int key = tx + kSide * j;
-        const float p = exp2f(score[i][j] * to_log2 - lse2[i]);
-        shared.ds[ty + kSide * i][key] =
-            key < valid ? p * (dp[i][j] - delta[i]) * a.scale : 0.0f;
-      }
-    }
-    __syncwarp();
-    accumulate<D>(dq, one, shared.ds, shared.k);
-  }
-
-  __syncthreads();  // q has been read: its tile now takes the result
-  write_tile<B::kPerThread, B::kColumns, B::kPitch>(&shared.q[0][0], dq);
-  __syncthreads();
-  store_tile<B::kRows, D, B::kPitch>(a.dq.at(block.batch, block.head, block.first), a.dq.stride[2],
-                                     block.valid, a.dq.wide, &shared.q[0][0]);
-}
-
-// ---- 4 key_value_gradient --------------------------------------------------------------------------
-// dv = P^T g,  dk = scale dS^T q, summed over the query heads that read this head.
-
-template <int D>
-struct KeyValueGradientShared {
-  typename Block<D>::Owned k, v;
-  typename Block<D>::Passed q, g;
-  typename Block<D>::Probabilities p, ds;
-  float lse2[kTile], delta[kTile];
-};
-
-template <int D, typename T>
-__global__ void __launch_bounds__(kThreads) key_value_gradient_kernel(Backward<T> a) {
-  using B = Block<D>;
-  auto& shared = *reinterpret_cast<KeyValueGradientShared<D>*>(shared_memory());
-  const int tx = threadIdx.x % kSide, ty = threadIdx.x / kSide;
-  const RowBlock block(a.heads / a.group, a.key_tokens, B::kRows);
-  const float to_log2 = a.scale * kLog2E;
-
-  load_tile<B::kRows, D, B::kPitch>(&shared.k[0][0], a.k.at(block.batch, block.head, block.first),
-                                    a.k.stride[2], block.valid, a.k.wide);
-  load_tile<B::kRows, D, B::kPitch>(&shared.v[0][0], a.v.at(block.batch, block.head, block.first),
-                                    a.v.stride[2], block.valid, a.v.wide);
-  float one[B::kPerThread];
-#pragma unroll
-  for (float& value : one) value = 1.0f;
-  float dk[B::kPerThread][B::kColumns] = {}, dv[B::kPerThread][B::kColumns] = {};
-  for (int64_t head = block.head * a.group; head < (block.head + 1) * a.group; ++head) {
-    const int64_t row0 = (block.batch * a.heads + head) * a.query_tokens;
-    for (int64_t first = 0; first < a.query_tokens; first += kTile) {
-      const int valid = valid_rows(a.query_tokens, first, kTile);
-      __syncthreads();  // the tiles before have been read
-      load_tile<kTile, D, B::kPitch>(&shared.q[0][0], a.q.at(block.batch, head, first),
-                                     a.q.stride[2], valid, a.q.wide);
-      load_tile<kTile, D, B::kPitch>(&shared.g[0][0], a.dout.at(block.batch, head, first),
-                                     a.dout.stride[2], valid, a.dout.wide);
-      for (int t = threadIdx.x; t < valid; t += kThreads) {
-        shared.lse2[t] = a.lse[row0 + first + t] * kLog2E;
-        shared.delta[t] = a.delta[row0 + first + t];
-      }
-      __syncthreads();
-      float score[B::kPerThread][kTilePerThread], dp[B::kPerThread][kTilePerThread];
-      multiply_rows<D>(score, shared.k, shared.q);
-      multiply_rows<D>(dp, shared.v, shared.g);
-#pragma unroll
-      for (int i = 0; i < B::kPerThread; ++i) {
-#pragma unroll
-        for (int j = 0; j < kTilePerThread; ++j) {
-          const int key = ty + kSide * i, query = tx + kSide * j;
-          float p = 0.0f, ds = 0.0f;
-          if (query < valid) {
-            p = exp2f(score[i][j] * to_log2 - shared.lse2[query]);
-            ds = p * (dp[i][j] - shared.delta[query]) * a.scale;
-          }
-          shared.p[key][query] = p;
-          shared.ds[key][query] = ds;
-        }
-      }
-      __syncwarp();
-      accumulate<D>(dv, one, shared.p, shared.g);
-      accumulate<D>(dk, one, shared.ds, shared.q);
-    }
-  }
-
-  __syncthreads();  // k and v have been read: their tiles now take the results
-  write_tile<B::kPerThread, B::kColumns, B::kPitch>(&shared.k[0][0], dk);
-  write_tile<B::kPerThread, B::kColumns, B::kPitch>(&shared.v[0][0], dv);
-  __syncthreads();
-  store_tile<B::kRows, D, B::kPitch>(a.dk.at(block.batch, block.head, block.first), a.dk.stride[2],
-                                     block.valid, a.dk.wide, &shared.k[0][0]);
-  store_tile<B::kRows, D, B::kPitch>(a.dv.at(block.batch, block.head, block.first), a.dv.stride[2],
-                                     block.valid, a.dv.wide, &shared.v[0][0]);
+  return scale;
 }
 
 }  // namespace
-
-// ---- launchers -------------------------------------------------------------------------------------
 
 extern "C" cudaError_t softmax_attention_forward(const SoftmaxForwardArguments* arguments,
                                                  cudaStream_t stream) {
@@ -388,11 +46,21 @@ extern "C" cudaError_t softmax_attention_forward(const SoftmaxForwardArguments* 
   return for_element_type_and_head_dim(p.element, p.head_dim, [&](auto type, auto head_dim) {
     using T = typename decltype(type)::type;
     constexpr int D = decltype(head_dim)::value;
-    const int64_t blocks = p.batch * p.heads * ceil_div(p.query_tokens, Block<D>::kRows);
-    return launch(forward_kernel<D, T>, blocks, sizeof(ForwardShared<D>), stream,
-                  Forward<T>{rows_of<const T>(p.q), rows_of<const T>(p.k), rows_of<const T>(p.v),
-                             rows_of<T>(p.out), p.heads, p.group, p.query_tokens, p.key_tokens,
-                             p.lse, p.scale});
+    const Forward<T> forward{rows_of<const T>(p.q), rows_of<const T>(p.k), rows_of<const T>(p.v),
+                             rows_of<T>(p.out),     p.heads,               p.group,
+                             p.query_tokens,        p.key_tokens,          p.lse,
+                             p.scale};
+    const int64_t heads = p.batch * p.heads;
+    if constexpr (std::is_same_v<T, float>) {
+      using namespace float32;
+      return launch(forward_kernel<D>, heads * ceil_div(p.query_tokens, Block<D>::kRows),
+                    sizeof(ForwardShared<D>), stream, forward);
+    } else {
+      using namespace half_precision;
+      using Tile = ForwardTile<D>;
+      return launch(forward_kernel<D, T>, heads * ceil_div(p.query_tokens, Tile::kOwned),
+                    Tile::kSharedBytes, stream, forward, kBlockThreads);
+    }
   });
 }
 
@@ -402,24 +70,61 @@ extern "C" cudaError_t softmax_attention_backward(const SoftmaxBackwardArguments
   return for_element_type_and_head_dim(p.element, p.head_dim, [&](auto type, auto head_dim) {
     using T = typename decltype(type)::type;
     constexpr int D = decltype(head_dim)::value;
-    const int64_t rows = p.batch * p.heads * p.query_tokens;
-    cudaError_t error = launch(delta_kernel<D, T>, ceil_div(rows, kSide), 0, stream,
-                               Delta<T>{rows_of<const T>(p.dout), rows_of<const T>(p.out), p.heads,
-                                        p.query_tokens, rows, p.delta});
-    if (error != cudaSuccess) return error;
-    const Backward<T> backward{rows_of<const T>(p.dout), rows_of<const T>(p.q),
-                               rows_of<const T>(p.k),    rows_of<const T>(p.v),
-                               rows_of<T>(p.dq),         rows_of<T>(p.dk),
-                               rows_of<T>(p.dv),         p.heads,
-                               p.group,                  p.query_tokens,
-                               p.key_tokens,             p.lse,
-                               p.delta,                  p.scale};
-    error = launch(query_gradient_kernel<D, T>,
-                   p.batch * p.heads * ceil_div(p.query_tokens, Block<D>::kRows),
-                   sizeof(QueryGradientShared<D>), stream, backward);
-    if (error != cudaSuccess) return error;
-    return launch(key_value_gradient_kernel<D, T>,
-                  p.batch * (p.heads / p.group) * ceil_div(p.key_tokens, Block<D>::kRows),
-                  sizeof(KeyValueGradientShared<D>), stream, backward);
+    const Backward<T> backward{rows_of<const T>(p.dout),
+                               rows_of<const T>(p.q),
+                               rows_of<const T>(p.k),
+                               rows_of<const T>(p.v),
+                               rows_of<const T>(p.out),
+                               rows_of<T>(p.dq),
+                               rows_of<T>(p.dk),
+                               rows_of<T>(p.dv),
+                               p.heads,
+                               p.group,
+                               p.query_tokens,
+                               p.key_tokens,
+                               p.lse,
+                               p.delta,
+                               p.scale,
+                               dscore_scale<T>(p.key_tokens)};
+    const int64_t heads = p.batch * p.heads, kv_heads = heads / p.group;
+    if constexpr (std::is_same_v<T, float>) {
+      using namespace float32;
+      const cudaError_t error = launch(query_gradient_kernel<D>,
+                                       heads * ceil_div(p.query_tokens, Block<D>::kRows),
+                                       sizeof(QueryGradientShared<D>), stream, backward);
+      if (error != cudaSuccess) return error;
+      return launch(key_value_gradient_kernel<D>,
+                    kv_heads * ceil_div(p.key_tokens, Block<D>::kRows),
+                    sizeof(KeyValueGradientShared<D>), stream, backward);
+    } else {
+      using namespace half_precision;
+      using Tile = BackwardTile<D>;
+      const cudaError_t error =
+          launch(query_gradient_kernel<D, T>, heads * ceil_div(p.query_tokens, Tile::kOwned),
+                 Tile::kSharedBytes, stream, backward, kBlockThreads);
+      if (error != cudaSuccess) return error;
+      return launch(key_value_gradient_kernel<D, T>,
+                    kv_heads * ceil_div(p.key_tokens, Tile::kOwned),
+                    Tile::kSharedBytes + Tile::kStatistics, stream, backward, kBlockThreads);
+    }
+  });
+}
+
+extern "C" void softmax_attention_describe(int32_t element, int32_t head_dim, char* line,
+                                           size_t size) {
+  if (size != 0) line[0] = '\0';
+  for_element_type_and_head_dim(element, head_dim, [&](auto type, auto dim) {
+    using T = typename decltype(type)::type;
+    constexpr int D = decltype(dim)::value;
+    if constexpr (std::is_same_v<T, float>) {
+      std::snprintf(line, size, "float32 FMA, %d x %d rows, %d threads", float32::Block<D>::kRows,
+                    float32::kTile, kThreads);
+    } else {
+      using namespace half_precision;
+      std::snprintf(line, size, "mma.sync m16n8k16, %d x %d rows forward, %d x %d backward, %d threads",
+                    ForwardTile<D>::kOwned, ForwardTile<D>::kPassed, BackwardTile<D>::kOwned,
+                    BackwardTile<D>::kPassed, kBlockThreads);
+    }
+    return cudaSuccess;
   });
 }

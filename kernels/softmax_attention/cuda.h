@@ -2,6 +2,8 @@
 // lse and delta are (batch, heads, query_tokens), contiguous float32.
 #pragma once
 
+#include <cstddef>
+
 #include "../cuda/arguments.h"
 
 struct SoftmaxForwardArguments {
@@ -24,4 +26,6 @@ struct SoftmaxBackwardArguments {
 extern "C" {
 cudaError_t softmax_attention_forward(const SoftmaxForwardArguments*, cudaStream_t);
 cudaError_t softmax_attention_backward(const SoftmaxBackwardArguments*, cudaStream_t);
+// The kernels' tiles in a line; empty for what was not compiled in.
+void softmax_attention_describe(int32_t element, int32_t head_dim, char* line, size_t size);
 }

@@ -3,9 +3,18 @@
 Importing this loads the extension, and builds it the first time.
 """
 
+import torch
+from torch import Tensor
+
 from kernels import extension
 from kernels.softmax_attention.operators import attach
 
 extension.load("cuda", "softmax_attention")
 
-softmax_attention = attach("cuda")
+softmax_attention, softmax_attention_packed = attach("cuda")
+
+
+def implementation(op: str, q: Tensor, *_: object) -> str:
+    """The tiles that the kernels were compiled with for q's head dim and dtype."""
+    del op
+    return f"cuda: {torch.ops.linear_vit.cuda_softmax_attention_describe(q)}"
