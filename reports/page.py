@@ -11,12 +11,14 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, select_autoescape
 from markupsafe import Markup
 
-from reports import plots, runs, scaling
+from reports import plots, proofs, runs, scaling
 from reports.runs import Runs
 
 HOW_TO_CHECK = "python -m bench.check --json reports/out/check.json"
+HOW_TO_COMPILE = "python -m bench.static --json reports/out/static.json"
 HOW_TO_TRAIN = "python train_minimal.py table"
 _CHECK_SCHEMA = 1
+_PROOF_SCHEMA = 1
 _TABLE_SCHEMA = "linear-vit-table/1"
 
 
@@ -64,6 +66,7 @@ def write(paths: Sequence[Path], results: Path, out: Path) -> int:
         results / "check.json", lambda d: d["schema"] == _CHECK_SCHEMA and d["results"], skipped
     )
     table = _table_document(results, skipped)
+    static = _own_or_saved("static", results, skipped)
     found = scaling.groups(loaded) if loaded else []
     sections = [
         _where(loaded, check, table, skipped),
@@ -72,6 +75,7 @@ def write(paths: Sequence[Path], results: Path, out: Path) -> int:
         _speed(found),
         _training_steps(loaded),
         _correctness(check),
+        _static(static),
     ]
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
@@ -122,6 +126,19 @@ def _table_document(results: Path, skipped: list[str]) -> dict[str, Any] | None:
     for path in (results / "training" / "table.json", results / "table.json"):
         document = _document(
             path, lambda d: d["schema"] == _TABLE_SCHEMA and d["datasets"], skipped
+        )
+        if document is not None:
+            return document
+    return None
+
+
+def _own_or_saved(name: str, results: Path, skipped: list[str]) -> dict[str, Any] | None:
+    """What this machine made, else what the repository holds: machine code is the same anywhere."""
+    for folder in (results, runs.MEASUREMENTS / "static"):
+        document = _document(
+            folder / f"{name}.json",
+            lambda d: d["kind"] == name and d["schema"] == _PROOF_SCHEMA and d["rows"],
+            skipped,
         )
         if document is not None:
             return document
@@ -449,6 +466,30 @@ def _correctness(check: dict[str, Any] | None) -> Section:
             "(interpreter): Triton's kernels run instruction by instruction on the CPU, on small "
             "shapes; this shows that they are right and says nothing about their speed."
         )
+    return section
+
+
+def _static(static: dict[str, Any] | None) -> Section:
+    section = Section(
+        "static",
+        "Compiled kernels",
+        "Every kernel and configuration that ships, compiled for every architecture, with no GPU. "
+        "A line is a kernel's range over its head dims, dtypes and tiles; spilled bytes and shared "
+        "memory are those that ptxas reports, the instruction counts are of the machine code, and "
+        "the occupancy is what registers and shared memory allow.",
+    )
+    if static is None:
+        section.missing = HOW_TO_COMPILE
+        return section
+    rows = static["rows"]
+    wrong = [row for row in rows if row["faults"]]
+    title = f"{len(rows):,} kernels compiled, {len(wrong)} at fault"
+    section.tables.append(Table(title, list(proofs.STATIC_COLUMNS), proofs.static_rows(rows)))
+    section.notes += [
+        f"{row['backend']} {row['room']} {row['kernel']} {row['architecture']} D={row['head_dim']} "
+        f"{row['dtype']}: {'; '.join(row['faults'])}"
+        for row in wrong
+    ]
     return section
 
 

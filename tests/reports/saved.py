@@ -149,3 +149,36 @@ def save(path: Path, document: Any) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(document))
     return path
+
+
+def static() -> dict[str, Any]:
+    """As bench.static writes it: a kernel in two configurations, and one that spills."""
+
+    def row(kernel: str, head_dim: int, dtype: str, registers: int, **changes: Any) -> dict:
+        return {
+            "backend": "triton",
+            "room": "linear_attention",
+            "kernel": kernel,
+            "head_dim": head_dim,
+            "dtype": dtype,
+            "architecture": "sm_90a",
+            "registers": registers,
+            "spill_stores": 0,
+            "spill_loads": 0,
+            "static_shared": 0,
+            "dynamic_shared": 32 * 1024,
+            "occupancy": 0.5,
+            "tensor_core": 64,
+            "wide_loads": 8,
+            "wide_stores": 4,
+            "faults": [],
+            **changes,
+        }
+
+    spill = {"spill_stores": 12, "spill_loads": 12, "faults": ["spills 24 bytes"]}
+    rows = [
+        row("state", 64, "bfloat16", 96),
+        row("state", 128, "bfloat16", 168),
+        row("apply", 128, "float32", 255, tensor_core=0, occupancy=None, **spill),
+    ]
+    return {"kind": "static", "schema": 1, "rows": rows}

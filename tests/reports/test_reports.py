@@ -169,6 +169,7 @@ def test_page_is_self_contained_and_complete(tmp_path: Path) -> None:
     saved.save(tmp_path / "run.json", saved.run())
     saved.save(tmp_path / "check.json", saved.check())
     saved.save(tmp_path / "training" / "table.json", saved.table())
+    saved.save(tmp_path / "static.json", saved.static())
     out = tmp_path / "pages" / "index.html"
     assert main(["page", "--results", str(tmp_path), "--out", str(out)]) == 0
     html = out.read_text(encoding="utf-8")
@@ -194,6 +195,10 @@ def test_page_is_self_contained_and_complete(tmp_path: Path) -> None:
         "Failed: linear_attention-forward-float32-N64-odd: wrong result: out",
         "2 of 3",
         "1.50×",
+        "3 kernels compiled, 1 at fault",
+        "linear_attention: state",
+        "96 – 168",
+        "D=128 float32: spills 24 bytes",
         "Test CPU <3 GHz>",
     ):
         assert text in page.text, text
@@ -212,6 +217,7 @@ def test_page_without_data_says_which_commands_make_it(tmp_path: Path, monkeypat
         "pytest --benchmark-only --benchmark-json=reports/out/benchmark.json",
         "python -m bench.check --json reports/out/check.json",
         "python train_minimal.py table",
+        "python -m bench.static --json reports/out/static.json",
     ):
         assert command in page.text
     assert f"Skipped {tmp_path / 'check.json'}" in page.text
