@@ -48,7 +48,47 @@ def _tile(num_warps: int, num_stages: int, **tile: int) -> dict[str, int]:
     return {**tile, "num_warps": num_warps, "num_stages": num_stages}
 
 
-TABLE: dict[str, tuple[Rule, ...]] = {}
+def _ripple_rules(tokens: int) -> tuple[Rule, ...]:
+    """A tile of 64 channels, of fewer where there are not so many."""
+    return (
+        Rule(_tile(4, 1, BLOCK_P=4 * tokens, BLOCK_C=16), dims=range(1, 17)),
+        Rule(_tile(4, 1, BLOCK_P=2 * tokens, BLOCK_C=32), dims=range(17, 33)),
+        Rule(_tile(4, 1, BLOCK_P=tokens, BLOCK_C=64)),
+    )
+
+
+TABLE: dict[str, tuple[Rule, ...]] = {
+    "softmax_attention.forward": (
+        Rule(_tile(8, 2, OWNED=32, PASSED=32), dtypes=FLOAT32),
+        Rule(_tile(4, 3, OWNED=128, PASSED=64), dims=range(33)),
+        Rule(_tile(8, 3, OWNED=128, PASSED=64), architectures=("sm_90", "sm_100")),
+        Rule(_tile(8, 3, OWNED=128, PASSED=32), dims=range(65, 129)),
+        Rule(_tile(8, 3, OWNED=128, PASSED=64)),
+    ),
+    "softmax_attention.query_gradient": (
+        Rule(_tile(8, 2, OWNED=32, PASSED=16), dims=range(65, 129), dtypes=FLOAT32),
+        Rule(_tile(8, 2, OWNED=32, PASSED=32), dtypes=FLOAT32),
+        Rule(_tile(4, 2, OWNED=64, PASSED=64), dims=range(33)),
+        Rule(_tile(8, 2, OWNED=128, PASSED=64), architectures=("sm_90", "sm_100")),
+        Rule(_tile(8, 2, OWNED=32, PASSED=64), dims=range(65, 129)),
+        Rule(_tile(8, 2, OWNED=128, PASSED=32)),
+    ),
+    "softmax_attention.key_value_gradient": (
+        Rule(_tile(8, 2, OWNED=16, PASSED=16), dims=range(65, 129), dtypes=FLOAT32),
+        Rule(_tile(8, 2, OWNED=32, PASSED=16), dtypes=FLOAT32),
+        Rule(_tile(4, 2, OWNED=64, PASSED=64), dims=range(33)),
+        Rule(_tile(8, 2, OWNED=128, PASSED=64), architectures=("sm_100",), dims=range(65, 129)),
+        Rule(_tile(8, 2, OWNED=128, PASSED=32), architectures=("sm_90", "sm_100")),
+        Rule(_tile(8, 2, OWNED=32, PASSED=32), dims=range(65, 129)),
+        Rule(_tile(8, 2, OWNED=128, PASSED=32)),
+    ),
+    # dim is the channels. 16 bytes of channels a thread, and few idle ones.
+    "ripple.pool": _ripple_rules(16),
+    "ripple.pool_backward": _ripple_rules(16),
+    "ripple.expand": _ripple_rules(16),
+    "ripple.expand_backward": _ripple_rules(16),
+    "ripple.sum_partials": (Rule(_tile(4, 1, BLOCK_P=16, BLOCK_C=64)),),
+}
 
 
 @dataclass(frozen=True)

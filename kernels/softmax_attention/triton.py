@@ -3,19 +3,32 @@
 ==================  =========================================  ================================
 kernel              a program owns                             loops over
 ==================  =========================================  ================================
-_forward            BLOCK_N query rows of one head             keys and values, BLOCK_M a time
-_query_gradient     BLOCK_N query rows of one head             keys and values
-_key_value_gradient BLOCK_N key rows of one key/value head     its query heads and their rows
+_forward            OWNED query rows of one head               keys and values, PASSED a time
+_query_gradient     OWNED query rows of one head               keys and values
+_key_value_gradient OWNED key rows of one key/value head       its query heads and their rows
 ==================  =========================================  ================================
 
+Traffic, per head: the owned side is loaded, and results are stored, once; the other side once per
+program, ⌈N / OWNED⌉ times forward, mostly out of the L2 cache, because neighbouring programs share
+a head. Forward adds 4 bytes a query (lse), backward 20 (lse twice, δ written and read).
+Tiles, warps and stages: kernels/tuning.py.
+
 The forward keeps a running maximum and sum per row (online softmax) in float32 and writes their
-logarithm, lse = log Σ exp(s). Backward recomputes the weights from it, P = exp(s − lse):
+logarithm, lse = log Σ exp(s); inside, logarithms are to base 2. Backward recomputes the weights
+from it, P = exp(s − lse):
 
     dV = Pᵀ dO              dS = P ∘ (dO Vᵀ − δ) with δ = rowsum(dO ∘ O)
     dQ = scale · dS K       dK = scale · dSᵀ Q
 
-Each gradient has one owner that adds in a fixed order, so results repeat bit for bit. Products of
-half-precision operands run on tensor cores; P and dS are rounded to the inputs' dtype for them.
+Each gradient has one owner that adds in a fixed order, so results repeat bit for bit. Whole tiles
+are loaded and weighed without a mask; what is left of the tokens is one masked tile after the loop.
+Head dims 48 and 96 are padded to 64 and 128 columns of zeros.
+
+Products of half-precision operands run on tensor cores; P and dS are rounded to the inputs' dtype
+for them. Backward they are about 1/M, which is subnormal in float16 from M = 16,384 on, so for
+float16 P, which is at most 1, is carried times 2¹⁵, and dS times a power of two that grows with M.
+float32 products are FMA, summed a tile at a time: one long float32 sum would be off by 1e-6 from
+4,000 rows on.
 """
 
 import torch
@@ -23,11 +36,114 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kernels import tuning
+from kernels.layout import unpack_qkv
 from kernels.operators import empty_like, readable
 from kernels.softmax_attention.operators import attach
-from kernels.triton_support import dot, load_tile, narrow, operator, store_tile
+from kernels.triton_support import dot, narrow, operator
 
 _LOG2_E = tl.constexpr(1.4426950408889634)
+
+
+@triton.jit
+def _rows(head, first, row_stride, ROWS: tl.constexpr):
+    """Pointers to rows [first, first + ROWS) of a head, in 64 bits: a tensor may pass 2³¹."""
+    return head + (first + tl.arange(0, ROWS).to(tl.int64)) * row_stride
+
+
+@triton.jit
+def _load(rows, valid, D: tl.constexpr, BLOCK_D: tl.constexpr, EDGE: tl.constexpr):
+    """The rows in their own dtype; zero past column D and, where EDGE, from row ``valid`` on."""
+    columns = tl.arange(0, BLOCK_D)
+    pointers = rows[:, None] + columns[None, :]
+    inside_rows = (tl.arange(0, rows.shape[0]) < valid)[:, None]
+    if EDGE and BLOCK_D > D:
+        return tl.load(pointers, mask=inside_rows & (columns < D)[None, :], other=0.0)
+    elif EDGE:
+        return tl.load(pointers, mask=inside_rows, other=0.0)
+    elif BLOCK_D > D:
+        return tl.load(pointers, mask=(columns < D)[None, :], other=0.0)
+    else:
+        return tl.load(pointers)
+
+
+@triton.jit
+def _store(rows, valid, x, D: tl.constexpr, BLOCK_D: tl.constexpr):
+    """The first ``valid`` rows of float32 x, rounded to the tensor's dtype."""
+    columns = tl.arange(0, BLOCK_D)
+    inside = (tl.arange(0, rows.shape[0]) < valid)[:, None] & (columns < D)[None, :]
+    tl.store(rows[:, None] + columns[None, :], narrow(x, rows.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _products(a, a_rows, a_valid, b, b_rows, b_valid, D: tl.constexpr, EDGE: tl.constexpr):
+    """a bᵀ: owned rows against rows passed over.
+
+    In float32 a thread holds its rows of both operands over the whole depth of a product: at
+    D = 128 more than there are registers. So these go a few columns at a time, and the owned rows,
+    which the compiler would keep, are read anew, from the cache, through volatile loads.
+    """
+    products = tl.zeros((a_rows.shape[0], b_rows.shape[0]), dtype=tl.float32)
+    if a.dtype != tl.float32:
+        return dot(a, tl.trans(b), products)
+    DEPTH: tl.constexpr = 16
+    a_inside = (tl.arange(0, a_rows.shape[0]) < a_valid)[:, None]
+    for start in tl.static_range(0, D, DEPTH):
+        columns = start + tl.arange(0, DEPTH)
+        part = tl.load(a_rows[:, None] + columns[None, :], mask=a_inside, other=0.0, volatile=True)
+        other = _load(b_rows + start, b_valid, DEPTH, DEPTH, EDGE)
+        products = dot(part, tl.trans(other), products)
+    return products
+
+
+@triton.jit
+def _add_product(total, weights, x):
+    """total + weights @ x; float32 weights are rounded to x's dtype for the tensor cores."""
+    if x.dtype == tl.float32:
+        return total + dot(weights, x, tl.zeros_like(total))
+    else:
+        return dot(narrow(weights, x.dtype), x, total)
+
+
+# ---- forward -------------------------------------------------------------------------------------
+
+
+@triton.jit
+def _attend(
+    q,
+    q_rows,
+    q_valid,
+    k_rows,
+    v_rows,
+    valid,
+    scale,
+    maximum,
+    total,
+    accumulator,
+    D: tl.constexpr,
+    EDGE: tl.constexpr,
+    NEGATIVE: tl.constexpr,
+):
+    """One tile of keys and values. |scale| takes scores to base-2 logarithms."""
+    BLOCK_D: tl.constexpr = q.shape[1]
+    k = _load(k_rows, valid, D, BLOCK_D, EDGE)
+    scores = _products(q, q_rows, q_valid, k, k_rows, valid, D, EDGE)
+    if NEGATIVE:  # the largest score is to become the largest logarithm
+        scores = -scores
+    # The maximum may drop a NaN: its exponential is one again, and reaches the sum and the result.
+    if EDGE:
+        inside = (tl.arange(0, k_rows.shape[0]) < valid)[None, :]
+        scores = tl.where(inside, scores * scale, float("-inf"))
+        new_maximum = tl.maximum(maximum, tl.max(scores, axis=1))
+        weights = tl.exp2(scores - new_maximum[:, None])
+    else:
+        new_maximum = tl.maximum(maximum, tl.max(scores, axis=1) * scale)
+        weights = tl.exp2(scores * scale - new_maximum[:, None])
+    correction = tl.exp2(maximum - new_maximum)
+    total = total * correction + tl.sum(weights, axis=1)
+    v = _load(v_rows, valid, D, BLOCK_D, EDGE)
+    accumulator = _add_product(accumulator * correction[:, None], weights, v)
+    return new_maximum, total, accumulator
 
 
 @triton.jit
@@ -53,51 +169,85 @@ def _forward(
     out_stride_b,
     out_stride_h,
     out_stride_n,
-    scale,
+    scale,  # without its sign
     GROUP: tl.constexpr,
+    NEGATIVE: tl.constexpr,
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_M: tl.constexpr,
+    OWNED: tl.constexpr,
+    PASSED: tl.constexpr,
 ):
     program = tl.program_id(0).to(tl.int64)
     part, head = program % num_programs, program // num_programs
     b, h = head // heads, head % heads
-    hk = h // GROUP
-    columns = tl.arange(0, BLOCK_D)
-    rows = part * BLOCK_N + tl.arange(0, BLOCK_N).to(tl.int64)
-    operand: tl.constexpr = q_pointer.dtype.element_ty
+    first = part * OWNED
+    valid = tl.minimum(num_queries - first, OWNED)
 
     q_head = q_pointer + b * q_stride_b + h * q_stride_h
-    k_head = k_pointer + b * k_stride_b + hk * k_stride_h
-    v_head = v_pointer + b * v_stride_b + hk * v_stride_h
-    q = narrow(load_tile(q_head, rows, num_queries, q_stride_n, columns, D), operand)
-    maximum = tl.full((BLOCK_N,), float("-inf"), dtype=tl.float32)
-    total = tl.zeros((BLOCK_N,), dtype=tl.float32)
-    accumulator = tl.zeros((BLOCK_N, BLOCK_D), dtype=tl.float32)
-    zeros = tl.zeros((BLOCK_N, BLOCK_M), dtype=tl.float32)
-    for start in range(0, num_keys, BLOCK_M):
-        keys = start + tl.arange(0, BLOCK_M).to(tl.int64)
-        k = narrow(load_tile(k_head, keys, num_keys, k_stride_n, columns, D), operand)
-        v = narrow(load_tile(v_head, keys, num_keys, v_stride_n, columns, D), operand)
-        scores = dot(q, tl.trans(k), zeros) * (scale * _LOG2_E)
-        scores = tl.where((keys < num_keys)[None, :], scores, float("-inf"))
-        # The maximum drops NaN, but exp2(NaN − maximum) brings it back into the sum. The clamp
-        # keeps a row of nothing but NaN from making −inf − (−inf) of its finite neighbours.
-        new_maximum = tl.maximum(tl.maximum(maximum, tl.max(scores, axis=1)), -1.0e30)
-        correction = tl.exp2(maximum - new_maximum)
-        weights = tl.exp2(scores - new_maximum[:, None])
-        total = total * correction + tl.sum(weights, axis=1)
-        accumulator = dot(narrow(weights, operand), v, accumulator * correction[:, None])
-        maximum = new_maximum
+    k_head = k_pointer + b * k_stride_b + h // GROUP * k_stride_h
+    v_head = v_pointer + b * v_stride_b + h // GROUP * v_stride_h
+    q_rows = _rows(q_head, first, q_stride_n, OWNED)
+    q = _load(q_rows, valid, D, BLOCK_D, True)
+    scale_log2 = scale * _LOG2_E
+    k_rows = _rows(k_head, 0, k_stride_n, PASSED)
+    v_rows = _rows(v_head, 0, v_stride_n, PASSED)
+    maximum = tl.full((OWNED,), float("-inf"), dtype=tl.float32)
+    total = tl.zeros((OWNED,), dtype=tl.float32)
+    accumulator = tl.zeros((OWNED, BLOCK_D), dtype=tl.float32)
+    for _ in range(num_keys // PASSED):
+        maximum, total, accumulator = _attend(
+            q, q_rows, valid, k_rows, v_rows, PASSED, scale_log2,
+            maximum, total, accumulator, D, False, NEGATIVE,
+        )  # fmt: skip
+        k_rows += tl.cast(PASSED, tl.int64) * k_stride_n
+        v_rows += tl.cast(PASSED, tl.int64) * v_stride_n
+    if num_keys % PASSED != 0:
+        maximum, total, accumulator = _attend(
+            q, q_rows, valid, k_rows, v_rows, num_keys % PASSED, scale_log2,
+            maximum, total, accumulator, D, True, NEGATIVE,
+        )  # fmt: skip
 
-    empty = total == 0
-    out = accumulator / tl.where(empty, 1.0, total)[:, None]
-    lse = (maximum + tl.log2(tl.where(empty, 1.0, total))) / _LOG2_E
+    divisor = tl.where(total == 0, 1.0, total)  # no key at all: 0
     out_head = out_pointer + b * out_stride_b + h * out_stride_h
-    store_tile(out_head, rows, num_queries, out_stride_n, columns, D, out)
-    lse = tl.where(empty, float("-inf"), lse)
-    tl.store(lse_pointer + head * num_queries + rows, lse, mask=rows < num_queries)
+    out_rows = _rows(out_head, first, out_stride_n, OWNED)
+    _store(out_rows, valid, accumulator / divisor[:, None], D, BLOCK_D)
+    lse = (maximum + tl.log2(divisor)) / _LOG2_E
+    rows = tl.arange(0, OWNED)
+    tl.store(lse_pointer + head * num_queries + first + rows, lse, mask=rows < valid)
+
+
+# ---- backward ------------------------------------------------------------------------------------
+
+
+@triton.jit
+def _add_query_gradient(
+    q,
+    dout,
+    q_rows,
+    dout_rows,
+    q_valid,
+    lse,
+    delta,
+    k_rows,
+    v_rows,
+    valid,
+    scale_log2,
+    dscore_scale,
+    dq,
+    D: tl.constexpr,
+    EDGE: tl.constexpr,
+):
+    """dq + dS k for one tile of keys and values, dS times ``dscore_scale``."""
+    BLOCK_D: tl.constexpr = q.shape[1]
+    k = _load(k_rows, valid, D, BLOCK_D, EDGE)
+    v = _load(v_rows, valid, D, BLOCK_D, EDGE)
+    scores = _products(q, q_rows, q_valid, k, k_rows, valid, D, EDGE)
+    weights = tl.exp2(scores * scale_log2 - lse[:, None])
+    if EDGE:
+        weights = tl.where((tl.arange(0, k_rows.shape[0]) < valid)[None, :], weights, 0.0)
+    dweights = _products(dout, dout_rows, q_valid, v, v_rows, valid, D, EDGE)
+    dscores = weights * (dweights * dscore_scale - delta[:, None])
+    return _add_product(dq, dscores, k)
 
 
 @triton.jit
@@ -112,7 +262,7 @@ def _query_gradient(
     dq_pointer,
     num_queries,
     num_keys,
-    num_programs,
+    num_programs,  # along the query rows of one head
     heads,
     dout_stride_b,
     dout_stride_h,
@@ -133,47 +283,98 @@ def _query_gradient(
     dq_stride_h,
     dq_stride_n,
     scale,
+    dscore_scale,  # of dS as an operand, a power of two
     GROUP: tl.constexpr,
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_M: tl.constexpr,
+    OWNED: tl.constexpr,
+    PASSED: tl.constexpr,
 ):
     program = tl.program_id(0).to(tl.int64)
     part, head = program % num_programs, program // num_programs
     b, h = head // heads, head % heads
-    hk = h // GROUP
-    columns = tl.arange(0, BLOCK_D)
-    rows = part * BLOCK_N + tl.arange(0, BLOCK_N).to(tl.int64)
-    operand: tl.constexpr = q_pointer.dtype.element_ty
+    first = part * OWNED
+    valid = tl.minimum(num_queries - first, OWNED)
+    rows = tl.arange(0, OWNED)
 
     q_head = q_pointer + b * q_stride_b + h * q_stride_h
-    k_head = k_pointer + b * k_stride_b + hk * k_stride_h
-    v_head = v_pointer + b * v_stride_b + hk * v_stride_h
+    k_head = k_pointer + b * k_stride_b + h // GROUP * k_stride_h
+    v_head = v_pointer + b * v_stride_b + h // GROUP * v_stride_h
     out_head = out_pointer + b * out_stride_b + h * out_stride_h
     dout_head = dout_pointer + b * dout_stride_b + h * dout_stride_h
-    q = narrow(load_tile(q_head, rows, num_queries, q_stride_n, columns, D), operand)
-    out = load_tile(out_head, rows, num_queries, out_stride_n, columns, D)
-    dout = load_tile(dout_head, rows, num_queries, dout_stride_n, columns, D)
-    lse = tl.load(lse_pointer + head * num_queries + rows, mask=rows < num_queries, other=0.0)
-    delta = tl.sum(out * dout, axis=1)
-    tl.store(delta_pointer + head * num_queries + rows, delta, mask=rows < num_queries)
-    dout = narrow(dout, operand)
+    q_rows = _rows(q_head, first, q_stride_n, OWNED)
+    dout_rows = _rows(dout_head, first, dout_stride_n, OWNED)
+    out_rows = _rows(out_head, first, out_stride_n, OWNED)
+    q = _load(q_rows, valid, D, BLOCK_D, True)
+    dout = _load(dout_rows, valid, D, BLOCK_D, True)
+    out = _load(out_rows, valid, D, BLOCK_D, True)
+    delta = tl.sum(out.to(tl.float32) * dout.to(tl.float32), axis=1)
+    row0 = head * num_queries + first
+    tl.store(delta_pointer + row0 + rows, delta, mask=rows < valid)
+    # Rows past the end get weights of 0.
+    lse = tl.load(lse_pointer + row0 + rows, mask=rows < valid, other=float("inf")) * _LOG2_E
 
-    dq = tl.zeros((BLOCK_N, BLOCK_D), dtype=tl.float32)
-    zeros = tl.zeros((BLOCK_N, BLOCK_M), dtype=tl.float32)
-    for start in range(0, num_keys, BLOCK_M):
-        keys = start + tl.arange(0, BLOCK_M).to(tl.int64)
-        k = narrow(load_tile(k_head, keys, num_keys, k_stride_n, columns, D), operand)
-        v = narrow(load_tile(v_head, keys, num_keys, v_stride_n, columns, D), operand)
-        scores = dot(q, tl.trans(k), zeros) * scale
-        weights = tl.exp2((scores - lse[:, None]) * _LOG2_E)
-        weights = tl.where((keys < num_keys)[None, :], weights, 0.0)
-        dweights = dot(dout, tl.trans(v), zeros)
-        dscores = weights * (dweights - delta[:, None])
-        dq = dot(narrow(dscores, operand), k, dq)
+    k_rows = _rows(k_head, 0, k_stride_n, PASSED)
+    v_rows = _rows(v_head, 0, v_stride_n, PASSED)
+    dq = tl.zeros((OWNED, BLOCK_D), dtype=tl.float32)
+    delta *= dscore_scale
+    scale_log2 = scale * _LOG2_E
+    for _ in range(num_keys // PASSED):
+        dq = _add_query_gradient(
+            q, dout, q_rows, dout_rows, valid, lse, delta, k_rows, v_rows, PASSED,
+            scale_log2, dscore_scale, dq, D, False,
+        )  # fmt: skip
+        k_rows += tl.cast(PASSED, tl.int64) * k_stride_n
+        v_rows += tl.cast(PASSED, tl.int64) * v_stride_n
+    if num_keys % PASSED != 0:
+        dq = _add_query_gradient(
+            q, dout, q_rows, dout_rows, valid, lse, delta, k_rows, v_rows, num_keys % PASSED,
+            scale_log2, dscore_scale, dq, D, True,
+        )  # fmt: skip
     dq_head = dq_pointer + b * dq_stride_b + h * dq_stride_h
-    store_tile(dq_head, rows, num_queries, dq_stride_n, columns, D, dq * scale)
+    dq_rows = _rows(dq_head, first, dq_stride_n, OWNED)
+    _store(dq_rows, valid, dq * (scale / dscore_scale), D, BLOCK_D)
+
+
+@triton.jit
+def _add_key_value_gradient(
+    k,
+    v,
+    k_rows,
+    v_rows,
+    k_valid,
+    q_rows,
+    dout_rows,
+    lse_rows,
+    delta_rows,
+    valid,
+    scale_log2,
+    dscore_scale,
+    dk,
+    dv,
+    D: tl.constexpr,
+    EDGE: tl.constexpr,
+    SHIFT: tl.constexpr,
+):
+    """dk + dSᵀ q and dv + Pᵀ dout for one tile of queries: dS times ``dscore_scale``, P 2^SHIFT."""
+    BLOCK_D: tl.constexpr = k.shape[1]
+    q = _load(q_rows, valid, D, BLOCK_D, EDGE)
+    dout = _load(dout_rows, valid, D, BLOCK_D, EDGE)
+    if EDGE:  # rows past the end get weights of 0
+        inside = tl.arange(0, q_rows.shape[0]) < valid
+        lse = tl.load(lse_rows, mask=inside, other=float("inf"))
+        delta = tl.load(delta_rows, mask=inside, other=0.0)
+    else:
+        lse = tl.load(lse_rows)
+        delta = tl.load(delta_rows)
+    scores = _products(k, k_rows, k_valid, q, q_rows, valid, D, EDGE)
+    weights = tl.exp2(scores * scale_log2 - (lse * _LOG2_E - SHIFT)[None, :])
+    dv = _add_product(dv, weights, dout)
+    dweights = _products(v, v_rows, k_valid, dout, dout_rows, valid, D, EDGE)
+    factor = dscore_scale * 2.0**-SHIFT
+    dscores = weights * (dweights * factor - (delta * factor)[None, :])
+    dk = _add_product(dk, dscores, q)
+    return dk, dv
 
 
 @triton.jit
@@ -188,7 +389,7 @@ def _key_value_gradient(
     dv_pointer,
     num_queries,
     num_keys,
-    num_programs,
+    num_programs,  # along the key rows of one key/value head
     kv_heads,
     dout_stride_b,
     dout_stride_h,
@@ -209,73 +410,85 @@ def _key_value_gradient(
     dv_stride_h,
     dv_stride_n,
     scale,
+    dscore_scale,  # of dS as an operand, a power of two
     GROUP: tl.constexpr,
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_M: tl.constexpr,
+    OWNED: tl.constexpr,
+    PASSED: tl.constexpr,
 ):
     program = tl.program_id(0).to(tl.int64)
     part, head = program % num_programs, program // num_programs
     b, hk = head // kv_heads, head % kv_heads
-    columns = tl.arange(0, BLOCK_D)
-    keys = part * BLOCK_N + tl.arange(0, BLOCK_N).to(tl.int64)
-    operand: tl.constexpr = k_pointer.dtype.element_ty
+    first = part * OWNED
+    valid = tl.minimum(num_keys - first, OWNED)
 
     k_head = k_pointer + b * k_stride_b + hk * k_stride_h
     v_head = v_pointer + b * v_stride_b + hk * v_stride_h
-    k = narrow(load_tile(k_head, keys, num_keys, k_stride_n, columns, D), operand)
-    v = narrow(load_tile(v_head, keys, num_keys, v_stride_n, columns, D), operand)
-    dk = tl.zeros((BLOCK_N, BLOCK_D), dtype=tl.float32)
-    dv = tl.zeros((BLOCK_N, BLOCK_D), dtype=tl.float32)
-    zeros = tl.zeros((BLOCK_N, BLOCK_M), dtype=tl.float32)
+    k_rows = _rows(k_head, first, k_stride_n, OWNED)
+    v_rows = _rows(v_head, first, v_stride_n, OWNED)
+    k = _load(k_rows, valid, D, BLOCK_D, True)
+    v = _load(v_rows, valid, D, BLOCK_D, True)
+    # P ≤ 1, so that 2¹⁵ P fits float16; the other dtypes have the exponents.
+    SHIFT: tl.constexpr = 15.0 if k_pointer.dtype.element_ty == tl.float16 else 0.0
+    dk = tl.zeros((OWNED, BLOCK_D), dtype=tl.float32)
+    dv = tl.zeros((OWNED, BLOCK_D), dtype=tl.float32)
+    scale_log2 = scale * _LOG2_E
     for g in range(GROUP):
         h = hk * GROUP + g
         q_head = q_pointer + b * q_stride_b + h * q_stride_h
         dout_head = dout_pointer + b * dout_stride_b + h * dout_stride_h
-        row_head = (b * kv_heads * GROUP + h) * num_queries
-        for start in range(0, num_queries, BLOCK_M):
-            rows = start + tl.arange(0, BLOCK_M).to(tl.int64)
-            inside = rows < num_queries
-            q = narrow(load_tile(q_head, rows, num_queries, q_stride_n, columns, D), operand)
-            dout = load_tile(dout_head, rows, num_queries, dout_stride_n, columns, D)
-            dout = narrow(dout, operand)
-            lse = tl.load(lse_pointer + row_head + rows, mask=inside, other=0.0)
-            delta = tl.load(delta_pointer + row_head + rows, mask=inside, other=0.0)
-            scores = dot(k, tl.trans(q), zeros) * scale  # (keys, rows)
-            weights = tl.exp2((scores - lse[None, :]) * _LOG2_E)
-            weights = tl.where(inside[None, :], weights, 0.0)
-            dv = dot(narrow(weights, operand), dout, dv)
-            dweights = dot(v, tl.trans(dout), zeros)
-            dscores = weights * (dweights - delta[None, :])
-            dk = dot(narrow(dscores, operand), q, dk)
+        q_rows = _rows(q_head, 0, q_stride_n, PASSED)
+        dout_rows = _rows(dout_head, 0, dout_stride_n, PASSED)
+        rows = (b * kv_heads * GROUP + h) * num_queries + tl.arange(0, PASSED)
+        lse_rows, delta_rows = lse_pointer + rows, delta_pointer + rows
+        for _ in range(num_queries // PASSED):
+            dk, dv = _add_key_value_gradient(
+                k, v, k_rows, v_rows, valid, q_rows, dout_rows, lse_rows, delta_rows, PASSED,
+                scale_log2, dscore_scale, dk, dv, D, False, SHIFT,
+            )  # fmt: skip
+            q_rows += tl.cast(PASSED, tl.int64) * q_stride_n
+            dout_rows += tl.cast(PASSED, tl.int64) * dout_stride_n
+            lse_rows += PASSED
+            delta_rows += PASSED
+        if num_queries % PASSED != 0:
+            dk, dv = _add_key_value_gradient(
+                k, v, k_rows, v_rows, valid, q_rows, dout_rows, lse_rows, delta_rows,
+                num_queries % PASSED, scale_log2, dscore_scale, dk, dv, D, True, SHIFT,
+            )  # fmt: skip
     dk_head = dk_pointer + b * dk_stride_b + hk * dk_stride_h
     dv_head = dv_pointer + b * dv_stride_b + hk * dv_stride_h
-    store_tile(dk_head, keys, num_keys, dk_stride_n, columns, D, dk * scale)
-    store_tile(dv_head, keys, num_keys, dv_stride_n, columns, D, dv)
+    dk_rows = _rows(dk_head, first, dk_stride_n, OWNED)
+    dv_rows = _rows(dv_head, first, dv_stride_n, OWNED)
+    _store(dk_rows, valid, dk * (scale / dscore_scale), D, BLOCK_D)
+    _store(dv_rows, valid, dv * 2.0**-SHIFT, D, BLOCK_D)
 
 
-def tile_options(head_dim: int, dtype: torch.dtype) -> dict[str, int]:
-    """Tile and warps for a head dim and dtype."""
-    block_d = triton.next_power_of_2(head_dim)
-    half = dtype != torch.float32
-    return {
-        "D": head_dim,
-        "BLOCK_D": block_d,
-        "BLOCK_N": 64 if half else 32,
-        "BLOCK_M": 64 if half and block_d <= 64 else 32,
-        "num_warps": 8 if block_d > 64 else 4,
-        "num_stages": 2,
-    }
+# ---- launchers -----------------------------------------------------------------------------------
 
 
-@operator("softmax_attention")
-def _launch(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+def _options(
+    kernel: str, head_dim: int, dtype: torch.dtype, device: torch.device
+) -> dict[str, int]:
+    """A kernel's constants that the head dim decides, and what the tuning table has for it."""
+    chosen = tuning.options(f"softmax_attention.{kernel}", head_dim, dtype, device)
+    return {"D": head_dim, "BLOCK_D": triton.next_power_of_2(head_dim)} | chosen
+
+
+def _dscore_scale(dtype: torch.dtype, num_keys: int) -> float:
+    """The power of two that dS is an operand times: dS, about 1/M, must not underflow float16.
+
+    It grows as slowly as accuracy allows: what the inputs' scale leaves to overflow is not known.
+    """
+    return 2.0 ** max(0, num_keys.bit_length() - 11) if dtype == torch.float16 else 1.0
+
+
+def _launch_forward(q: Tensor, k: Tensor, v: Tensor, out: Tensor, scale: float) -> Tensor:
+    """Fill ``out``, (B, H, N, D); returns lse."""
     batch, heads, num_queries, head_dim = q.shape
-    out = empty_like(q)
     lse = q.new_empty((batch, heads, num_queries), dtype=torch.float32)
-    options = tile_options(head_dim, q.dtype)
-    parts = triton.cdiv(num_queries, options["BLOCK_N"])
+    options = _options("forward", head_dim, q.dtype, q.device)
+    parts = triton.cdiv(num_queries, options["OWNED"])
     if out.numel():
         _forward[(parts * batch * heads,)](
             q,
@@ -291,25 +504,35 @@ def _launch(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tens
             *k.stride()[:3],
             *v.stride()[:3],
             *out.stride()[:3],
-            scale,
+            abs(scale),
             GROUP=heads // k.shape[1],
+            NEGATIVE=scale < 0,
             **options,
         )
-    return out, lse
+    return lse
 
 
-@operator("softmax_attention_backward")
 def _launch_backward(
-    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, scale: float
-) -> tuple[Tensor, Tensor, Tensor]:
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    dq: Tensor,
+    dk: Tensor,
+    dv: Tensor,
+    scale: float,
+) -> None:
+    """Fill ``dq``, ``dk`` and ``dv``."""
     batch, heads, num_queries, head_dim = q.shape
     kv_heads, num_keys = k.shape[1], k.shape[2]
-    dout = readable(dout)
-    dq, dk, dv = empty_like(q), empty_like(k), empty_like(v)
+    dout, out, lse = readable(dout), readable(out), lse.contiguous()
     delta = torch.empty_like(lse)
-    options = tile_options(head_dim, q.dtype)
+    scales = scale, _dscore_scale(q.dtype, num_keys)
     if dq.numel():
-        parts = triton.cdiv(num_queries, options["BLOCK_N"])
+        options = _options("query_gradient", head_dim, q.dtype, q.device)
+        parts = triton.cdiv(num_queries, options["OWNED"])
         _query_gradient[(parts * batch * heads,)](
             dout,
             q,
@@ -329,12 +552,13 @@ def _launch_backward(
             *v.stride()[:3],
             *out.stride()[:3],
             *dq.stride()[:3],
-            scale,
+            *scales,
             GROUP=heads // kv_heads,
             **options,
         )
     if dk.numel():
-        parts = triton.cdiv(num_keys, options["BLOCK_N"])
+        options = _options("key_value_gradient", head_dim, q.dtype, q.device)
+        parts = triton.cdiv(num_keys, options["OWNED"])
         _key_value_gradient[(parts * batch * kv_heads,)](
             dout,
             q,
@@ -354,11 +578,41 @@ def _launch_backward(
             *v.stride()[:3],
             *dk.stride()[:3],
             *dv.stride()[:3],
-            scale,
+            *scales,
             GROUP=heads // kv_heads,
             **options,
         )
+
+
+@operator("softmax_attention")
+def _operator(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    out = empty_like(q)
+    return out, _launch_forward(q, k, v, out, scale)
+
+
+@operator("softmax_attention_backward")
+def _backward_operator(
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    dq, dk, dv = empty_like(q), empty_like(k), empty_like(v)
+    _launch_backward(dout, q, k, v, out, lse, dq, dk, dv, scale)
     return dq, dk, dv
 
 
-softmax_attention = attach("triton")
+@operator("softmax_attention_packed")
+def _packed_operator(qkv: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    out = empty_like(qkv[:, :, 0])
+    return out, _launch_forward(*unpack_qkv(qkv), out.transpose(1, 2), scale)
+
+
+@operator("softmax_attention_packed_backward")
+def _packed_backward_operator(
+    dout: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, scale: float
+) -> Tensor:
+    dqkv = empty_like(qkv)
+    dout, out = dout.transpose(1, 2), out.transpose(1, 2)
+    _launch_backward(dout, *unpack_qkv(qkv), out, lse, *unpack_qkv(dqkv), scale)
+    return dqkv
+
+
+softmax_attention, softmax_attention_packed = attach("triton")
