@@ -76,6 +76,7 @@ TABLE: dict[str, tuple[Rule, ...]] = {
     "softmax_attention.key_value_gradient": (
         Rule(_tile(8, 2, OWNED=16, PASSED=16), dims=range(65, 129), dtypes=FLOAT32),
         Rule(_tile(8, 2, OWNED=32, PASSED=16), dtypes=FLOAT32),
+        Rule(_tile(4, 2, OWNED=64, PASSED=32), dims=range(17)),
         Rule(_tile(4, 2, OWNED=64, PASSED=64), dims=range(33)),
         Rule(_tile(8, 2, OWNED=128, PASSED=64), architectures=("sm_100",), dims=range(65, 129)),
         Rule(_tile(8, 2, OWNED=128, PASSED=32), architectures=("sm_90", "sm_100")),
