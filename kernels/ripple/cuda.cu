@@ -341,7 +341,8 @@ __host__ __device__ Shared expand_shared(const Stages<T>& p) {
 }
 template <typename T>
 __host__ __device__ Shared expand_backward_shared(const Stages<T>& p) {
-  return {p.first[p.num_stages], 2 * (p.first[p.num_stages] - p.first[1]),
+  return {p.first[p.num_stages],
+          p.first[p.num_stages] + p.first[p.num_stages + 1] - 2 * p.first[1],
           p.num_stages * kSums + kWarps * kRound};
 }
 
@@ -576,9 +577,9 @@ __global__ void __launch_bounds__(kThreads) expand_stages_kernel(Stages<T> p) {
   }
 }
 
-// 6 expand_stages_backward. A block: a split of the images in turn, lanes * kSize channels. Up: the
-// gradient of every expanded level, from dout to dz. Down: the expanded levels again, for the pair
-// weights. Then every level's own gradient and its lateral weight's.
+// 6 expand_stages_backward. A block: a split of the images in turn, lanes * kSize channels. Down: the
+// expanded levels again, from z. Up: their gradients, from dout to dz, and on the way those of the
+// pair weights. Then every level's own gradient and its lateral weight's.
 
 template <typename T, int kSize>
 __global__ void __launch_bounds__(kThreads, 1) expand_stages_backward_kernel(Stages<T> p) {
@@ -591,144 +592,124 @@ __global__ void __launch_bounds__(kThreads, 1) expand_stages_backward_kernel(Sta
   // dout in the place of level 0, then levels 1 to S - 1.
   const Elements<T, kSize> elements{reinterpret_cast<Vector<T, kSize>*>(memory), p.lanes,
                                     place.lane};
-  // The gradients of the expanded levels 1 to S - 1, then these levels.
+  // The gradients of the expanded levels 1 to S - 1, then the expanded levels 1 to S, S being z.
   const Floats<kSize> floats(memory + shared.floats_at(width, sizeof(T)), p.lanes, place.lane);
-  const int expanded = p.first[last] - 2 * p.first[1], gradients = -p.first[1];
+  const int gradients = -p.first[1], expanded = p.first[last] - 2 * p.first[1];
   float* const total = reinterpret_cast<float*>(memory + shared.sums_at(width, sizeof(T)));
   float* const exchange = total + last * kSums * width;
   for (int c = threadIdx.x; c < last * kSums * width; c += kThreads) total[c] = 0.0f;
 
-  const auto read_gradient = [&](float (&g)[kSize], int s, int token) {
-    if (s == 0) {
-      elements.read(g, token);
-    } else {
-      floats.read(g, gradients + p.first[s] + token);
-    }
-  };
-  // body(parity, row, col) of the fine tokens of a coarse one
-  const auto for_pair = [&](int s, int coarse, auto body) {
-    const int row = coarse / p.cols[s + 1], col = coarse % p.cols[s + 1];
-#pragma unroll
-    for (int parity = 0; parity < kPairTaps; ++parity) {
-      const int fine_row = p.axes[s] == 0 ? row * 2 + parity : row;
-      const int fine_col = p.axes[s] == 0 ? col : col * 2 + parity;
-      if (fine_row < p.rows[s] && fine_col < p.cols[s]) body(parity, fine_row, fine_col);
-    }
-  };
-  const auto load_pair = [&](float (&pair)[kPairTaps][kSize], int s) {
-#pragma unroll
-    for (int parity = 0; parity < kPairTaps; ++parity) {
-      load<T, kSize>(pair[parity], p.pair_weight[s] + parity * p.channels + place.channel);
-    }
-  };
-
-  int64_t image = split;
-  // The gradients of level s and of its lateral weight, from that of the expanded level s.
-  const auto lateral = [&](int s, auto finest) {
-    float sum[kTaps][kSize] = {};
-    if (place.inside) {
-      float weight[kTaps][kSize];
-      load_weight<T, kSize>(weight, p.weight[s], place.channel);
-      const int rows = p.rows[s], cols = p.cols[s], first = p.first[s];
-#pragma unroll 1
-      for (int i = place.slot; i < p.tokens[s]; i += place.slots) {
-        const int row = i / cols, col = i % cols;
-        float x[kSize], dx[kSize] = {};
-        if constexpr (decltype(finest)::value) {
-          load<T, kSize>(x, p.level[0].at(image, row, col) + place.channel);
-        } else {
-          elements.read(x, first + i);
-        }
-#pragma unroll
-        for (int tap = 0; tap < kTaps; ++tap) {
-          const int r = row + 1 - tap / 3, c = col + 1 - tap % 3;
-          if (r < 0 || r >= rows || c < 0 || c >= cols) continue;
-          float g[kSize];
-          if constexpr (decltype(finest)::value) {
-            elements.read(g, r * cols + c);
-          } else {
-            floats.read(g, gradients + first + r * cols + c);
-          }
-          add_product(dx, weight[tap], g);
-          add_product(sum[tap], x, g);
-        }
-        store<T, kSize>(p.gradient[s].at(image, row, col) + place.channel, dx);
-      }
-    }
-    add_block_sums(total + s * kSums * width, exchange, sum, p.lanes);
+  const auto add_pair = [&](float (&sum)[kSize], int s, int parity, const float (&x)[kSize]) {
+    float pair[kSize];
+    load<T, kSize>(pair, p.pair_weight[s] + parity * p.channels + place.channel);
+    add_product(sum, pair, x);
   };
 
 #pragma unroll 1
-  for (; image < p.batch; image += p.num_splits) {
+  for (int64_t image = split; image < p.batch; image += p.num_splits) {
     __syncthreads();  // the image before has been read
     if (place.inside) {
       load_level(elements, 0, p.out, image, p.tokens[0], p.cols[0], place);
       for (int s = 1; s < last; ++s) {
         load_level(elements, p.first[s], p.level[s], image, p.tokens[s], p.cols[s], place);
       }
-    }
-
 #pragma unroll 1
-    for (int s = 0; s < last; ++s) {  // up
-      __syncthreads();  // the gradient of the expanded level s is there
-      if (!place.inside) continue;
-      float pair[kPairTaps][kSize];
-      load_pair(pair, s);
-#pragma unroll 1
-      for (int i = place.slot; i < p.tokens[s + 1]; i += place.slots) {
-        float dz[kSize] = {};
-        for_pair(s, i, [&](int parity, int row, int col) {
-          float g[kSize];
-          read_gradient(g, s, row * p.cols[s] + col);
-          add_product(dz, pair[parity], g);
-        });
-        if (s + 1 < last) {
-          floats.write(gradients + p.first[s + 1] + i, dz);
-        } else {
-          store<T, kSize>(
-              p.gradient[last].at(image, i / p.cols[last], i % p.cols[last]) + place.channel, dz);
-        }
+      for (int i = place.slot; i < p.tokens[last]; i += place.slots) {
+        float z[kSize];
+        load<T, kSize>(
+            z, p.level[last].at(image, i / p.cols[last], i % p.cols[last]) + place.channel);
+        floats.write(expanded + p.first[last] + i, z);
       }
     }
 
 #pragma unroll 1
-    for (int s = last - 1; s >= 0; --s) {  // down
-      __syncthreads();  // the expanded level s + 1 is there
+    for (int s = last - 1; s > 0; --s) {  // down
+      __syncthreads();  // the expanded level s + 1 is there, and level s
+      if (!place.inside) continue;
+      float weight[kTaps][kSize];
+      load_weight<T, kSize>(weight, p.weight[s], place.channel);
+      const int rows = p.rows[s], cols = p.cols[s];
+#pragma unroll 1
+      for (int i = place.slot; i < p.tokens[s]; i += place.slots) {
+        const int row = i / cols, col = i % cols;
+        const int coarse = p.axes[s] == 0 ? row / 2 * cols + col : row * p.cols[s + 1] + col / 2;
+        float sum[kSize] = {}, z[kSize];
+        add_window(sum, weight, elements, p.first[s], row, col, rows, cols);
+        floats.read(z, expanded + p.first[s + 1] + coarse);
+        add_pair(sum, s, (p.axes[s] == 0 ? row : col) % 2, z);
+        floats.write(expanded + p.first[s] + i, sum);
+      }
+    }
+
+#pragma unroll 1
+    for (int s = 0; s < last; ++s) {  // up
+      __syncthreads();  // the gradient of the expanded level s is there, and that level
       float sum[kPairTaps][kSize] = {};
       if (place.inside) {
-        float weight[kTaps][kSize], pair[kPairTaps][kSize];
-        if (s > 0) load_weight<T, kSize>(weight, p.weight[s], place.channel);
-        load_pair(pair, s);
+        const int rows = p.rows[s], cols = p.cols[s], coarse_cols = p.cols[s + 1];
 #pragma unroll 1
         for (int i = place.slot; i < p.tokens[s + 1]; i += place.slots) {
-          float z[kSize];
-          if (s + 1 == last) {
-            load<T, kSize>(z, p.level[last].at(image, i / p.cols[last], i % p.cols[last]) +
-                                  place.channel);
-          } else {
-            floats.read(z, expanded + p.first[s + 1] + i);
-          }
-          for_pair(s, i, [&](int parity, int row, int col) {
-            const int token = row * p.cols[s] + col;
+          const int coarse_row = i / coarse_cols, coarse_col = i % coarse_cols;
+          float z[kSize], dz[kSize] = {};
+          floats.read(z, expanded + p.first[s + 1] + i);
+#pragma unroll
+          for (int parity = 0; parity < kPairTaps; ++parity) {
+            const int row = p.axes[s] == 0 ? coarse_row * 2 + parity : coarse_row;
+            const int col = p.axes[s] == 0 ? coarse_col : coarse_col * 2 + parity;
+            if (row >= rows || col >= cols) continue;
             float g[kSize];
-            read_gradient(g, s, token);
-            add_product(sum[parity], g, z);
-            if (s > 0) {
-              float x[kSize] = {};
-              add_window(x, weight, elements, p.first[s], row, col, p.rows[s], p.cols[s]);
-              add_product(x, pair[parity], z);
-              floats.write(expanded + p.first[s] + token, x);
+            if (s == 0) {
+              elements.read(g, row * cols + col);
+            } else {
+              floats.read(g, gradients + p.first[s] + row * cols + col);
             }
-          });
+            add_pair(dz, s, parity, g);
+            add_product(sum[parity], z, g);
+          }
+          if (s + 1 < last) {
+            floats.write(gradients + p.first[s + 1] + i, dz);
+          } else {
+            store<T, kSize>(p.gradient[last].at(image, coarse_row, coarse_col) + place.channel, dz);
+          }
         }
       }
       add_block_sums(total + (s * kSums + kTaps) * width, exchange, sum, p.lanes);
     }
 
-    // Two copies of the loop: dout and x come from elsewhere than other levels' gradient and tokens.
-    lateral(0, std::true_type{});
 #pragma unroll 1
-    for (int s = 1; s < last; ++s) lateral(s, std::false_type{});
+    for (int s = 0; s < last; ++s) {
+      float sum[kTaps][kSize] = {};
+      if (place.inside) {
+        float weight[kTaps][kSize];
+        load_weight<T, kSize>(weight, p.weight[s], place.channel);
+        const int rows = p.rows[s], cols = p.cols[s], first = p.first[s];
+#pragma unroll 1
+        for (int i = place.slot; i < p.tokens[s]; i += place.slots) {
+          const int row = i / cols, col = i % cols;
+          float x[kSize], dx[kSize] = {};
+          if (s == 0) {
+            load<T, kSize>(x, p.level[0].at(image, row, col) + place.channel);
+          } else {
+            elements.read(x, first + i);
+          }
+#pragma unroll
+          for (int tap = 0; tap < kTaps; ++tap) {
+            const int r = row + 1 - tap / 3, c = col + 1 - tap % 3;
+            if (r < 0 || r >= rows || c < 0 || c >= cols) continue;
+            float g[kSize];
+            if (s == 0) {
+              elements.read(g, r * cols + c);
+            } else {
+              floats.read(g, gradients + first + r * cols + c);
+            }
+            add_product(dx, weight[tap], g);
+            add_product(sum[tap], x, g);
+          }
+          store<T, kSize>(p.gradient[s].at(image, row, col) + place.channel, dx);
+        }
+      }
+      add_block_sums(total + s * kSums * width, exchange, sum, p.lanes);
+    }
   }
   __syncthreads();
   store_block_sums<kSize>(p.workspace + split * last * kSums * p.channels, total, last * kSums,
@@ -752,7 +733,11 @@ __global__ void __launch_bounds__(kThreads) reduce_kernel(Reduce<T> p) {
   const int s = blockIdx.x / blocks_per_stage;
   const int64_t i = blockIdx.x % blocks_per_stage * static_cast<int64_t>(kThreads) + threadIdx.x;
   const int64_t tap = i / p.channels, channel = i % p.channels;
-  T* const dpair_weight = p.dpair_weight[s];
+  T *dweight = nullptr, *dpair_weight = nullptr;
+#pragma unroll
+  for (int stage = 0; stage < kMostStages; ++stage) {  // an index would put the struct in memory
+    if (stage == s) dweight = p.dweight[stage], dpair_weight = p.dpair_weight[stage];
+  }
   if (i >= size || (tap >= kTaps && !dpair_weight)) return;
   const float* const partials = p.partials + s * size + i;
   float sum = 0.0f;
@@ -761,7 +746,7 @@ __global__ void __launch_bounds__(kThreads) reduce_kernel(Reduce<T> p) {
     sum += load_global(partials + split * p.num_stages * size);
   }
   if (tap < kTaps) {
-    store_global(p.dweight[s] + channel * kTaps + tap, from_float<T>(sum));
+    store_global(dweight + channel * kTaps + tap, from_float<T>(sum));
   } else {
     store_global(dpair_weight + (tap - kTaps) * p.channels + channel, from_float<T>(sum));
   }
