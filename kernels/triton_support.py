@@ -1,6 +1,5 @@
 """What the Triton kernels share: defining operators, choosing splits, exact half-precision dots."""
 
-import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -8,6 +7,7 @@ import torch
 import triton
 import triton.language as tl
 
+from kernels import tuning
 from kernels.operators import NAMESPACE
 
 
@@ -16,12 +16,9 @@ def operator(op: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     return torch.library.custom_op(f"{NAMESPACE}::triton_{op}", mutates_args=())
 
 
-@functools.cache
 def multiprocessors(device: torch.device) -> int:
     """Multiprocessors to fill; 1 in the interpreter, which runs programs one after the other."""
-    if device.type != "cuda":
-        return 1
-    return torch.cuda.get_device_properties(device).multi_processor_count
+    return tuning.device(device).multiprocessors
 
 
 def split_tokens(tokens: int, heads: int, block: int, device: torch.device) -> tuple[int, int]:
@@ -34,6 +31,36 @@ def split_tokens(tokens: int, heads: int, block: int, device: torch.device) -> t
     wanted = max(1, triton.cdiv(2 * multiprocessors(device), max(1, heads)))
     per_split = triton.cdiv(blocks, min(blocks, wanted)) * block
     return max(1, triton.cdiv(tokens, per_split)), per_split
+
+
+def balanced_splits(tokens: int, heads: int, block: int, device: torch.device) -> tuple[int, int]:
+    """Cut the tokens of ``heads`` heads into splits, a program each, by ``tuning.SPLITS``.
+
+    Few heads: as many programs as one to two a multiprocessor, all at once; the more the longer
+    the sequences are, since every split writes and reads a partial state. More heads than that:
+    only as many splits as keep the last wave of programs from running nearly alone.
+
+    Returns:
+        (num_splits, tokens_per_split); a split is a whole number of ``block`` tokens.
+    """
+    rules, heads = tuning.SPLITS, max(1, heads)
+    once = multiprocessors(device)
+    wave = rules.waves_resident * once
+    if heads < wave:
+        programs = min(max(tokens * heads // rules.tokens_per_program, once), wave)
+        splits = max(1, programs // heads)
+    else:
+        candidates = [s for s in range(1, 9) if s == 1 or tokens >= s * rules.least_tokens]
+        splits = max(candidates, key=lambda s: (min(_filled(s * heads, wave), 0.9), -s))
+    splits = max(splits, triton.cdiv(tokens, rules.most_tokens))
+    blocks = max(1, triton.cdiv(tokens, block))
+    per_split = triton.cdiv(blocks, min(blocks, splits)) * block
+    return max(1, triton.cdiv(tokens, per_split)), per_split
+
+
+def _filled(programs: int, wave: int) -> float:
+    """How full the waves are that this many programs run in."""
+    return programs / (triton.cdiv(programs, wave) * wave)
 
 
 # Read once, as Triton does: its decorators choose between compiling and interpreting at import.
@@ -74,11 +101,7 @@ def exact_dot(a, b, acc):
     """
     if a.dtype == tl.float32:
         return dot(a, b, acc)
-    largest = tl.max(tl.max(tl.abs(b), axis=1), axis=0)
-    exponent = largest.to(tl.int32, bitcast=True) >> 23
-    field = tl.minimum(tl.maximum(268 - exponent, 1), 253)
-    scale = (field << 23).to(tl.float32, bitcast=True)
-    inverse = ((254 - field) << 23).to(tl.float32, bitcast=True)
+    scale, inverse = power_of_two(tl.max(tl.max(tl.abs(b), axis=1), axis=0))
     scaled = b * scale
     high = narrow(scaled, a.dtype)
     low = narrow(scaled - high.to(tl.float32), a.dtype)
@@ -86,23 +109,41 @@ def exact_dot(a, b, acc):
 
 
 @triton.jit
+def power_of_two(largest):
+    """The power of two that brings a float32 scalar to 2¹⁴, and the one that brings it back."""
+    exponent = largest.to(tl.int32, bitcast=True) >> 23
+    field = tl.minimum(tl.maximum(268 - exponent, 1), 253)
+    scale = (field << 23).to(tl.float32, bitcast=True)
+    return scale, ((254 - field) << 23).to(tl.float32, bitcast=True)
+
+
+@triton.jit
 def positive_part(x):
-    """relu(x) of a float32 x; a NaN stays one, which ``tl.maximum`` would drop."""
-    return tl.where(x < 0, 0.0, x)
+    """relu(x) of a float32 x; a NaN stays one, which ``tl.maximum`` would drop unless told."""
+    return tl.maximum(x, 0.0, propagate_nan=tl.PropagateNan.ALL)
 
 
 @triton.jit
 def negative_part(x):
     """relu(-x) of a float32 x; a NaN stays one."""
-    return tl.where(x > 0, 0.0, -x)
+    return tl.maximum(-x, 0.0, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
+def load_rows(pointer, rows, row_end, row_stride, columns, column_end):
+    """x[rows, columns] in its own dtype, zero past either end. Columns are contiguous.
+
+    Unconverted, so that a tile may go to shared memory, and from there to the tensor core, as is.
+    """
+    mask = (rows < row_end)[:, None] & (columns < column_end)[None, :]
+    offsets = rows[:, None] * row_stride + columns[None, :]
+    return tl.load(pointer + offsets, mask=mask, other=0.0)
 
 
 @triton.jit
 def load_tile(pointer, rows, row_end, row_stride, columns, column_end):
     """x[rows, columns] as float32, zero past either end. Columns are contiguous."""
-    mask = (rows < row_end)[:, None] & (columns < column_end)[None, :]
-    offsets = rows[:, None] * row_stride + columns[None, :]
-    return tl.load(pointer + offsets, mask=mask, other=0.0).to(tl.float32)
+    return load_rows(pointer, rows, row_end, row_stride, columns, column_end).to(tl.float32)
 
 
 @triton.jit

@@ -57,7 +57,65 @@ def _ripple_rules(tokens: int) -> tuple[Rule, ...]:
     )
 
 
+@dataclass(frozen=True)
+class Splits:
+    """How linear attention's tokens are spread over programs."""
+
+    waves_resident: int  # programs a multiprocessor runs at once
+    tokens_per_program: int  # from here on a second program a multiprocessor pays
+    least_tokens: int  # of a split made only to balance the last wave
+    most_tokens: int  # of a split: a float32 sum of more tiles is too long
+    short_alone: int  # key and query tokens of a head that one program takes, however few heads
+    short_keys: int  # key tokens of a head that one program takes where heads fill the GPU
+
+
+SPLITS = Splits(
+    waves_resident=2,
+    tokens_per_program=4096,
+    least_tokens=2048,
+    most_tokens=65536,
+    short_alone=512,
+    short_keys=1024,
+)
+
+_WGMMA = ("sm_90", "sm_100", "interpreter")
+_STREAMED = _tile(8, 2, RESIDENT=0, BLOCK_N=32, BLOCK_F=16)
+
 TABLE: dict[str, tuple[Rule, ...]] = {
+    "linear_attention.state": (
+        Rule(_STREAMED, dims=range(65, 129), dtypes=FLOAT32),
+        Rule(_tile(8, 2, BLOCK_N=32), dtypes=FLOAT32),
+        Rule(_tile(8, 3, BLOCK_N=64)),
+    ),
+    "linear_attention.reduce": (Rule(_tile(4, 2, BLOCK_E=32, BLOCK_S=64)),),
+    "linear_attention.apply": (
+        Rule(_STREAMED, dims=range(65, 129), dtypes=FLOAT32),
+        Rule(_tile(8, 2, BLOCK_N=32), dtypes=FLOAT32),
+        Rule(_tile(8, 3, BLOCK_N=64)),
+    ),
+    "linear_attention.query_gradient": (
+        Rule(_STREAMED, dims=range(33, 129), dtypes=FLOAT32),
+        Rule(_tile(8, 2, BLOCK_N=32), dtypes=FLOAT32),
+        Rule(_tile(8, 3, BLOCK_N=64)),
+    ),
+    "linear_attention.query_sums": (  # where query_gradient is streamed
+        Rule(_STREAMED),
+    ),
+    "linear_attention.key_value_gradient": (
+        Rule(_STREAMED, dims=range(65, 129), dtypes=FLOAT32),
+        Rule(_tile(8, 2, BLOCK_N=32), dtypes=FLOAT32),
+        Rule(_tile(8, 3, BLOCK_N=64)),
+    ),
+    "linear_attention.short_forward": (
+        Rule(_STREAMED, dims=range(65, 129), dtypes=FLOAT32),
+        Rule(_tile(8, 2, BLOCK_N=32), dtypes=FLOAT32),
+        Rule(_tile(8, 3, BLOCK_N=64)),
+    ),
+    "linear_attention.short_backward": (
+        Rule(_STREAMED, dims=range(33, 129), dtypes=FLOAT32),
+        Rule(_tile(8, 2, BLOCK_N=32), dtypes=FLOAT32),
+        Rule(_tile(8, 3, BLOCK_N=64)),
+    ),
     "softmax_attention.forward": (
         Rule(_tile(8, 2, OWNED=32, PASSED=32), dtypes=FLOAT32),
         Rule(_tile(4, 3, OWNED=128, PASSED=64), dims=range(33)),
@@ -76,10 +134,9 @@ TABLE: dict[str, tuple[Rule, ...]] = {
     "softmax_attention.key_value_gradient": (
         Rule(_tile(8, 2, OWNED=16, PASSED=16), dims=range(65, 129), dtypes=FLOAT32),
         Rule(_tile(8, 2, OWNED=32, PASSED=16), dtypes=FLOAT32),
-        Rule(_tile(4, 2, OWNED=64, PASSED=32), dims=range(17)),
-        Rule(_tile(4, 2, OWNED=64, PASSED=64), dims=range(33)),
-        Rule(_tile(8, 2, OWNED=128, PASSED=64), architectures=("sm_100",), dims=range(65, 129)),
-        Rule(_tile(8, 2, OWNED=128, PASSED=32), architectures=("sm_90", "sm_100")),
+        Rule(_tile(4, 2, OWNED=64, PASSED=32), dims=range(33)),
+        Rule(_tile(4, 2, OWNED=64, PASSED=32), architectures=("sm_100",), dims=range(65, 129)),
+        Rule(_tile(8, 2, OWNED=64, PASSED=32), architectures=("sm_90",), dims=range(65, 129)),
         Rule(_tile(8, 2, OWNED=32, PASSED=32), dims=range(65, 129)),
         Rule(_tile(8, 2, OWNED=128, PASSED=32)),
     ),
@@ -94,7 +151,7 @@ TABLE: dict[str, tuple[Rule, ...]] = {
 
 @dataclass(frozen=True)
 class Device:
-    """What a choice depends on: the architecture, and how many multiprocessors there are to fill."""
+    """What a choice depends on: the architecture, and the multiprocessors that are to be filled."""
 
     architecture: str
     multiprocessors: int

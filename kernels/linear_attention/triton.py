@@ -1,25 +1,44 @@
-"""Linear attention in Triton.
+"""Linear attention in Triton: every token's q, k, v, dout read once, out, dq, dk, dv written once.
 
-Decomposition. A program owns one key/value head of one sequence and a range (split) of its tokens,
-or some tiles of one head's tokens; φ lives in registers.
+Few key tokens (``_takes_one_launch``): one program a key/value head, one launch a pass.
 
-==========================  ======================================  ============================
-kernel                      reads, a token and head                 writes
-==========================  ======================================  ============================
-_feature_outer (state)      k, v                                    S, z partials, one a split
-_apply                      q (S, z once a tile, from cache)        out
-_query_gradient             q, dout                                 dq, two float32 a row
-_feature_outer (dS, dz)     q, dout, two float32 a row              dS, dz partials, one a split
-_key_value_gradient         k, v                                    dk, dv
-==========================  ======================================  ============================
+=======================  ==========================================================================
+_short_forward           S and z of the head in registers, then out of its query heads
+_short_backward          S (kept, or worked out again), dq and dS of its queries, then dk and dv
+=======================  ==========================================================================
 
-The sums over tokens are split so that one head of one long sequence fills the GPU; the partials
-are added in a fixed order, so results repeat bit for bit.
+Many: the tokens of a head are split over programs, so that one head of one sequence fills the GPU.
 
-Tiles: BLOCK_N tokens × D, D padded to a power of two (BLOCK_D), the features taken BLOCK_F of each
-sign at a time so that neither S nor its gradient has to sit in registers whole. All sums are
-float32; half-precision products run on tensor cores, with float32 operands carried as two
-half-precision terms (``triton_support.exact_dot``).
+=======================  ==================================  ======================================
+kernel                   reads once                          writes once
+=======================  ==================================  ======================================
+_state                   k, v                                S, z partials, one a split
+_reduce                  partials                            their sums, in a fixed order
+_apply                   q                                   out
+_query_gradient          q, dout                             dq; dS, dz partials; ``_reduce`` again
+_key_value_gradient      k, v                                dk, dv
+=======================  ==================================  ======================================
+
+Tiles: BLOCK_N tokens x BLOCK_D features (D padded to a power of two), φ in registers, S or dS as a
+tensor-core operand in shared memory for the whole of a program's tokens. Grouped queries are looped
+over by the program that owns their key/value head, in one loop so that loads stay in flight from
+one head to the next. Where registers do not reach for that (wide heads, float32, mma.sync with its
+operands in registers: the rules of ``kernels.tuning`` that say RESIDENT=0), the kernels of
+``triton_streamed`` read S a few features at a time instead, and q and dout a second time.
+
+Numerics. Sums are float32, of tiles first and then over tiles and splits: a plain float32 sum of n
+terms is off by about 3e-8·√(n/2), past 1e-6 from 4,000 tokens on. φ, q, k, v and dout are exact
+tensor-core operands. S is rounded once for them, but only after centring: with
+m = Σ_f S_f / Σ_f z_f, S' = S − z mᵀ is small where S cancels (v with a mean), and
+
+    out = φ(q)ᵀS'/E + m·φ(q)·z/E        a = S'g + z (m·g)
+    dφ(q) = S'g/E + w·z                 w = (eps·(m·g) − φ(q)·S'g)/E²
+    dz = Σ φ(q) w − dS m                (exactly, with the dS that was summed)
+
+g/E is rounded once for dS, after a power of two that fits float16. dS is carried as two halves
+where it meets v: dφ(k) = dS v + dz cancels. One rounding suffices for dv = dSᵀ φ(k), whose factor
+φ(k) has one sign. That is 8·D² FLOP a query token against 6·D bytes, and 12·D² a key token against
+8·D: balanced, where splitting g/E instead would put 12·D² on the first.
 """
 
 import torch
@@ -27,27 +46,282 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.linear_attention.operators import attach
+from kernels import tuning
+from kernels.layout import unpack_qkv
+from kernels.linear_attention import triton_streamed as streamed
+from kernels.linear_attention.operators import attach, empty_state
 from kernels.operators import empty_like, readable
 from kernels.triton_support import (
+    balanced_splits,
     dot,
-    exact_dot,
-    load_tile,
+    load_rows,
+    multiprocessors,
     narrow,
     negative_part,
     operator,
     positive_part,
-    split_tokens,
+    power_of_two,
     store_tile,
 )
 
+# Up to this many key tokens the backward works S out again rather than reading it: 33 KB a head at
+# D = 64, as much as the k and v of 128 half-precision tokens, which the second time come from L2.
+RECOMPUTE_TOKENS = 256
+
+# ---- pieces, inlined into the kernels ------------------------------------------------------------
+
 
 @triton.jit
-def _feature_outer(
-    x_pointer,
-    w_pointer,
-    inverse_pointer,  # (B, H, N) float32: 1/E, scales the matrix sum; unused without ROW_TERMS
-    weight_pointer,  # (B, H, N) float32: -(φ(q)·a)/E², scales the vector sum; likewise
+def _sum_state(
+    k_head,
+    v_head,
+    k_stride_n,
+    v_stride_n,
+    begin,
+    end,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """Σ φ(k) vᵀ, transposed: (column of v, feature), of either sign; and Σ φ(k).
+
+    Transposed, v goes to the tensor core as it lies in memory, and only φ(k) through registers.
+    """
+    columns = tl.arange(0, BLOCK_D)
+    operand: tl.constexpr = k_head.dtype.element_ty
+    nothing = tl.zeros((BLOCK_D, BLOCK_D), dtype=tl.float32)
+    S_positive = nothing
+    S_negative = nothing
+    # One sum a row of the tile, added up at the end: an addition a tile and no shuffles.
+    z_positive = tl.zeros((BLOCK_N, BLOCK_D), dtype=tl.float32)
+    z_negative = tl.zeros((BLOCK_N, BLOCK_D), dtype=tl.float32)
+    for start in range(begin, end, BLOCK_N):
+        tokens = start + tl.arange(0, BLOCK_N).to(tl.int64)
+        k = load_rows(k_head, tokens, end, k_stride_n, columns, D).to(tl.float32)
+        v = tl.trans(load_rows(v_head, tokens, end, v_stride_n, columns, D))
+        positive, negative = positive_part(k), negative_part(k)
+        S_positive += dot(v, narrow(positive, operand), nothing)
+        S_negative += dot(v, narrow(negative, operand), nothing)
+        z_positive += positive
+        z_negative += negative
+    return S_positive, S_negative, tl.sum(z_positive, 0), tl.sum(z_negative, 0)
+
+
+@triton.jit
+def _load_pair(matrix, D: tl.constexpr, BLOCK_D: tl.constexpr):
+    """The halves of a (2D, D) float32 matrix."""
+    columns = tl.arange(0, BLOCK_D)
+    positive = load_rows(matrix, columns, D, D, columns, D)
+    return positive, load_rows(matrix + D * D, columns, D, D, columns, D)
+
+
+@triton.jit
+def _load_vectors(vector, D: tl.constexpr, BLOCK_D: tl.constexpr):
+    """The halves of 2D float32 numbers."""
+    columns = tl.arange(0, BLOCK_D)
+    positive = tl.load(vector + columns, mask=columns < D, other=0.0)
+    return positive, tl.load(vector + D + columns, mask=columns < D, other=0.0)
+
+
+@triton.jit
+def _store_state(
+    matrix, vector, S_positive, S_negative, z_positive, z_negative, D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """The transposed halves of S to (2D, D), and z."""
+    columns = tl.arange(0, BLOCK_D)
+    store_tile(matrix, columns, D, D, columns, D, tl.trans(S_positive))
+    store_tile(matrix + D * D, columns, D, D, columns, D, tl.trans(S_negative))
+    tl.store(vector + columns, z_positive, mask=columns < D)
+    tl.store(vector + D + columns, z_negative, mask=columns < D)
+
+
+@triton.jit
+def _centre(S_positive, S_negative, z_positive, z_negative, operand: tl.constexpr):
+    """S' = S − z mᵀ as an operand, halves (feature, column); m; and what undoes its scale."""
+    total = tl.sum(z_positive + z_negative, 0)
+    m = (tl.sum(S_positive, 0) + tl.sum(S_negative, 0)) / tl.where(total == 0, 1.0, total)
+    S_positive -= z_positive[:, None] * m[None, :]
+    S_negative -= z_negative[:, None] * m[None, :]
+    size = tl.maximum(tl.abs(S_positive), tl.abs(S_negative))
+    scale, unscale = power_of_two(tl.max(tl.max(size, 1), 0))
+    return narrow(S_positive * scale, operand), narrow(S_negative * scale, operand), m, unscale
+
+
+@triton.jit
+def _apply_tokens(
+    q_head,
+    out_head,
+    q_stride_n,
+    out_stride_n,
+    tokens,
+    end,
+    S_positive,  # of _centre
+    S_negative,
+    z_positive,
+    z_negative,
+    m,
+    unscale,
+    eps,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """out of one tile of queries."""
+    columns = tl.arange(0, BLOCK_D)
+    operand: tl.constexpr = q_head.dtype.element_ty
+    q = load_rows(q_head, tokens, end, q_stride_n, columns, D).to(tl.float32)
+    positive, negative = positive_part(q), negative_part(q)
+    denominator = tl.sum(positive * z_positive[None, :] + negative * z_negative[None, :], 1)
+    numerator = tl.zeros((BLOCK_N, BLOCK_D), dtype=tl.float32)
+    numerator = dot(narrow(positive, operand), S_positive, numerator)
+    numerator = dot(narrow(negative, operand), S_negative, numerator)
+    E = denominator + eps
+    # 0/0, a query with no key on its side (eps = 0), is 0; a NaN stays one.
+    inverse = tl.where(E == 0, 0.0, 1.0 / tl.where(E == 0, 1.0, E))
+    out = numerator * (inverse * unscale)[:, None] + (denominator * inverse)[:, None] * m[None, :]
+    store_tile(out_head, tokens, end, out_stride_n, columns, D, out)
+
+
+@triton.jit
+def _differentiate_queries(
+    dout_kv_head,  # of the first query head of the group
+    q_kv_head,
+    dq_kv_head,
+    dout_stride_h,
+    dout_stride_n,
+    q_stride_h,
+    q_stride_n,
+    dq_stride_h,
+    dq_stride_n,
+    begin,
+    end,
+    S_positive,  # of _centre
+    S_negative,
+    z_positive,
+    z_negative,
+    m,
+    unscale,
+    eps,
+    GROUP: tl.constexpr,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """dq of the tokens given, of every query head of a group; their dS, transposed, and dz."""
+    columns = tl.arange(0, BLOCK_D)
+    operand: tl.constexpr = q_kv_head.dtype.element_ty
+    no_rows = tl.zeros((BLOCK_N, BLOCK_D), dtype=tl.float32)
+    dS_positive = tl.zeros((BLOCK_D, BLOCK_D), dtype=tl.float32)
+    dS_negative = tl.zeros((BLOCK_D, BLOCK_D), dtype=tl.float32)
+    dz_positive = tl.zeros((BLOCK_D,), dtype=tl.float32)
+    dz_negative = tl.zeros((BLOCK_D,), dtype=tl.float32)
+    # Out here, or the operands would be written to shared memory again for every tile.
+    S_positive, S_negative = tl.trans(S_positive), tl.trans(S_negative)
+    tiles = tl.cdiv(tl.maximum(end - begin, 0), BLOCK_N)
+    for index in range(0, GROUP * tiles):
+        head = (index // tiles).to(tl.int64)
+        tokens = begin + (index % tiles) * BLOCK_N + tl.arange(0, BLOCK_N).to(tl.int64)
+        q_head = q_kv_head + head * q_stride_h
+        dout_head = dout_kv_head + head * dout_stride_h
+        q = load_rows(q_head, tokens, end, q_stride_n, columns, D).to(tl.float32)
+        g = load_rows(dout_head, tokens, end, dout_stride_n, columns, D)
+        a_positive = dot(g, S_positive, no_rows)
+        a_negative = dot(g, S_negative, no_rows)
+        # q's sign picks the half of φ that is not zero: φ(q)·a = Σ q a and φ(q)·z = Σ q z, with
+        # the other half's signs turned.
+        side = q > 0
+        a = tl.where(side, a_positive, -a_negative) * unscale
+        z = tl.where(side, z_positive[None, :], -z_negative[None, :])
+        E = tl.sum(q * z, 1) + eps
+        inverse = tl.where(E == 0, 0.0, 1.0 / tl.where(E == 0, 1.0, E))
+        g = g.to(tl.float32)
+        w = (eps * tl.sum(g * m[None, :], 1) - tl.sum(q * a, 1)) * inverse * inverse
+        # Written so that a NaN in q passes.
+        dq = tl.where(q == 0, 0.0, a * inverse[:, None] + w[:, None] * z)
+        store_tile(dq_kv_head + head * dq_stride_h, tokens, end, dq_stride_n, columns, D, dq)
+
+        g *= inverse[:, None]
+        positive, negative = positive_part(q), negative_part(q)
+        if operand == tl.float16:
+            scale, back = power_of_two(tl.max(tl.max(tl.abs(g), 1), 0))
+            g = tl.trans(narrow(g * scale, operand))
+            no_sum = tl.zeros((BLOCK_D, BLOCK_D), dtype=tl.float32)
+            dS_positive += dot(g, narrow(positive, operand), no_sum) * back
+            dS_negative += dot(g, narrow(negative, operand), no_sum) * back
+        else:
+            g = tl.trans(narrow(g, operand))
+            dS_positive = dot(g, narrow(positive, operand), dS_positive)
+            dS_negative = dot(g, narrow(negative, operand), dS_negative)
+        dz_positive += tl.sum(positive * w[:, None], 0)
+        dz_negative += tl.sum(negative * w[:, None], 0)
+    dz_positive -= tl.sum(dS_positive * m[:, None], 0)
+    dz_negative -= tl.sum(dS_negative * m[:, None], 0)
+    return dS_positive, dS_negative, dz_positive, dz_negative
+
+
+@triton.jit
+def _split(dS_positive, dS_negative, operand: tl.constexpr):
+    """Each half of dS as high + low operands of one scale, and what undoes it."""
+    size = tl.maximum(tl.abs(dS_positive), tl.abs(dS_negative))
+    scale, unscale = power_of_two(tl.max(tl.max(size, 1), 0))
+    dS_positive *= scale
+    dS_negative *= scale
+    high_positive, high_negative = narrow(dS_positive, operand), narrow(dS_negative, operand)
+    low_positive = narrow(dS_positive - high_positive.to(tl.float32), operand)
+    low_negative = narrow(dS_negative - high_negative.to(tl.float32), operand)
+    return high_positive, low_positive, high_negative, low_negative, unscale
+
+
+@triton.jit
+def _differentiate_keys(
+    k,  # a tile, as loaded
+    v,
+    dk_head,
+    dv_head,
+    dk_stride_n,
+    dv_stride_n,
+    tokens,
+    end,
+    high_positive,  # of _split
+    high_negative,
+    high_positive_t,  # the same, transposed
+    low_positive_t,
+    high_negative_t,
+    low_negative_t,
+    unscale,
+    dz_positive,
+    dz_negative,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """dk and dv of one tile."""
+    columns = tl.arange(0, BLOCK_D)
+    operand: tl.constexpr = v.dtype
+    no_rows = tl.zeros((BLOCK_N, BLOCK_D), dtype=tl.float32)
+    d_positive = dot(v, high_positive_t, no_rows)
+    d_negative = dot(v, high_negative_t, no_rows)
+    if operand != tl.float32:  # float32 has no low half
+        d_positive = dot(v, low_positive_t, d_positive)
+        d_negative = dot(v, low_negative_t, d_negative)
+    d_positive = d_positive * unscale + dz_positive[None, :]
+    d_negative = d_negative * unscale + dz_negative[None, :]
+    k = k.to(tl.float32)
+    dk = tl.where(k == 0, 0.0, tl.where(k > 0, d_positive, -d_negative))
+    store_tile(dk_head, tokens, end, dk_stride_n, columns, D, tl.where(k == k, dk, k))
+    dv = dot(narrow(positive_part(k), operand), high_positive, no_rows)
+    dv = dot(narrow(negative_part(k), operand), high_negative, dv) * unscale
+    store_tile(dv_head, tokens, end, dv_stride_n, columns, D, dv)
+
+
+# ---- many tokens, forward ------------------------------------------------------------------------
+
+
+@triton.jit
+def _state(
+    k_pointer,
+    v_pointer,
     matrix_pointer,  # (num_splits, B·Hk, 2D, D) float32
     vector_pointer,  # (num_splits, B·Hk, 2D) float32
     num_tokens,
@@ -55,128 +329,71 @@ def _feature_outer(
     num_splits,
     kv_heads,
     batch_heads,
-    x_stride_b,
-    x_stride_h,
-    x_stride_n,
-    w_stride_b,
-    w_stride_h,
-    w_stride_n,
-    GROUP: tl.constexpr,
-    ROW_TERMS: tl.constexpr,
+    k_stride_b,
+    k_stride_h,
+    k_stride_n,
+    v_stride_b,
+    v_stride_h,
+    v_stride_n,
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
-    BLOCK_F: tl.constexpr,
     BLOCK_N: tl.constexpr,
-    CHUNK: tl.constexpr,
 ):
-    """matrix = Σ φ(x) wᵀ · inverse and vector = Σ φ(x) · weight, over a split's tokens.
-
-    With x = k, w = v and no row terms it is the state; with x = q, w = dout its gradient, where the
-    GROUP query heads that share the key/value head add up. A program holds BLOCK_F features of each
-    sign.
-    """
-    F_BLOCKS: tl.constexpr = (D + BLOCK_F - 1) // BLOCK_F
+    """S and z of one split of one key/value head."""
     program = tl.program_id(0).to(tl.int64)
-    features = (program % F_BLOCKS) * BLOCK_F + tl.arange(0, BLOCK_F)
-    split = (program // F_BLOCKS) % num_splits
-    head = program // F_BLOCKS // num_splits  # b·Hk + hk
+    split, head = program % num_splits, program // num_splits
     b, hk = head // kv_heads, head % kv_heads
     begin = split * tokens_per_split
     end = tl.minimum(begin + tokens_per_split, num_tokens)
-    columns = tl.arange(0, BLOCK_D)
-    operand: tl.constexpr = x_pointer.dtype.element_ty
-
-    # Transposed: (column of w, feature of x). Sums are two-level: a plain float32 sum of n terms is
-    # off by about 3e-8·√(n/2), past the float32 tolerance from 4,000 tokens on.
-    matrix_positive = tl.zeros((BLOCK_D, BLOCK_F), dtype=tl.float32)
-    matrix_negative = tl.zeros((BLOCK_D, BLOCK_F), dtype=tl.float32)
-    vector_positive = tl.zeros((BLOCK_F,), dtype=tl.float32)
-    vector_negative = tl.zeros((BLOCK_F,), dtype=tl.float32)
-    for g in range(GROUP):
-        h = hk * GROUP + g
-        x_head = x_pointer + b * x_stride_b + h * x_stride_h
-        w_head = w_pointer + b * w_stride_b + h * w_stride_h
-        row_head = (b * kv_heads * GROUP + h) * num_tokens
-        for chunk in range(begin, end, CHUNK):
-            part_positive = tl.zeros((BLOCK_D, BLOCK_F), dtype=tl.float32)
-            part_negative = tl.zeros((BLOCK_D, BLOCK_F), dtype=tl.float32)
-            for start in range(chunk, tl.minimum(chunk + CHUNK, end), BLOCK_N):
-                tokens = start + tl.arange(0, BLOCK_N).to(tl.int64)
-                x = load_tile(x_head, tokens, end, x_stride_n, features, D)
-                w = load_tile(w_head, tokens, end, w_stride_n, columns, D)
-                positive, negative = positive_part(x), negative_part(x)
-                w_transposed = tl.trans(narrow(w, operand))
-                if ROW_TERMS:
-                    inside = tokens < end
-                    inverse = tl.load(inverse_pointer + row_head + tokens, mask=inside, other=0.0)
-                    weight = tl.load(weight_pointer + row_head + tokens, mask=inside, other=0.0)
-                    # φ(q)/E and not dout/E: its size does not depend on q's, so that all rows of a
-                    # tile fit the one scale that exact_dot gives them.
-                    scaled_positive = positive * inverse[:, None]
-                    scaled_negative = negative * inverse[:, None]
-                    part_positive = exact_dot(w_transposed, scaled_positive, part_positive)
-                    part_negative = exact_dot(w_transposed, scaled_negative, part_negative)
-                    vector_positive += tl.sum(positive * weight[:, None], axis=0)
-                    vector_negative += tl.sum(negative * weight[:, None], axis=0)
-                else:
-                    # φ(k) is exact in k's dtype: one product.
-                    part_positive = dot(w_transposed, narrow(positive, operand), part_positive)
-                    part_negative = dot(w_transposed, narrow(negative, operand), part_negative)
-                    vector_positive += tl.sum(positive, axis=0)
-                    vector_negative += tl.sum(negative, axis=0)
-            matrix_positive += part_positive
-            matrix_negative += part_negative
-
-    out = split * batch_heads + head
-    matrix = matrix_pointer + out * 2 * D * D
-    store_tile(matrix, features, D, D, columns, D, tl.trans(matrix_positive))
-    store_tile(matrix + D * D, features, D, D, columns, D, tl.trans(matrix_negative))
-    vector = vector_pointer + out * 2 * D + features
-    tl.store(vector, vector_positive, mask=features < D)
-    tl.store(vector + D, vector_negative, mask=features < D)
+    k_head = k_pointer + b * k_stride_b + hk * k_stride_h
+    v_head = v_pointer + b * v_stride_b + hk * v_stride_h
+    S_positive, S_negative, z_positive, z_negative = _sum_state(
+        k_head, v_head, k_stride_n, v_stride_n, begin, end, D, BLOCK_D, BLOCK_N
+    )
+    slot = split * batch_heads + head
+    matrix = matrix_pointer + slot * 2 * D * D
+    vector = vector_pointer + slot * 2 * D
+    _store_state(
+        matrix, vector, S_positive, S_negative, z_positive, z_negative, D, BLOCK_D
+    )  # fmt: skip
 
 
 @triton.jit
-def _read_state(
-    q_head,
-    tokens,
-    end,
-    q_stride_n,
-    state,
-    normaliser,
-    D: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_F: tl.constexpr,
-    BLOCK_N: tl.constexpr,
+def _reduce(
+    matrix_pointer,  # (num_splits, matrix_size) float32
+    vector_pointer,  # (num_splits, vector_size) float32
+    S_pointer,  # (matrix_size,) float32
+    z_pointer,  # (vector_size,) float32
+    matrix_size,
+    vector_size,
+    num_splits,
+    BLOCK_E: tl.constexpr,
+    BLOCK_S: tl.constexpr,
 ):
-    """φ(q)ᵀ S, (BLOCK_N, BLOCK_D), and φ(q)·z, (BLOCK_N,), for one tile of queries."""
-    columns = tl.arange(0, BLOCK_D)
-    operand: tl.constexpr = q_head.dtype.element_ty
-    numerator = tl.zeros((BLOCK_N, BLOCK_D), dtype=tl.float32)
-    denominator = tl.zeros((BLOCK_N,), dtype=tl.float32)
-    for first in range(0, D, BLOCK_F):
-        features = first + tl.arange(0, BLOCK_F)
-        q = load_tile(q_head, tokens, end, q_stride_n, features, D)
-        positive, negative = positive_part(q), negative_part(q)
-        z_positive = tl.load(normaliser + features, mask=features < D, other=0.0)
-        z_negative = tl.load(normaliser + D + features, mask=features < D, other=0.0)
-        denominator += tl.sum(positive * z_positive[None, :] + negative * z_negative[None, :], 1)
-        state_rows = load_tile(state, features, D, D, columns, D)
-        numerator = exact_dot(narrow(positive, operand), state_rows, numerator)
-        state_rows = load_tile(state + D * D, features, D, D, columns, D)
-        numerator = exact_dot(narrow(negative, operand), state_rows, numerator)
-    return numerator, denominator
+    """The sum over splits of both partials, BLOCK_E numbers a program, in a fixed order."""
+    block = tl.program_id(0).to(tl.int64)
+    matrix_blocks = tl.cdiv(matrix_size, BLOCK_E)
+    source, target, size = matrix_pointer, S_pointer, matrix_size.to(tl.int64)
+    if block >= matrix_blocks:
+        source, target, size = vector_pointer, z_pointer, vector_size.to(tl.int64)
+        block -= matrix_blocks
+    elements = block * BLOCK_E + tl.arange(0, BLOCK_E)
+    total = tl.zeros((BLOCK_S, BLOCK_E), dtype=tl.float32)
+    for first in range(0, num_splits, BLOCK_S):
+        splits = first + tl.arange(0, BLOCK_S).to(tl.int64)
+        total += load_rows(source, splits, num_splits, size, elements, size)
+    tl.store(target + elements, tl.sum(total, 0), mask=elements < size)
 
 
 @triton.jit
 def _apply(
     q_pointer,
-    state_pointer,
-    normaliser_pointer,
+    state_pointer,  # (B, Hk, 2D, D) float32, contiguous
+    normaliser_pointer,  # (B, Hk, 2D) float32, contiguous
     out_pointer,
     num_tokens,
-    tokens_per_program,
-    num_programs,  # along the tokens of one head
+    tokens_per_split,
+    num_splits,
     heads,
     q_stride_b,
     q_stride_h,
@@ -188,47 +405,49 @@ def _apply(
     GROUP: tl.constexpr,
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
-    BLOCK_F: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """out = φ(q)ᵀ S / (φ(q)·z + eps) for some tiles of one query head."""
+    """out of one split of one query head."""
     program = tl.program_id(0).to(tl.int64)
-    part, head = program % num_programs, program // num_programs
+    split, head = program % num_splits, program // num_splits
     b, h = head // heads, head % heads
     kv_head = b * (heads // GROUP) + h // GROUP
-    begin = part * tokens_per_program
-    end = tl.minimum(begin + tokens_per_program, num_tokens)
-
-    state = state_pointer + kv_head * 2 * D * D
-    normaliser = normaliser_pointer + kv_head * 2 * D
+    begin = split * tokens_per_split
+    end = tl.minimum(begin + tokens_per_split, num_tokens)
+    operand: tl.constexpr = q_pointer.dtype.element_ty
     q_head = q_pointer + b * q_stride_b + h * q_stride_h
     out_head = out_pointer + b * out_stride_b + h * out_stride_h
+
+    S_positive, S_negative = _load_pair(state_pointer + kv_head * 2 * D * D, D, BLOCK_D)
+    z_positive, z_negative = _load_vectors(normaliser_pointer + kv_head * 2 * D, D, BLOCK_D)
+    S_positive, S_negative, m, unscale = _centre(
+        S_positive, S_negative, z_positive, z_negative, operand
+    )
     for start in range(begin, end, BLOCK_N):
         tokens = start + tl.arange(0, BLOCK_N).to(tl.int64)
-        numerator, denominator = _read_state(
-            q_head, tokens, end, q_stride_n, state, normaliser, D, BLOCK_D, BLOCK_F, BLOCK_N
-        )
-        denominator += eps
-        # 0/0, a query with no key on its side (eps = 0), is 0; a NaN stays one.
-        nothing = denominator == 0
-        out = numerator / tl.where(nothing, 1.0, denominator)[:, None]
-        out = tl.where(nothing[:, None], 0.0, out)
-        store_tile(out_head, tokens, end, out_stride_n, tl.arange(0, BLOCK_D), D, out)
+        _apply_tokens(
+            q_head, out_head, q_stride_n, out_stride_n, tokens, end, S_positive, S_negative,
+            z_positive, z_negative, m, unscale, eps, D, BLOCK_D, BLOCK_N,
+        )  # fmt: skip
+
+
+# ---- many tokens, backward -----------------------------------------------------------------------
 
 
 @triton.jit
 def _query_gradient(
     dout_pointer,
     q_pointer,
-    state_pointer,
-    normaliser_pointer,
+    state_pointer,  # (B, Hk, 2D, D) float32, contiguous
+    normaliser_pointer,  # (B, Hk, 2D) float32, contiguous
     dq_pointer,
-    inverse_pointer,  # (B, H, N) float32: 1/E
-    weight_pointer,  # (B, H, N) float32: -(φ(q)·a)/E²
+    matrix_pointer,  # (num_splits, B·Hk, 2D, D) float32
+    vector_pointer,  # (num_splits, B·Hk, 2D) float32
     num_tokens,
-    tokens_per_program,
-    num_programs,
-    heads,
+    tokens_per_split,
+    num_splits,
+    kv_heads,
+    batch_heads,
     dout_stride_b,
     dout_stride_h,
     dout_stride_n,
@@ -242,71 +461,49 @@ def _query_gradient(
     GROUP: tl.constexpr,
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
-    BLOCK_F: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """dφ(q) = a/E − (φ(q)·a)/E² · z with a = S dout, for some tiles of one query head.
-
-    φ(q)·a = (φ(q)ᵀ S)·dout comes first, from the numerator; then a, BLOCK_F features at a time. The
-    row terms 1/E and −(φ(q)·a)/E² go to memory, 8 bytes a row, for the sum over tokens that makes
-    dS and dz.
-    """
+    """dq of one split of the query heads of one key/value head, and their part of dS and dz."""
     program = tl.program_id(0).to(tl.int64)
-    part, head = program % num_programs, program // num_programs
-    b, h = head // heads, head % heads
-    kv_head = b * (heads // GROUP) + h // GROUP
-    begin = part * tokens_per_program
-    end = tl.minimum(begin + tokens_per_program, num_tokens)
-    columns = tl.arange(0, BLOCK_D)
+    split, head = program % num_splits, program // num_splits
+    b, hk = head // kv_heads, head % kv_heads
+    begin = split * tokens_per_split
+    end = tl.minimum(begin + tokens_per_split, num_tokens)
+    operand: tl.constexpr = q_pointer.dtype.element_ty
 
-    state = state_pointer + kv_head * 2 * D * D
-    normaliser = normaliser_pointer + kv_head * 2 * D
-    q_head = q_pointer + b * q_stride_b + h * q_stride_h
-    dout_head = dout_pointer + b * dout_stride_b + h * dout_stride_h
-    dq_head = dq_pointer + b * dq_stride_b + h * dq_stride_h
-    for start in range(begin, end, BLOCK_N):
-        tokens = start + tl.arange(0, BLOCK_N).to(tl.int64)
-        numerator, denominator = _read_state(
-            q_head, tokens, end, q_stride_n, state, normaliser, D, BLOCK_D, BLOCK_F, BLOCK_N
-        )
-        dout = load_tile(dout_head, tokens, end, dout_stride_n, columns, D)
-        denominator += eps
-        nothing = denominator == 0
-        inverse = tl.where(nothing, 0.0, 1.0 / tl.where(nothing, 1.0, denominator))
-        weight = -tl.sum(numerator * dout, axis=1) * inverse * inverse
-        rows = head * num_tokens + tokens
-        tl.store(inverse_pointer + rows, inverse, mask=tokens < end)
-        tl.store(weight_pointer + rows, weight, mask=tokens < end)
-
-        dout = narrow(dout, dout_pointer.dtype.element_ty)
-        zeros = tl.zeros((BLOCK_N, BLOCK_F), dtype=tl.float32)
-        for first in range(0, D, BLOCK_F):
-            features = first + tl.arange(0, BLOCK_F)
-            q = load_tile(q_head, tokens, end, q_stride_n, features, D)
-            state_rows = load_tile(state, features, D, D, columns, D)
-            a = exact_dot(dout, tl.trans(state_rows), zeros)
-            z = tl.load(normaliser + features, mask=features < D, other=0.0)
-            d_positive = a * inverse[:, None] + weight[:, None] * z[None, :]
-            state_rows = load_tile(state + D * D, features, D, D, columns, D)
-            a = exact_dot(dout, tl.trans(state_rows), zeros)
-            z = tl.load(normaliser + D + features, mask=features < D, other=0.0)
-            d_negative = a * inverse[:, None] + weight[:, None] * z[None, :]
-            # Written so that a NaN in q passes both branches.
-            dq = tl.where(q <= 0, 0.0, d_positive) - tl.where(q >= 0, 0.0, d_negative)
-            store_tile(dq_head, tokens, end, dq_stride_n, features, D, dq)
+    S_positive, S_negative = _load_pair(state_pointer + head * 2 * D * D, D, BLOCK_D)
+    z_positive, z_negative = _load_vectors(normaliser_pointer + head * 2 * D, D, BLOCK_D)
+    S_positive, S_negative, m, unscale = _centre(
+        S_positive, S_negative, z_positive, z_negative, operand
+    )
+    h = hk * GROUP
+    dS_positive, dS_negative, dz_positive, dz_negative = _differentiate_queries(
+        dout_pointer + b * dout_stride_b + h * dout_stride_h,
+        q_pointer + b * q_stride_b + h * q_stride_h,
+        dq_pointer + b * dq_stride_b + h * dq_stride_h,
+        dout_stride_h, dout_stride_n, q_stride_h, q_stride_n, dq_stride_h, dq_stride_n,
+        begin, end, S_positive, S_negative, z_positive, z_negative, m, unscale, eps,
+        GROUP, D, BLOCK_D, BLOCK_N,
+    )  # fmt: skip
+    slot = split * batch_heads + head
+    matrix = matrix_pointer + slot * 2 * D * D
+    vector = vector_pointer + slot * 2 * D
+    _store_state(
+        matrix, vector, dS_positive, dS_negative, dz_positive, dz_negative, D, BLOCK_D
+    )  # fmt: skip
 
 
 @triton.jit
 def _key_value_gradient(
-    dstate_pointer,
-    dnormaliser_pointer,
+    dstate_pointer,  # (B, Hk, 2D, D) float32, contiguous
+    dnormaliser_pointer,  # (B, Hk, 2D) float32, contiguous
     k_pointer,
     v_pointer,
     dk_pointer,
     dv_pointer,
     num_tokens,
-    tokens_per_program,
-    num_programs,
+    tokens_per_split,
+    num_splits,
     kv_heads,
     k_stride_b,
     k_stride_h,
@@ -322,126 +519,403 @@ def _key_value_gradient(
     dv_stride_n,
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
-    BLOCK_F: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """dφ(k) = dS v + dz and dv = dSᵀ φ(k), for some tiles of one key/value head."""
+    """dφ(k) = dS v + dz and dv = dSᵀ φ(k) of one split of one key/value head."""
     program = tl.program_id(0).to(tl.int64)
-    part, head = program % num_programs, program // num_programs
+    split, head = program % num_splits, program // num_splits
     b, hk = head // kv_heads, head % kv_heads
-    begin = part * tokens_per_program
-    end = tl.minimum(begin + tokens_per_program, num_tokens)
+    begin = split * tokens_per_split
+    end = tl.minimum(begin + tokens_per_split, num_tokens)
     columns = tl.arange(0, BLOCK_D)
     operand: tl.constexpr = k_pointer.dtype.element_ty
-
-    dstate = dstate_pointer + head * 2 * D * D
-    dnormaliser = dnormaliser_pointer + head * 2 * D
     k_head = k_pointer + b * k_stride_b + hk * k_stride_h
     v_head = v_pointer + b * v_stride_b + hk * v_stride_h
     dk_head = dk_pointer + b * dk_stride_b + hk * dk_stride_h
     dv_head = dv_pointer + b * dv_stride_b + hk * dv_stride_h
+
+    dS_positive, dS_negative = _load_pair(dstate_pointer + head * 2 * D * D, D, BLOCK_D)
+    dz_positive, dz_negative = _load_vectors(dnormaliser_pointer + head * 2 * D, D, BLOCK_D)
+    high_positive, low_positive, high_negative, low_negative, unscale = _split(
+        dS_positive, dS_negative, operand
+    )
+    high_positive_t, low_positive_t = tl.trans(high_positive), tl.trans(low_positive)
+    high_negative_t, low_negative_t = tl.trans(high_negative), tl.trans(low_negative)
     for start in range(begin, end, BLOCK_N):
         tokens = start + tl.arange(0, BLOCK_N).to(tl.int64)
-        v = narrow(load_tile(v_head, tokens, end, v_stride_n, columns, D), operand)
-        dv = tl.zeros((BLOCK_N, BLOCK_D), dtype=tl.float32)
-        zeros = tl.zeros((BLOCK_N, BLOCK_F), dtype=tl.float32)
-        for first in range(0, D, BLOCK_F):
-            features = first + tl.arange(0, BLOCK_F)
-            k = load_tile(k_head, tokens, end, k_stride_n, features, D)
-            dS = load_tile(dstate, features, D, D, columns, D)
-            dz = tl.load(dnormaliser + features, mask=features < D, other=0.0)
-            dv = exact_dot(narrow(positive_part(k), operand), dS, dv)
-            d_positive = exact_dot(v, tl.trans(dS), zeros + dz[None, :])
-            dS = load_tile(dstate + D * D, features, D, D, columns, D)
-            dz = tl.load(dnormaliser + D + features, mask=features < D, other=0.0)
-            dv = exact_dot(narrow(negative_part(k), operand), dS, dv)
-            d_negative = exact_dot(v, tl.trans(dS), zeros + dz[None, :])
-            # Written so that a NaN in k passes both branches.
-            dk = tl.where(k <= 0, 0.0, d_positive) - tl.where(k >= 0, 0.0, d_negative)
-            store_tile(dk_head, tokens, end, dk_stride_n, features, D, dk)
-        store_tile(dv_head, tokens, end, dv_stride_n, columns, D, dv)
+        k = load_rows(k_head, tokens, end, k_stride_n, columns, D)
+        v = load_rows(v_head, tokens, end, v_stride_n, columns, D)
+        _differentiate_keys(
+            k, v, dk_head, dv_head, dk_stride_n, dv_stride_n, tokens, end,
+            high_positive, high_negative, high_positive_t, low_positive_t,
+            high_negative_t, low_negative_t, unscale, dz_positive, dz_negative,
+            D, BLOCK_D, BLOCK_N,
+        )  # fmt: skip
 
 
-# Tokens that one level of a sum over tokens adds up; a multiple of every BLOCK_N.
-CHUNK = 256
+# ---- few tokens ----------------------------------------------------------------------------------
 
 
-def tile_options(head_dim: int, dtype: torch.dtype) -> dict[str, int]:
-    """Tile and warps for a head dim and dtype: what keeps the accumulators in registers."""
-    block_d = triton.next_power_of_2(head_dim)
-    half = dtype != torch.float32
-    return {
-        "D": head_dim,
-        "BLOCK_D": block_d,
-        "BLOCK_F": min(block_d, 32 if half else 16),
-        "BLOCK_N": 64 if half else 32,
-        "num_warps": 8 if block_d > 64 else 4,
-        "num_stages": 2,
-    }
+@triton.jit
+def _short_forward(
+    q_pointer,
+    k_pointer,
+    v_pointer,
+    out_pointer,
+    state_pointer,  # (B, Hk, 2D, D) float32, written with SAVE
+    normaliser_pointer,  # (B, Hk, 2D) float32, likewise
+    num_queries,
+    num_keys,
+    kv_heads,
+    q_stride_b,
+    q_stride_h,
+    q_stride_n,
+    k_stride_b,
+    k_stride_h,
+    k_stride_n,
+    v_stride_b,
+    v_stride_h,
+    v_stride_n,
+    out_stride_b,
+    out_stride_h,
+    out_stride_n,
+    eps,
+    SAVE: tl.constexpr,
+    GROUP: tl.constexpr,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """The whole forward of one key/value head."""
+    head = tl.program_id(0).to(tl.int64)
+    b, hk = head // kv_heads, head % kv_heads
+    operand: tl.constexpr = q_pointer.dtype.element_ty
+    k_head = k_pointer + b * k_stride_b + hk * k_stride_h
+    v_head = v_pointer + b * v_stride_b + hk * v_stride_h
+    S_positive, S_negative, z_positive, z_negative = _sum_state(
+        k_head, v_head, k_stride_n, v_stride_n, 0, num_keys, D, BLOCK_D, BLOCK_N
+    )
+    if SAVE:
+        state = state_pointer + head * 2 * D * D
+        normaliser = normaliser_pointer + head * 2 * D
+        _store_state(
+            state, normaliser, S_positive, S_negative, z_positive, z_negative, D, BLOCK_D
+        )  # fmt: skip
+    S_positive, S_negative, m, unscale = _centre(
+        tl.trans(S_positive), tl.trans(S_negative), z_positive, z_negative, operand
+    )
+    q_kv_head = q_pointer + b * q_stride_b + hk * GROUP * q_stride_h
+    out_kv_head = out_pointer + b * out_stride_b + hk * GROUP * out_stride_h
+    tiles = tl.cdiv(num_queries, BLOCK_N)
+    for index in range(0, GROUP * tiles):
+        h = (index // tiles).to(tl.int64)
+        tokens = (index % tiles) * BLOCK_N + tl.arange(0, BLOCK_N).to(tl.int64)
+        _apply_tokens(
+            q_kv_head + h * q_stride_h, out_kv_head + h * out_stride_h, q_stride_n, out_stride_n,
+            tokens, num_queries, S_positive, S_negative, z_positive, z_negative, m, unscale, eps,
+            D, BLOCK_D, BLOCK_N,
+        )  # fmt: skip
 
 
-def _outer(
-    x: Tensor, w: Tensor, kv_heads: int, rows: tuple[Tensor, Tensor] | None
-) -> tuple[Tensor, Tensor]:
-    batch, heads, tokens, head_dim = x.shape
-    options = tile_options(head_dim, x.dtype)
-    batch_heads = batch * kv_heads
-    splits, per_split = split_tokens(tokens, batch_heads, options["BLOCK_N"], x.device)
-    matrix = x.new_empty((splits, batch, kv_heads, 2 * head_dim, head_dim), dtype=torch.float32)
-    vector = x.new_empty((splits, batch, kv_heads, 2 * head_dim), dtype=torch.float32)
-    inverse, weight = rows if rows is not None else (matrix, vector)
-    feature_blocks = triton.cdiv(head_dim, options["BLOCK_F"])
-    if batch_heads:
-        _feature_outer[(feature_blocks * splits * batch_heads,)](
-            x,
-            w,
-            inverse,
-            weight,
-            matrix,
-            vector,
-            tokens,
-            per_split,
-            splits,
-            kv_heads,
-            batch_heads,
-            *x.stride()[:3],
-            *w.stride()[:3],
-            GROUP=heads // kv_heads,
-            ROW_TERMS=rows is not None,
-            CHUNK=CHUNK,
-            **options,
+@triton.jit
+def _short_backward(
+    dout_pointer,
+    q_pointer,
+    k_pointer,
+    v_pointer,
+    state_pointer,  # (B, Hk, 2D, D) float32; unused without SAVED
+    normaliser_pointer,  # (B, Hk, 2D) float32; likewise
+    dq_pointer,
+    dk_pointer,
+    dv_pointer,
+    num_queries,
+    num_keys,
+    kv_heads,
+    dout_stride_b,
+    dout_stride_h,
+    dout_stride_n,
+    q_stride_b,
+    q_stride_h,
+    q_stride_n,
+    k_stride_b,
+    k_stride_h,
+    k_stride_n,
+    v_stride_b,
+    v_stride_h,
+    v_stride_n,
+    dq_stride_b,
+    dq_stride_h,
+    dq_stride_n,
+    dk_stride_b,
+    dk_stride_h,
+    dk_stride_n,
+    dv_stride_b,
+    dv_stride_h,
+    dv_stride_n,
+    eps,
+    SAVED: tl.constexpr,
+    GROUP: tl.constexpr,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """The whole backward of one key/value head. Without SAVED, k and v are read again for S."""
+    head = tl.program_id(0).to(tl.int64)
+    b, hk = head // kv_heads, head % kv_heads
+    columns = tl.arange(0, BLOCK_D)
+    operand: tl.constexpr = q_pointer.dtype.element_ty
+    k_head = k_pointer + b * k_stride_b + hk * k_stride_h
+    v_head = v_pointer + b * v_stride_b + hk * v_stride_h
+    dk_head = dk_pointer + b * dk_stride_b + hk * dk_stride_h
+    dv_head = dv_pointer + b * dv_stride_b + hk * dv_stride_h
+    if SAVED:
+        S_positive, S_negative = _load_pair(state_pointer + head * 2 * D * D, D, BLOCK_D)
+        z_positive, z_negative = _load_vectors(normaliser_pointer + head * 2 * D, D, BLOCK_D)
+    else:
+        S_positive, S_negative, z_positive, z_negative = _sum_state(
+            k_head, v_head, k_stride_n, v_stride_n, 0, num_keys, D, BLOCK_D, BLOCK_N
         )
-    # PyTorch's sum over one axis adds in a fixed order.
-    return (matrix[0], vector[0]) if splits == 1 else (matrix.sum(0), vector.sum(0))
+        S_positive, S_negative = tl.trans(S_positive), tl.trans(S_negative)
+    S_positive, S_negative, m, unscale = _centre(
+        S_positive, S_negative, z_positive, z_negative, operand
+    )
+    h = hk * GROUP
+    dS_positive, dS_negative, dz_positive, dz_negative = _differentiate_queries(
+        dout_pointer + b * dout_stride_b + h * dout_stride_h,
+        q_pointer + b * q_stride_b + h * q_stride_h,
+        dq_pointer + b * dq_stride_b + h * dq_stride_h,
+        dout_stride_h, dout_stride_n, q_stride_h, q_stride_n, dq_stride_h, dq_stride_n,
+        0, num_queries, S_positive, S_negative, z_positive, z_negative, m, unscale, eps,
+        GROUP, D, BLOCK_D, BLOCK_N,
+    )  # fmt: skip
+    # (column, feature), as summed: these are the transposed operands.
+    high_positive_t, low_positive_t, high_negative_t, low_negative_t, unscale = _split(
+        dS_positive, dS_negative, operand
+    )
+    high_positive, high_negative = tl.trans(high_positive_t), tl.trans(high_negative_t)
+    for start in range(0, num_keys, BLOCK_N):
+        tokens = start + tl.arange(0, BLOCK_N).to(tl.int64)
+        k = load_rows(k_head, tokens, num_keys, k_stride_n, columns, D)
+        v = load_rows(v_head, tokens, num_keys, v_stride_n, columns, D)
+        _differentiate_keys(
+            k, v, dk_head, dv_head, dk_stride_n, dv_stride_n, tokens, num_keys,
+            high_positive, high_negative, high_positive_t, low_positive_t,
+            high_negative_t, low_negative_t, unscale, dz_positive, dz_negative,
+            D, BLOCK_D, BLOCK_N,
+        )  # fmt: skip
+
+
+# ---- launchers -----------------------------------------------------------------------------------
+
+
+def _options(kernel: str, x: Tensor) -> dict[str, int]:
+    """Launch options of a kernel; RESIDENT says which file's kernel it is."""
+    head_dim = x.shape[-1]
+    options = tuning.options(f"linear_attention.{kernel}", head_dim, x.dtype, x.device)
+    padded = {"D": head_dim, "BLOCK_D": triton.next_power_of_2(head_dim)}
+    return {"RESIDENT": 1, **padded, **options}
+
+
+def _takes_one_launch(kernel: str, q: Tensor, k: Tensor) -> bool:
+    """Whether one program a key/value head is enough: by shape and device alone.
+
+    A program reads some 50 GB/s, so that a short head is done before a second launch would have
+    started, and a longer one is worth it only where there are as many heads as multiprocessors.
+    """
+    if not _options(kernel, q)["RESIDENT"]:
+        return False
+    batch, kv_heads, num_keys, _ = k.shape
+    tokens = num_keys + q.shape[2] * (q.shape[1] // kv_heads)
+    filled = batch * kv_heads >= multiprocessors(k.device)
+    limits = tuning.SPLITS
+    return tokens <= limits.short_alone or (filled and num_keys <= limits.short_keys)
+
+
+def _partial_sums(
+    splits: int, batch: int, kv_heads: int, head_dim: int, like: Tensor
+) -> tuple[Tensor, Tensor]:
+    matrix = like.new_empty((splits, batch, kv_heads, 2 * head_dim, head_dim), dtype=torch.float32)
+    return matrix, like.new_empty(matrix.shape[:4], dtype=torch.float32)
+
+
+def _sum_partials(matrix: Tensor, vector: Tensor) -> tuple[Tensor, Tensor]:
+    """Partials (num_splits, …) added up over the splits."""
+    if matrix.shape[0] == 1:
+        return matrix[0], vector[0]
+    S, z = torch.empty_like(matrix[0]), torch.empty_like(vector[0])
+    if S.numel():
+        options = tuning.options(
+            "linear_attention.reduce", matrix.shape[-1], torch.float32, matrix.device
+        )
+        blocks = sum(triton.cdiv(x.numel(), options["BLOCK_E"]) for x in (S, z))
+        _reduce[(blocks,)](
+            matrix, vector, S, z, S.numel(), z.numel(), matrix.shape[0], **options
+        )  # fmt: skip
+    return S, z
+
+
+def _launch_state_sums(k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    batch, kv_heads, tokens, head_dim = k.shape
+    options = _options("state", k)
+    if not options.pop("RESIDENT"):
+        return _sum_partials(*streamed.outer(k, v, kv_heads, None, options))
+    heads = batch * kv_heads
+    splits, per_split = balanced_splits(tokens, heads, options["BLOCK_N"], k.device)
+    matrix, vector = _partial_sums(splits, batch, kv_heads, head_dim, k)
+    if heads:
+        _state[(splits * heads,)](
+            k, v, matrix, vector, tokens, per_split, splits, kv_heads, heads,
+            *k.stride()[:3], *v.stride()[:3], **options,
+        )  # fmt: skip
+    return _sum_partials(matrix, vector)
+
+
+def _launch_apply_into(out: Tensor, q: Tensor, S: Tensor, z: Tensor, eps: float) -> None:
+    batch, heads, tokens, _ = q.shape
+    if not out.numel():
+        return
+    options = _options("apply", q)
+    if not options.pop("RESIDENT"):
+        streamed.apply(q, S, z, out, eps, options)
+        return
+    splits, per_split = balanced_splits(tokens, batch * heads, options["BLOCK_N"], q.device)
+    _apply[(splits * batch * heads,)](
+        q, S, z, out, tokens, per_split, splits, heads, *q.stride()[:3], *out.stride()[:3], eps,
+        GROUP=heads // S.shape[1], **options,
+    )  # fmt: skip
+
+
+def _launch_query_gradient_into(
+    dq: Tensor, dout: Tensor, q: Tensor, S: Tensor, z: Tensor, eps: float
+) -> tuple[Tensor, Tensor]:
+    """Fills dq; returns dS and dz."""
+    batch, heads, tokens, head_dim = q.shape
+    kv_heads = S.shape[1]
+    options = _options("query_gradient", q)
+    if not options.pop("RESIDENT"):
+        rows = streamed.query_gradient(dout, q, S, z, dq, eps, options)
+        sums = _options("query_sums", q)
+        sums.pop("RESIDENT")
+        return _sum_partials(*streamed.outer(q, dout, kv_heads, rows, sums))
+    splits, per_split = balanced_splits(tokens, batch * kv_heads, options["BLOCK_N"], q.device)
+    matrix, vector = _partial_sums(splits, batch, kv_heads, head_dim, q)
+    if batch:
+        _query_gradient[(splits * batch * kv_heads,)](
+            dout, q, S, z, dq, matrix, vector, tokens, per_split, splits, kv_heads,
+            batch * kv_heads, *dout.stride()[:3], *q.stride()[:3], *dq.stride()[:3], eps,
+            GROUP=heads // kv_heads, **options,
+        )  # fmt: skip
+    return _sum_partials(matrix, vector)
+
+
+def _launch_key_value_gradient_into(
+    dk: Tensor, dv: Tensor, dS: Tensor, dz: Tensor, k: Tensor, v: Tensor
+) -> None:
+    batch, kv_heads, tokens, _ = k.shape
+    if not dk.numel():
+        return
+    options = _options("key_value_gradient", k)
+    if not options.pop("RESIDENT"):
+        streamed.key_value_gradient(dS, dz, k, v, dk, dv, options)
+        return
+    splits, per_split = balanced_splits(tokens, batch * kv_heads, options["BLOCK_N"], k.device)
+    _key_value_gradient[(splits * batch * kv_heads,)](
+        dS, dz, k, v, dk, dv, tokens, per_split, splits, kv_heads, *k.stride()[:3],
+        *v.stride()[:3], *dk.stride()[:3], *dv.stride()[:3], **options,
+    )  # fmt: skip
+
+
+def _forward_into(
+    out: Tensor, q: Tensor, k: Tensor, v: Tensor, eps: float, save_state: bool
+) -> tuple[Tensor, Tensor]:
+    """Fills out; returns S and z, empty ones unless they are to be saved."""
+    if not _takes_one_launch("short_forward", q, k):
+        S, z = _launch_state_sums(k, v)
+        _launch_apply_into(out, q, S, z, eps)
+        return (S, z) if save_state else empty_state(k, False)
+    S, z = empty_state(k, save_state)
+    batch, kv_heads, num_keys, _ = k.shape
+    if batch:
+        options = _options("short_forward", q)
+        options.pop("RESIDENT")
+        _short_forward[(batch * kv_heads,)](
+            q, k, v, out, S, z, q.shape[2], num_keys, kv_heads, *q.stride()[:3], *k.stride()[:3],
+            *v.stride()[:3], *out.stride()[:3], eps, SAVE=save_state,
+            GROUP=q.shape[1] // kv_heads, **options,
+        )  # fmt: skip
+    return S, z
+
+
+def _backward_into(
+    dq: Tensor, dk: Tensor, dv: Tensor, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, S: Tensor,
+    z: Tensor, eps: float,
+) -> None:  # fmt: skip
+    """Fills dq, dk and dv; S and z of shape (0,) are worked out again."""
+    batch, kv_heads, num_keys, _ = k.shape
+    saved = S.dim() > 1
+    if not _takes_one_launch("short_backward", q, k):
+        if not saved:
+            S, z = _launch_state_sums(k, v)
+        dS, dz = _launch_query_gradient_into(dq, dout, q, S, z, eps)
+        _launch_key_value_gradient_into(dk, dv, dS, dz, k, v)
+    elif batch:
+        options = _options("short_backward", q)
+        options.pop("RESIDENT")
+        _short_backward[(batch * kv_heads,)](
+            dout, q, k, v, S, z, dq, dk, dv, q.shape[2], num_keys, kv_heads,
+            *dout.stride()[:3], *q.stride()[:3], *k.stride()[:3], *v.stride()[:3],
+            *dq.stride()[:3], *dk.stride()[:3], *dv.stride()[:3], eps, SAVED=saved,
+            GROUP=q.shape[1] // kv_heads, **options,
+        )  # fmt: skip
+
+
+@operator("linear_attention")
+def _launch(
+    q: Tensor, k: Tensor, v: Tensor, eps: float, save_state: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    out = empty_like(q)
+    return out, *_forward_into(out, q, k, v, eps, save_state)
+
+
+@operator("linear_attention_backward")
+def _launch_backward(
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, S: Tensor, z: Tensor, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    dq, dk, dv = empty_like(q), empty_like(k), empty_like(v)
+    _backward_into(dq, dk, dv, readable(dout), q, k, v, S, z, eps)
+    return dq, dk, dv
+
+
+@operator("linear_attention_packed")
+def _launch_packed(qkv: Tensor, eps: float, save_state: bool) -> tuple[Tensor, Tensor, Tensor]:
+    out = empty_like(qkv.select(2, 0))
+    return out, *_forward_into(out.transpose(1, 2), *unpack_qkv(qkv), eps, save_state)
+
+
+@operator("linear_attention_packed_backward")
+def _launch_packed_backward(dout: Tensor, qkv: Tensor, S: Tensor, z: Tensor, eps: float) -> Tensor:
+    dqkv = empty_like(qkv)
+    dout = readable(dout).transpose(1, 2)
+    _backward_into(*unpack_qkv(dqkv), dout, *unpack_qkv(qkv), S, z, eps)
+    return dqkv
 
 
 @operator("linear_attention_state")
 def _launch_state(k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    return _outer(k, v, k.shape[1], None)
+    return _launch_state_sums(k, v)
+
+
+@operator("linear_attention_state_backward")
+def _launch_state_backward(dS: Tensor, dz: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    dk, dv = empty_like(k), empty_like(v)
+    _launch_key_value_gradient_into(dk, dv, dS.contiguous(), dz.contiguous(), k, v)
+    return dk, dv
 
 
 @operator("linear_attention_apply")
 def _launch_apply(q: Tensor, S: Tensor, z: Tensor, eps: float) -> Tensor:
-    batch, heads, tokens, head_dim = q.shape
     out = empty_like(q)
-    options = tile_options(head_dim, q.dtype)
-    parts, per_part = split_tokens(tokens, batch * heads, options["BLOCK_N"], q.device)
-    if out.numel():
-        _apply[(parts * batch * heads,)](
-            q,
-            S.contiguous(),
-            z.contiguous(),
-            out,
-            tokens,
-            per_part,
-            parts,
-            heads,
-            *q.stride()[:3],
-            *out.stride()[:3],
-            eps,
-            GROUP=heads // S.shape[1],
-            **options,
-        )
+    _launch_apply_into(out, q, S.contiguous(), z.contiguous(), eps)
     return out
 
 
@@ -449,62 +923,29 @@ def _launch_apply(q: Tensor, S: Tensor, z: Tensor, eps: float) -> Tensor:
 def _launch_apply_backward(
     dout: Tensor, q: Tensor, S: Tensor, z: Tensor, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    batch, heads, tokens, head_dim = q.shape
-    dout = readable(dout)
     dq = empty_like(q)
-    inverse = q.new_empty((batch, heads, tokens), dtype=torch.float32)
-    weight = torch.empty_like(inverse)
-    options = tile_options(head_dim, q.dtype)
-    parts, per_part = split_tokens(tokens, batch * heads, options["BLOCK_N"], q.device)
-    if dq.numel():
-        _query_gradient[(parts * batch * heads,)](
-            dout,
-            q,
-            S.contiguous(),
-            z.contiguous(),
-            dq,
-            inverse,
-            weight,
-            tokens,
-            per_part,
-            parts,
-            heads,
-            *dout.stride()[:3],
-            *q.stride()[:3],
-            *dq.stride()[:3],
-            eps,
-            GROUP=heads // S.shape[1],
-            **options,
-        )
-    dS, dz = _outer(q, dout, S.shape[1], (inverse, weight))
-    return dq, dS, dz
+    S, z = S.contiguous(), z.contiguous()
+    return dq, *_launch_query_gradient_into(dq, readable(dout), q, S, z, eps)
 
 
-@operator("linear_attention_state_backward")
-def _launch_state_backward(dS: Tensor, dz: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    batch, heads, tokens, head_dim = k.shape
-    dk, dv = empty_like(k), empty_like(v)
-    options = tile_options(head_dim, k.dtype)
-    parts, per_part = split_tokens(tokens, batch * heads, options["BLOCK_N"], k.device)
-    if dk.numel():
-        _key_value_gradient[(parts * batch * heads,)](
-            dS.contiguous(),
-            dz.contiguous(),
-            k,
-            v,
-            dk,
-            dv,
-            tokens,
-            per_part,
-            parts,
-            heads,
-            *k.stride()[:3],
-            *v.stride()[:3],
-            *dk.stride()[:3],
-            *dv.stride()[:3],
-            **options,
-        )
-    return dk, dv
+def implementation(op: str, *tensors: Tensor) -> str:
+    """The kernels that an operation launches for these inputs, with their tiles, in one line."""
+    if op == "linear_attention_packed":
+        tensors = unpack_qkv(tensors[0])
+    x = tensors[0]
+    if op == "linear_attention_state":
+        names = ["state"]
+    elif op == "linear_attention_apply":
+        names = ["apply"]
+    elif _takes_one_launch("short_forward", tensors[0], tensors[1]):
+        names = ["short_forward"]
+    else:
+        names = ["state", "apply"]
+    key = [f"linear_attention.{name}" for name in names]
+    tiles = "; ".join(tuning.describe(name, x.shape[-1], x.dtype, x.device) for name in key)
+    return f"triton, {tuning.architecture(x.device)}: {tiles}"
 
 
-linear_attention, linear_attention_state, linear_attention_apply = attach("triton")
+linear_attention, linear_attention_packed, linear_attention_state, linear_attention_apply = attach(
+    "triton", recompute_tokens=RECOMPUTE_TOKENS
+)
