@@ -74,6 +74,14 @@ COLUMNS = (
 Row = dict[str, Any]
 
 
+class Incomplete(RuntimeError):
+    """Something does not compile: the message has the compiler's, ``rows`` what did."""
+
+    def __init__(self, message: str, rows: list[Row]) -> None:
+        super().__init__(message)
+        self.rows = rows
+
+
 @dataclass(frozen=True)
 class Unit:
     """What is compiled together and kept: for Triton one dtype and head dim, for CUDA all."""
@@ -93,26 +101,34 @@ def compile_all(
     architectures: Iterable[str] = ARCHITECTURES,
     dtypes: Sequence[str] = tuple(DTYPES),
     head_dims: Sequence[int] | None = None,
+    ragged: bool = True,
     jobs: int | None = None,
     progress: Callable[[str], None] = lambda line: None,
 ) -> list[Row]:
     """Compile all that is asked for, side by side; None takes all there is.
 
+    Args:
+        backends, rooms, architectures, dtypes, head_dims: what to compile.
+        ragged: Triton's kernels also for rows that 16-byte accesses can't reach.
+        jobs: processes; None for one a core.
+        progress: called with a line after each step.
+
     Returns:
         A row, with the keys ``COLUMNS``, for each kernel and configuration.
 
     Raises:
-        RuntimeError: a kernel does not compile, with the compiler's message.
+        Incomplete: a kernel does not compile.
     """
     rooms = launches.rooms() if rooms is None else tuple(rooms)
     head_dims = launches.supported_head_dims() if head_dims is None else tuple(head_dims)
     groups = [
-        _units(backend, room, architecture, tuple(dtypes), tuple(head_dims))
+        _units(backend, room, architecture, tuple(dtypes), tuple(head_dims), ragged)
         for backend in backends
         for architecture in architectures
         for room in rooms
     ]
     rows: list[Row] = []
+    failures: list[str] = []
     # A process a group: an operator library, and Triton's choice of driver, are a process's own.
     context = multiprocessing.get_context("spawn")
     workers = min(jobs or machine.available_cores(), len(groups))
@@ -120,9 +136,13 @@ def compile_all(
         pending = {pool.submit(_compile_group, group): group[0] for group in groups}
         try:
             for done, future in enumerate(as_completed(pending), start=1):
-                rows += future.result()
                 unit = pending[future]
                 what = f"{unit.backend} {unit.room} {unit.architecture}"
+                if error := future.exception():
+                    failures.append(f"{what}: {type(error).__name__}: {error}")
+                    progress(f"[{done}/{len(groups)}] {what}: {type(error).__name__}")
+                    continue
+                rows += future.result()
                 progress(f"[{done}/{len(groups)}] {what}: {len(future.result())} kernels")
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
@@ -138,6 +158,8 @@ def compile_all(
             r["head_dim"] or 0,
         )
     )
+    if failures:
+        raise Incomplete("\n".join(failures), rows)
     return rows
 
 
@@ -174,6 +196,7 @@ def _units(
     architecture: str,
     dtypes: tuple[str, ...],
     head_dims: tuple[int, ...],
+    ragged: bool,
 ) -> list[Unit]:
     if backend == "cuda":
         return [Unit(backend, room, architecture, dtypes, head_dims)]
@@ -183,7 +206,7 @@ def _units(
         Unit(backend, room, architecture, (t,), d, ragged=True)
         for t in dtypes
         for d in dims
-        if d in ((), (_RAGGED_HEAD_DIM,))
+        if ragged and d in ((), (_RAGGED_HEAD_DIM,))
     ]
 
 
@@ -315,6 +338,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     options = parser.parse_args(argv)
 
+    failure = ""
     try:
         rows = compile_all(
             backends=options.backend,
@@ -325,16 +349,17 @@ def main(argv: Sequence[str] | None = None) -> int:
             jobs=options.jobs,
             progress=lambda line: print(line, file=sys.stderr, flush=True),
         )
-    except (RuntimeError, FileNotFoundError) as error:
-        print(error, file=sys.stderr)
-        return 1
+    except Incomplete as error:
+        rows, failure = error.rows, str(error)
     if options.csv:
         write_csv(rows, options.csv)
     if options.json:
         options.json.parent.mkdir(parents=True, exist_ok=True)
         options.json.write_text(json.dumps(document(rows), indent=1) + "\n")
     print(render(rows, every=options.all), end="")
-    return 1 if any(row["faults"] for row in rows) else 0
+    if failure:
+        print(f"does not compile:\n{failure}", file=sys.stderr)
+    return 1 if failure or any(row["faults"] for row in rows) else 0
 
 
 def document(rows: list[Row]) -> dict[str, Any]:

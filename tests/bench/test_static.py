@@ -49,6 +49,7 @@ def test_linear_attention_ships_without_faults(backend: str) -> None:
         architectures=["sm_90a"],
         dtypes=("float32", "bfloat16"),
         head_dims=(64,),
+        ragged=False,
     )
     healthy(rows)
     half = [r for r in rows if r["dtype"] == "bfloat16"]
