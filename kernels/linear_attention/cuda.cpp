@@ -1,5 +1,5 @@
 // Linear attention's CUDA operators: tensors in, cuda.cu's launchers called, tensors out.
-// Shapes and dtypes have been checked by the public functions.
+// Shapes and dtypes have been checked by the public functions. What each returns is in operators.py.
 #include <torch/library.h>
 
 #include "../cuda/tensors.h"
@@ -8,28 +8,123 @@
 namespace {
 
 using at::Tensor;
+using Arguments = LinearAttentionArguments;
+using Launcher = cudaError_t (*)(const Arguments*, cudaStream_t);
 
-// S, z of keys and values; dS, dz of queries and output gradients, with a scale and a weight a row.
-std::tuple<Tensor, Tensor> feature_outer(const Tensor& x, const Tensor& w, int64_t kv_heads,
-                                         const float* row_scale, const float* row_weight) {
-  const int64_t batch = x.size(0), heads = x.size(1), tokens = x.size(2), head_dim = x.size(3);
-  Tensor S = empty_floats(x, {batch, kv_heads, 2 * head_dim, head_dim});
-  Tensor z = empty_floats(x, {batch, kv_heads, 2 * head_dim});
-  const int64_t num_splits =
-      linear_attention_num_splits(batch * kv_heads, tokens, multiprocessors());
-  Tensor workspace =
-      empty_floats(x, {num_splits > 1 ? num_splits * (S.numel() + z.numel()) : 0});
-  run("linear_attention_feature_outer", linear_attention_feature_outer,
-      FeatureOuterArguments{element_type(x), static_cast<int32_t>(head_dim), batch, kv_heads,
-                            heads / kv_heads, tokens, num_splits, view(x), view(w), row_scale,
-                            row_weight, S.data_ptr<float>(), z.data_ptr<float>(),
-                            workspace.data_ptr<float>()});
+// Of queries (B, H, N, D) and keys (B, Hk, M, D); an operator that has only one of them gives it twice.
+Arguments arguments_of(const Tensor& q, const Tensor& k, double eps) {
+  Arguments arguments{};
+  arguments.element = element_type(q);
+  arguments.head_dim = static_cast<int32_t>(q.size(3));
+  arguments.batch = q.size(0);
+  arguments.kv_heads = k.size(1);
+  arguments.group = k.size(1) == 0 ? 1 : q.size(1) / k.size(1);
+  arguments.queries = q.size(2);
+  arguments.keys = k.size(2);
+  arguments.multiprocessors = multiprocessors();
+  arguments.eps = static_cast<float>(eps);
+  arguments.q = view(q);
+  arguments.k = view(k);
+  return arguments;
+}
+
+// Null for an empty one: a state that is not kept.
+float* floats(const Tensor& x) { return x.numel() == 0 ? nullptr : x.data_ptr<float>(); }
+
+void run_pass(const char* name, Launcher launcher, LinearAttentionPass pass, Arguments& arguments,
+              const Tensor& like) {
+  const Tensor workspace = empty_floats(like, {linear_attention_workspace(&arguments, pass)});
+  arguments.workspace = floats(workspace);
+  run(name, launcher, arguments);
+}
+
+std::tuple<Tensor, Tensor> empty_state(const Tensor& x, int64_t heads) {
+  const int64_t batch = x.size(0), head_dim = x.size(3);
+  return {empty_floats(x, {batch, heads, 2 * head_dim, head_dim}),
+          empty_floats(x, {batch, heads, 2 * head_dim})};
+}
+
+// ---- the whole operation ---------------------------------------------------------------------------
+
+std::tuple<Tensor, Tensor> forward(const Tensor& q, const Tensor& k, const Tensor& v, double eps,
+                                   bool save_state, const Tensor& out) {
+  auto [S, z] = save_state ? empty_state(k, k.size(1))
+                           : std::make_tuple(empty_floats(k, {0}), empty_floats(k, {0}));
+  Arguments arguments = arguments_of(q, k, eps);
+  arguments.v = view(v);
+  arguments.out = view(out);
+  arguments.S = floats(S);
+  arguments.z = floats(z);
+  run_pass("linear_attention_forward", linear_attention_forward, kForward, arguments, q);
   return {S, z};
 }
 
+void backward(const Tensor& dout, const Tensor& q, const Tensor& k, const Tensor& v,
+              const Tensor& S_any, const Tensor& z_any, double eps, const Tensor& dq,
+              const Tensor& dk, const Tensor& dv) {
+  const Tensor S = S_any.contiguous(), z = z_any.contiguous();
+  Arguments arguments = arguments_of(q, k, eps);
+  arguments.v = view(v);
+  arguments.dout = view(dout);
+  arguments.dq = view(dq);
+  arguments.dk = view(dk);
+  arguments.dv = view(dv);
+  arguments.S = floats(S);
+  arguments.z = floats(z);
+  run_pass("linear_attention_backward", linear_attention_backward, kBackward, arguments, q);
+}
+
+std::tuple<Tensor, Tensor, Tensor> attention(const Tensor& q, const Tensor& k, const Tensor& v,
+                                             double eps, bool save_state) {
+  const c10::cuda::CUDAGuard guard(q.device());
+  Tensor out = empty_in_order(q);
+  auto [S, z] = forward(q, k, v, eps, save_state, out);
+  return {out, S, z};
+}
+
+std::tuple<Tensor, Tensor, Tensor> attention_backward(const Tensor& dout, const Tensor& q,
+                                                      const Tensor& k, const Tensor& v,
+                                                      const Tensor& S, const Tensor& z,
+                                                      double eps) {
+  const c10::cuda::CUDAGuard guard(q.device());
+  Tensor dq = empty_in_order(q), dk = empty_in_order(k), dv = empty_in_order(v);
+  backward(readable(dout), q, k, v, S, z, eps, dq, dk, dv);
+  return {dq, dk, dv};
+}
+
+// ---- packed: qkv (B, N, 3, H, D) read in place, one dqkv written -----------------------------------
+
+Tensor unpacked(const Tensor& qkv, int64_t which) { return qkv.select(2, which).transpose(1, 2); }
+
+std::tuple<Tensor, Tensor, Tensor> attention_packed(const Tensor& qkv, double eps,
+                                                    bool save_state) {
+  const c10::cuda::CUDAGuard guard(qkv.device());
+  Tensor out = empty_in_order(qkv.select(2, 0));
+  auto [S, z] = forward(unpacked(qkv, 0), unpacked(qkv, 1), unpacked(qkv, 2), eps, save_state,
+                        out.transpose(1, 2));
+  return {out, S, z};
+}
+
+Tensor attention_packed_backward(const Tensor& dout, const Tensor& qkv, const Tensor& S,
+                                 const Tensor& z, double eps) {
+  const c10::cuda::CUDAGuard guard(qkv.device());
+  Tensor dqkv = empty_in_order(qkv);
+  backward(readable(dout).transpose(1, 2), unpacked(qkv, 0), unpacked(qkv, 1), unpacked(qkv, 2), S,
+           z, eps, unpacked(dqkv, 0), unpacked(dqkv, 1), unpacked(dqkv, 2));
+  return dqkv;
+}
+
+// ---- the state, and its application ----------------------------------------------------------------
+
 std::tuple<Tensor, Tensor> state(const Tensor& k, const Tensor& v) {
   const c10::cuda::CUDAGuard guard(k.device());
-  return feature_outer(k, v, k.size(1), nullptr, nullptr);
+  auto [S, z] = empty_state(k, k.size(1));
+  Arguments arguments = arguments_of(k, k, 0.0);
+  arguments.v = view(v);
+  arguments.S = floats(S);
+  arguments.z = floats(z);
+  run_pass("linear_attention_state", linear_attention_state, kState, arguments, k);
+  return {S, z};
 }
 
 std::tuple<Tensor, Tensor> state_backward(const Tensor& dS_any, const Tensor& dz_any,
@@ -37,21 +132,34 @@ std::tuple<Tensor, Tensor> state_backward(const Tensor& dS_any, const Tensor& dz
   const c10::cuda::CUDAGuard guard(k.device());
   const Tensor dS = dS_any.contiguous(), dz = dz_any.contiguous();
   Tensor dk = empty_in_order(k), dv = empty_in_order(v);
-  run("linear_attention_key_value_gradient", linear_attention_key_value_gradient,
-      KeyValueGradientArguments{element_type(k), static_cast<int32_t>(k.size(3)), k.size(0),
-                                k.size(1), k.size(2), view(k), view(v), view(dk), view(dv),
-                                dS.data_ptr<float>(), dz.data_ptr<float>()});
+  Arguments arguments = arguments_of(k, k, 0.0);
+  arguments.v = view(v);
+  arguments.dk = view(dk);
+  arguments.dv = view(dv);
+  arguments.dS = floats(dS);
+  arguments.dz = floats(dz);
+  run_pass("linear_attention_state_backward", linear_attention_state_backward, kStateBackward,
+           arguments, k);
   return {dk, dv};
+}
+
+Arguments apply_arguments(const Tensor& q, const Tensor& S, const Tensor& z, double eps) {
+  Arguments arguments = arguments_of(q, q, eps);
+  arguments.kv_heads = S.size(1);
+  arguments.group = S.size(1) == 0 ? 1 : q.size(1) / S.size(1);
+  arguments.keys = 0;
+  arguments.S = floats(S);
+  arguments.z = floats(z);
+  return arguments;
 }
 
 Tensor apply(const Tensor& q, const Tensor& S_any, const Tensor& z_any, double eps) {
   const c10::cuda::CUDAGuard guard(q.device());
   const Tensor S = S_any.contiguous(), z = z_any.contiguous();
   Tensor out = empty_in_order(q);
-  run("linear_attention_apply", linear_attention_apply,
-      ApplyArguments{element_type(q), static_cast<int32_t>(q.size(3)), q.size(0), q.size(1),
-                     q.size(1) / S.size(1), q.size(2), view(q), view(out), S.data_ptr<float>(),
-                     z.data_ptr<float>(), static_cast<float>(eps)});
+  Arguments arguments = apply_arguments(q, S, z, eps);
+  arguments.out = view(out);
+  run_pass("linear_attention_apply", linear_attention_apply, kApply, arguments, q);
   return out;
 }
 
@@ -61,23 +169,41 @@ std::tuple<Tensor, Tensor, Tensor> apply_backward(const Tensor& dout_any, const 
   const c10::cuda::CUDAGuard guard(q.device());
   const Tensor dout = readable(dout_any), S = S_any.contiguous(), z = z_any.contiguous();
   Tensor dq = empty_in_order(q);
-  Tensor row_scale = empty_floats(q, {q.size(0), q.size(1), q.size(2)});
-  Tensor row_weight = empty_floats(q, {q.size(0), q.size(1), q.size(2)});
-  run("linear_attention_query_gradient", linear_attention_query_gradient,
-      QueryGradientArguments{element_type(q), static_cast<int32_t>(q.size(3)), q.size(0),
-                             q.size(1), q.size(1) / S.size(1), q.size(2), view(dout), view(q),
-                             view(dq), S.data_ptr<float>(), z.data_ptr<float>(),
-                             static_cast<float>(eps), row_scale.data_ptr<float>(),
-                             row_weight.data_ptr<float>()});
-  auto [dS, dz] = feature_outer(q, dout, S.size(1), row_scale.data_ptr<float>(),
-                                row_weight.data_ptr<float>());
+  auto [dS, dz] = empty_state(q, S.size(1));
+  Arguments arguments = apply_arguments(q, S, z, eps);
+  arguments.dout = view(dout);
+  arguments.dq = view(dq);
+  arguments.dS = floats(dS);
+  arguments.dz = floats(dz);
+  run_pass("linear_attention_apply_backward", linear_attention_apply_backward, kApplyBackward,
+           arguments, q);
   return {dq, dS, dz};
+}
+
+std::string describe(const Tensor& q) {
+  return linear_attention_describe(element_type(q), static_cast<int32_t>(q.size(-1)));
 }
 
 }  // namespace
 
 TORCH_LIBRARY_FRAGMENT(linear_vit, m) {
   const std::vector<at::Tag> tags = {at::Tag::pt2_compliant_tag};
+  m.def(
+      "cuda_linear_attention(Tensor q, Tensor k, Tensor v, float eps, bool save_state)"
+      " -> (Tensor, Tensor, Tensor)",
+      tags);
+  m.def(
+      "cuda_linear_attention_backward(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor S, Tensor z,"
+      " float eps) -> (Tensor, Tensor, Tensor)",
+      tags);
+  m.def(
+      "cuda_linear_attention_packed(Tensor qkv, float eps, bool save_state)"
+      " -> (Tensor, Tensor, Tensor)",
+      tags);
+  m.def(
+      "cuda_linear_attention_packed_backward(Tensor dout, Tensor qkv, Tensor S, Tensor z, float eps)"
+      " -> Tensor",
+      tags);
   m.def("cuda_linear_attention_state(Tensor k, Tensor v) -> (Tensor, Tensor)", tags);
   m.def(
       "cuda_linear_attention_state_backward(Tensor dS, Tensor dz, Tensor k, Tensor v)"
@@ -88,11 +214,17 @@ TORCH_LIBRARY_FRAGMENT(linear_vit, m) {
       "cuda_linear_attention_apply_backward(Tensor dout, Tensor q, Tensor S, Tensor z, float eps)"
       " -> (Tensor, Tensor, Tensor)",
       tags);
+  m.def("cuda_linear_attention_describe(Tensor q) -> str", tags);
 }
 
 TORCH_LIBRARY_IMPL(linear_vit, CUDA, m) {
+  m.impl("cuda_linear_attention", attention);
+  m.impl("cuda_linear_attention_backward", attention_backward);
+  m.impl("cuda_linear_attention_packed", attention_packed);
+  m.impl("cuda_linear_attention_packed_backward", attention_packed_backward);
   m.impl("cuda_linear_attention_state", state);
   m.impl("cuda_linear_attention_state_backward", state_backward);
   m.impl("cuda_linear_attention_apply", apply);
   m.impl("cuda_linear_attention_apply_backward", apply_backward);
+  m.impl("cuda_linear_attention_describe", describe);
 }

@@ -1,582 +1,437 @@
-// Linear attention in CUDA C++: five kernels, forward and backward.
+// Linear attention in CUDA C++, forward and backward: what is launched, and how often.
 //
-//   1 feature_outer       sum over tokens of phi(x)^T (scale w) and of phi(x) weight: S, z from k, v;
-//                         dS, dz from q, dout
-//   2 reduce              adds the partial sums of kernel 1's splits, in order
-//   3 apply               out = phi(q) S / E,  E = phi(q) . z + eps
-//   4 query_gradient      dq, and per row 1/E and -(phi(q) . a)/E^2 for kernel 1
-//   5 key_value_gradient  dk, dv from dS, dz
+//   tiles.h           every choice of tile, warps and stages
+//   half.cuh          half precision on tensor cores: what a block does, and the numerics
+//   half_kernels.cuh  its kernels
+//   float32.cuh       float32 on the FMA units
+//   problem.cuh       what kernels are given; how splits of a sum over tokens are added up
 //
-// phi(x) = [relu(x), relu(-x)] is formed in registers from x, never in memory. Arithmetic is float32
-// on the FMA units for every element type. No atomics: results repeat bit for bit.
+// A forward is one launch where a block a key/value head is enough (one_launch), else three: the state
+// of every split of the keys, its reduction, out of every split of the queries. A backward likewise is
+// one launch, or four: dq and partial dS of every split of the queries, their reduction, dk and dv; and
+// before these, where the state was not kept, the forward's first two. Half precision reads each of
+// q, k, v, dout and writes each of out, dq, dk, dv once (k and v twice where several launches make the
+// state again); float32 too up to D = 64.
+//
+// phi(x) = [relu(x), relu(-x)] is formed in registers from x, never in memory. No atomics: results
+// repeat bit for bit. Nothing is allocated or waited for, so CUDA graphs take all of it.
 //
 // Letters as in the formulas: D head dimension, S (2D x D) and z (2D) the state, g = dout,
 // a = S g, and the prefix d for a gradient.
 #include "cuda.h"
 
-#include "../cuda/common.cuh"
+#include <cstdio>
+
+#include "float32.cuh"
+#include "half_kernels.cuh"
 
 namespace {
 
-// NaN compares false, so it passes through; fmaxf would drop it.
-__device__ inline float positive_part(float x) { return x <= 0.0f ? 0.0f : x; }
-__device__ inline float negative_part(float x) { return x >= 0.0f ? 0.0f : -x; }
+using Arguments = LinearAttentionArguments;
 
-// d/dx of a function of phi(x), given its gradients by both halves of phi: 0 at x = 0, NaN at NaN.
-__device__ inline float feature_gradient(float x, float by_positive, float by_negative) {
-  return x > 0.0f ? by_positive : x < 0.0f ? -by_negative : x;
+// ---- what is launched ------------------------------------------------------------------------------
+
+// Blocks that share `tokens` tokens of each of `states` states: at most `blocks` in all, which is what
+// the GPU runs at once, but so that none takes more than `most` tokens, nor is hardly worth it.
+int64_t splits_of(const Arguments& p, int64_t tokens, int64_t blocks, int64_t most) {
+  if (p.num_splits > 0) return p.num_splits;
+  const int64_t states = p.batch * p.kv_heads;
+  if (states == 0 || tokens == 0) return 1;
+  const int64_t wanted = blocks / states > 1 ? blocks / states : 1;
+  const int64_t worth = ceil_div(tokens, kFewestTokensPerSplit), fewest = ceil_div(tokens, most);
+  const int64_t splits = wanted < worth ? wanted : worth;
+  return splits > fewest ? splits : fewest;
 }
 
-// A query row that meets no key has E = eps, or 0 with eps = 0; its output is 0, not 0/0.
-__device__ inline float inverse(float E) { return E != 0.0f ? 1.0f / E : 0.0f; }
+struct Plan {
+  bool half, stay, one_launch;
+  int64_t states, S_size, z_size, mean_size;
+  int64_t state, apply, query_gradient, key_value_gradient;  // splits
+  bool rows;  // float32 beyond D = 64: two floats a query row between two kernels
 
-// ---- 1 feature_outer -------------------------------------------------------------------------------
-// One block: the tokens of one split (of every query head of the group) of one key/value head, and
-// all D features against kColumns columns of w, a D/16 x kColumns/16 micro-tile per half of phi and
-// thread. Reads x and w once (x twice for D > 64, whose S is halved to stay in registers).
-//
-// Sums are two-level, 256 tokens at a time: a plain float32 sum of n terms is off by
-// 3e-8 sqrt(n / 2), which is past 1e-6 from 4,000 tokens on.
-//
-// The 1 in __launch_bounds__ keeps ptxas from trading spills for more blocks a multiprocessor.
+  Plan(const Arguments& p, LinearAttentionPass pass) {
+    half = p.element != kFloat32;
+    states = p.batch * p.kv_heads;
+    S_size = states * 2 * p.head_dim * p.head_dim;
+    z_size = states * 2 * p.head_dim;
+    mean_size = states * p.head_dim;
+    const int64_t queries = p.group * p.queries;
+    const int64_t blocks_each = half ? tile_of(kHalfTiles, p.head_dim).blocks : 2;
+    const int64_t blocks = blocks_each * p.multiprocessors;
+    const int64_t most = half ? kMostTokensPerSplit : kMostFloatTokensPerSplit;
+    // Partial states are traffic: half precision keeps a multiprocessor busy with one block of it.
+    state = splits_of(p, p.keys, half ? p.multiprocessors : blocks, most);
+    query_gradient = splits_of(p, queries, blocks, most);
+    apply = splits_of(p, queries, blocks, INT64_MAX);
+    key_value_gradient = splits_of(p, p.keys, blocks, INT64_MAX);
+    rows = !half && p.head_dim > 64;
+
+    // A block a key/value head: of short sequences, where there are enough heads, or so short ones that
+    // a launch is dearer than a GPU half empty. In the backward, keys and values stay in shared memory
+    // if the state was not kept and has to come from them; else the state is read once.
+    const bool shorter = p.keys <= 1024 && queries <= 4096 && states >= p.multiprocessors;
+    const bool tiny = p.keys <= 256 && queries <= 1024;
+    stay = p.S == nullptr;
+    one_launch = half && p.num_splits == 0 && (shorter || tiny);
+    if (pass == kBackward && stay) one_launch = one_launch && p.keys <= staying(p);
+    if (pass != kForward && pass != kBackward) one_launch = false;
+  }
+
+  static int64_t staying(const Arguments& p) {
+    int64_t keys = 0;
+    for_element_type_and_head_dim(p.element, p.head_dim, [&](auto type, auto head_dim) {
+      using T = typename decltype(type)::type;
+      if constexpr (!std::is_same_v<T, float>) keys = staying_keys<T, decltype(head_dim)::value>();
+      return cudaSuccess;
+    });
+    return keys;
+  }
+
+  int64_t state_size() const { return S_size + z_size; }
+  int64_t partials(int64_t splits) const { return splits > 1 ? splits * state_size() : 0; }
+};
+
+// Hands out a workspace. Every size but the last is a multiple of four floats.
+struct Workspace {
+  float* next;
+
+  float* take(int64_t floats) {
+    float* const taken = next;
+    next += floats;
+    return taken;
+  }
+};
 
 template <typename T>
-struct FeatureOuter {
-  Rows<const T> x, w;
-  int64_t kv_heads, group, tokens, num_splits, tokens_per_split;
-  const float* row_scale;
-  const float* row_weight;
-  float* S;  // [split][batch * kv_heads][2 D][D]
-  float* z;  // [split][batch * kv_heads][2 D]
-  int64_t states;
-};
+Problem<T> problem_of(const Arguments& p) {
+  Problem<T> problem{};
+  problem.q = rows_of<const T>(p.q), problem.k = rows_of<const T>(p.k);
+  problem.v = rows_of<const T>(p.v), problem.dout = rows_of<const T>(p.dout);
+  problem.out = rows_of<T>(p.out), problem.dq = rows_of<T>(p.dq);
+  problem.dk = rows_of<T>(p.dk), problem.dv = rows_of<T>(p.dv);
+  problem.kv_heads = p.kv_heads, problem.group = p.group;
+  problem.queries = p.queries, problem.keys = p.keys;
+  problem.states = p.batch * p.kv_heads, problem.eps = p.eps;
+  problem.S = p.S, problem.z = p.z, problem.dS = p.dS, problem.dz = p.dz;
+  return problem;
+}
 
-template <int D>
-struct FeatureOuterTile {
-  static constexpr int kTokens = 32;
-  static constexpr int kChunk = 256;
-  static constexpr int kColumns = D > 64 ? D / 2 : D;
-  static constexpr int kColumnBlocks = D / kColumns;
-  struct Shared {
-    float x[kTokens][D];
-    float w[kTokens][kColumns];
-    float scale[kTokens];
-    float weight[kTokens];
-  };
-};
+// Runs sum(S, z) for the `splits` parts of a sum over tokens, then their reduction.
+template <typename Sum>
+cudaError_t sum_splits(const Plan& plan, int64_t splits, float* S, float* z, float* partials,
+                       cudaStream_t stream, Sum sum) {
+  if (splits == 1) return sum(S, z);
+  float* const z_partials = partials + splits * plan.S_size;
+  const cudaError_t error = sum(partials, z_partials);
+  if (error != cudaSuccess) return error;
+  return launch(reduce_kernel, ceil_div(plan.state_size(), 4 * kThreads), 0, stream,
+                Reduce{partials, z_partials, S, z, plan.S_size, plan.z_size, splits});
+}
+
+// ---- single steps ------------------------------------------------------------------------------------
+
+// S, z of k, v.
+template <int D, typename T>
+cudaError_t run_state(const Arguments& p, const Plan& plan, float* S, float* z, float* partials,
+                      cudaStream_t stream) {
+  return sum_splits(plan, plan.state, S, z, partials, stream, [&](float* S_out, float* z_out) {
+    if constexpr (std::is_same_v<T, float>) {
+      return launch_float_sum<D>(p.k, p.v, p.kv_heads, 1, p.keys, plan.states, plan.state, nullptr,
+                                 nullptr, S_out, z_out, stream);
+    } else {
+      Problem<T> problem = problem_of<T>(p);
+      problem.num_splits = plan.state, problem.S_out = S_out, problem.z_out = z_out;
+      return launch(half_state_kernel<D, T>, plan.states * plan.state, sizeof(StateShared<T, D>),
+                    stream, problem);
+    }
+  });
+}
 
 template <int D, typename T>
-__global__ void __launch_bounds__(kThreads, 1) feature_outer_kernel(FeatureOuter<T> p) {
-  using Tile = FeatureOuterTile<D>;
-  constexpr int F = D / kSide, C = Tile::kColumns / kSide;
-  auto& shared = *reinterpret_cast<typename Tile::Shared*>(shared_memory());
-  const int tx = threadIdx.x % kSide, ty = threadIdx.x / kSide;
-
-  int64_t index = blockIdx.x;
-  const int column0 = static_cast<int>(index % Tile::kColumnBlocks) * Tile::kColumns;
-  index /= Tile::kColumnBlocks;
-  const int64_t split = index % p.num_splits;
-  const int64_t state = index / p.num_splits;
-  const int64_t batch = state / p.kv_heads, kv_head = state % p.kv_heads;
-  const int64_t begin = split * p.tokens_per_split;
-  const int64_t end = begin + p.tokens_per_split < p.tokens ? begin + p.tokens_per_split : p.tokens;
-
-  float S[2][F][C] = {}, z[2][F] = {};
-  for (int64_t g = 0; g < p.group; ++g) {
-    const int64_t head = kv_head * p.group + g;
-    const int64_t row0 = (batch * p.kv_heads * p.group + head) * p.tokens;
-    for (int64_t chunk = begin; chunk < end; chunk += Tile::kChunk) {
-      const int64_t chunk_end = chunk + Tile::kChunk < end ? chunk + Tile::kChunk : end;
-      float S_sum[2][F][C] = {}, z_sum[2][F] = {};
-      for (int64_t first = chunk; first < chunk_end; first += Tile::kTokens) {
-        const int64_t left = chunk_end - first;
-        const int valid = left < Tile::kTokens ? static_cast<int>(left) : Tile::kTokens;
-        __syncthreads();  // the tile before has been read
-        load_tile<Tile::kTokens, D, D>(&shared.x[0][0], p.x.at(batch, head, first), p.x.stride[2],
-                                       valid, p.x.wide);
-        load_tile<Tile::kTokens, Tile::kColumns, Tile::kColumns>(
-            &shared.w[0][0], p.w.at(batch, head, first) + column0, p.w.stride[2], valid, p.w.wide);
-        for (int t = threadIdx.x; t < Tile::kTokens; t += kThreads) {
-          const int64_t row = row0 + first + t;
-          shared.scale[t] = t < valid && p.row_scale ? p.row_scale[row] : 1.0f;
-          shared.weight[t] = t < valid && p.row_weight ? p.row_weight[row] : 1.0f;
-        }
-        __syncthreads();
-#pragma unroll 2
-        for (int t = 0; t < Tile::kTokens; ++t) {
-          float phi[2][F], w[C];
-#pragma unroll
-          for (int i = 0; i < F; ++i) {
-            const float x = shared.x[t][ty + kSide * i];
-            phi[0][i] = positive_part(x);
-            phi[1][i] = negative_part(x);
-          }
-#pragma unroll
-          for (int j = 0; j < C; ++j) w[j] = shared.w[t][tx + kSide * j] * shared.scale[t];
-#pragma unroll
-          for (int half = 0; half < 2; ++half) {
-#pragma unroll
-            for (int i = 0; i < F; ++i) {
-#pragma unroll
-              for (int j = 0; j < C; ++j) S_sum[half][i][j] += phi[half][i] * w[j];
-              z_sum[half][i] += phi[half][i] * shared.weight[t];
-            }
-          }
-        }
-      }
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-#pragma unroll
-        for (int i = 0; i < F; ++i) {
-#pragma unroll
-          for (int j = 0; j < C; ++j) S[half][i][j] += S_sum[half][i][j];
-          z[half][i] += z_sum[half][i];
-        }
-      }
-    }
-  }
-
-  float* const S_out = p.S + (split * p.states + state) * 2 * D * D;
-  float* const z_out = p.z + (split * p.states + state) * 2 * D;
-#pragma unroll
-  for (int half = 0; half < 2; ++half) {
-#pragma unroll
-    for (int i = 0; i < F; ++i) {
-      const int feature = half * D + ty + kSide * i;
-#pragma unroll
-      for (int j = 0; j < C; ++j) {
-        S_out[feature * D + column0 + tx + kSide * j] = S[half][i][j];
-      }
-      if (column0 == 0 && tx == 0) z_out[feature] = z[half][i];
-    }
+cudaError_t run_apply(const Arguments& p, const Plan& plan, const float* S, const float* z,
+                      cudaStream_t stream) {
+  Problem<T> problem = problem_of<T>(p);
+  problem.S = S, problem.z = z;
+  if constexpr (std::is_same_v<T, float>) {
+    const int64_t heads = p.kv_heads * p.group;
+    return launch(float_apply_kernel<D>, row_blocks<D>(p.batch, heads, p.queries),
+                  sizeof(FloatApplyShared<D>), stream,
+                  FloatApply{problem.q, problem.out, heads, p.group, p.queries, S, z, p.eps});
+  } else {
+    if (p.queries == 0) return cudaSuccess;
+    problem.num_splits = plan.apply;
+    return launch(half_apply_kernel<D, T>, plan.states * plan.apply, sizeof(ApplyShared<T, D>),
+                  stream, problem);
   }
 }
 
-// ---- 2 reduce --------------------------------------------------------------------------------------
-// One thread an element, the splits in order.
-
-struct Reduce {
-  const float* partials;  // [num_splits][size]
-  float* sum;
-  int64_t size, num_splits;
-};
-
-__global__ void __launch_bounds__(kThreads) reduce_kernel(Reduce p) {
-  const int64_t i = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
-  if (i >= p.size) return;
-  float sum = 0.0f;
-  for (int64_t split = 0; split < p.num_splits; ++split) sum += p.partials[split * p.size + i];
-  p.sum[i] = sum;
-}
-
-// ---- products of a tile of rows with the state, shared by kernels 3 to 5 ---------------------------
-// One block: kRows tokens of one head, kRows/16 x D/16 values a thread. The state passes through
-// shared memory sixteen features, or columns, at a time: all of it is 128 KiB at D = 128.
-
-template <int D>
-struct RowTile {
-  static constexpr int kRows = D >= 96 ? 64 : 128;
-  static constexpr int kPerThread = kRows / kSide;
-  static constexpr int kColumns = D / kSide;  // per thread
-  static constexpr int kPitch = D + 1;
-  using Values = float[kPerThread][kColumns];
-
-  float rows[kRows][kPitch];
-};
-
-template <int D>
-struct StateSlab {
-  static constexpr int kDepth = 16;
-  static constexpr int kPitch = 2 * D + 1;
-  float value[kDepth * kPitch];
-};
-
-// product += phi(x) S. Begins and ends with every thread past its last read of the slab or not: a
-// caller that overwrites x or the slab synchronises first.
-template <int D>
-__device__ void multiply_features(typename RowTile<D>::Values& product, const RowTile<D>& x,
-                                  const float* S, StateSlab<D>& slab) {
-  using Tile = RowTile<D>;
-  constexpr int kDepth = StateSlab<D>::kDepth;
-  const int tx = threadIdx.x % kSide, ty = threadIdx.x / kSide;
-  for (int feature0 = 0; feature0 < D; feature0 += kDepth) {
-    __syncthreads();  // x has been written, the slab before has been read
-    for (int i = threadIdx.x; i < kDepth * D; i += kThreads) {
-      slab.value[i] = S[feature0 * D + i];
-      slab.value[kDepth * D + i] = S[(D + feature0) * D + i];
-    }
-    __syncthreads();
-#pragma unroll 2
-    for (int f = 0; f < kDepth; ++f) {
-      float positive[Tile::kColumns], negative[Tile::kColumns];
-#pragma unroll
-      for (int j = 0; j < Tile::kColumns; ++j) {
-        positive[j] = slab.value[f * D + tx + kSide * j];
-        negative[j] = slab.value[(kDepth + f) * D + tx + kSide * j];
-      }
-#pragma unroll
-      for (int i = 0; i < Tile::kPerThread; ++i) {
-        const float value = x.rows[ty + kSide * i][feature0 + f];
-#pragma unroll
-        for (int j = 0; j < Tile::kColumns; ++j) {
-          product[i][j] += positive_part(value) * positive[j];
-          product[i][j] += negative_part(value) * negative[j];
-        }
-      }
-    }
+// dq, dS, dz; and m, by which half precision's dz is centred. `rest`: what is left of the workspace.
+template <int D, typename T>
+cudaError_t run_query_gradient(const Arguments& p, const Plan& plan, const float* S, const float* z,
+                               float* dS, float* dz, float* mean, Workspace rest,
+                               cudaStream_t stream) {
+  float* const partials = rest.take(plan.partials(plan.query_gradient));
+  Problem<T> problem = problem_of<T>(p);
+  problem.S = S, problem.z = z, problem.num_splits = plan.query_gradient;
+  if constexpr (std::is_same_v<T, float> && D > 64) {
+    const int64_t heads = p.kv_heads * p.group, rows = p.batch * heads * p.queries;
+    float* const scale = rest.take(rows);
+    float* const weight = rest.take(rows);
+    const cudaError_t error = launch(
+        float_query_gradient_kernel<D>, row_blocks<D>(p.batch, heads, p.queries),
+        sizeof(FloatQueryGradientShared<D>), stream,
+        FloatQueryGradient{problem.dout, problem.q, problem.dq, heads, p.group, p.queries, S, z,
+                           p.eps, scale, weight});
+    if (error != cudaSuccess) return error;
+    return sum_splits(plan, plan.query_gradient, dS, dz, partials, stream,
+                      [&](float* S_out, float* z_out) {
+                        return launch_float_sum<D>(p.q, p.dout, p.kv_heads, p.group, p.queries,
+                                                   plan.states, plan.query_gradient, scale, weight,
+                                                   S_out, z_out, stream);
+                      });
+  } else {
+    return sum_splits(plan, plan.query_gradient, dS, dz, partials, stream,
+                      [&](float* S_out, float* z_out) {
+                        problem.S_out = S_out, problem.z_out = z_out, problem.mean_out = mean;
+                        if constexpr (std::is_same_v<T, float>) {
+                          return launch(float_query_gradient_sum_kernel<D>,
+                                        plan.states * plan.query_gradient,
+                                        sizeof(FloatQuerySumShared<D>), stream, problem);
+                        } else {
+                          return launch(half_query_gradient_kernel<D, T>,
+                                        plan.states * plan.query_gradient,
+                                        sizeof(GradientShared<T, D>), stream, problem);
+                        }
+                      });
   }
 }
-
-// product[half] += g S[half]^T: the gradient by phi, for both halves of phi.
-template <int D>
-__device__ void multiply_columns(typename RowTile<D>::Values (&product)[2], const RowTile<D>& g,
-                                 const float* S, StateSlab<D>& slab) {
-  using Tile = RowTile<D>;
-  constexpr int kDepth = StateSlab<D>::kDepth, kPitch = StateSlab<D>::kPitch;
-  const int tx = threadIdx.x % kSide, ty = threadIdx.x / kSide;
-  for (int column0 = 0; column0 < D; column0 += kDepth) {
-    __syncthreads();  // g has been written, the slab before has been read
-    for (int i = threadIdx.x; i < 2 * D * kDepth; i += kThreads) {
-      const int feature = i / kDepth, column = i % kDepth;
-      slab.value[column * kPitch + feature] = S[feature * D + column0 + column];
-    }
-    __syncthreads();
-#pragma unroll 2
-    for (int c = 0; c < kDepth; ++c) {
-      float state[2][Tile::kColumns];
-#pragma unroll
-      for (int j = 0; j < Tile::kColumns; ++j) {
-        state[0][j] = slab.value[c * kPitch + tx + kSide * j];
-        state[1][j] = slab.value[c * kPitch + D + tx + kSide * j];
-      }
-#pragma unroll
-      for (int i = 0; i < Tile::kPerThread; ++i) {
-        const float value = g.rows[ty + kSide * i][column0 + c];
-#pragma unroll
-        for (int j = 0; j < Tile::kColumns; ++j) {
-          product[0][i][j] += value * state[0][j];
-          product[1][i][j] += value * state[1][j];
-        }
-      }
-    }
-  }
-}
-
-// E = phi(q) . z + eps for each of a thread's rows.
-template <int D>
-__device__ void normaliser(float (&E)[RowTile<D>::kPerThread], const RowTile<D>& q, const float* z,
-                           float eps) {
-  const int tx = threadIdx.x % kSide, ty = threadIdx.x / kSide;
-#pragma unroll
-  for (int i = 0; i < RowTile<D>::kPerThread; ++i) {
-    float sum = 0.0f;
-#pragma unroll
-    for (int j = 0; j < RowTile<D>::kColumns; ++j) {
-      const int feature = tx + kSide * j;
-      const float x = q.rows[ty + kSide * i][feature];
-      sum += positive_part(x) * z[feature] + negative_part(x) * z[D + feature];
-    }
-    E[i] = row_sum(sum) + eps;
-  }
-}
-
-// Which rows a block of kernels 3 to 5 owns.
-struct RowBlock {
-  int64_t batch, head, first;
-  int valid;
-
-  __device__ RowBlock(int64_t heads, int64_t tokens, int rows) {
-    const int64_t tiles = (tokens + rows - 1) / rows;
-    first = blockIdx.x % tiles * rows;
-    batch = blockIdx.x / tiles / heads;
-    head = blockIdx.x / tiles % heads;
-    valid = tokens - first < rows ? static_cast<int>(tokens - first) : rows;
-  }
-};
-
-template <int D>
-int64_t row_blocks(int64_t batch, int64_t heads, int64_t tokens) {
-  return batch * heads * ceil_div(tokens, RowTile<D>::kRows);
-}
-
-// ---- 3 apply ---------------------------------------------------------------------------------------
-// Reads q, writes out, once each; the state comes from L2.
-
-template <typename T>
-struct Apply {
-  Rows<const T> q;
-  Rows<T> out;
-  int64_t heads, group, tokens;
-  const float* S;
-  const float* z;
-  float eps;
-};
-
-template <int D>
-struct ApplyShared {
-  RowTile<D> q;
-  StateSlab<D> slab;
-  float z[2 * D];
-};
 
 template <int D, typename T>
-__global__ void __launch_bounds__(kThreads) apply_kernel(Apply<T> p) {
-  using Tile = RowTile<D>;
-  auto& shared = *reinterpret_cast<ApplyShared<D>*>(shared_memory());
-  const RowBlock block(p.heads, p.tokens, Tile::kRows);
-  const int64_t state =
-      block.batch * (p.heads / p.group) + block.head / p.group;
-
-  load_tile<Tile::kRows, D, Tile::kPitch>(&shared.q.rows[0][0],
-                                          p.q.at(block.batch, block.head, block.first),
-                                          p.q.stride[2], block.valid, p.q.wide);
-  for (int i = threadIdx.x; i < 2 * D; i += kThreads) shared.z[i] = p.z[state * 2 * D + i];
-  __syncthreads();
-  float E[Tile::kPerThread];
-  normaliser<D>(E, shared.q, shared.z, p.eps);
-
-  float out[Tile::kPerThread][Tile::kColumns] = {};
-  multiply_features<D>(out, shared.q, p.S + state * 2 * D * D, shared.slab);
-#pragma unroll
-  for (int i = 0; i < Tile::kPerThread; ++i) {
-    const float scale = inverse(E[i]);
-#pragma unroll
-    for (int j = 0; j < Tile::kColumns; ++j) out[i][j] *= scale;
+cudaError_t run_key_value_gradient(const Arguments& p, const Plan& plan, const float* dS,
+                                   const float* dz, const float* mean, cudaStream_t stream) {
+  Problem<T> problem = problem_of<T>(p);
+  problem.dS = dS, problem.dz = dz, problem.mean = mean;
+  if constexpr (std::is_same_v<T, float>) {
+    return launch(float_key_value_gradient_kernel<D>, row_blocks<D>(p.batch, p.kv_heads, p.keys),
+                  sizeof(FloatKeyValueGradientShared<D>), stream,
+                  FloatKeyValueGradient{problem.k, problem.v, problem.dk, problem.dv, p.kv_heads,
+                                        p.keys, dS, dz});
+  } else {
+    if (p.keys == 0) return cudaSuccess;
+    problem.num_splits = plan.key_value_gradient;
+    return launch(half_key_value_gradient_kernel<D, T>, plan.states * plan.key_value_gradient,
+                  sizeof(GradientShared<T, D>), stream, problem);
   }
-
-  __syncthreads();  // q has been read: its tile now takes the result
-  write_tile<Tile::kPerThread, Tile::kColumns, Tile::kPitch>(&shared.q.rows[0][0], out);
-  __syncthreads();
-  store_tile<Tile::kRows, D, Tile::kPitch>(p.out.at(block.batch, block.head, block.first),
-                                           p.out.stride[2], block.valid, p.out.wide,
-                                           &shared.q.rows[0][0]);
 }
 
-// ---- 4 query_gradient ------------------------------------------------------------------------------
-// Reads q and dout, writes dq, once each, and two floats a row.
-
-template <typename T>
-struct QueryGradient {
-  Rows<const T> dout, q;
-  Rows<T> dq;
-  int64_t heads, group, tokens;
-  const float* S;
-  const float* z;
-  float eps;
-  float* row_scale;
-  float* row_weight;
-};
-
-template <int D>
-struct QueryGradientShared {
-  RowTile<D> q;
-  RowTile<D> g;
-  StateSlab<D> slab;
-  float z[2 * D];
-};
+// ---- whole passes --------------------------------------------------------------------------------------
 
 template <int D, typename T>
-__global__ void __launch_bounds__(kThreads) query_gradient_kernel(QueryGradient<T> p) {
-  using Tile = RowTile<D>;
-  auto& shared = *reinterpret_cast<QueryGradientShared<D>*>(shared_memory());
-  const int tx = threadIdx.x % kSide, ty = threadIdx.x / kSide;
-  const RowBlock block(p.heads, p.tokens, Tile::kRows);
-  const int64_t state = block.batch * (p.heads / p.group) + block.head / p.group;
-  const int64_t row0 = (block.batch * p.heads + block.head) * p.tokens + block.first;
-
-  load_tile<Tile::kRows, D, Tile::kPitch>(&shared.q.rows[0][0],
-                                          p.q.at(block.batch, block.head, block.first),
-                                          p.q.stride[2], block.valid, p.q.wide);
-  load_tile<Tile::kRows, D, Tile::kPitch>(&shared.g.rows[0][0],
-                                          p.dout.at(block.batch, block.head, block.first),
-                                          p.dout.stride[2], block.valid, p.dout.wide);
-  for (int i = threadIdx.x; i < 2 * D; i += kThreads) shared.z[i] = p.z[state * 2 * D + i];
-  __syncthreads();
-  float E[Tile::kPerThread];
-  normaliser<D>(E, shared.q, shared.z, p.eps);
-
-  float a[2][Tile::kPerThread][Tile::kColumns] = {};
-  multiply_columns<D>(a, shared.g, p.S + state * 2 * D * D, shared.slab);
-
-  float dq[Tile::kPerThread][Tile::kColumns];
-#pragma unroll
-  for (int i = 0; i < Tile::kPerThread; ++i) {
-    const int row = ty + kSide * i;
-    float dot = 0.0f;  // phi(q) . a
-#pragma unroll
-    for (int j = 0; j < Tile::kColumns; ++j) {
-      const float x = shared.q.rows[row][tx + kSide * j];
-      dot += positive_part(x) * a[0][i][j] + negative_part(x) * a[1][i][j];
-    }
-    const float scale = inverse(E[i]);
-    const float weight = -(row_sum(dot) * scale) * scale;
-#pragma unroll
-    for (int j = 0; j < Tile::kColumns; ++j) {
-      const int feature = tx + kSide * j;
-      dq[i][j] = feature_gradient(shared.q.rows[row][feature],
-                                  a[0][i][j] * scale + weight * shared.z[feature],
-                                  a[1][i][j] * scale + weight * shared.z[D + feature]);
-    }
-    if (tx == 0 && row < block.valid) {
-      p.row_scale[row0 + row] = scale;
-      p.row_weight[row0 + row] = weight;
+cudaError_t run_forward(const Arguments& p, cudaStream_t stream) {
+  const Plan plan(p, kForward);
+  if constexpr (!std::is_same_v<T, float>) {
+    if (plan.one_launch) {
+      Problem<T> problem = problem_of<T>(p);
+      problem.num_splits = 1, problem.S_out = p.S, problem.z_out = p.z;
+      return launch(half_forward_kernel<D, T>, plan.states, sizeof(ForwardShared<T, D>), stream,
+                    problem);
     }
   }
-
-  __syncthreads();  // g has been read: its tile now takes the result
-  write_tile<Tile::kPerThread, Tile::kColumns, Tile::kPitch>(&shared.g.rows[0][0], dq);
-  __syncthreads();
-  store_tile<Tile::kRows, D, Tile::kPitch>(p.dq.at(block.batch, block.head, block.first),
-                                           p.dq.stride[2], block.valid, p.dq.wide,
-                                           &shared.g.rows[0][0]);
+  Workspace workspace{p.workspace};
+  float* const S = p.S ? p.S : workspace.take(plan.S_size);
+  float* const z = p.S ? p.z : workspace.take(plan.z_size);
+  const cudaError_t error = run_state<D, T>(p, plan, S, z, workspace.next, stream);
+  return error == cudaSuccess ? run_apply<D, T>(p, plan, S, z, stream) : error;
 }
 
-// ---- 5 key_value_gradient --------------------------------------------------------------------------
-// Reads k and v, writes dk and dv, once each.
-
-template <typename T>
-struct KeyValueGradient {
-  Rows<const T> k, v;
-  Rows<T> dk, dv;
-  int64_t kv_heads, tokens;
-  const float* dS;
-  const float* dz;
-};
-
-template <int D>
-struct KeyValueGradientShared {
-  RowTile<D> k;
-  RowTile<D> v;
-  StateSlab<D> slab;
-};
-
 template <int D, typename T>
-__global__ void __launch_bounds__(kThreads) key_value_gradient_kernel(KeyValueGradient<T> p) {
-  using Tile = RowTile<D>;
-  auto& shared = *reinterpret_cast<KeyValueGradientShared<D>*>(shared_memory());
-  const int tx = threadIdx.x % kSide, ty = threadIdx.x / kSide;
-  const RowBlock block(p.kv_heads, p.tokens, Tile::kRows);
-  const int64_t state = block.batch * p.kv_heads + block.head;
-  const float* const dS = p.dS + state * 2 * D * D;
-  const float* const dz = p.dz + state * 2 * D;
-
-  load_tile<Tile::kRows, D, Tile::kPitch>(&shared.k.rows[0][0],
-                                          p.k.at(block.batch, block.head, block.first),
-                                          p.k.stride[2], block.valid, p.k.wide);
-  load_tile<Tile::kRows, D, Tile::kPitch>(&shared.v.rows[0][0],
-                                          p.v.at(block.batch, block.head, block.first),
-                                          p.v.stride[2], block.valid, p.v.wide);
-  {
-    float dphi[2][Tile::kPerThread][Tile::kColumns] = {};
-    multiply_columns<D>(dphi, shared.v, dS, shared.slab);
-    float dk[Tile::kPerThread][Tile::kColumns];
-#pragma unroll
-    for (int i = 0; i < Tile::kPerThread; ++i) {
-#pragma unroll
-      for (int j = 0; j < Tile::kColumns; ++j) {
-        const int feature = tx + kSide * j;
-        dk[i][j] = feature_gradient(shared.k.rows[ty + kSide * i][feature],
-                                    dphi[0][i][j] + dz[feature], dphi[1][i][j] + dz[D + feature]);
+cudaError_t run_backward(const Arguments& p, cudaStream_t stream) {
+  const Plan plan(p, kBackward);
+  if constexpr (!std::is_same_v<T, float>) {
+    if (plan.one_launch) {
+      Problem<T> problem = problem_of<T>(p);
+      problem.num_splits = 1;
+      if (!plan.stay) {
+        return launch(half_backward_kernel<D, false, T>, plan.states,
+                      sizeof(BackwardShared<T, D, false>), stream, problem);
+      }
+      if constexpr (staying_keys<T, D>() > 0) {
+        const int64_t tiles = ceil_div(p.keys, Half<D>::kTokens);
+        const size_t bytes =
+            sizeof(BackwardShared<T, D, true>) + tiles * 2 * sizeof(TokenTile<T, D>);
+        return launch(half_backward_kernel<D, true, T>, plan.states, bytes, stream, problem);
       }
     }
-    __syncthreads();  // v has been read: its tile now takes the result
-    write_tile<Tile::kPerThread, Tile::kColumns, Tile::kPitch>(&shared.v.rows[0][0], dk);
-    __syncthreads();
-    store_tile<Tile::kRows, D, Tile::kPitch>(p.dk.at(block.batch, block.head, block.first),
-                                             p.dk.stride[2], block.valid, p.dk.wide,
-                                             &shared.v.rows[0][0]);
   }
-  float dv[Tile::kPerThread][Tile::kColumns] = {};
-  multiply_features<D>(dv, shared.k, dS, shared.slab);
-  __syncthreads();  // k has been read: its tile now takes the result
-  write_tile<Tile::kPerThread, Tile::kColumns, Tile::kPitch>(&shared.k.rows[0][0], dv);
-  __syncthreads();
-  store_tile<Tile::kRows, D, Tile::kPitch>(p.dv.at(block.batch, block.head, block.first),
-                                           p.dv.stride[2], block.valid, p.dv.wide,
-                                           &shared.k.rows[0][0]);
+  Workspace workspace{p.workspace};
+  float* const mean = plan.half ? workspace.take(plan.mean_size) : nullptr;
+  float* const dS = workspace.take(plan.S_size);
+  float* const dz = workspace.take(plan.z_size);
+  const float* S = p.S;
+  const float* z = p.z;
+  if (!S) {
+    float* const S_again = workspace.take(plan.S_size);
+    float* const z_again = workspace.take(plan.z_size);
+    const cudaError_t error =
+        run_state<D, T>(p, plan, S_again, z_again, workspace.next, stream);
+    if (error != cudaSuccess) return error;
+    S = S_again, z = z_again;
+  }
+  const cudaError_t error =
+      run_query_gradient<D, T>(p, plan, S, z, dS, dz, mean, workspace, stream);
+  return error == cudaSuccess ? run_key_value_gradient<D, T>(p, plan, dS, dz, mean, stream) : error;
+}
+
+template <int D, typename T>
+cudaError_t run_apply_backward(const Arguments& p, cudaStream_t stream) {
+  const Plan plan(p, kApplyBackward);
+  Workspace workspace{p.workspace};
+  float* const mean = plan.half ? workspace.take(plan.mean_size) : nullptr;
+  const cudaError_t error =
+      run_query_gradient<D, T>(p, plan, p.S, p.z, p.dS, p.dz, mean, workspace, stream);
+  if (error != cudaSuccess || !plan.half) return error;
+  return launch(uncentre_kernel, ceil_div(plan.z_size * 32, kThreads), 0, stream,
+                Uncentre{p.dS, mean, p.dz, plan.z_size, D});
+}
+
+// function(std::integral_constant<int, D>{}, Type<T>{}).
+template <typename Function>
+cudaError_t dispatched(const Arguments& p, Function function) {
+  return for_element_type_and_head_dim(
+      p.element, p.head_dim, [&](auto type, auto head_dim) { return function(head_dim, type); });
 }
 
 }  // namespace
 
 // ---- launchers -------------------------------------------------------------------------------------
 
-extern "C" int64_t linear_attention_num_splits(int64_t batch_heads, int64_t tokens,
-                                               int64_t multiprocessors) {
-  constexpr int64_t kBlocksPerMultiprocessor = 2;
-  constexpr int64_t kFewestTokens = 256;      // below that a split costs more than it gains
-  constexpr int64_t kMostTokens = 64 * 1024;  // above that float32 sums lose too much
-  if (batch_heads == 0 || tokens == 0) return 1;
-  const int64_t wanted = ceil_div(kBlocksPerMultiprocessor * multiprocessors, batch_heads);
-  const int64_t most = ceil_div(tokens, kFewestTokens), fewest = ceil_div(tokens, kMostTokens);
-  const int64_t splits = wanted < most ? wanted : most;
-  return splits > fewest ? splits : fewest;
-}
-
-extern "C" cudaError_t linear_attention_feature_outer(const FeatureOuterArguments* arguments,
-                                                      cudaStream_t stream) {
-  const FeatureOuterArguments& p = *arguments;
-  return for_element_type_and_head_dim(p.element, p.head_dim, [&](auto type, auto head_dim) {
-    using T = typename decltype(type)::type;
-    constexpr int D = decltype(head_dim)::value;
-    using Tile = FeatureOuterTile<D>;
-    const int64_t states = p.batch * p.kv_heads;
-    const int64_t S_size = states * 2 * D * D, z_size = states * 2 * D;
-    const bool split = p.num_splits > 1;
-    float* const S = split ? p.workspace : p.S;
-    float* const z = split ? p.workspace + p.num_splits * S_size : p.z;
-    const int64_t tokens_per_split =
-        ceil_div(ceil_div(p.tokens, p.num_splits), Tile::kTokens) * Tile::kTokens;
-    cudaError_t error = launch(
-        feature_outer_kernel<D, T>, states * p.num_splits * Tile::kColumnBlocks,
-        sizeof(typename Tile::Shared), stream,
-        FeatureOuter<T>{rows_of<const T>(p.x), rows_of<const T>(p.w), p.kv_heads, p.group, p.tokens,
-                        p.num_splits, tokens_per_split, p.row_scale, p.row_weight, S, z, states});
-    if (!split || error != cudaSuccess) return error;
-    error = launch(reduce_kernel, ceil_div(S_size, kThreads), 0, stream,
-                   Reduce{S, p.S, S_size, p.num_splits});
-    if (error != cudaSuccess) return error;
-    return launch(reduce_kernel, ceil_div(z_size, kThreads), 0, stream,
-                  Reduce{z, p.z, z_size, p.num_splits});
+extern "C" cudaError_t linear_attention_forward(const Arguments* p, cudaStream_t stream) {
+  return dispatched(*p, [&](auto D, auto type) {
+    return run_forward<decltype(D)::value, typename decltype(type)::type>(*p, stream);
   });
 }
 
-extern "C" cudaError_t linear_attention_apply(const ApplyArguments* arguments,
-                                              cudaStream_t stream) {
-  const ApplyArguments& p = *arguments;
-  return for_element_type_and_head_dim(p.element, p.head_dim, [&](auto type, auto head_dim) {
-    using T = typename decltype(type)::type;
-    constexpr int D = decltype(head_dim)::value;
-    return launch(apply_kernel<D, T>, row_blocks<D>(p.batch, p.heads, p.tokens),
-                  sizeof(ApplyShared<D>), stream,
-                  Apply<T>{rows_of<const T>(p.q), rows_of<T>(p.out), p.heads, p.group, p.tokens, p.S,
-                           p.z, p.eps});
+extern "C" cudaError_t linear_attention_backward(const Arguments* p, cudaStream_t stream) {
+  return dispatched(*p, [&](auto D, auto type) {
+    return run_backward<decltype(D)::value, typename decltype(type)::type>(*p, stream);
   });
 }
 
-extern "C" cudaError_t linear_attention_query_gradient(const QueryGradientArguments* arguments,
-                                                       cudaStream_t stream) {
-  const QueryGradientArguments& p = *arguments;
-  return for_element_type_and_head_dim(p.element, p.head_dim, [&](auto type, auto head_dim) {
-    using T = typename decltype(type)::type;
-    constexpr int D = decltype(head_dim)::value;
-    return launch(query_gradient_kernel<D, T>, row_blocks<D>(p.batch, p.heads, p.tokens),
-                  sizeof(QueryGradientShared<D>), stream,
-                  QueryGradient<T>{rows_of<const T>(p.dout), rows_of<const T>(p.q),
-                                   rows_of<T>(p.dq), p.heads, p.group, p.tokens, p.S, p.z, p.eps,
-                                   p.row_scale, p.row_weight});
+extern "C" cudaError_t linear_attention_state(const Arguments* p, cudaStream_t stream) {
+  return dispatched(*p, [&](auto D, auto type) {
+    return run_state<decltype(D)::value, typename decltype(type)::type>(
+        *p, Plan(*p, kState), p->S, p->z, p->workspace, stream);
   });
 }
 
-extern "C" cudaError_t linear_attention_key_value_gradient(
-    const KeyValueGradientArguments* arguments, cudaStream_t stream) {
-  const KeyValueGradientArguments& p = *arguments;
-  return for_element_type_and_head_dim(p.element, p.head_dim, [&](auto type, auto head_dim) {
-    using T = typename decltype(type)::type;
-    constexpr int D = decltype(head_dim)::value;
-    return launch(key_value_gradient_kernel<D, T>, row_blocks<D>(p.batch, p.kv_heads, p.tokens),
-                  sizeof(KeyValueGradientShared<D>), stream,
-                  KeyValueGradient<T>{rows_of<const T>(p.k), rows_of<const T>(p.v),
-                                      rows_of<T>(p.dk), rows_of<T>(p.dv), p.kv_heads, p.tokens,
-                                      p.dS, p.dz});
+extern "C" cudaError_t linear_attention_state_backward(const Arguments* p, cudaStream_t stream) {
+  return dispatched(*p, [&](auto D, auto type) {
+    return run_key_value_gradient<decltype(D)::value, typename decltype(type)::type>(
+        *p, Plan(*p, kStateBackward), p->dS, p->dz, nullptr, stream);
   });
+}
+
+extern "C" cudaError_t linear_attention_apply(const Arguments* p, cudaStream_t stream) {
+  return dispatched(*p, [&](auto D, auto type) {
+    return run_apply<decltype(D)::value, typename decltype(type)::type>(*p, Plan(*p, kApply), p->S,
+                                                                        p->z, stream);
+  });
+}
+
+extern "C" cudaError_t linear_attention_apply_backward(const Arguments* p, cudaStream_t stream) {
+  return dispatched(*p, [&](auto D, auto type) {
+    return run_apply_backward<decltype(D)::value, typename decltype(type)::type>(*p, stream);
+  });
+}
+
+// ---- what a pass costs beside its tensors ------------------------------------------------------------
+
+extern "C" int64_t linear_attention_workspace(const Arguments* arguments,
+                                              LinearAttentionPass pass) {
+  const Arguments& p = *arguments;
+  const Plan plan(p, pass);
+  if (plan.one_launch) return 0;
+  const int64_t rows = plan.rows ? 2 * p.batch * p.kv_heads * p.group * p.queries : 0;
+  const int64_t mean = plan.half ? plan.mean_size : 0;
+  const int64_t kept = p.S ? 0 : plan.state_size();
+  const int64_t of_state = plan.partials(plan.state);
+  const int64_t of_queries = plan.partials(plan.query_gradient) + rows;
+  switch (pass) {
+    case kForward:
+      return kept + of_state;
+    case kBackward:
+      return mean + plan.state_size() + kept +
+             (!p.S && of_state > of_queries ? of_state : of_queries);
+    case kState:
+      return of_state;
+    case kApplyBackward:
+      return mean + of_queries;
+    default:
+      return 0;
+  }
+}
+
+extern "C" int64_t linear_attention_launches(const Arguments* arguments,
+                                             LinearAttentionPass pass) {
+  const Plan plan(*arguments, pass);
+  if (plan.one_launch) return 1;
+  const int64_t state = plan.state > 1 ? 2 : 1;
+  const int64_t queries = (plan.query_gradient > 1 ? 2 : 1) + plan.rows;
+  switch (pass) {
+    case kForward:
+      return state + 1;
+    case kBackward:
+      return (arguments->S ? 0 : state) + queries + 1;
+    case kState:
+      return state;
+    case kApplyBackward:
+      return queries + plan.half;
+    default:
+      return 1;
+  }
+}
+
+extern "C" int64_t linear_attention_workspace_bytes(const Arguments* arguments,
+                                                    LinearAttentionPass pass) {
+  const Arguments& p = *arguments;
+  const Plan plan(p, pass);
+  if (!plan.half) return -1;  // its states come through the cache tile by tile: not counted here
+  const int64_t one = plan.state_size();
+  if (plan.one_launch) return 4 * (p.S ? one : 0);
+  // Partial sums are written and read, their sum written.
+  auto summed = [&](int64_t splits) { return (splits > 1 ? 2 * splits + 1 : 1) * one; };
+  const int64_t state = summed(plan.state), apply = plan.apply * one;
+  const int64_t queries =
+      plan.query_gradient * one + plan.mean_size + summed(plan.query_gradient);
+  const int64_t keys = plan.key_value_gradient * one;
+  switch (pass) {
+    case kForward:
+      return 4 * (state + apply);
+    case kBackward:
+      return 4 * ((p.S ? 0 : state) + queries + keys + plan.key_value_gradient * plan.mean_size);
+    case kState:
+      return 4 * state;
+    case kStateBackward:
+      return 4 * keys;
+    case kApply:
+      return 4 * apply;
+    default:  // dz' is read and written again, with dS and m
+      return 4 * (queries + one + plan.z_size + plan.z_size * p.head_dim);
+  }
+}
+
+extern "C" const char* linear_attention_describe(int32_t element, int32_t head_dim) {
+  static thread_local char line[160];
+  if (element == kFloat32) {
+    const FloatTile tile = tile_of(kFloatTiles, head_dim);
+    std::snprintf(line, sizeof(line), "D=%d float32: %d tokens, sums of %d tokens x %d columns, FMA",
+                  tile.head_dim, tile.tokens, tile.sum_tokens, tile.sum_columns);
+  } else {
+    const HalfTile tile = tile_of(kHalfTiles, head_dim);
+    std::snprintf(line, sizeof(line),
+                  "D=%d half: %d tokens, 8 warps (sums %d x %d), %d stages, %d blocks, mma.sync",
+                  tile.head_dim, tile.tokens, tile.feature_warps, tile.column_warps, tile.stages,
+                  tile.blocks);
+  }
+  return line;
 }

@@ -1,55 +1,47 @@
-// The launchers of cuda.cu. Each enqueues on `stream` and returns CUDA's error; none allocates.
-// S is (batch, kv_heads, 2 head_dim, head_dim) and z (batch, kv_heads, 2 head_dim), contiguous
-// float32, and so are their gradients.
+// The launchers of cuda.cu. Each enqueues on `stream` and returns CUDA's error; none allocates or
+// waits. All take the same arguments and use those they need; a tensor that is not used may be null.
 #pragma once
 
 #include "../cuda/arguments.h"
 
-struct FeatureOuterArguments {
+struct LinearAttentionArguments {
   int32_t element, head_dim;
-  int64_t batch, kv_heads, group, tokens;  // x and w have kv_heads * group heads
-  int64_t num_splits;
-  TensorView x, w;
-  const float* row_scale;   // (batch, heads, tokens) or null, meaning 1
-  const float* row_weight;  // likewise
+  int64_t batch, kv_heads, group, queries, keys;  // kv_heads * group query heads
+  int64_t multiprocessors;
+  int64_t num_splits;  // of every sum over tokens; 0: chosen, or all in one launch (see one_launch)
+  float eps;
+  TensorView q, k, v, out, dout, dq, dk, dv;
+  // Contiguous float32: S and its gradient (batch, kv_heads, 2 head_dim, head_dim), z and its gradient
+  // (batch, kv_heads, 2 head_dim). Null S and z: forward, not to be kept; backward, to be made again.
   float* S;
   float* z;
-  float* workspace;  // num_splits * (size of S + size of z) floats; unused when num_splits is 1
+  float* dS;
+  float* dz;
+  float* workspace;  // so many floats as linear_attention_workspace says
 };
 
-struct ApplyArguments {
-  int32_t element, head_dim;
-  int64_t batch, heads, group, tokens;  // query head h reads state h / group
-  TensorView q, out;
-  const float* S;
-  const float* z;
-  float eps;
-};
-
-struct QueryGradientArguments {
-  int32_t element, head_dim;
-  int64_t batch, heads, group, tokens;
-  TensorView dout, q, dq;
-  const float* S;
-  const float* z;
-  float eps;
-  float* row_scale;   // (batch, heads, tokens): 1 / E
-  float* row_weight;  // -(phi(q) . a) / E^2
-};
-
-struct KeyValueGradientArguments {
-  int32_t element, head_dim;
-  int64_t batch, kv_heads, tokens;
-  TensorView k, v, dk, dv;
-  const float* dS;
-  const float* dz;
+enum LinearAttentionPass : int32_t {
+  kForward = 0,        // q, k, v -> out, and S, z
+  kBackward = 1,       // dout, q, k, v, S, z -> dq, dk, dv
+  kState = 2,          // k, v -> S, z
+  kStateBackward = 3,  // dS, dz, k, v -> dk, dv
+  kApply = 4,          // q, S, z -> out
+  kApplyBackward = 5,  // dout, q, S, z -> dq, dS, dz
 };
 
 extern "C" {
-// How many blocks share the tokens of one head: enough for the GPU, few enough to be worth it.
-int64_t linear_attention_num_splits(int64_t batch_heads, int64_t tokens, int64_t multiprocessors);
-cudaError_t linear_attention_feature_outer(const FeatureOuterArguments*, cudaStream_t);
-cudaError_t linear_attention_apply(const ApplyArguments*, cudaStream_t);
-cudaError_t linear_attention_query_gradient(const QueryGradientArguments*, cudaStream_t);
-cudaError_t linear_attention_key_value_gradient(const KeyValueGradientArguments*, cudaStream_t);
+int64_t linear_attention_workspace(const LinearAttentionArguments*, LinearAttentionPass);
+cudaError_t linear_attention_forward(const LinearAttentionArguments*, cudaStream_t);
+cudaError_t linear_attention_backward(const LinearAttentionArguments*, cudaStream_t);
+cudaError_t linear_attention_state(const LinearAttentionArguments*, cudaStream_t);
+cudaError_t linear_attention_state_backward(const LinearAttentionArguments*, cudaStream_t);
+cudaError_t linear_attention_apply(const LinearAttentionArguments*, cudaStream_t);
+cudaError_t linear_attention_apply_backward(const LinearAttentionArguments*, cudaStream_t);
+
+// Launches of a pass, and the bytes of partial sums, states and their gradients that it moves between
+// them and to and from the multiprocessors; a state that is kept counts where it is written and read.
+int64_t linear_attention_launches(const LinearAttentionArguments*, LinearAttentionPass);
+int64_t linear_attention_workspace_bytes(const LinearAttentionArguments*, LinearAttentionPass);
+// One line: tile, warps, stages.
+const char* linear_attention_describe(int32_t element, int32_t head_dim);
 }

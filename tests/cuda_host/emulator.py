@@ -157,6 +157,7 @@ class Emulator:
         self.num_splits = num_splits
         self.multiprocessors = multiprocessors
         self.launches: list[str] = []
+        self.watch_nothing()
 
     def check_guards(self) -> None:
         """Raise unless everything beyond the outputs' elements still is the NaN it was."""
@@ -202,7 +203,7 @@ class Emulator:
 
         Each is the range of memory from its first to its last element, so that views of one packed
         tensor are to be watched as that tensor. The ranges belong to the library, not to this
-        object: :meth:`watch_nothing` forgets them.
+        object: a new emulator of the room, or :meth:`watch_nothing`, forgets them.
         """
         for name, x in tensors.items():
             extent = 1 + sum((n - 1) * s for n, s in zip(x.shape, x.stride(), strict=True))

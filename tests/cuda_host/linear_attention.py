@@ -1,85 +1,130 @@
-"""Linear attention's CUDA launchers, called on the host."""
+"""Linear attention's CUDA launchers, called on the host as cuda.cpp calls them on a GPU."""
+
+import ctypes
+from typing import Any
 
 from torch import Tensor
 
+from kernels.layout import unpack_qkv
 from tests.cuda_host.emulator import ELEMENT_TYPES, Emulator, structure, view
 
-_FeatureOuter = structure(
-    "FeatureOuterArguments",
-    "i element head_dim; l batch kv_heads group tokens num_splits; view x w;"
-    "p row_scale row_weight S z workspace",
+_Arguments = structure(
+    "LinearAttentionArguments",
+    "i element head_dim; l batch kv_heads group queries keys multiprocessors num_splits; f eps;"
+    "view q k v out dout dq dk dv; p S z dS dz workspace",
 )
-_Apply = structure(
-    "ApplyArguments",
-    "i element head_dim; l batch heads group tokens; view q out; p S z; f eps",
-)
-_QueryGradient = structure(
-    "QueryGradientArguments",
-    "i element head_dim; l batch heads group tokens; view dout q dq; p S z; f eps;"
-    "p row_scale row_weight",
-)
-_KeyValueGradient = structure(
-    "KeyValueGradientArguments",
-    "i element head_dim; l batch kv_heads tokens; view k v dk dv; p dS dz",
-)
+PASSES = ("forward", "backward", "state", "state_backward", "apply", "apply_backward")
 
 
 class LinearAttention(Emulator):
-    """The operators of kernels/linear_attention/cuda.cpp."""
+    """The operators of kernels/linear_attention/cuda.cpp.
+
+    Outputs, states and workspace are watched under their names (see Emulator.watch).
+    """
 
     room = "linear_attention"
 
-    def _feature_outer(
-        self, x: Tensor, w: Tensor, kv_heads: int, rows: tuple[Tensor, Tensor] | None
-    ) -> tuple[Tensor, Tensor]:
-        batch, heads, tokens, head_dim = x.shape
-        S = self.floats(batch, kv_heads, 2 * head_dim, head_dim)
-        z = self.floats(batch, kv_heads, 2 * head_dim)
-        splits = self.splits(self.library.linear_attention_num_splits, batch * kv_heads, tokens)
-        workspace = self.floats(splits * (S.numel() + z.numel()))
-        scale, weight = (t.data_ptr() for t in rows) if rows else (None, None)
-        arguments = _FeatureOuter(
-            ELEMENT_TYPES[x.dtype], head_dim, batch, kv_heads, heads // kv_heads, tokens, splits,
-            view(x), view(w), scale, weight, S.data_ptr(), z.data_ptr(), workspace.data_ptr(),
+    def arguments(
+        self, q: Tensor | None, k: Tensor | None, S: Tensor | None, eps: float, **fields: Any
+    ) -> ctypes.Structure:
+        """The launchers' arguments, without a workspace: tensors become views and pointers."""
+        like = q if q is not None else k
+        assert like is not None
+        heads = like.shape[1] if q is None else q.shape[1]
+        kv_heads = k.shape[1] if k is not None else S.shape[1] if S is not None else heads
+        values: dict[str, Any] = {}
+        for name, x in {"q": q, "k": k, **fields}.items():
+            if isinstance(x, Tensor):
+                values[name] = view(x) if x.dim() == 4 and name not in ("dS",) else x.data_ptr()
+        if S is not None and S.numel() > 0:
+            values["S"] = S.data_ptr()
+        return _Arguments(
+            element=ELEMENT_TYPES[like.dtype], head_dim=like.shape[3], batch=like.shape[0],
+            kv_heads=kv_heads, group=heads // kv_heads,
+            queries=0 if q is None else q.shape[2], keys=0 if k is None else k.shape[2],
+            multiprocessors=self.multiprocessors, num_splits=self.num_splits or 0, eps=eps,
+            **values,
         )  # fmt: skip
-        self.launch("linear_attention_feature_outer", arguments)
-        return S, z
+
+    def ask(self, question: str, arguments: ctypes.Structure, which: str) -> int:
+        """linear_attention_<question>(arguments, pass)."""
+        function = getattr(self.library, f"linear_attention_{question}")
+        function.restype = ctypes.c_int64
+        return function(ctypes.byref(arguments), ctypes.c_int32(PASSES.index(which)))
+
+    def _run(self, which: str, arguments: ctypes.Structure) -> None:
+        floats = self.ask("workspace", arguments, which)
+        workspace = self.floats(floats, name="workspace")
+        arguments.workspace = workspace.data_ptr()
+        self.launch(f"linear_attention_{which}", arguments)
+
+    def _state(self, x: Tensor, kv_heads: int, prefix: str = "") -> tuple[Tensor, Tensor]:
+        batch, _, _, head_dim = x.shape
+        return (
+            self.floats(batch, kv_heads, 2 * head_dim, head_dim, name=f"{prefix}S"),
+            self.floats(batch, kv_heads, 2 * head_dim, name=f"{prefix}z"),
+        )
+
+    # -- operators
+
+    def linear_attention(
+        self, q: Tensor, k: Tensor, v: Tensor, eps: float, save_state: bool
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        out = self.empty_like(q, "out")
+        S, z = self._state(k, k.shape[1]) if save_state else (self.floats(0), self.floats(0))
+        self._run("forward", self.arguments(q, k, S, eps, v=v, out=out, z=_or_none(z)))
+        return out, S, z
+
+    def linear_attention_backward(
+        self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, S: Tensor, z: Tensor, eps: float
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        dq, dk, dv = (self.empty_like(x, name) for x, name in ((q, "dq"), (k, "dk"), (v, "dv")))
+        self._run(
+            "backward",
+            self.arguments(q, k, S, eps, v=v, dout=dout, dq=dq, dk=dk, dv=dv, z=_or_none(z)),
+        )
+        return dq, dk, dv
+
+    def linear_attention_packed_backward(
+        self, dout: Tensor, qkv: Tensor, S: Tensor, z: Tensor, eps: float
+    ) -> Tensor:
+        dqkv = self.empty_like(qkv, "dqkv")
+        (q, k, v), (dq, dk, dv) = unpack_qkv(qkv), unpack_qkv(dqkv)
+        gradient = dout.transpose(1, 2)
+        self._run(
+            "backward",
+            self.arguments(q, k, S, eps, v=v, dout=gradient, dq=dq, dk=dk, dv=dv, z=_or_none(z)),
+        )
+        return dqkv
 
     def linear_attention_state(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        return self._feature_outer(k, v, k.shape[1], None)
+        S, z = self._state(k, k.shape[1])
+        self._run("state", self.arguments(None, k, S, 0.0, v=v, z=z))
+        return S, z
 
     def linear_attention_state_backward(
         self, dS: Tensor, dz: Tensor, k: Tensor, v: Tensor
     ) -> tuple[Tensor, Tensor]:
-        batch, heads, tokens, head_dim = k.shape
-        dk, dv = self.empty_like(k), self.empty_like(v)
-        arguments = _KeyValueGradient(
-            ELEMENT_TYPES[k.dtype], head_dim, batch, heads, tokens,
-            view(k), view(v), view(dk), view(dv), dS.data_ptr(), dz.data_ptr(),
-        )  # fmt: skip
-        self.launch("linear_attention_key_value_gradient", arguments)
+        dk, dv = self.empty_like(k, "dk"), self.empty_like(v, "dv")
+        arguments = self.arguments(None, k, None, 0.0, v=v, dS=dS, dz=dz, dk=dk, dv=dv)
+        self._run("state_backward", arguments)
         return dk, dv
 
     def linear_attention_apply(self, q: Tensor, S: Tensor, z: Tensor, eps: float) -> Tensor:
-        batch, heads, tokens, head_dim = q.shape
-        out = self.empty_like(q)
-        arguments = _Apply(
-            ELEMENT_TYPES[q.dtype], head_dim, batch, heads, heads // S.shape[1], tokens,
-            view(q), view(out), S.data_ptr(), z.data_ptr(), eps,
-        )  # fmt: skip
-        self.launch("linear_attention_apply", arguments)
+        out = self.empty_like(q, "out")
+        self._run("apply", self.arguments(q, None, S, eps, out=out, z=z))
         return out
 
     def linear_attention_apply_backward(
         self, dout: Tensor, q: Tensor, S: Tensor, z: Tensor, eps: float
     ) -> tuple[Tensor, Tensor, Tensor]:
-        batch, heads, tokens, head_dim = q.shape
-        dq = self.empty_like(q)
-        scale, weight = self.floats(batch, heads, tokens), self.floats(batch, heads, tokens)
-        arguments = _QueryGradient(
-            ELEMENT_TYPES[q.dtype], head_dim, batch, heads, heads // S.shape[1], tokens,
-            view(dout), view(q), view(dq), S.data_ptr(), z.data_ptr(), eps,
-            scale.data_ptr(), weight.data_ptr(),
-        )  # fmt: skip
-        self.launch("linear_attention_query_gradient", arguments)
-        return dq, *self._feature_outer(q, dout, S.shape[1], (scale, weight))
+        dq = self.empty_like(q, "dq")
+        dS, dz = self._state(q, S.shape[1], "d")
+        self._run(
+            "apply_backward", self.arguments(q, None, S, eps, dout=dout, dq=dq, dS=dS, dz=dz, z=z)
+        )
+        return dq, dS, dz
+
+
+def _or_none(x: Tensor) -> Tensor | None:
+    return x if x.numel() > 0 else None

@@ -2,6 +2,7 @@
 
 from torch import Tensor
 
+from kernels.layout import empty_like, unpack_qkv
 from tests.cuda_host.emulator import ELEMENT_TYPES, Emulator, structure, view
 
 _SoftmaxForward = structure(
@@ -24,25 +25,56 @@ class SoftmaxAttention(Emulator):
     def softmax_attention(
         self, q: Tensor, k: Tensor, v: Tensor, scale: float
     ) -> tuple[Tensor, Tensor]:
+        out = self.empty_like(q, "out")
+        return out, self._forward(q, k, v, out, scale)
+
+    def softmax_attention_backward(
+        self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, scale: float
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        gradients = self.empty_like(q, "dq"), self.empty_like(k, "dk"), self.empty_like(v, "dv")
+        self._backward(dout, q, k, v, out, lse, *gradients, scale)
+        return gradients
+
+    def softmax_attention_packed(self, qkv: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+        out = self.output(empty_like(qkv[:, :, 0]), "out")
+        return out, self._forward(*unpack_qkv(qkv), out.transpose(1, 2), scale)
+
+    def softmax_attention_packed_backward(
+        self, dout: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, scale: float
+    ) -> Tensor:
+        dqkv = self.empty_like(qkv, "dqkv")
+        dout, out = dout.transpose(1, 2), out.transpose(1, 2)
+        self._backward(dout, *unpack_qkv(qkv), out, lse, *unpack_qkv(dqkv), scale)
+        return dqkv
+
+    def _forward(self, q: Tensor, k: Tensor, v: Tensor, out: Tensor, scale: float) -> Tensor:
         batch, heads, tokens, head_dim = q.shape
-        out, lse = self.empty_like(q), self.floats(batch, heads, tokens)
+        lse = self.floats(batch, heads, tokens, name="lse")
         arguments = _SoftmaxForward(
             ELEMENT_TYPES[q.dtype], head_dim, batch, heads, heads // k.shape[1], tokens, k.shape[2],
             view(q), view(k), view(v), view(out), lse.data_ptr(), scale,
         )  # fmt: skip
         self.launch("softmax_attention_forward", arguments)
-        return out, lse
+        return lse
 
-    def softmax_attention_backward(
-        self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, scale: float
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def _backward(
+        self,
+        dout: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        out: Tensor,
+        lse: Tensor,
+        dq: Tensor,
+        dk: Tensor,
+        dv: Tensor,
+        scale: float,
+    ) -> None:
         batch, heads, tokens, head_dim = q.shape
-        dq, dk, dv = self.empty_like(q), self.empty_like(k), self.empty_like(v)
-        delta = self.floats(batch, heads, tokens)
+        delta = self.floats(batch, heads, tokens, name="delta")
         arguments = _SoftmaxBackward(
             ELEMENT_TYPES[q.dtype], head_dim, batch, heads, heads // k.shape[1], tokens, k.shape[2],
             view(dout), view(q), view(k), view(v), view(out), view(dq), view(dk), view(dv),
             lse.data_ptr(), delta.data_ptr(), scale,
         )  # fmt: skip
         self.launch("softmax_attention_backward", arguments)
-        return dq, dk, dv

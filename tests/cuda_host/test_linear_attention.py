@@ -1,5 +1,6 @@
 """Linear attention's CUDA kernels on the host: see emulator.py."""
 
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -8,7 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from kernels.accuracy import compare
 from kernels.linear_attention import reference
+from kernels.linear_attention import torch as torch_backend
 from tests.cuda_host.checks import (
     DTYPES,
     HEAD_DIMS,
@@ -26,9 +29,11 @@ from tests.cuda_host.checks import (
 )
 from tests.cuda_host.emulator import guarded
 from tests.cuda_host.linear_attention import LinearAttention
+from tests.cuda_host.traffic import measure
 
 ROOM = "linear_attention"
 pytestmark = needs_compiler
+CLOSE = {"rtol": 2e-2, "atol": 1e-4}
 
 
 @pytest.fixture(scope="session")
@@ -37,8 +42,26 @@ def libraries(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 def run(
+    emulated: LinearAttention,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    gradient: Tensor,
+    eps: float,
+    *,
+    save_state: bool = True,
+) -> dict[str, Tensor]:
+    out, S, z = emulated.linear_attention(q, k, v, eps, save_state)
+    dq, dk, dv = emulated.linear_attention_backward(gradient, q, k, v, S, z, eps)
+    emulated.check_guards()
+    state = {"S": S, "z": z} if save_state else {}
+    return {**state, "out": out, "dq": dq, "dk": dk, "dv": dv}
+
+
+def run_parts(
     emulated: LinearAttention, q: Tensor, k: Tensor, v: Tensor, gradient: Tensor, eps: float
 ) -> dict[str, Tensor]:
+    """The same, by the operators that stream."""
     S, z = emulated.linear_attention_state(k, v)
     out = emulated.linear_attention_apply(q, S, z, eps)
     dq, dS, dz = emulated.linear_attention_apply_backward(gradient, q, S, z, eps)
@@ -47,16 +70,22 @@ def run(
     return {"S": S, "z": z, "out": out, "dq": dq, "dk": dk, "dv": dv}
 
 
-def check(libraries: dict[str, Path], case: Case) -> dict[str, Tensor]:
+def check(
+    libraries: dict[str, Path], case: Case, *, save_state: bool = True, parts: bool = False
+) -> dict[str, Tensor]:
     emulated = LinearAttention(libraries, thread_order=case.order, num_splits=case.num_splits)
     q, k, v, gradient = case.inputs()
-    actual = run(emulated, q, k, v, gradient, case.eps)
+    if parts:
+        actual = run_parts(emulated, q, k, v, gradient, case.eps)
+    else:
+        actual = run(emulated, q, k, v, gradient, case.eps, save_state=save_state)
     exact = double(q, k, v)
     S, z = reference.linear_attention_state(*exact[1:])
     out = reference.linear_attention_apply(exact[0], S, z, case.eps)
     out.backward(gradient.double())
     for name, expected in (("S", S), ("z", z), ("out", out)):
-        assert_accurate(name, actual[name], expected.detach(), gradient=False)
+        if name in actual:
+            assert_accurate(name, actual[name], expected.detach(), gradient=False)
     for name, x in zip(("dq", "dk", "dv"), exact, strict=True):
         assert_accurate(name, actual[name], grad(x), gradient=True)
     return actual
@@ -64,47 +93,236 @@ def check(libraries: dict[str, Path], case: Case) -> dict[str, Tensor]:
 
 # ---- numbers -------------------------------------------------------------------------------------
 
-# What is cheap and finds most: every head dim, dtype, layout, order and number of splits once.
+# What is cheap and finds most: every head dim, dtype, layout and order once, by steps (num_splits a
+# number) and in one launch (None), with the state kept or not.
 CASES = (
-    Case(16, torch.bfloat16, queries=130, keys=33, layout="misaligned", order="reverse"),
-    Case(32, heads=4, queries=133, keys=70, num_splits=3, eps=0.5),
-    Case(32, heads=4, queries=133, keys=70, num_splits=3, order="strided"),
-    Case(48, torch.float16, heads=6, kv_heads=3, layout="expanded", num_splits=2),
-    Case(64, torch.bfloat16, layout="packed", order="reverse"),
-    Case(64, batch=2, heads=1, kv_heads=1, queries=1, keys=2, num_splits=None),
-    Case(96, torch.float16, heads=1, kv_heads=1, queries=65, keys=31, order="reverse"),
-    Case(128, torch.bfloat16, heads=2, kv_heads=1, queries=33, keys=65, num_splits=2),
+    (Case(16, torch.bfloat16, queries=130, keys=33, layout="misaligned", order="reverse"), True),
+    (Case(32, heads=4, queries=133, keys=70, num_splits=3, eps=0.5), True),
+    (Case(32, heads=4, queries=133, keys=70, num_splits=3, order="strided"), False),
+    (Case(48, torch.float16, heads=6, kv_heads=3, layout="expanded", num_splits=2), False),
+    (Case(48, torch.bfloat16, heads=4, queries=150, keys=140, num_splits=None), True),
+    (Case(64, torch.bfloat16, layout="packed", order="reverse", num_splits=2), False),
+    (Case(64, torch.float16, heads=4, kv_heads=1, queries=133, keys=70, num_splits=None), False),
+    (Case(64, torch.bfloat16, queries=70, keys=133, num_splits=None, order="strided"), True),
+    (Case(64, batch=2, heads=1, kv_heads=1, queries=1, keys=2, num_splits=None), False),
+    (Case(96, torch.float16, heads=1, kv_heads=1, queries=65, keys=31, order="reverse"), True),
+    (Case(128, torch.bfloat16, heads=2, kv_heads=1, queries=33, keys=65, num_splits=2), False),
+    (Case(128, torch.float16, heads=1, queries=33, keys=65, kv_heads=1, num_splits=None), True),
 )
 MORE_CASES = (
     *(
-        Case(head_dim, dtype, 1, 4, 2, 133, 70, layout, order, num_splits=2)
+        (Case(head_dim, dtype, 1, 4, 2, 133, 70, layout, order, num_splits=splits), save_state)
         for head_dim in HEAD_DIMS
         for dtype, order, layout in zip(
             DTYPES, ORDERS, ("misaligned", "contiguous", "expanded"), strict=True
         )
+        for splits, save_state in ((2, True), (1, False), (None, True), (None, False))
     ),
-    Case(16, heads=1, kv_heads=1, queries=5, keys=1500),  # several chunks of tokens
-    Case(16, heads=1, kv_heads=1, queries=1100, keys=5, num_splits=None),
+    (Case(16, heads=1, kv_heads=1, queries=5, keys=1500), True),  # several chunks of tokens
+    (Case(16, heads=1, kv_heads=1, queries=1100, keys=5, num_splits=3), True),
+    (Case(16, torch.float16, heads=1, kv_heads=1, queries=1100, keys=2100, num_splits=None), True),
+    (Case(64, torch.bfloat16, heads=1, kv_heads=1, queries=300, keys=256, num_splits=None), False),
+    (Case(64, torch.float16, heads=1, kv_heads=1, queries=300, keys=300, num_splits=None), False),
+    (Case(64, torch.bfloat16, eps=0.5, num_splits=None), True),
 )
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
-def test_numbers(libraries: dict[str, Path], case: Case) -> None:
-    check(libraries, case)
+@pytest.mark.parametrize(("case", "save_state"), CASES, ids=str)
+def test_numbers(libraries: dict[str, Path], case: Case, save_state: bool) -> None:
+    check(libraries, case, save_state=save_state)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("case", MORE_CASES, ids=str)
-def test_more_numbers(libraries: dict[str, Path], case: Case) -> None:
-    check(libraries, case)
+@pytest.mark.parametrize(("case", "save_state"), MORE_CASES, ids=str)
+def test_more_numbers(libraries: dict[str, Path], case: Case, save_state: bool) -> None:
+    check(libraries, case, save_state=save_state)
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case(64, torch.bfloat16, heads=4, queries=133, keys=70, num_splits=2, order="reverse"),
+        Case(32, torch.float16, heads=4, queries=33, keys=70, eps=0.5),
+        Case(32, heads=4, queries=33, keys=70, num_splits=2),
+        Case(128, heads=1, kv_heads=1, queries=70, keys=35, num_splits=2),
+    ],
+    ids=str,
+)
+def test_streaming_operators(libraries: dict[str, Path], case: Case) -> None:
+    check(libraries, case, parts=True)
 
 
 def test_results_repeat_bit_for_bit_whatever_the_thread_order(libraries: dict[str, Path]) -> None:
-    case = Case(32, heads=2, kv_heads=1, queries=40, keys=50, num_splits=2)
-    runs = [check(libraries, replace(case, order=order)) for order in ORDERS]
-    for other in runs[1:]:
-        for name, x in runs[0].items():
-            assert torch.equal(x, other[name]), name
+    for splits in (2, None):
+        case = Case(32, torch.bfloat16, heads=2, kv_heads=1, queries=40, keys=50, num_splits=splits)
+        runs = [check(libraries, replace(case, order=order)) for order in ORDERS]
+        for other in runs[1:]:
+            for name, x in runs[0].items():
+                assert torch.equal(x, other[name]), name
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("scale", "mean"), [(1e-2, 0.0), (1.0, 1.0), (1e-2, 1.0), (30.0, 1.0)])
+@pytest.mark.parametrize("num_splits", [1, None])
+def test_no_worse_than_composition_where_gradients_cancel(
+    libraries: dict[str, Path],
+    dtype: torch.dtype,
+    scale: float,
+    mean: float,
+    num_splits: int | None,
+) -> None:
+    """The bound of tests/kernels/test_cross_check.py: 1.5 × the float32 composition's error."""
+    random = torch.Generator().manual_seed(0)
+    q, k, v, gradient = (
+        torch.randn((1, 2, tokens, 32), generator=random).to(dtype) for tokens in (64, 96, 96, 64)
+    )
+    q, k, v = q * scale, k * scale, v + mean
+    exact = double(q, k, v)
+    expected = reference.linear_attention(*exact, 1e-6)
+    expected.backward(gradient.double())
+    composed = [x.clone().requires_grad_() for x in (q, k, v)]
+    composition = torch_backend.linear_attention(*composed, 1e-6)
+    composition.backward(gradient)
+    actual = run(
+        LinearAttention(libraries, num_splits=num_splits), q, k, v, gradient, 1e-6, save_state=False
+    )
+    wanted = [expected.detach(), *(grad(x) for x in exact)]
+    bounds = [composition.detach(), *(grad(x) for x in composed)]
+    for name, exact_one, bound in zip(("out", "dq", "dk", "dv"), wanted, bounds, strict=True):
+        error = compare(actual[name], exact_one, gradient=True).rms_error
+        limit = 1.5 * compare(bound, exact_one, gradient=True).rms_error
+        assert error <= max(limit, torch.finfo(dtype).eps / 4), f"{name}: {error} of {limit}"
+
+
+@pytest.mark.parametrize("num_splits", [1, None])
+def test_float16_of_great_range(libraries: dict[str, Path], num_splits: int | None) -> None:
+    """Queries from subnormal to 1000, values of 10,000: nothing leaves float16's range."""
+    q, k, v, gradient = Case(32, torch.float16, queries=48, keys=64).inputs()
+    q *= torch.logspace(-6, 3, 48, dtype=torch.float16)[:, None]
+    v *= 10_000 / v.abs().max()
+    actual = run(LinearAttention(libraries, num_splits=num_splits), q, k, v, gradient, 1e-6)
+    exact = double(q, k, v)
+    reference.linear_attention(*exact, 1e-6).backward(gradient.double())
+    for name, x in zip(("dk", "dv"), exact[1:], strict=True):
+        assert_accurate(name, actual[name], grad(x), gradient=True)
+    # The gradient of smaller queries is beyond float16.
+    dq, expected = (x[:, :, 24:] for x in (actual["dq"], grad(exact[0])))
+    assert_accurate("dq", dq, expected, gradient=True)
+
+
+# ---- traffic -------------------------------------------------------------------------------------
+
+
+TRAFFIC_CASES = (
+    # one launch; by steps, several tiles and splits a head; grouped queries; keys of another number
+    Case(64, torch.bfloat16, heads=2, queries=70, keys=70, num_splits=None),
+    Case(64, torch.bfloat16, heads=1, kv_heads=1, queries=200, keys=200, num_splits=2),
+    Case(64, torch.float16, heads=4, kv_heads=1, queries=70, keys=200, num_splits=2),
+    Case(64, heads=2, kv_heads=1, queries=70, keys=140, num_splits=2),
+    *(Case(d, torch.float16, heads=2, kv_heads=1, num_splits=2) for d in (16, 32, 48, 96, 128)),
+)
+
+
+@pytest.mark.parametrize("case", TRAFFIC_CASES, ids=str)
+def test_each_element_is_moved_once_and_sixteen_bytes_at_a_time(
+    libraries: dict[str, Path], case: Case
+) -> None:
+    for row in measure(libraries, case, save_state=True):
+        assert (row.loaded, row.stored) in ((row.least, 0), (0, row.least)), row
+        assert row.narrow == 0 or (case.dtype == torch.float32 and row.tensor == "dq"), row
+
+
+@pytest.mark.parametrize("keys", [64, 200])
+def test_recomputing_the_state_moves_no_more_where_keys_stay(
+    libraries: dict[str, Path], keys: int
+) -> None:
+    case = Case(64, torch.bfloat16, heads=2, kv_heads=1, queries=70, keys=keys, num_splits=None)
+    for row in measure(libraries, case, save_state=False):
+        assert row.loaded + row.stored == row.least, row
+
+
+def test_misaligned_tensors_are_read_in_place_narrowly(libraries: dict[str, Path]) -> None:
+    case = Case(64, torch.bfloat16, heads=1, kv_heads=1, layout="misaligned", num_splits=2)
+    for row in measure(libraries, case, save_state=True):
+        assert row.loaded + row.stored == row.least, row
+        if row.loaded:
+            assert row.narrow == row.loaded, row
+
+
+def test_packed_gradient_is_one_tensor(libraries: dict[str, Path]) -> None:
+    case = Case(64, torch.bfloat16, heads=2, kv_heads=2, layout="packed")
+    q, k, v, gradient = case.inputs()
+    qkv = torch.stack([x.transpose(1, 2) for x in (q, k, v)], dim=2)
+    S, z = LinearAttention(libraries).linear_attention_state(k, v)
+    for state in ((S, z), (torch.empty(0), torch.empty(0))):
+        emulated = LinearAttention(libraries)
+        dqkv = emulated.linear_attention_packed_backward(
+            gradient.transpose(1, 2), qkv, *state, case.eps
+        )
+        emulated.check_guards()
+        assert dqkv.is_contiguous()
+        assert emulated.traffic()["dqkv"].stored_wide == dqkv.numel() * 2
+        expected = run(LinearAttention(libraries), q, k, v, gradient, case.eps, save_state=False)
+        for i, name in enumerate(("dq", "dk", "dv")):
+            torch.testing.assert_close(dqkv[:, :, i].transpose(1, 2), expected[name], **CLOSE)
+
+
+def test_workspace_traffic_is_what_is_counted(libraries: dict[str, Path]) -> None:
+    """The formula that the bound below trusts, against the bytes of real launches."""
+    for splits, save_state in ((1, True), (3, True), (3, False), (None, True), (None, False)):
+        case = Case(32, torch.bfloat16, heads=4, queries=150, keys=300, num_splits=splits)
+        q, k, v, gradient = case.inputs()
+        emulated = LinearAttention(libraries, num_splits=splits)
+        S = torch.empty(1, 2, 64, 32) if save_state else torch.empty(0)
+        arguments = emulated.arguments(q, k, S, 1e-6)
+        emulated.watch(q=q, k=k, v=v, dout=gradient)
+        _, S, z = emulated.linear_attention(q, k, v, 1e-6, save_state)
+        forward = workspace_bytes(emulated)
+        assert forward == emulated.ask("workspace_bytes", arguments, "forward")
+        emulated.linear_attention_backward(gradient, q, k, v, S, z, 1e-6)
+        backward = workspace_bytes(emulated) - forward
+        assert backward == emulated.ask("workspace_bytes", arguments, "backward"), splits
+
+
+def workspace_bytes(emulated: LinearAttention) -> int:
+    beside = ("S", "z", "workspace", "other")
+    counted = emulated.traffic()
+    return sum(counted[name].loaded + counted[name].stored for name in beside if name in counted)
+
+
+@pytest.mark.parametrize("batch_heads", [1, 4, 16, 64, 128, 256, 512, 2048])
+@pytest.mark.parametrize("tokens", [256, 512, 1024, 2048, 4096, 32_768, 131_072, 1_048_576])
+def test_workspace_is_at_most_8_percent_of_least_traffic(
+    libraries: dict[str, Path], batch_heads: int, tokens: int
+) -> None:
+    """From B·H·N = 512k on, at D = 64 in half precision on 132 multiprocessors."""
+    if batch_heads * tokens < 512 * 1024:
+        pytest.skip("fewer than 512k tokens in all")
+    emulated = LinearAttention(libraries, multiprocessors=132)
+    x = torch.empty(1, dtype=torch.bfloat16).expand(batch_heads, 1, tokens, 64)
+    kept = torch.empty(1) if tokens > 256 else torch.empty(0)
+    element = batch_heads * tokens * 64 * 2
+    inference = emulated.ask("workspace_bytes", emulated.arguments(x, x, None, 0.0), "forward")
+    backward = emulated.ask("workspace_bytes", emulated.arguments(x, x, kept, 0.0), "backward")
+    assert inference <= 0.08 * 4 * element
+    assert backward <= 0.08 * 7 * element
+
+
+def test_few_launches(libraries: dict[str, Path]) -> None:
+    def launches(batch_heads: int, tokens: int, dtype: torch.dtype = torch.bfloat16) -> list[int]:
+        emulated = LinearAttention(libraries, multiprocessors=132)
+        x = torch.empty(1, dtype=dtype).expand(batch_heads, 1, tokens, 64)
+        kept = torch.empty(1) if tokens > 256 else torch.empty(0)
+        return [
+            emulated.ask("launches", emulated.arguments(x, x, S, 0.0), which)
+            for which, S in (("forward", None), ("backward", kept))
+        ]
+
+    assert launches(768, 64) == [1, 1]  # a ViT: 128 images, 6 heads
+    assert launches(768, 1024) == [1, 1]
+    assert launches(6, 256) == [1, 1]  # one image
+    assert launches(1, 1 << 20) == [3, 3]  # state, reduce, apply; dq and dS, reduce, dk and dv
+    assert launches(256, 4096) == [2, 2]  # a block a head is all the sums need
 
 
 # ---- edges ---------------------------------------------------------------------------------------
@@ -162,109 +380,172 @@ def test_a_zero_query_row_gives_zero_and_finite_gradients(
     assert (result["dq"][:, :, 7] == 0).all()
 
 
-def test_splits_fill_the_gpu_and_stay_worth_it(libraries: dict[str, Path]) -> None:
-    def splits(batch_heads: int, tokens: int) -> int:
-        emulated = LinearAttention(libraries, multiprocessors=132)
-        return emulated.splits(emulated.library.linear_attention_num_splits, batch_heads, tokens)
-
-    assert splits(1, 1 << 20) == 264  # one head of one long sequence: two blocks a multiprocessor
-    assert splits(768, 64) == 1  # many short ones
-    assert splits(768, 1 << 20) == 16  # no more than 65,536 tokens in one float32 sum
-    assert splits(1, 300) == 2  # at least 256 tokens a split
-    assert splits(0, 64) == splits(64, 0) == 1
-
-
 # ---- do these tests fail when they should? -------------------------------------------------------
 
+HALF, FLOAT = "linear_attention/half.cuh", "linear_attention/float32.cuh"
 MUTATIONS = (
     Mutation(
-        "swap the halves of phi",
-        "linear_attention/cuda.cu",
-        "phi[0][i] = positive_part(x);",
-        "phi[0][i] = negative_part(x);",
-    ),
-    Mutation(
-        "skip dz",
-        "linear_attention/cuda.cu",
-        "dphi[0][i][j] + dz[feature],",
-        "dphi[0][i][j],",
-    ),
-    Mutation(
-        "no barrier before the result's tile",
-        "linear_attention/cuda.cu",
-        "__syncthreads();  // q has been read: its tile now takes the result",
+        "no barrier before a tile is read",
+        HALF,
+        "__syncthreads();  // this tile is here, and the one before has been read",
         "",
     ),
+    Mutation(
+        "no wait for a tile's copies",
+        HALF,
+        "if constexpr (kStages > 1) ptx::cp_async_wait<kStages - 2>();",
+        "",
+    ),
+    Mutation(
+        "lanes of a row exchange the wrong registers",
+        HALF,
+        "const bool upper = threadIdx.x & bit;",
+        "const bool upper = !(threadIdx.x & bit);",
+    ),
+    Mutation("rows past the end count", HALF, "row < valid ? 16 : 0);", "16);"),
+    Mutation("rows past the end are stored", HALF, "if (row >= valid) return;", ""),
 )
 
 # For the slow tests.
 MORE_MUTATIONS = (
     Mutation(
-        "drop the last tile of tokens",
-        "linear_attention/cuda.cu",
-        "first < chunk_end; first += Tile::kTokens",
-        "first + Tile::kTokens < chunk_end; first += Tile::kTokens",
+        "swapped halves of phi",
+        HALF,
+        "positive[i] = ptx::relu2<T>(x[i]);",
+        "positive[i] = ptx::relu2<T>(ptx::negate2(x[i]));",
     ),
     Mutation(
-        "drop a split",
-        "linear_attention/cuda.cu",
-        "split < p.num_splits; ++split) sum",
-        "split + 1 < p.num_splits; ++split) sum",
+        "a fragment's rows in the wrong lanes",
+        HALF,
+        "ptx::ldmatrix_x4(a, tile + Half<D>::at(row + lane % 16, 2 * block + lane / 16));",
+        "ptx::ldmatrix_x4(a, tile + Half<D>::at(row + lane / 2, 2 * block + lane % 2));",
     ),
     Mutation(
-        "no barrier between tiles",
-        "linear_attention/cuda.cu",
-        "__syncthreads();  // the tile before has been read",
+        "a transposed fragment's blocks swapped",
+        HALF,
+        "a, tile + Half<D>::at(row + lane / 16 * 8 + lane % 8, 2 * block + lane / 8 % 2));\n}\n\n"
+        "// ... as two b",
+        "a, tile + Half<D>::at(row + lane / 8 % 2 * 8 + lane % 8, 2 * block + lane / 16));\n}\n\n"
+        "// ... as two b",
+    ),
+    Mutation(
+        "b's rows read as columns",
+        HALF,
+        "ptx::ldmatrix_x4_trans(b, tile",
+        "ptx::ldmatrix_x4(b, tile",
+    ),
+    Mutation(
+        "no barrier before the rows' sums are read",
+        HALF,
+        "  __syncthreads();\n  auto sum_of",
+        "  auto sum_of",
+    ),
+    Mutation(
+        "no barrier before g / E is read",
+        "linear_attention/half_kernels.cuh",
+        "__syncthreads();  // g / E and the weights are there",
         "",
     ),
     Mutation(
-        "no eps",
-        "linear_attention/cuda.cu",
-        "E[i] = row_sum(sum) + eps;",
-        "E[i] = row_sum(sum);",
+        "no barrier before dS is read",
+        "linear_attention/half_kernels.cuh",
+        "__syncthreads();  // the last tile of queries has been read",
+        "",
     ),
     Mutation(
-        "weight of the wrong sign",
-        "linear_attention/cuda.cu",
-        "const float weight = -(row_sum(dot)",
-        "const float weight = (row_sum(dot)",
+        "no barrier before keys that stay are read",
+        "linear_attention/half_kernels.cuh",
+        "__syncthreads();  // every key and value is here",
+        "",
+    ),
+    Mutation(
+        "one warp's tokens are left out",
+        HALF,
+        "for (int warp = 1; warp < H::kTokenWarps; ++warp) {",
+        "for (int warp = 2; warp < H::kTokenWarps; ++warp) {",
+    ),
+    Mutation("no mean in out", HALF, "+ dot[i / 2] * state.mean[column + i % 2]) *", ") *"),
+    Mutation(
+        "no eps in the gradient",
+        HALF,
+        "quad_sum(a_dot[r] * state.unscale - eps * mean_dot[r]);",
+        "quad_sum(a_dot[r] * state.unscale);",
+    ),
+    Mutation("no eps", HALF, "inverse(dot[r] + eps);", "inverse(dot[r]);"),
+    Mutation(
+        "the mean is not taken from the bias",
+        HALF,
+        "this->z[threadIdx.x] -= sum * this->unscale;",
+        "",
+    ),
+    Mutation(
+        "only the first term of a weight",
+        HALF,
+        "return column < 3 ? *reinterpret_cast",
+        "return column < 1 ? *reinterpret_cast",
+    ),
+    Mutation(
+        "the operand's scale is not undone",
+        HALF,
+        "this->unscale = binade / 8192.0f;",
+        "this->unscale = binade / 4096.0f;",
+    ),
+    Mutation(
+        "a split's last tile is dropped",
+        "linear_attention/problem.cuh",
+        "end = static_cast<int>(begin + each < tiles ? begin + each : tiles);",
+        "end = static_cast<int>(begin + each < tiles ? begin + each : tiles - 1);",
     ),
     Mutation(
         "one query head of a group",
-        "linear_attention/cuda.cu",
-        "for (int64_t g = 0; g < p.group; ++g) {",
-        "for (int64_t g = 0; g < 1; ++g) {",
+        HALF,
+        "head = first_head + tile / per_head;",
+        "head = first_head;",
     ),
     Mutation(
-        "rows of the wrong state",
-        "linear_attention/cuda.cu",
-        "block.batch * (p.heads / p.group) + block.head / p.group;\n\n",
-        "block.batch * (p.heads / p.group) + block.head % (p.heads / p.group);\n\n",
-    ),
-    Mutation(
-        "columns of the wrong lane",
-        "linear_attention/cuda.cu",
-        "positive[j] = slab.value[f * D + tx + kSide * j];",
-        "positive[j] = slab.value[f * D + (tx ^ 1) + kSide * j];",
+        "a split is dropped",
+        "linear_attention/problem.cuh",
+        "split < p.num_splits; ++split) {",
+        "split + 1 < p.num_splits; ++split) {",
     ),
     Mutation(
         "gradient at zero's wrong side",
-        "linear_attention/cuda.cu",
+        "linear_attention/features.cuh",
         "x < 0.0f ? -by_negative : x;",
         "x < 0.0f ? by_negative : x;",
     ),
+)
+# Of the float32 kernels.
+FLOAT_MUTATIONS = (
     Mutation(
-        "no edge mask on stores",
-        "cuda/common.cuh",
-        "if (row >= valid) return;",
+        "swap the halves of phi",
+        FLOAT,
+        "phi[0][i] = positive_part(x);\n            phi[1][i] = negative_part(x);\n          }\n"
+        "#pragma unroll\n          for (int j = 0; j < C; ++j) w",
+        "phi[0][i] = negative_part(x);\n            phi[1][i] = negative_part(x);\n          }\n"
+        "#pragma unroll\n          for (int j = 0; j < C; ++j) w",
+    ),
+    Mutation("skip dz", FLOAT, "dphi[0][i][j] + load_global(dz + feature),", "dphi[0][i][j],"),
+    Mutation(
+        "no barrier before g's place is taken",
+        FLOAT,
+        "__syncthreads();  // g has been read: g / E takes its place",
         "",
     ),
     Mutation(
-        "no edge mask on loads",
-        "cuda/common.cuh",
-        "if (row < valid) {",
-        "if (true) {",
+        "no barrier between tiles",
+        FLOAT,
+        "__syncthreads();  // the tile before has been read\n      load_tile<kRows",
+        "load_tile<kRows",
     ),
+    Mutation(
+        "no eps",
+        FLOAT,
+        "scale[i] = inverse(row_sum(normaliser) + p.eps);",
+        "scale[i] = inverse(row_sum(normaliser));",
+    ),
+    Mutation("no edge mask on stores", "cuda/common.cuh", "if (row >= valid) return;", ""),
+    Mutation("no edge mask on loads", "cuda/common.cuh", "if (row < valid) {", "if (true) {"),
     Mutation(
         "rows in the wrong lane",
         "cuda/common.cuh",
@@ -279,40 +560,60 @@ MORE_MUTATIONS = (
     ),
 )
 
-# One head dim and element type: a mutant compiles in a second or two.
-NARROW = ("-DLINEAR_VIT_HEAD_DIMS=32", "-DLINEAR_VIT_ELEMENT_TYPES=float")
+# One head dim and element type: a mutant compiles in a few seconds.
+NARROW = ("-DLINEAR_VIT_HEAD_DIMS=32", "-DLINEAR_VIT_ELEMENT_TYPES=__half")
+NARROW_FLOAT = ("-DLINEAR_VIT_HEAD_DIMS=32", "-DLINEAR_VIT_ELEMENT_TYPES=float")
 
 
-def narrow_checks(libraries: dict[str, Path]) -> list:
+def narrow_checks(libraries: dict[str, Path], dtype: torch.dtype) -> list[Callable[[], object]]:
+    several = Case(32, dtype, heads=4, queries=300, keys=270, num_splits=2, eps=0.5)
     cases = (
-        Case(32, heads=4, queries=133, keys=70, num_splits=3, eps=0.5),
-        Case(32, heads=1, kv_heads=1, queries=21, keys=21),  # less than a tile
+        (several, True),
+        (replace(several, num_splits=None), False),
+        (Case(32, dtype, heads=1, kv_heads=1, queries=21, keys=21), False),  # less than a tile
     )
     return [
-        partial(check, libraries, replace(case, order=order))
+        partial(check, libraries, replace(case, order=order), save_state=save_state)
         for order in ("forward", "reverse")
-        for case in cases
+        for case, save_state in cases
     ]
+
+
+half_checks = partial(narrow_checks, dtype=torch.float16)
+float_checks = partial(narrow_checks, dtype=torch.float32)
 
 
 @pytest.fixture(scope="session")
 def sound(tmp_path_factory: pytest.TempPathFactory) -> None:
     """The unbroken kernels, built as the mutants are, pass."""
     libraries = build_room(ROOM, tmp_path_factory.mktemp("sound"), NARROW)
-    assert first_failure(narrow_checks(libraries)) is None
+    assert first_failure(half_checks(libraries)) is None
+
+
+@pytest.fixture(scope="session")
+def sound_float(tmp_path_factory: pytest.TempPathFactory) -> None:
+    libraries = build_room(ROOM, tmp_path_factory.mktemp("sound_float"), NARROW_FLOAT)
+    assert first_failure(float_checks(libraries)) is None
 
 
 @pytest.mark.usefixtures("sound")
 @pytest.mark.parametrize("mutation", MUTATIONS, ids=lambda m: m.name)
 def test_a_broken_kernel_is_noticed(mutation: Mutation, tmp_path: Path) -> None:
-    see_red(mutation, ROOM, NARROW, tmp_path, narrow_checks)
+    see_red(mutation, ROOM, NARROW, tmp_path, half_checks)
 
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("sound")
 @pytest.mark.parametrize("mutation", MORE_MUTATIONS, ids=lambda m: m.name)
 def test_more_broken_kernels_are_noticed(mutation: Mutation, tmp_path: Path) -> None:
-    see_red(mutation, ROOM, NARROW, tmp_path, narrow_checks)
+    see_red(mutation, ROOM, NARROW, tmp_path, half_checks)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("sound_float")
+@pytest.mark.parametrize("mutation", FLOAT_MUTATIONS, ids=lambda m: m.name)
+def test_broken_float32_kernels_are_noticed(mutation: Mutation, tmp_path: Path) -> None:
+    see_red(mutation, ROOM, NARROW_FLOAT, tmp_path, float_checks)
 
 
 SANITIZED = """
@@ -321,12 +622,15 @@ from pathlib import Path
 from tests.cuda_host import test_linear_attention as t
 
 libraries = {t.ROOM: Path(sys.argv[1], f"{t.ROOM}.so")}
-case = t.Case(32, heads=4, queries=37, keys=35, num_splits=2)
-for layout in ("contiguous", "misaligned"):
-    t.check(libraries, t.replace(case, layout=layout))
+for splits in (2, None):
+    case = t.Case(32, t.DTYPE, heads=4, queries=37, keys=35, num_splits=splits)
+    for layout in ("contiguous", "misaligned"):
+        t.check(libraries, t.replace(case, layout=layout), save_state=layout == "contiguous")
 """
 
 
 @pytest.mark.slow
-def test_sanitizers_find_nothing(tmp_path: Path) -> None:
-    assert_sanitizers_find_nothing(ROOM, NARROW, tmp_path, SANITIZED)
+@pytest.mark.parametrize(("flags", "dtype"), [(NARROW, "float16"), (NARROW_FLOAT, "float32")])
+def test_sanitizers_find_nothing(tmp_path: Path, flags: tuple[str, ...], dtype: str) -> None:
+    script = SANITIZED.replace("t.DTYPE", f"t.torch.{dtype}")
+    assert_sanitizers_find_nothing(ROOM, flags, tmp_path, script)

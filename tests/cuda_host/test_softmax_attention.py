@@ -1,5 +1,6 @@
 """Softmax attention's CUDA kernels on the host: see emulator.py."""
 
+import ctypes
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -24,7 +25,7 @@ from tests.cuda_host.checks import (
     needs_compiler,
     see_red,
 )
-from tests.cuda_host.emulator import guarded
+from tests.cuda_host.emulator import ELEMENT_TYPES, guarded
 from tests.cuda_host.softmax_attention import SoftmaxAttention
 
 ROOM = "softmax_attention"
@@ -37,55 +38,71 @@ def libraries(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 def run(
-    emulated: SoftmaxAttention, q: Tensor, k: Tensor, v: Tensor, gradient: Tensor
+    emulated: SoftmaxAttention,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    gradient: Tensor,
+    scale: float | None = None,
 ) -> dict[str, Tensor]:
-    scale = q.shape[-1] ** -0.5
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
     out, lse = emulated.softmax_attention(q, k, v, scale)
     dq, dk, dv = emulated.softmax_attention_backward(gradient, q, k, v, out, lse, scale)
     emulated.check_guards()
     return {"out": out, "lse": lse, "dq": dq, "dk": dk, "dv": dv}
 
 
-def check(libraries: dict[str, Path], case: Case) -> dict[str, Tensor]:
-    emulated = SoftmaxAttention(libraries, thread_order=case.order)
-    q, k, v, gradient = case.inputs()
-    actual = run(emulated, q, k, v, gradient)
+def expect(
+    q: Tensor, k: Tensor, v: Tensor, gradient: Tensor, scale: float | None = None
+) -> dict[str, Tensor]:
+    """What :func:`run` gives, from the definition in float64."""
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
     exact = double(q, k, v)
-    scale = case.head_dim**-0.5
     out = reference.softmax_attention(*exact, scale)
     out.backward(gradient.double())
-    keys = exact[1].detach().repeat_interleave(case.heads // case.kv_heads, dim=1)
+    keys = exact[1].detach().repeat_interleave(q.shape[1] // k.shape[1], dim=1)
     lse = (exact[0].detach() @ keys.mT * scale).logsumexp(dim=-1)
-    assert_accurate("lse", actual["lse"], lse, gradient=False)
-    assert_accurate("out", actual["out"], out.detach(), gradient=False)
-    for name, x in zip(("dq", "dk", "dv"), exact, strict=True):
-        assert_accurate(name, actual[name], grad(x), gradient=True)
+    gradients = {f"d{name}": grad(x) for name, x in zip("qkv", exact, strict=True)}
+    return {"out": out.detach(), "lse": lse, **gradients}
+
+
+def assert_all_accurate(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    for name, x in expected.items():
+        assert_accurate(name, actual[name], x, gradient=name[0] == "d")
+
+
+def check(libraries: dict[str, Path], case: Case) -> dict[str, Tensor]:
+    emulated = SoftmaxAttention(libraries, thread_order=case.order)
+    inputs = case.inputs()
+    actual = run(emulated, *inputs)
+    assert_all_accurate(actual, expect(*inputs))
     return actual
 
 
 # ---- numbers -------------------------------------------------------------------------------------
 
-# What is cheap and finds most: every head dim, dtype, layout, order and number of splits once.
+# What is cheap and finds most: every head dim, dtype, layout and order once.
 CASES = (
     Case(16, torch.bfloat16, queries=130, keys=33, layout="misaligned", order="reverse"),
-    Case(32, heads=4, queries=133, keys=70, num_splits=3, eps=0.5),
-    Case(32, heads=4, queries=133, keys=70, num_splits=3, order="strided"),
-    Case(48, torch.float16, heads=6, kv_heads=3, layout="expanded", num_splits=2),
+    Case(32, heads=4, queries=133, keys=70, order="strided"),
+    Case(48, torch.float16, heads=6, kv_heads=3, layout="expanded"),
     Case(64, torch.bfloat16, layout="packed", order="reverse"),
-    Case(64, batch=2, heads=1, kv_heads=1, queries=1, keys=2, num_splits=None),
+    Case(64, batch=2, heads=1, kv_heads=1, queries=1, keys=2),
     Case(96, torch.float16, heads=1, kv_heads=1, queries=65, keys=31, order="reverse"),
-    Case(128, torch.bfloat16, heads=2, kv_heads=1, queries=33, keys=65, num_splits=2),
+    Case(128, torch.bfloat16, heads=2, kv_heads=1, queries=33, keys=65),
 )
 MORE_CASES = (
     *(
-        Case(head_dim, dtype, 1, 4, 2, 133, 70, layout, order, num_splits=2)
+        Case(head_dim, dtype, 1, 4, 2, 133, 70, layout, order)
         for head_dim in HEAD_DIMS
         for dtype, order, layout in zip(
             DTYPES, ORDERS, ("misaligned", "contiguous", "expanded"), strict=True
         )
     ),
-    Case(16, heads=1, kv_heads=1, queries=5, keys=1500),  # several chunks of tokens
-    Case(16, heads=1, kv_heads=1, queries=1100, keys=5, num_splits=None),
+    Case(16, heads=1, kv_heads=1, queries=5, keys=1500),
+    Case(16, heads=1, kv_heads=1, queries=1100, keys=5),
+    # Weights are subnormal in float16, and dS is carried times 4.
+    Case(16, torch.float16, heads=1, kv_heads=1, queries=5, keys=5000),
 )
 
 
@@ -100,19 +117,127 @@ def test_more_numbers(libraries: dict[str, Path], case: Case) -> None:
     check(libraries, case)
 
 
-def test_results_repeat_bit_for_bit_whatever_the_thread_order(libraries: dict[str, Path]) -> None:
-    case = Case(32, heads=2, kv_heads=1, queries=40, keys=50, num_splits=2)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_results_repeat_bit_for_bit_whatever_the_thread_order(
+    libraries: dict[str, Path], dtype: torch.dtype
+) -> None:
+    case = Case(32, dtype, heads=2, kv_heads=1, queries=40, keys=50)
     runs = [check(libraries, replace(case, order=order)) for order in ORDERS]
     for other in runs[1:]:
         for name, x in runs[0].items():
             assert torch.equal(x, other[name]), name
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_packed_is_the_same(libraries: dict[str, Path], dtype: torch.dtype) -> None:
+    """One (B, N, 3, H, D) tensor, read in place, and one gradient in its memory order."""
+    q, k, v, gradient = Case(32, dtype, batch=2, heads=3, kv_heads=3, layout="packed").inputs()
+    separate = run(SoftmaxAttention(libraries), q, k, v, gradient)
+    emulated = SoftmaxAttention(libraries)
+    qkv = guarded(torch.stack([x.transpose(1, 2) for x in (q, k, v)], dim=2))
+    scale = q.shape[-1] ** -0.5
+    out, lse = emulated.softmax_attention_packed(qkv, scale)
+    dout = gradient.transpose(1, 2)
+    dqkv = emulated.softmax_attention_packed_backward(dout, qkv, out, lse, scale)
+    emulated.check_guards()
+    assert torch.equal(out.transpose(1, 2), separate["out"])
+    for index, name in enumerate(("dq", "dk", "dv")):
+        assert torch.equal(dqkv[:, :, index].transpose(1, 2), separate[name]), name
+
+
+# ---- traffic -------------------------------------------------------------------------------------
+
+# Rows that a block owns, as in cuda.cu's header: forward, query_gradient, key_value_gradient.
+OWNED = {
+    (torch.float32, 64): (64, 64, 64),
+    (torch.bfloat16, 64): (128, 64, 64),
+    (torch.float16, 128): (64, 64, 64),
+}
+
+
+@pytest.mark.parametrize(("dtype", "head_dim"), OWNED, ids=str)
+def test_traffic(libraries: dict[str, Path], dtype: torch.dtype, head_dim: int) -> None:
+    """A block's own rows move once, the other side once per block; all of it 16 bytes at a time."""
+    forward, query_gradient, key_value_gradient = OWNED[dtype, head_dim]
+    case = Case(head_dim, dtype, heads=4, kv_heads=2, queries=130, keys=70)
+    q, k, v, dout = case.inputs()
+    emulated = SoftmaxAttention(libraries)
+    emulated.watch(q=q, k=k, v=v, dout=dout)
+    scale = head_dim**-0.5
+    out, lse = emulated.softmax_attention(q, k, v, scale)
+    traffic = emulated.traffic()
+    size = {"q": 4 * 130 * head_dim * q.itemsize, "k": 2 * 70 * head_dim * q.itemsize}
+    blocks = 2 * -(-130 // forward)  # that read a key/value head: two query heads share it
+    assert traffic["q"].loaded_wide == traffic["q"].loaded == size["q"]
+    assert traffic["k"].loaded_wide == traffic["k"].loaded == blocks * size["k"]
+    assert traffic["v"].loaded == blocks * size["k"]
+    assert traffic["out"].stored_wide == traffic["out"].stored == size["q"]
+    assert traffic["lse"].stored == 4 * 4 * 130
+    assert traffic["other"].loaded == traffic["other"].stored == 0
+
+    emulated.watch_nothing()
+    emulated.watch(q=q, k=k, v=v, dout=dout, out=out, lse=lse)
+    emulated.softmax_attention_backward(dout, q, k, v, out, lse, scale)
+    traffic = emulated.traffic()
+    blocks = 2 * -(-130 // query_gradient)
+    key_blocks = -(-70 // key_value_gradient)
+    assert traffic["k"].loaded_wide == traffic["k"].loaded == (blocks + 1) * size["k"]
+    assert traffic["v"].loaded == (blocks + 1) * size["k"]
+    assert traffic["q"].loaded_wide == traffic["q"].loaded == (1 + key_blocks) * size["q"]
+    assert traffic["dout"].loaded == (1 + key_blocks) * size["q"]
+    assert traffic["out"].loaded_wide == traffic["out"].loaded == size["q"]
+    for name, like in (("dq", "q"), ("dk", "k"), ("dv", "k")):
+        assert traffic[name].stored_wide == traffic[name].stored == size[like]
+        assert traffic[name].loaded == 0
+    assert traffic["delta"].stored == 4 * 4 * 130
+    assert traffic["other"].loaded == traffic["other"].stored == 0
+
+
 # ---- edges ---------------------------------------------------------------------------------------
 
 
-def test_no_keys_gives_zeros(libraries: dict[str, Path]) -> None:
-    q, k, v, gradient = Case(16, queries=3, keys=0).inputs()
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_scale_of_zero_weighs_all_alike(libraries: dict[str, Path], dtype: torch.dtype) -> None:
+    inputs = Case(16, dtype, heads=2, kv_heads=1, queries=33, keys=70).inputs()
+    actual, expected = run(SoftmaxAttention(libraries), *inputs, 0.0), expect(*inputs, 0.0)
+    for name in ("dq", "dk"):
+        assert (actual[name] == 0).all()
+        del expected[name]
+    assert_all_accurate(actual, expected)
+
+
+def _check_negative_scale(libraries: dict[str, Path], head_dim: int, dtype: torch.dtype) -> None:
+    inputs = Case(head_dim, dtype, heads=2, kv_heads=1, queries=33, keys=70).inputs()
+    assert_all_accurate(run(SoftmaxAttention(libraries), *inputs, -0.3), expect(*inputs, -0.3))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_negative_scale(libraries: dict[str, Path], dtype: torch.dtype) -> None:
+    _check_negative_scale(libraries, 16, dtype)
+
+
+def _check_far_below_zero(libraries: dict[str, Path], head_dim: int, dtype: torch.dtype) -> None:
+    q, k, v, gradient = Case(head_dim, dtype, heads=1, kv_heads=1, queries=40, keys=37).inputs()
+    q, k = (q + 24).contiguous(), (k - 24).contiguous()
+    actual, expected = (
+        run(SoftmaxAttention(libraries), q, k, v, gradient),
+        expect(q, k, v, gradient),
+    )
+    assert actual["lse"].max() < -1000
+    assert all(x.isfinite().all() for x in actual.values())
+    # Scores of 1e3 are off by 1e-4 in float32 already, which is more than SPEC's tolerances.
+    torch.testing.assert_close(actual["out"].double(), expected["out"], rtol=0.05, atol=0.05)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_scores_far_below_zero(libraries: dict[str, Path], dtype: torch.dtype) -> None:
+    """The rows of zeros that fill a tile of keys score highest, and must not count."""
+    _check_far_below_zero(libraries, 16, dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_no_keys_gives_zeros(libraries: dict[str, Path], dtype: torch.dtype) -> None:
+    q, k, v, gradient = Case(16, dtype, queries=3, keys=0).inputs()
     result = run(SoftmaxAttention(libraries), q, k, v, gradient)
     assert torch.equal(result["out"], torch.zeros_like(q))
     assert torch.equal(result["dq"], torch.zeros_like(q))
@@ -120,17 +245,23 @@ def test_no_keys_gives_zeros(libraries: dict[str, Path]) -> None:
     assert (result["lse"] == -torch.inf).all()
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("empty", [{"queries": 0}, {"batch": 0}])
-def test_no_queries_and_no_batch(libraries: dict[str, Path], empty: dict[str, int]) -> None:
-    q, k, v, gradient = replace(Case(16, keys=3), **empty).inputs()
+def test_no_queries_and_no_batch(
+    libraries: dict[str, Path], empty: dict[str, int], dtype: torch.dtype
+) -> None:
+    q, k, v, gradient = replace(Case(16, dtype, keys=3), **empty).inputs()
     result = run(SoftmaxAttention(libraries), q, k, v, gradient)
     assert result["out"].shape == q.shape
     assert torch.equal(result["dk"], torch.zeros_like(k))
     assert torch.equal(result["dv"], torch.zeros_like(v))
 
 
-def test_nan_goes_where_it_must_and_nowhere_else(libraries: dict[str, Path]) -> None:
-    clean = Case(16, queries=70, keys=40).inputs()
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_nan_goes_where_it_must_and_nowhere_else(
+    libraries: dict[str, Path], dtype: torch.dtype
+) -> None:
+    clean = Case(16, dtype, queries=70, keys=40).inputs()
 
     q, k, v, gradient = (guarded(x) for x in clean)
     q[0, 0, 3, 5] = torch.nan
@@ -151,12 +282,47 @@ def test_nan_goes_where_it_must_and_nowhere_else(libraries: dict[str, Path]) -> 
     assert out.isnan().sum() == out.shape[2]
 
 
+def test_the_tiles_are_described(libraries: dict[str, Path]) -> None:
+    library = SoftmaxAttention(libraries).library
+    line = ctypes.create_string_buffer(128)
+    library.softmax_attention_describe(ELEMENT_TYPES[torch.bfloat16], 64, line, len(line))
+    assert line.value == b"mma.sync m16n8k16, 128 x 64 rows forward, 64 x 32 backward, 128 threads"
+    library.softmax_attention_describe(ELEMENT_TYPES[torch.float32], 17, line, len(line))
+    assert line.value == b""
+
+
 # ---- do these tests fail when they should? -------------------------------------------------------
+
+HALF, FLOAT32 = "softmax_attention/half.cuh", "softmax_attention/float32.cuh"
 
 MUTATIONS = (
     Mutation(
-        "drop the last tile of queries",
-        "softmax_attention/cuda.cu",
+        "no barrier before q's stage is refilled",
+        HALF,
+        "__syncthreads();  // q has been read: its stage takes the second tile",
+        "",
+    ),
+    Mutation(
+        "no wait for the copies of q and dout",
+        HALF,
+        "if (tiles > 1) put_statistic(stage ^ 1);\n    ptx::cp_async_wait<0>();",
+        "if (tiles > 1) put_statistic(stage ^ 1);",
+    ),
+    Mutation(
+        "keys past the end count",
+        HALF,
+        "for (int i = 0; i < kRowTiles; ++i) score[i][j][e] = -kInfinity;",
+        ";",
+    ),
+    Mutation(
+        "a operands in the wrong lanes",
+        HALF,
+        "corner + lane % 16 * kPitch<D> + lane / 16 * 8",
+        "corner + lane / 2 * kPitch<D> + lane % 2 * 8",
+    ),
+    Mutation(
+        "drop the last tile of queries in float32",
+        FLOAT32,
         "first < a.query_tokens; first += kTile",
         "first + kTile < a.query_tokens; first += kTile",
     ),
@@ -165,97 +331,220 @@ MUTATIONS = (
 # For the slow tests.
 MORE_MUTATIONS = (
     Mutation(
-        "keys past the end count",
-        "softmax_attention/cuda.cu",
+        "no wait for the copies of keys, forward",
+        HALF,
+        "    ptx::cp_async_wait<0>();\n"
+        "    __syncthreads();  // the next tile is there, and this one has been read\n  }\n"
+        "  if (!busy) return;\n\n  float inverse",
+        "    __syncthreads();\n  }\n  if (!busy) return;\n\n  float inverse",
+    ),
+    Mutation(
+        "no barrier between tiles of keys, backward",
+        HALF,
+        "    __syncthreads();  // the next tile is there, and this one has been read\n  }\n"
+        "  if (!busy) return;\n  const float factor",
+        "  }\n  if (!busy) return;\n  const float factor",
+    ),
+    Mutation(
+        "no barrier between tiles of queries",
+        HALF,
+        "    __syncthreads();  // the next tile is there, and this one has been read\n  }\n"
+        "  if (!busy) return;\n  const float dk_factor",
+        "  }\n  if (!busy) return;\n  const float dk_factor",
+    ),
+    Mutation(
+        "no barrier before out's stage is refilled",
+        HALF,
+        "__syncthreads();  // out has been read: its stage takes the second tile",
+        "",
+    ),
+    Mutation(
+        "the warp does not wait for its rows of the result",
+        HALF,
+        "  __syncwarp();\n  auto store",
+        "  auto store",
+    ),
+    Mutation(
+        "rows past the end are read",
+        HALF,
+        "inside ? 16 : 0",
+        "16",
+    ),
+    Mutation(
+        "rows past the end are stored",
+        HALF,
+        "if (row >= valid) break;",
+        "",
+    ),
+    Mutation(
+        "transposed b operands in the wrong lanes",
+        HALF,
+        "x + (16 * k + lane % 16) * kPitch<D> + 16 * j + lane / 16 * 8",
+        "x + (16 * k + lane / 16 * 8 + lane % 8) * kPitch<D> + 16 * j + lane / 8 % 2 * 8",
+    ),
+    Mutation(
+        "b operands in the wrong lanes",
+        HALF,
+        "x + (16 * j + lane / 16 * 8 + lane % 8) * kPitch<D> + 16 * k +\n"
+        "                                 lane / 8 % 2 * 8",
+        "x + (16 * j + lane % 16) * kPitch<D> + 16 * k + lane / 16 * 8",
+    ),
+    Mutation(
+        "the sum is not rescaled",
+        HALF,
+        "sum[i][half] *= rescale;",
+        "",
+    ),
+    Mutation(
+        "one half of the row's lanes",
+        HALF,
+        "  x = fmaxf(x, __shfl_xor_sync(kFullWarp, x, 1));\n",
+        "",
+    ),
+    Mutation(
+        "no delta",
+        HALF,
+        "p * (dp[0][j][e] * a.dscore_scale - delta[e / 2]);",
+        "p * (dp[0][j][e] * a.dscore_scale);",
+    ),
+    Mutation(
+        "keys past the end have a gradient",
+        HALF,
+        "if (8 * j + 2 * (lane % 4) + e % 2 >= valid) score[0][j][e] = 0.0f;",
+        "",
+    ),
+    Mutation(
+        "statistics of the tile before",
+        HALF,
+        "if (tiles > 1) put_statistic(stage ^ 1);",
+        "",
+    ),
+    Mutation(
+        "one query head of a group reads",
+        HALF,
+        "      first = 0;\n      ++head;",
+        "      first = 0;",
+    ),
+    Mutation(
+        "a negative scale is taken for a positive one",
+        HALF,
+        "pair = ptx::negate2(pair);",
+        "pair = pair;",
+    ),
+    Mutation(
+        "keys past the end count in float32",
+        FLOAT32,
         "score[i][j] = tx + kSide * j < valid ? score[i][j] * to_log2 : -kInfinity;",
         "score[i][j] = score[i][j] * to_log2;",
     ),
     Mutation(
-        "the sum is not rescaled",
-        "softmax_attention/cuda.cu",
+        "the sum is not rescaled in float32",
+        FLOAT32,
         "sum[i] = sum[i] * rescale[i] + row_sum(tile_sum);",
         "sum[i] = sum[i] + row_sum(tile_sum);",
     ),
     Mutation(
-        "no delta",
-        "softmax_attention/cuda.cu",
+        "no delta in float32",
+        FLOAT32,
         "ds = p * (dp[i][j] - shared.delta[query]) * a.scale;",
         "ds = p * dp[i][j] * a.scale;",
     ),
     Mutation(
-        "queries past the end count",
-        "softmax_attention/cuda.cu",
+        "no barrier before out is read",
+        FLOAT32,
+        "    one[i] = 1.0f;\n  }\n  __syncthreads();",
+        "    one[i] = 1.0f;\n  }",
+    ),
+    Mutation(
+        "queries past the end count in float32",
+        FLOAT32,
         "if (query < valid) {",
         "if (true) {",
     ),
     Mutation(
-        "one query head of a group reads",
-        "softmax_attention/cuda.cu",
+        "one query head of a group reads in float32",
+        FLOAT32,
         "head < (block.head + 1) * a.group; ++head",
         "head < block.head * a.group + 1; ++head",
     ),
     Mutation(
         "no barrier before keys are read",
-        "softmax_attention/cuda.cu",
+        FLOAT32,
         "__syncthreads();\n    float score[B::kPerThread][kTilePerThread], rescale",
         "float score[B::kPerThread][kTilePerThread], rescale",
     ),
     Mutation(
         "no barrier before dS is read",
-        "softmax_attention/cuda.cu",
+        FLOAT32,
         "__syncwarp();\n    accumulate<D>(dq, one",
         "accumulate<D>(dq, one",
     ),
 )
 
-# One head dim and element type: a mutant compiles in a second or two.
-NARROW = ("-DLINEAR_VIT_HEAD_DIMS=32", "-DLINEAR_VIT_ELEMENT_TYPES=float")
+
+def narrow(file: str) -> tuple[torch.dtype, tuple[str, ...]]:
+    """One head dim and the element type of the file's kernels: a mutant compiles in seconds."""
+    dtype, name = (torch.float32, "float") if file == FLOAT32 else (torch.float16, "__half")
+    return dtype, ("-DLINEAR_VIT_HEAD_DIMS=32", f"-DLINEAR_VIT_ELEMENT_TYPES={name}")
 
 
-def narrow_checks(libraries: dict[str, Path]) -> list:
+def narrow_checks(file: str, libraries: dict[str, Path]) -> list:
+    dtype, _ = narrow(file)
     cases = (
-        Case(32, heads=4, queries=133, keys=70, num_splits=3, eps=0.5),
-        Case(32, heads=1, kv_heads=1, queries=21, keys=21),  # less than a tile
+        Case(32, dtype, heads=4, queries=133, keys=70),
+        Case(32, dtype, heads=1, kv_heads=1, queries=21, keys=21),  # less than a tile
+        Case(32, dtype, heads=1, kv_heads=1, queries=70, keys=140),
     )
     return [
-        partial(check, libraries, replace(case, order=order))
-        for order in ("forward", "reverse")
-        for case in cases
+        *(
+            partial(check, libraries, replace(case, order=order))
+            for order in ("forward", "reverse")
+            for case in cases
+        ),
+        partial(_check_negative_scale, libraries, 32, dtype),
+        partial(_check_far_below_zero, libraries, 32, dtype),
     ]
 
 
-@pytest.fixture(scope="session")
-def sound(tmp_path_factory: pytest.TempPathFactory) -> None:
-    """The unbroken kernels, built as the mutants are, pass."""
-    libraries = build_room(ROOM, tmp_path_factory.mktemp("sound"), NARROW)
-    assert first_failure(narrow_checks(libraries)) is None
+def see_mutation_red(mutation: Mutation, folder: Path) -> None:
+    _, flags = narrow(mutation.file)
+    see_red(mutation, ROOM, flags, folder, partial(narrow_checks, mutation.file))
 
 
-@pytest.mark.usefixtures("sound")
 @pytest.mark.parametrize("mutation", MUTATIONS, ids=lambda m: m.name)
 def test_a_broken_kernel_is_noticed(mutation: Mutation, tmp_path: Path) -> None:
-    see_red(mutation, ROOM, NARROW, tmp_path, narrow_checks)
+    see_mutation_red(mutation, tmp_path)
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("sound")
 @pytest.mark.parametrize("mutation", MORE_MUTATIONS, ids=lambda m: m.name)
 def test_more_broken_kernels_are_noticed(mutation: Mutation, tmp_path: Path) -> None:
-    see_red(mutation, ROOM, NARROW, tmp_path, narrow_checks)
+    see_mutation_red(mutation, tmp_path)
+
+
+@pytest.mark.parametrize("file", [HALF, FLOAT32])
+def test_unbroken_kernels_pass(file: str, tmp_path: Path) -> None:
+    """Built as the mutants are: that these go red is then due to the mutation."""
+    _, flags = narrow(file)
+    assert first_failure(narrow_checks(file, build_room(ROOM, tmp_path, flags))) is None
 
 
 SANITIZED = """
 import sys
 from pathlib import Path
+import torch
 from tests.cuda_host import test_softmax_attention as t
 
 libraries = {t.ROOM: Path(sys.argv[1], f"{t.ROOM}.so")}
-case = t.Case(32, heads=4, queries=37, keys=35, num_splits=2)
+case = t.Case(32, torch.DTYPE, heads=4, queries=37, keys=35)
 for layout in ("contiguous", "misaligned"):
     t.check(libraries, t.replace(case, layout=layout))
 """
 
 
 @pytest.mark.slow
-def test_sanitizers_find_nothing(tmp_path: Path) -> None:
-    assert_sanitizers_find_nothing(ROOM, NARROW, tmp_path, SANITIZED)
+@pytest.mark.parametrize("file", [HALF, FLOAT32])
+def test_sanitizers_find_nothing(file: str, tmp_path: Path) -> None:
+    dtype, flags = narrow(file)
+    script = SANITIZED.replace("torch.DTYPE", str(dtype))
+    assert_sanitizers_find_nothing(ROOM, flags, tmp_path, script)

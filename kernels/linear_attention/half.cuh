@@ -1,0 +1,956 @@
+// Linear attention in half precision, on tensor cores: what a block of eight warps does with one
+// key/value head and its state. cuda.cu makes kernels of these pieces.
+//
+// Tiles of tokens come to shared memory by asynchronous copies, as they are, and go to the tensor
+// cores from there; phi is formed in registers, from operands already loaded (a relu of a packed pair,
+// exact). Every product accumulates in float32. What meets the tensor cores rounded:
+//
+//   S' = S - z m^T   once, with m_d = sum_f S_fd / sum_f z_f: outputs and gradients are differences of
+//                    weighted means of v, and S, rounded as it is, would lose them where v has a mean.
+//                    By m both are exact again:
+//                      out = (phi(q) S' + m (phi(q) . z)) / E
+//                      dphi(q) = S' g / E - c z,   c = (phi(q) . S' g - eps (m . g)) / E^2
+//   g / E            once; and by c, the same for every key, the key's gradient is centred too:
+//                      dS = sum phi(q) (g / E)^T,  dz' = - sum phi(q) c = dz + dS m
+//   dS               once, as it is:   dphi(k) = dS v + (dz' - dS m)   with m against the rounded dS
+//
+// so each product costs its FLOP once, where a high and a low term of S and dS would cost twice:
+// 96 and 146 FLOP a byte of least traffic at D = 64, of about 110 that a tensor core fed by mma.sync
+// can do in the time of a byte. z, phi(q) . z, E, m . g and c are float32 (c and z enter the sums over
+// tokens as three half-precision terms, which hold all of it; z's are ones).
+//
+// float16 has little range: powers of two, taken in float32 and given back there, bring the largest
+// S' (dS) to 2^13 and every row's g / E to g's size (phi(q) takes the row's other factor).
+#pragma once
+
+#include "../cuda/common.cuh"
+#include "../cuda/ptx.cuh"
+#include "features.cuh"
+#include "tiles.h"
+
+namespace {
+
+// ---- sizes -----------------------------------------------------------------------------------------
+
+template <int D>
+struct Half {
+  static constexpr HalfTile kTile = tile_of(kHalfTiles, D);
+  static constexpr int kTokens = kTile.tokens, kChunks = D / 8;  // chunks of 16 bytes in a row
+
+  // Sums over tokens: a warp owns kM x 16 features (twice, for both halves of phi), kN x 8 columns.
+  static constexpr int kFeatureWarps = kTile.feature_warps, kColumnWarps = kTile.column_warps;
+  static constexpr int kTokenWarps = 8 / (kFeatureWarps * kColumnWarps);
+  static constexpr int kM = D / 16 / kFeatureWarps, kN = D / 8 / kColumnWarps;
+
+  // Products of rows with the state: a warp owns 16 rows, and kBlocks x 16 features or columns.
+  static constexpr int kRowWarps = kTokens / 16, kGroups = 8 / kRowWarps;
+  static constexpr int kBlocks = D / 16 / kGroups;
+
+  // Rows of a shared tile: 16-byte chunks change places, or rows are padded, so that eight rows' equal
+  // chunks, which a matrix load wants at once, lie in different banks.
+  static constexpr bool kSwizzled = D % 64 == 0;
+  static constexpr int kPitch = kSwizzled ? D : D + 8;
+
+  static_assert(kTokens % (16 * kTokenWarps) == 0 && 8 % kRowWarps == 0);
+  static_assert(kM * 16 * kFeatureWarps == D && kN * 8 * kColumnWarps == D);
+  static_assert(kBlocks * 16 * kGroups == D);
+
+  __device__ static int at(int row, int chunk) {
+    return row * kPitch + (kSwizzled ? chunk ^ (row & 7) : chunk) * 8;
+  }
+};
+
+template <typename T, int D>
+struct TokenTile {
+  alignas(16) T rows[Half<D>::kTokens * Half<D>::kPitch];
+};
+
+// The state as a tensor-core operand, and what goes with it in float32.
+template <typename T, int D>
+struct StateTile {
+  using H = Half<D>;
+  alignas(16) T rows[2 * D * H::kPitch];  // S' or dS, times 1 / unscale
+  float z[2 * D];                         // z, or the bias of dphi(k)
+  float mean[D];                          // m
+  float partial[2][H::kGroups][H::kTokens];
+  alignas(16) T weight[3][H::kTokens];  // a row's -c, in three terms
+  alignas(16) T row_scale[H::kTokens];  // float16: what phi(q) is multiplied by
+  float scratch[8];
+  float unscale;       // of the product with rows
+  float dS_scale;      // float16: a power of two near z, for g / E
+  float weight_scale;  // float16: another, for c
+};
+
+__device__ inline int lane_group() { return threadIdx.x % 32 / 4; }
+__device__ inline int lane_pair() { return threadIdx.x % 4 * 2; }
+__device__ inline int warp_index() { return threadIdx.x / 32; }
+
+// A float16 beyond the largest is the largest, and not infinity; NaN stays NaN.
+template <typename T>
+__device__ float finite(float x) {
+  if constexpr (std::is_same_v<T, __half>) {
+    return x > 65504.0f ? 65504.0f : x < -65504.0f ? -65504.0f : x;
+  } else {
+    return x;
+  }
+}
+
+// A power of two no greater than x, of the same binade.
+__device__ inline float power_of_two(float x) {
+  const float inside = fminf(fmaxf(x, 1e-30f), 1e30f);
+  return __uint_as_float(__float_as_uint(inside) & 0x7f800000u);
+}
+
+// ---- sums over lanes and warps ---------------------------------------------------------------------
+
+__device__ inline float quad_sum(float x) {
+  x += __shfl_xor_sync(kFullWarp, x, 1);
+  return x + __shfl_xor_sync(kFullWarp, x, 2);
+}
+
+// Over all threads, in a fixed order; begins with a barrier and ends with every thread's read.
+template <typename Combine>
+__device__ float over_block(float x, float (&scratch)[8], Combine combine) {
+#pragma unroll
+  for (int lane = 16; lane > 0; lane /= 2) x = combine(x, __shfl_xor_sync(kFullWarp, x, lane));
+  __syncthreads();
+  if (threadIdx.x % 32 == 0) scratch[warp_index()] = x;
+  __syncthreads();
+  float total = scratch[0];
+#pragma unroll
+  for (int warp = 1; warp < 8; ++warp) total = combine(total, scratch[warp]);
+  return total;
+}
+
+__device__ inline float sum_over_block(float x, float (&scratch)[8]) {
+  return over_block(x, scratch, [](float a, float b) { return a + b; });
+}
+
+// Drops NaN, which finds its way through the values themselves.
+__device__ inline float max_over_block(float x, float (&scratch)[8]) {
+  return over_block(x, scratch, [](float a, float b) { return fmaxf(a, b); });
+}
+
+// ---- tiles of tokens -------------------------------------------------------------------------------
+
+// Begins to copy `valid` rows to a tile; the others are 0. Narrow rows are copied at once.
+template <typename T, int D>
+__device__ void copy_tile(TokenTile<T, D>& tile, const T* source, int64_t stride, int valid,
+                          bool wide) {
+  using H = Half<D>;
+#pragma unroll 4
+  for (int i = threadIdx.x; i < H::kTokens * H::kChunks; i += kThreads) {
+    const int row = i / H::kChunks, chunk = i % H::kChunks;
+    T* const target = tile.rows + H::at(row, chunk);
+    const T* const from = source + (row < valid ? row * stride + chunk * 8 : 0);
+    if (wide) {
+      ptx::cp_async_16(target, from, row < valid ? 16 : 0);
+    } else {
+      Vector<T, 8> values = {};
+      if (row < valid) {
+#pragma unroll
+        for (int e = 0; e < 8; ++e) values.value[e] = load_global(from + e);
+      }
+      *reinterpret_cast<Vector<T, 8>*>(target) = values;
+    }
+  }
+}
+
+// Tiles begin ... end of a sequence, kStages of them in shared memory at once. load(stage, tile) begins
+// to copy one, process(stage, tile) finds it there.
+template <int kStages, typename Load>
+struct Stream {
+  Load load;
+  int begin, end;
+
+  __device__ void start() const {
+#pragma unroll
+    for (int ahead = 0; ahead < kStages - 1; ++ahead) {
+      if (begin + ahead < end) load(ahead, begin + ahead);
+      ptx::cp_async_commit();
+    }
+  }
+
+  template <typename Process>
+  __device__ void run(Process process) const {
+    for (int tile = begin; tile < end; ++tile) {
+      if constexpr (kStages > 1) ptx::cp_async_wait<kStages - 2>();
+      __syncthreads();  // this tile is here, and the one before has been read
+      const int next = tile + kStages - 1;
+      if (next < end) load((next - begin) % kStages, next);
+      ptx::cp_async_commit();
+      if constexpr (kStages == 1) {
+        ptx::cp_async_wait<0>();
+        __syncthreads();
+      }
+      process((tile - begin) % kStages, tile);
+    }
+    ptx::cp_async_wait<0>();
+  }
+};
+
+template <int kStages, typename Load>
+__device__ Stream<kStages, Load> stream(int begin, int end, Load load) {
+  return {load, begin, end};
+}
+
+// Where a tile of the `group` heads that share a state begins.
+struct TilePlace {
+  int64_t head, first;
+  int valid;
+
+  __device__ TilePlace(int tile, int64_t first_head, int64_t tokens, int tile_tokens) {
+    const int per_head = static_cast<int>((tokens + tile_tokens - 1) / tile_tokens);
+    head = first_head + tile / per_head;
+    first = static_cast<int64_t>(tile % per_head) * tile_tokens;
+    valid = tokens - first < tile_tokens ? static_cast<int>(tokens - first) : tile_tokens;
+  }
+};
+
+// ---- operands from shared memory -------------------------------------------------------------------
+// Sixteen rows and sixteen columns (block `block`) of a tile, as an a operand ...
+
+template <int D, typename T>
+__device__ void load_rows(unsigned (&a)[4], const T* tile, int row, int block) {
+  const int lane = threadIdx.x % 32;
+  ptx::ldmatrix_x4(a, tile + Half<D>::at(row + lane % 16, 2 * block + lane / 16));
+}
+
+// ... transposed: a's rows are the tile's columns ...
+template <int D, typename T>
+__device__ void load_columns(unsigned (&a)[4], const T* tile, int row, int block) {
+  const int lane = threadIdx.x % 32;
+  ptx::ldmatrix_x4_trans(
+      a, tile + Half<D>::at(row + lane / 16 * 8 + lane % 8, 2 * block + lane / 8 % 2));
+}
+
+// ... as two b operands side by side: b's rows are the tile's rows ...
+template <int D, typename T>
+__device__ void load_b_rows(unsigned (&b)[4], const T* tile, int row, int block) {
+  const int lane = threadIdx.x % 32;
+  ptx::ldmatrix_x4_trans(b, tile + Half<D>::at(row + lane % 16, 2 * block + lane / 16));
+}
+
+// ... or the tile's columns.
+template <int D, typename T>
+__device__ void load_b_columns(unsigned (&b)[4], const T* tile, int row, int block) {
+  const int lane = threadIdx.x % 32;
+  ptx::ldmatrix_x4(b, tile + Half<D>::at(row + lane / 16 * 8 + lane % 8, 2 * block + lane / 8 % 2));
+}
+
+template <typename T>
+__device__ void multiply(float (&d)[4], const unsigned (&a)[4], const unsigned* b) {
+  const unsigned pair[2] = {b[0], b[1]};
+  ptx::mma_16816<T>(d, a, pair);
+}
+
+template <typename T>
+__device__ void positive_and_negative(unsigned (&positive)[4], unsigned (&negative)[4],
+                                      const unsigned (&x)[4]) {
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    positive[i] = ptx::relu2<T>(x[i]);
+    negative[i] = ptx::relu2<T>(ptx::negate2(x[i]));
+  }
+}
+
+// Two of a 16 x 16 block's 8-column products, as four packed registers, to global memory: 16 bytes
+// a lane, after the four lanes of a row have exchanged what they hold.
+template <typename T>
+__device__ void store_block(T* target, int64_t stride, int valid, bool wide,
+                            const float (&left)[4], const float (&right)[4]) {
+  unsigned r[4] = {ptx::pack2<T>(left[0], left[1]), ptx::pack2<T>(left[2], left[3]),
+                   ptx::pack2<T>(right[0], right[1]), ptx::pack2<T>(right[2], right[3])};
+#pragma unroll
+  for (int bit = 1; bit <= 2; bit *= 2) {  // transposes four registers of four lanes
+    const bool upper = threadIdx.x & bit;
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      if (i & bit) continue;
+      const unsigned received = __shfl_xor_sync(kFullWarp, upper ? r[i] : r[i + bit], bit);
+      r[i] = upper ? received : r[i];
+      r[i + bit] = upper ? r[i + bit] : received;
+    }
+  }
+  const int which = threadIdx.x % 4, row = lane_group() + 8 * (which % 2);
+  if (row >= valid) return;
+  T* const to = target + row * stride + 8 * (which / 2);
+  if (wide) {
+    store_global(reinterpret_cast<uint4*>(to), make_uint4(r[0], r[1], r[2], r[3]));
+  } else {
+#pragma unroll
+    for (int e = 0; e < 8; ++e) {
+      const float2 both = ptx::unpack2<T>(r[e / 2]);
+      store_global(to + e, from_float<T>(e % 2 ? both.y : both.x));
+    }
+  }
+}
+
+// ---- sums over tokens: S and z of keys and values, dS and dz of queries and gradients ----------------
+
+template <int D>
+struct Sums {
+  using H = Half<D>;
+  float S[2][H::kM][H::kN][4];
+  float z[2][H::kM][4];  // columns to be added up; in the first column's warps
+
+  static __device__ int feature_warp() { return warp_index() % H::kFeatureWarps; }
+  static __device__ int column_warp() {
+    return warp_index() / H::kFeatureWarps % H::kColumnWarps;
+  }
+  static __device__ int token_warp() {
+    return warp_index() / (H::kFeatureWarps * H::kColumnWarps);
+  }
+  // Of the element i of S[half][m][n]; row 0 to 2 D - 1.
+  static __device__ int row(int half, int m, int i) {
+    return half * D + (feature_warp() * H::kM + m) * 16 + lane_group() + i / 2 * 8;
+  }
+  static __device__ int column(int n, int i) {
+    return (column_warp() * H::kN + n) * 8 + lane_pair() + i % 2;
+  }
+
+  __device__ void clear() {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+#pragma unroll
+      for (int m = 0; m < H::kM; ++m) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          z[half][m][i] = 0.0f;
+#pragma unroll
+          for (int n = 0; n < H::kN; ++n) S[half][m][n][i] = 0.0f;
+        }
+      }
+    }
+  }
+
+  // S += phi(x)^T w, z += phi(x)^T (its rows' weights), over a tile. weight(i, token) is column i of
+  // the weights' operand for two tokens; scale(token) likewise multiplies two tokens of x.
+  template <typename T, typename Weight, typename Scale>
+  __device__ void add(const TokenTile<T, D>& x, const TokenTile<T, D>& w, Weight weight,
+                      Scale scale) {
+#pragma unroll 1
+    for (int token = token_warp() * 16; token < H::kTokens; token += 16 * H::kTokenWarps) {
+      unsigned b[H::kN + H::kN % 2][2];
+#pragma unroll
+      for (int n = 0; n + 1 < H::kN; n += 2) {
+        const int lane = threadIdx.x % 32, chunk = column_warp() * H::kN + n + lane / 16;
+        unsigned both[4];
+        ptx::ldmatrix_x4_trans(both, w.rows + H::at(token + lane % 16, chunk));
+        b[n][0] = both[0], b[n][1] = both[1], b[n + 1][0] = both[2], b[n + 1][1] = both[3];
+      }
+      if constexpr (H::kN % 2 == 1) {
+        constexpr int n = H::kN - 1;
+        const int chunk = column_warp() * H::kN + n;
+        ptx::ldmatrix_x2_trans(b[n], w.rows + H::at(token + threadIdx.x % 16, chunk));
+      }
+      const int pair = token + lane_pair();
+      const unsigned of_z[2] = {weight(lane_group(), pair), weight(lane_group(), pair + 8)};
+#pragma unroll
+      for (int m = 0; m < H::kM; ++m) {
+        unsigned a[4], phi[2][4];
+        load_columns<D>(a, x.rows, token, feature_warp() * H::kM + m);
+        scale(a, pair);
+        positive_and_negative<T>(phi[0], phi[1], a);
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+#pragma unroll
+          for (int n = 0; n < H::kN; ++n) multiply<T>(S[half][m][n], phi[half], b[n]);
+          if (column_warp() == 0) multiply<T>(z[half][m], phi[half], of_z);
+        }
+      }
+    }
+  }
+
+  template <typename T>
+  __device__ void add_keys(const TokenTile<T, D>& k, const TokenTile<T, D>& v) {
+    const unsigned ones = ptx::pack2<T>(1.0f, 1.0f);
+    add(k, v, [&](int column, int) { return column == 0 ? ones : 0u; }, [](unsigned(&)[4], int) {});
+  }
+
+  template <typename T>
+  __device__ void add_queries(const TokenTile<T, D>& q, const TokenTile<T, D>& g,
+                              const StateTile<T, D>& state) {
+    add(
+        q, g,
+        [&](int column, int token) {
+          return column < 3 ? *reinterpret_cast<const unsigned*>(&state.weight[column][token]) : 0u;
+        },
+        [&](unsigned(&a)[4], int token) {
+          if constexpr (std::is_same_v<T, __half>) {
+            const auto* const low = reinterpret_cast<const unsigned*>(&state.row_scale[token]);
+            const auto* const high = reinterpret_cast<const unsigned*>(&state.row_scale[token + 8]);
+            a[0] = ptx::multiply_half2(a[0], *low), a[1] = ptx::multiply_half2(a[1], *low);
+            a[2] = ptx::multiply_half2(a[2], *high), a[3] = ptx::multiply_half2(a[3], *high);
+          }
+        });
+  }
+
+  // Adds up the warps that shared the tokens, in order, into the first of them, and z's columns, in
+  // every lane of four. Needs `scratch` to itself, and ends with all of it read.
+  __device__ void combine(float* scratch) {
+    constexpr int kPerThread = sizeof(Sums) / sizeof(float), kOwners = kThreads / H::kTokenWarps;
+    auto* const own = reinterpret_cast<float*>(this);
+    const int owner = threadIdx.x % kOwners;
+#pragma unroll 1
+    for (int warp = 1; warp < H::kTokenWarps; ++warp) {
+      __syncthreads();
+      if (token_warp() == warp) {
+#pragma unroll
+        for (int i = 0; i < kPerThread; ++i) scratch[i * kOwners + owner] = own[i];
+      }
+      __syncthreads();
+      if (token_warp() == 0) {
+#pragma unroll
+        for (int i = 0; i < kPerThread; ++i) own[i] += scratch[i * kOwners + owner];
+      }
+    }
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+#pragma unroll
+      for (int m = 0; m < H::kM; ++m) {
+        float(&d)[4] = z[half][m];
+        d[0] = quad_sum(d[0] + d[1]);
+        d[2] = quad_sum(d[2] + d[3]);
+      }
+    }
+    __syncthreads();
+  }
+
+  // Times two powers of two.
+  __device__ void rescale(float of_S, float of_z) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+#pragma unroll
+      for (int m = 0; m < H::kM; ++m) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          z[half][m][i] *= of_z;
+#pragma unroll
+          for (int n = 0; n < H::kN; ++n) S[half][m][n][i] *= of_S;
+        }
+      }
+    }
+  }
+
+  // body(half, m) by the warps that hold the result.
+  template <typename Body>
+  __device__ void for_features(Body body) const {
+    if (token_warp() != 0) return;
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+#pragma unroll
+      for (int m = 0; m < H::kM; ++m) body(half, m);
+    }
+  }
+
+  // After combine: to global memory.
+  __device__ void store(float* S_out, float* z_out) const {
+    for_features([&](int half, int m) {
+#pragma unroll
+      for (int i = 0; i < 4; i += 2) {
+        const int f = row(half, m, i);
+#pragma unroll
+        for (int n = 0; n < H::kN; ++n) {
+          store_global(reinterpret_cast<float2*>(S_out + f * D + column(n, 0)),
+                       make_float2(S[half][m][n][i], S[half][m][n][i + 1]));
+        }
+        if (column_warp() == 0 && lane_pair() == 0) store_global(z_out + f, z[half][m][i]);
+      }
+    });
+  }
+};
+
+// ---- the state as an operand -----------------------------------------------------------------------
+
+template <typename T, int D>
+struct State : StateTile<T, D> {
+  using H = Half<D>;
+  // S in global memory is read four columns a thread, kRows rows at a time.
+  static constexpr int kQuads = D / 4, kRows = kThreads / kQuads;
+  static constexpr int kPerThread = (2 * D + kRows - 1) / kRows;
+
+  __device__ static int own_column() { return threadIdx.x % kQuads * 4; }
+  __device__ static int own_row(int i) {
+    return threadIdx.x / kQuads < kRows ? threadIdx.x / kQuads + i * kRows : 2 * D;
+  }
+
+  __device__ static void read(float4 (&value)[kPerThread], const float* S) {
+#pragma unroll
+    for (int i = 0; i < kPerThread; ++i) {
+      const int row = own_row(i);
+      value[i] = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+      if (row < 2 * D) {
+        value[i] = load_global(reinterpret_cast<const float4*>(S + row * D + own_column()));
+      }
+    }
+  }
+
+  __device__ static float largest(const float4& x) {
+    return fmaxf(fmaxf(fabsf(x.x), fabsf(x.y)), fmaxf(fabsf(x.z), fabsf(x.w)));
+  }
+
+  // What brings the largest element to 2^13; the operand's unscale, and its largest element.
+  __device__ float choose_scale(float largest_own) {
+    if constexpr (!std::is_same_v<T, __half>) {
+      if (threadIdx.x == 0) this->unscale = 1.0f;
+      return 1.0f;
+    } else {
+      const float most = max_over_block(largest_own, this->scratch);
+      const float binade = most > 0.0f ? power_of_two(most) : 1.0f;
+      if (threadIdx.x == 0) {
+        this->unscale = binade / 8192.0f;
+        this->weight_scale = binade;  // over z: see choose_gradient_scales
+      }
+      return 8192.0f / binade;
+    }
+  }
+
+  // For c and g / E: powers of two near 1 / (m - out) and z. `z_total` is z's sum.
+  __device__ void choose_gradient_scales(float z_total) {
+    if (threadIdx.x != 0) return;
+    const bool half = std::is_same_v<T, __half> && z_total > 0.0f;
+    this->dS_scale = half ? power_of_two(z_total / D) : 1.0f;
+    this->weight_scale = half ? power_of_two(this->dS_scale / this->weight_scale) : 1.0f;
+  }
+
+  __device__ void write(const float4 (&value)[kPerThread], float scale) {
+#pragma unroll
+    for (int i = 0; i < kPerThread; ++i) {
+      const int row = own_row(i), column = own_column();
+      if (row >= 2 * D) continue;
+      const Vector<unsigned, 2> packed = {
+          {ptx::pack2<T>(value[i].x * scale, value[i].y * scale),
+           ptx::pack2<T>(value[i].z * scale, value[i].w * scale)}};
+      *reinterpret_cast<Vector<unsigned, 2>*>(this->rows + H::at(row, column / 8) + column % 8) =
+          packed;
+    }
+  }
+
+  // S' and what goes with it, from S and z in global memory. Needs kThreads floats of `scratch` for
+  // four; ends before its last barrier.
+  __device__ void load_centred(const float* S, const float* z_in, float* scratch) {
+    float4 value[kPerThread];
+    read(value, S);
+    float4 sum = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+#pragma unroll
+    for (int i = 0; i < kPerThread; ++i) {
+      sum.x += value[i].x, sum.y += value[i].y, sum.z += value[i].z, sum.w += value[i].w;
+    }
+    if (threadIdx.x / kQuads < kRows) {
+      *reinterpret_cast<float4*>(scratch + threadIdx.x / kQuads * D + own_column()) = sum;
+    }
+    const float own_z = threadIdx.x < 2 * D ? load_global(z_in + threadIdx.x) : 0.0f;
+    if (threadIdx.x < 2 * D) this->z[threadIdx.x] = own_z;
+    const float z_total = sum_over_block(own_z, this->scratch);  // a barrier for scratch, too
+    if (threadIdx.x < D) {
+      float column_sum = 0.0f;
+      for (int row = 0; row < kRows; ++row) column_sum += scratch[row * D + threadIdx.x];
+      this->mean[threadIdx.x] = z_total != 0.0f ? column_sum / z_total : 0.0f;
+    }
+    __syncthreads();
+    const float4 m = *reinterpret_cast<const float4*>(this->mean + own_column());
+    float most = 0.0f;
+#pragma unroll
+    for (int i = 0; i < kPerThread; ++i) {
+      const float z_row = this->z[own_row(i) < 2 * D ? own_row(i) : 0];
+      if (own_row(i) >= 2 * D) continue;
+      value[i].x -= z_row * m.x, value[i].y -= z_row * m.y;
+      value[i].z -= z_row * m.z, value[i].w -= z_row * m.w;
+      most = fmaxf(most, largest(value[i]));
+    }
+    write(value, choose_scale(most));
+    choose_gradient_scales(z_total);
+  }
+
+  // dS as it is, and the bias of dphi(k): dz, or dz' - dS m.
+  __device__ void load_gradient(const float* dS, const float* dz, const float* m) {
+    float4 value[kPerThread];
+    read(value, dS);
+    float most = 0.0f;
+#pragma unroll
+    for (int i = 0; i < kPerThread; ++i) most = fmaxf(most, largest(value[i]));
+    write(value, choose_scale(most));
+    if (threadIdx.x < D) this->mean[threadIdx.x] = m ? load_global(m + threadIdx.x) : 0.0f;
+    if (threadIdx.x < 2 * D) this->z[threadIdx.x] = load_global(dz + threadIdx.x);
+    subtract_mean();
+  }
+
+  // z -= dS m, with dS as it was rounded.
+  __device__ void subtract_mean() {
+    __syncthreads();
+    if (threadIdx.x < 2 * D) {
+      float sum = 0.0f;
+#pragma unroll 4
+      for (int chunk = 0; chunk < H::kChunks; ++chunk) {
+        const auto values =
+            *reinterpret_cast<const Vector<T, 8>*>(this->rows + H::at(threadIdx.x, chunk));
+#pragma unroll
+        for (int e = 0; e < 8; ++e) sum += to_float(values.value[e]) * this->mean[chunk * 8 + e];
+      }
+      this->z[threadIdx.x] -= sum * this->unscale;
+    }
+  }
+
+  // The same two from a block's own sums. `scratch`: kFeatureWarps x D floats.
+  __device__ void take_centred(Sums<D>& sums, float* scratch) {
+    if (sums.column_warp() == 0 && lane_pair() == 0) take_z(sums);
+    if (sums.token_warp() == 0) {
+#pragma unroll
+      for (int n = 0; n < H::kN; ++n) {
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+          float sum = 0.0f;
+          sums.for_features([&](int half, int m) {
+            sum += sums.S[half][m][n][i] + sums.S[half][m][n][i + 2];
+          });
+#pragma unroll
+          for (int lane = 4; lane < 32; lane *= 2) sum += __shfl_xor_sync(kFullWarp, sum, lane);
+          if (lane_group() == 0) scratch[sums.feature_warp() * D + sums.column(n, i)] = sum;
+        }
+      }
+    }
+    __syncthreads();
+    const float z_total =
+        sum_over_block(threadIdx.x < 2 * D ? this->z[threadIdx.x] : 0.0f, this->scratch);
+    if (threadIdx.x < D) {
+      float column_sum = 0.0f;
+      for (int warp = 0; warp < H::kFeatureWarps; ++warp) {
+        column_sum += scratch[warp * D + threadIdx.x];
+      }
+      this->mean[threadIdx.x] = z_total != 0.0f ? column_sum / z_total : 0.0f;
+    }
+    __syncthreads();
+    sums.for_features([&](int half, int m) {
+#pragma unroll
+      for (int n = 0; n < H::kN; ++n) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          sums.S[half][m][n][i] -=
+              this->z[sums.row(half, m, i)] * this->mean[sums.column(n, i)];
+        }
+      }
+    });
+    take_S(sums);
+    choose_gradient_scales(z_total);
+  }
+
+  __device__ void take_gradient(const Sums<D>& sums) {
+    if (sums.column_warp() == 0 && lane_pair() == 0) take_z(sums);
+    take_S(sums);
+    subtract_mean();
+  }
+
+  __device__ void take_z(const Sums<D>& sums) {
+    sums.for_features([&](int half, int m) {
+      this->z[sums.row(half, m, 0)] = sums.z[half][m][0];
+      this->z[sums.row(half, m, 2)] = sums.z[half][m][2];
+    });
+  }
+
+  __device__ void take_S(const Sums<D>& sums) {
+    float most = 0.0f;
+    sums.for_features([&](int half, int m) {
+#pragma unroll
+      for (int n = 0; n < H::kN; ++n) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) most = fmaxf(most, fabsf(sums.S[half][m][n][i]));
+      }
+    });
+    const float scale = choose_scale(most);
+    sums.for_features([&](int half, int m) {
+#pragma unroll
+      for (int n = 0; n < H::kN; ++n) {
+#pragma unroll
+        for (int i = 0; i < 4; i += 2) {
+          const float(&d)[4] = sums.S[half][m][n];
+          T* const to = this->rows + H::at(sums.row(half, m, i), sums.column(n, 0) / 8);
+          *reinterpret_cast<unsigned*>(to + lane_pair()) =
+              ptx::pack2<T>(d[i] * scale, d[i + 1] * scale);
+        }
+      }
+    });
+  }
+};
+
+// ---- products of a tile's rows with the state --------------------------------------------------------
+// A warp owns sixteen rows (its lanes' rows are lane_group() and that + 8) and a group of features or
+// columns.
+
+template <int D>
+__device__ inline int own_rows() {
+  return warp_index() % Half<D>::kRowWarps * 16;
+}
+template <int D>
+__device__ inline int own_group() {
+  return warp_index() / Half<D>::kRowWarps;
+}
+
+// product[2 b], product[2 b + 1] = (rows) times the state's half of phi, transposed: a = S' g.
+template <typename T, int D>
+__device__ void multiply_state_columns(float (&product)[2][2 * Half<D>::kBlocks][4],
+                                       const State<T, D>& state, const unsigned (&a)[4], int step) {
+  using H = Half<D>;
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+#pragma unroll
+    for (int block = 0; block < H::kBlocks; ++block) {
+      unsigned b[4];
+      const int feature = half * D + (own_group<D>() * H::kBlocks + block) * 16;
+      load_b_columns<D>(b, state.rows, feature, step);
+      multiply<T>(product[half][2 * block], a, b);
+      multiply<T>(product[half][2 * block + 1], a, b + 2);
+    }
+  }
+}
+
+// product += phi(x) S' for sixteen features (block `step`) of x.
+template <typename T, int D>
+__device__ void multiply_state_rows(float (&product)[2 * Half<D>::kBlocks][4],
+                                    const State<T, D>& state, const unsigned (&x)[4], int step) {
+  using H = Half<D>;
+  unsigned phi[2][4];
+  positive_and_negative<T>(phi[0], phi[1], x);
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+#pragma unroll
+    for (int block = 0; block < H::kBlocks; ++block) {
+      unsigned b[4];
+      load_b_rows<D>(b, state.rows, half * D + step * 16, own_group<D>() * H::kBlocks + block);
+      multiply<T>(product[2 * block], phi[half], b);
+      multiply<T>(product[2 * block + 1], phi[half], b + 2);
+    }
+  }
+}
+
+// sum += |x| z, z's half taken by x's sign; NaN stays NaN.
+__device__ inline void weigh(float& sum, float2 x, float2 positive, float2 negative) {
+  sum += fabsf(x.x) * (x.x > 0.0f ? positive.x : negative.x);
+  sum += fabsf(x.y) * (x.y > 0.0f ? positive.y : negative.y);
+}
+
+__device__ inline float2 two(const float* x) {
+  return *reinterpret_cast<const float2*>(x);
+}
+
+// out of a tile of queries.
+template <typename T, int D>
+__device__ void apply_tile(const State<T, D>& state, const TokenTile<T, D>& q, float eps, T* out,
+                           int64_t stride, int valid, bool wide) {
+  using H = Half<D>;
+  float product[2 * H::kBlocks][4] = {}, dot[2] = {};
+#pragma unroll
+  for (int step = 0; step < D / 16; ++step) {
+    unsigned x[4];
+    load_rows<D>(x, q.rows, own_rows<D>(), step);
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {  // row lane_group() + 8 (i % 2), columns + 8 (i / 2)
+      const float* const z = state.z + step * 16 + i / 2 * 8 + lane_pair();
+      weigh(dot[i % 2], ptx::unpack2<T>(x[i]), two(z),
+            two(z + D));
+    }
+    multiply_state_rows(product, state, x, step);
+  }
+  float inverse_E[2];
+#pragma unroll
+  for (int r = 0; r < 2; ++r) {
+    dot[r] = quad_sum(dot[r]);
+    inverse_E[r] = inverse(dot[r] + eps);
+  }
+#pragma unroll
+  for (int n = 0; n < 2 * H::kBlocks; ++n) {
+    const int column = own_group<D>() * H::kBlocks * 16 + n * 8 + lane_pair();
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      product[n][i] =
+          (product[n][i] * state.unscale + dot[i / 2] * state.mean[column + i % 2]) *
+          inverse_E[i / 2];
+    }
+  }
+#pragma unroll
+  for (int block = 0; block < H::kBlocks; ++block) {
+    const int column = (own_group<D>() * H::kBlocks + block) * 16;
+    store_block<T>(out + own_rows<D>() * stride + column, stride, valid - own_rows<D>(), wide,
+                   product[2 * block], product[2 * block + 1]);
+  }
+}
+
+// dq of a tile of queries, and what its part of dS takes: g becomes g / E, and the rows' weights are
+// left in `state`. Two barriers inside; ends before the one its result needs.
+template <typename T, int D>
+__device__ void query_gradient_tile(State<T, D>& state, const TokenTile<T, D>& q,
+                                    TokenTile<T, D>& g, float eps, T* dq, int64_t stride, int valid,
+                                    bool wide) {
+  using H = Half<D>;
+  const int group = own_group<D>(), rows = own_rows<D>();
+  float a[2][2 * H::kBlocks][4] = {}, mean_dot[2] = {};
+#pragma unroll
+  for (int step = 0; step < D / 16; ++step) {
+    unsigned of_g[4];
+    load_rows<D>(of_g, g.rows, rows, step);
+    multiply_state_columns(a, state, of_g, step);
+    if (step % H::kGroups == group) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const float2 x = ptx::unpack2<T>(of_g[i]);
+        const float* const m = state.mean + step * 16 + i / 2 * 8 + lane_pair();
+        mean_dot[i % 2] += x.x * m[0] + x.y * m[1];
+      }
+    }
+  }
+  // Of a's two halves a feature needs the one of q's sign. Kept in a[0].
+  float a_dot[2] = {}, z_dot[2] = {};
+#pragma unroll
+  for (int block = 0; block < H::kBlocks; ++block) {
+    unsigned packed[4];
+    load_rows<D>(packed, q.rows, rows, group * H::kBlocks + block);
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const float2 x = ptx::unpack2<T>(packed[i]);
+      float* const positive = &a[0][2 * block + i / 2][i % 2 * 2];
+      const float* const negative = &a[1][2 * block + i / 2][i % 2 * 2];
+      positive[0] = x.x > 0.0f ? positive[0] : negative[0];
+      positive[1] = x.y > 0.0f ? positive[1] : negative[1];
+      a_dot[i % 2] += fabsf(x.x) * positive[0] + fabsf(x.y) * positive[1];
+      const float* const z = state.z + (group * H::kBlocks + block) * 16 + i / 2 * 8 + lane_pair();
+      weigh(z_dot[i % 2], x, two(z),
+            two(z + D));
+    }
+  }
+#pragma unroll
+  for (int r = 0; r < 2; ++r) {
+    const float numerator = quad_sum(a_dot[r] * state.unscale - eps * mean_dot[r]);
+    const float normaliser = quad_sum(z_dot[r]);
+    if (lane_pair() == 0) {
+      state.partial[0][group][rows + lane_group() + 8 * r] = normaliser;
+      state.partial[1][group][rows + lane_group() + 8 * r] = numerator;
+    }
+  }
+  __syncthreads();
+  auto sum_of = [&](int which, int row) {
+    float sum = 0.0f;
+#pragma unroll
+    for (int i = 0; i < H::kGroups; ++i) sum += state.partial[which][i][row];
+    return sum;
+  };
+
+  float inverse_E[2], c[2];
+#pragma unroll
+  for (int r = 0; r < 2; ++r) {
+    const int row = rows + lane_group() + 8 * r;
+    inverse_E[r] = inverse(sum_of(0, row) + eps);
+    c[r] = sum_of(1, row) * inverse_E[r] * inverse_E[r];
+    inverse_E[r] *= state.unscale;
+  }
+#pragma unroll
+  for (int block = 0; block < H::kBlocks; ++block) {
+    unsigned packed[4];
+    load_rows<D>(packed, q.rows, rows, group * H::kBlocks + block);
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const float2 x = ptx::unpack2<T>(packed[i]);
+      const float* const z = state.z + (group * H::kBlocks + block) * 16 + i / 2 * 8 + lane_pair();
+      float* const d = &a[0][2 * block + i / 2][i % 2 * 2];
+#pragma unroll
+      for (int e = 0; e < 2; ++e) {
+        const float value = e ? x.y : x.x;
+        const float by_phi = d[e] * inverse_E[i % 2] - z[(value > 0.0f ? 0 : D) + e] * c[i % 2];
+        d[e] = feature_gradient(value, by_phi, by_phi);
+      }
+    }
+    const int column = (group * H::kBlocks + block) * 16;
+    store_block<T>(dq + rows * stride + column, stride, valid - rows, wide, a[0][2 * block],
+                   a[0][2 * block + 1]);
+  }
+
+  // g / E, in place: whoever needed g has passed the barrier. A row's power of two, so that a float16
+  // g / E has g's size, goes to phi(q).
+  auto row_scale = [&](float E) {
+    return std::is_same_v<T, __half>
+               ? fminf(fmaxf(power_of_two(fabsf(E) / state.dS_scale), 1.0f / 32768.0f), 16384.0f)
+               : 1.0f;
+  };
+#pragma unroll 2
+  for (int i = threadIdx.x; i < H::kTokens * H::kChunks; i += kThreads) {
+    const int row = i / H::kChunks;
+    const float E = sum_of(0, row) + eps, scale = inverse(E) * state.dS_scale * row_scale(E);
+    auto* const chunk = reinterpret_cast<Vector<unsigned, 4>*>(g.rows + H::at(row, i % H::kChunks));
+    Vector<unsigned, 4> values = *chunk;
+#pragma unroll
+    for (int e = 0; e < 4; ++e) {
+      const float2 x = ptx::unpack2<T>(values.value[e]);
+      values.value[e] = ptx::pack2<T>(finite<T>(x.x * scale), finite<T>(x.y * scale));
+    }
+    *chunk = values;
+  }
+  for (int row = threadIdx.x; row < H::kTokens; row += kThreads) {
+    const float E = sum_of(0, row) + eps, power = row_scale(E), over_E = inverse(E);
+    float left = -sum_of(1, row) * over_E * state.weight_scale * (over_E * state.dS_scale * power);
+#pragma unroll
+    for (int term = 0; term < 3; ++term) {
+      const T rounded = from_float<T>(finite<T>(left));
+      state.weight[term][row] = rounded;
+      left -= to_float(rounded);
+    }
+    state.row_scale[row] = from_float<T>(1.0f / power);
+  }
+}
+
+// dk and dv of a tile of keys and values; `state` holds dS and the bias of dphi(k).
+template <typename T, int D>
+__device__ void key_value_gradient_tile(const State<T, D>& state, const TokenTile<T, D>& k,
+                                        const TokenTile<T, D>& v, T* dk, int64_t dk_stride,
+                                        bool dk_wide, T* dv, int64_t dv_stride, bool dv_wide,
+                                        int valid) {
+  using H = Half<D>;
+  const int group = own_group<D>(), rows = own_rows<D>();
+  {
+    float product[2][2 * H::kBlocks][4] = {};
+#pragma unroll
+    for (int step = 0; step < D / 16; ++step) {
+      unsigned of_v[4];
+      load_rows<D>(of_v, v.rows, rows, step);
+      multiply_state_columns(product, state, of_v, step);
+    }
+#pragma unroll
+    for (int block = 0; block < H::kBlocks; ++block) {
+      unsigned packed[4];
+      load_rows<D>(packed, k.rows, rows, group * H::kBlocks + block);
+      const int column = (group * H::kBlocks + block) * 16;
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const float2 x = ptx::unpack2<T>(packed[i]);
+        const float* const bias = state.z + column + i / 2 * 8 + lane_pair();
+        float* const positive = &product[0][2 * block + i / 2][i % 2 * 2];
+        const float* const negative = &product[1][2 * block + i / 2][i % 2 * 2];
+#pragma unroll
+        for (int e = 0; e < 2; ++e) {
+          positive[e] = feature_gradient(e ? x.y : x.x, positive[e] * state.unscale + bias[e],
+                                         negative[e] * state.unscale + bias[D + e]);
+        }
+      }
+      store_block<T>(dk + rows * dk_stride + column, dk_stride, valid - rows, dk_wide,
+                     product[0][2 * block], product[0][2 * block + 1]);
+    }
+  }
+  float product[2 * H::kBlocks][4] = {};
+#pragma unroll
+  for (int step = 0; step < D / 16; ++step) {
+    unsigned x[4];
+    load_rows<D>(x, k.rows, rows, step);
+    multiply_state_rows(product, state, x, step);
+  }
+#pragma unroll
+  for (int block = 0; block < H::kBlocks; ++block) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      product[2 * block][i] *= state.unscale;
+      product[2 * block + 1][i] *= state.unscale;
+    }
+    const int column = (group * H::kBlocks + block) * 16;
+    store_block<T>(dv + rows * dv_stride + column, dv_stride, valid - rows, dv_wide,
+                   product[2 * block], product[2 * block + 1]);
+  }
+}
+
+}  // namespace

@@ -1,0 +1,303 @@
+// Linear attention's kernels in half precision, made of half.cuh's pieces. One block of eight warps
+// works for one key/value head: its state is put into shared memory once, and meets tile after tile.
+//
+//   forward              one launch: state of all keys, then out of all queries of the group
+//   backward             one launch: the state (given, or made again from keys and values that stay in
+//                        shared memory), dq and dS of all queries, then dk and dv
+//   state                S and z of a split's keys and values
+//   apply                out of a split's queries
+//   query_gradient       dq, and dS and dz' of a split's queries
+//   key_value_gradient   dk and dv of a split's keys and values
+//
+// Each reads every element of q, k, v and dout that it needs once, and writes its results once; in a
+// sequence of launches no tensor is read by two of them, but k and v where the backward has to make
+// the state again.
+#pragma once
+
+#include "half.cuh"
+#include "problem.cuh"
+
+namespace {
+
+constexpr size_t kSharedLimit = 99 * 1024;  // of a block, on compute capability 8.6
+
+// ---- shared memory of each kernel --------------------------------------------------------------------
+
+template <typename T, int D>
+struct StateShared {
+  static constexpr int kStages = 3;
+  TokenTile<T, D> tile[kStages][2];
+};
+
+template <typename T, int D>
+struct ApplyShared {
+  static constexpr int kStages = 3;
+  State<T, D> state;
+  TokenTile<T, D> tile[kStages];
+};
+
+template <typename T, int D>
+struct GradientShared {
+  static constexpr int kStages = Half<D>::kTile.stages;
+  State<T, D> state;
+  TokenTile<T, D> tile[kStages][2];
+};
+
+template <typename T, int D>
+struct ForwardShared {
+  static constexpr int kStages = Half<D>::kTile.stages - 1, kQueryStages = 2;
+  State<T, D> state;
+  TokenTile<T, D> query[kQueryStages];
+  TokenTile<T, D> tile[kStages][2];
+};
+
+// With keys and values that stay, as many tiles of them as there are follow.
+template <typename T, int D, bool kStay>
+struct BackwardShared {
+  static constexpr int kStages = kStay ? 1 : Half<D>::kTile.stages;
+  State<T, D> state;
+  TokenTile<T, D> tile[kStages][2];
+
+  __device__ TokenTile<T, D>* staying(int tile_index) {
+    return &tile[kStages][0] + 2 * tile_index;
+  }
+};
+
+// How many key tokens can stay. At D = 128 there is room for 32, and they would cost registers.
+template <typename T, int D>
+constexpr int64_t staying_keys() {
+  if (D > 96) return 0;
+  return (kSharedLimit - sizeof(BackwardShared<T, D, true>)) / (2 * sizeof(TokenTile<T, D>)) *
+         Half<D>::kTokens;
+}
+
+template <typename Shared>
+__device__ Shared& shared() {
+  return *reinterpret_cast<Shared*>(shared_memory());
+}
+
+// Begins to copy tile `tile` of the heads from first_head on.
+template <typename T, int D>
+__device__ void copy(TokenTile<T, D>& target, const Rows<const T>& source, const Part& part,
+                     int64_t first_head, int64_t tokens, int tile) {
+  const TilePlace place(tile, first_head, tokens, Half<D>::kTokens);
+  copy_tile(target, source.at(part.batch, place.head, place.first), source.stride[2], place.valid,
+            source.wide);
+}
+
+// ---- what more than one kernel does ------------------------------------------------------------------
+
+template <typename T, int D>
+__device__ void apply_one(const Problem<T>& p, const Part& part, const State<T, D>& state,
+                          const TokenTile<T, D>& q, int tile) {
+  const TilePlace place(tile, part.kv_head * p.group, p.queries, Half<D>::kTokens);
+  apply_tile(state, q, p.eps, p.out.at(part.batch, place.head, place.first), p.out.stride[2],
+             place.valid, p.out.wide);
+}
+
+template <typename T, int D>
+__device__ void query_gradient_one(const Problem<T>& p, const Part& part, State<T, D>& state,
+                                   TokenTile<T, D> (&tile)[2], Sums<D>& sums, int index) {
+  const TilePlace place(index, part.kv_head * p.group, p.queries, Half<D>::kTokens);
+  query_gradient_tile(state, tile[0], tile[1], p.eps,
+                      p.dq.at(part.batch, place.head, place.first), p.dq.stride[2], place.valid,
+                      p.dq.wide);
+  __syncthreads();  // g / E and the weights are there
+  sums.add_queries(tile[0], tile[1], state);
+}
+
+template <typename T, int D>
+__device__ void key_value_gradient_one(const Problem<T>& p, const Part& part,
+                                       const State<T, D>& state, const TokenTile<T, D>& k,
+                                       const TokenTile<T, D>& v, int tile) {
+  const TilePlace place(tile, part.kv_head, p.keys, Half<D>::kTokens);
+  key_value_gradient_tile(state, k, v, p.dk.at(part.batch, place.head, place.first),
+                          p.dk.stride[2], p.dk.wide,
+                          p.dv.at(part.batch, place.head, place.first), p.dv.stride[2],
+                          p.dv.wide, place.valid);
+}
+
+// After the last query of dS's sums.
+template <typename T, int D>
+__device__ void finish_gradient(Sums<D>& sums, const State<T, D>& state, float* scratch) {
+  sums.combine(scratch);
+  const float of_S = 1.0f / state.dS_scale;
+  sums.rescale(of_S, of_S / state.weight_scale);
+}
+
+template <typename T, int D>
+__device__ float* scratch_of(TokenTile<T, D>& tile) {
+  return reinterpret_cast<float*>(tile.rows);
+}
+
+// ---- state, apply --------------------------------------------------------------------------------------
+
+template <int D, typename T>
+__global__ void __launch_bounds__(kThreads, Half<D>::kTile.blocks) half_state_kernel(Problem<T> p) {
+  using Shared = StateShared<T, D>;
+  Shared& s = shared<Shared>();
+  const Part part(p.kv_heads, p.num_splits, tiles_of(1, p.keys, Half<D>::kTokens));
+  const auto tiles = stream<Shared::kStages>(part.begin, part.end, [&](int stage, int tile) {
+    copy(s.tile[stage][0], p.k, part, part.kv_head, p.keys, tile);
+    copy(s.tile[stage][1], p.v, part, part.kv_head, p.keys, tile);
+  });
+  tiles.start();
+  Sums<D> sums;
+  sums.clear();
+  tiles.run([&](int stage, int) { sums.add_keys(s.tile[stage][0], s.tile[stage][1]); });
+  sums.combine(scratch_of(s.tile[0][0]));
+  const int64_t index = part.split * p.states + part.state;
+  sums.store(p.S_out + index * 2 * D * D, p.z_out + index * 2 * D);
+}
+
+template <int D, typename T>
+__global__ void __launch_bounds__(kThreads, Half<D>::kTile.blocks) half_apply_kernel(Problem<T> p) {
+  using Shared = ApplyShared<T, D>;
+  Shared& s = shared<Shared>();
+  const Part part(p.kv_heads, p.num_splits, tiles_of(p.group, p.queries, Half<D>::kTokens));
+  const auto tiles = stream<Shared::kStages>(part.begin, part.end, [&](int stage, int tile) {
+    copy(s.tile[stage], p.q, part, part.kv_head * p.group, p.queries, tile);
+  });
+  tiles.start();
+  s.state.load_centred(p.S + part.state * 2 * D * D, p.z + part.state * 2 * D,
+                       scratch_of(s.tile[Shared::kStages - 1]));
+  tiles.run([&](int stage, int tile) { apply_one(p, part, s.state, s.tile[stage], tile); });
+}
+
+// ---- forward in one launch -----------------------------------------------------------------------------
+
+template <int D, typename T>
+__global__ void __launch_bounds__(kThreads, Half<D>::kTile.blocks)
+    half_forward_kernel(Problem<T> p) {
+  using Shared = ForwardShared<T, D>;
+  using H = Half<D>;
+  Shared& s = shared<Shared>();
+  const Part part(p.kv_heads, 1, 0);
+  const auto queries = stream<Shared::kQueryStages>(
+      0, static_cast<int>(tiles_of(p.group, p.queries, H::kTokens)), [&](int stage, int tile) {
+        copy(s.query[stage], p.q, part, part.kv_head * p.group, p.queries, tile);
+      });
+  const auto keys = stream<Shared::kStages>(
+      0, static_cast<int>(tiles_of(1, p.keys, H::kTokens)), [&](int stage, int tile) {
+        copy(s.tile[stage][0], p.k, part, part.kv_head, p.keys, tile);
+        copy(s.tile[stage][1], p.v, part, part.kv_head, p.keys, tile);
+      });
+  queries.start();
+  keys.start();
+  Sums<D> sums;
+  sums.clear();
+  keys.run([&](int stage, int) { sums.add_keys(s.tile[stage][0], s.tile[stage][1]); });
+  sums.combine(scratch_of(s.tile[0][0]));
+  if (p.S_out) sums.store(p.S_out + part.state * 2 * D * D, p.z_out + part.state * 2 * D);
+  s.state.take_centred(sums, scratch_of(s.tile[0][0]));
+  queries.run([&](int stage, int tile) { apply_one(p, part, s.state, s.query[stage], tile); });
+}
+
+// ---- backward, by steps --------------------------------------------------------------------------------
+
+template <int D, typename T>
+__global__ void __launch_bounds__(kThreads, Half<D>::kTile.blocks)
+    half_query_gradient_kernel(Problem<T> p) {
+  using Shared = GradientShared<T, D>;
+  Shared& s = shared<Shared>();
+  const Part part(p.kv_heads, p.num_splits, tiles_of(p.group, p.queries, Half<D>::kTokens));
+  const auto tiles = stream<Shared::kStages>(part.begin, part.end, [&](int stage, int tile) {
+    copy(s.tile[stage][0], p.q, part, part.kv_head * p.group, p.queries, tile);
+    copy(s.tile[stage][1], p.dout, part, part.kv_head * p.group, p.queries, tile);
+  });
+  tiles.start();
+  s.state.load_centred(p.S + part.state * 2 * D * D, p.z + part.state * 2 * D,
+                       scratch_of(s.tile[Shared::kStages - 1][0]));
+  if (part.split == 0 && threadIdx.x < D) {
+    store_global(p.mean_out + part.state * D + threadIdx.x, s.state.mean[threadIdx.x]);
+  }
+  Sums<D> sums;
+  sums.clear();
+  tiles.run([&](int stage, int tile) {
+    query_gradient_one(p, part, s.state, s.tile[stage], sums, tile);
+  });
+  finish_gradient(sums, s.state, scratch_of(s.tile[0][0]));
+  const int64_t index = part.split * p.states + part.state;
+  sums.store(p.S_out + index * 2 * D * D, p.z_out + index * 2 * D);
+}
+
+template <int D, typename T>
+__global__ void __launch_bounds__(kThreads, Half<D>::kTile.blocks)
+    half_key_value_gradient_kernel(Problem<T> p) {
+  using Shared = GradientShared<T, D>;
+  Shared& s = shared<Shared>();
+  const Part part(p.kv_heads, p.num_splits, tiles_of(1, p.keys, Half<D>::kTokens));
+  const auto tiles = stream<Shared::kStages>(part.begin, part.end, [&](int stage, int tile) {
+    copy(s.tile[stage][0], p.k, part, part.kv_head, p.keys, tile);
+    copy(s.tile[stage][1], p.v, part, part.kv_head, p.keys, tile);
+  });
+  tiles.start();
+  s.state.load_gradient(p.dS + part.state * 2 * D * D, p.dz + part.state * 2 * D,
+                        p.mean ? p.mean + part.state * D : nullptr);
+  tiles.run([&](int stage, int tile) {
+    key_value_gradient_one(p, part, s.state, s.tile[stage][0], s.tile[stage][1], tile);
+  });
+}
+
+// ---- backward in one launch ----------------------------------------------------------------------------
+
+template <int D, bool kStay, typename T>
+__global__ void __launch_bounds__(kThreads, Half<D>::kTile.blocks)
+    half_backward_kernel(Problem<T> p) {
+  using Shared = BackwardShared<T, D, kStay>;
+  using H = Half<D>;
+  Shared& s = shared<Shared>();
+  const Part part(p.kv_heads, 1, 0);
+  const int key_tiles = static_cast<int>(tiles_of(1, p.keys, H::kTokens));
+  const int query_tiles = static_cast<int>(tiles_of(p.group, p.queries, H::kTokens));
+  float* const scratch = scratch_of(s.tile[Shared::kStages - 1][0]);
+  Sums<D> sums;
+
+  const auto queries = stream<Shared::kStages>(0, query_tiles, [&](int stage, int tile) {
+    copy(s.tile[stage][0], p.q, part, part.kv_head * p.group, p.queries, tile);
+    copy(s.tile[stage][1], p.dout, part, part.kv_head * p.group, p.queries, tile);
+  });
+  if constexpr (kStay) {
+    for (int tile = 0; tile < key_tiles; ++tile) {
+      copy(s.staying(tile)[0], p.k, part, part.kv_head, p.keys, tile);
+      copy(s.staying(tile)[1], p.v, part, part.kv_head, p.keys, tile);
+    }
+    ptx::cp_async_commit();
+    ptx::cp_async_wait<0>();
+    __syncthreads();  // every key and value is here
+    sums.clear();
+    for (int tile = 0; tile < key_tiles; ++tile) {
+      sums.add_keys(s.staying(tile)[0], s.staying(tile)[1]);
+    }
+    sums.combine(scratch);
+    s.state.take_centred(sums, scratch);
+  } else {
+    queries.start();
+    s.state.load_centred(p.S + part.state * 2 * D * D, p.z + part.state * 2 * D, scratch);
+  }
+
+  sums.clear();
+  queries.run([&](int stage, int tile) {
+    query_gradient_one(p, part, s.state, s.tile[stage], sums, tile);
+  });
+  __syncthreads();  // the last tile of queries has been read
+  const auto keys = stream<Shared::kStages>(0, key_tiles, [&](int stage, int tile) {
+    copy(s.tile[stage][0], p.k, part, part.kv_head, p.keys, tile);
+    copy(s.tile[stage][1], p.v, part, part.kv_head, p.keys, tile);
+  });
+  finish_gradient(sums, s.state, scratch);
+  s.state.take_gradient(sums);
+  if constexpr (kStay) {
+    __syncthreads();  // dS is there
+    for (int tile = 0; tile < key_tiles; ++tile) {
+      key_value_gradient_one(p, part, s.state, s.staying(tile)[0], s.staying(tile)[1], tile);
+    }
+  } else {
+    keys.start();
+    keys.run([&](int stage, int tile) {
+      key_value_gradient_one(p, part, s.state, s.tile[stage][0], s.tile[stage][1], tile);
+    });
+  }
+}
+
+}  // namespace
