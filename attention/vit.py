@@ -28,10 +28,30 @@ class PatchEmbedding(nn.Module):
         return self.projection(patches.flatten(3).flatten(1, 2))
 
 
+class DropPath(nn.Module):
+    """Stochastic depth (Huang et al. 2016): in training, each sample's residual branch is dropped
+    with probability ``rate``, and scaled by 1 / (1 - rate) where it is kept. Any (B, ...) shape."""
+
+    def __init__(self, rate: float) -> None:
+        super().__init__()
+        self.rate = rate
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training or self.rate == 0:
+            return x
+        keep = 1 - self.rate
+        return x * x.new_empty(x.shape[0], *[1] * (x.dim() - 1)).bernoulli_(keep).div_(keep)
+
+    def extra_repr(self) -> str:
+        return f"rate={self.rate}"
+
+
 class Block(nn.Module):
     """Pre-norm transformer block: x + attention(norm(x)), then x + MLP(norm(x)) with GELU."""
 
-    def __init__(self, dim: int, mlp_dim: int, attention: nn.Module, dropout: float) -> None:
+    def __init__(
+        self, dim: int, mlp_dim: int, attention: nn.Module, dropout: float, drop_path: float
+    ) -> None:
         super().__init__()
         self.attention_norm = nn.LayerNorm(dim)
         self.attention = attention
@@ -44,10 +64,11 @@ class Block(nn.Module):
             nn.Linear(mlp_dim, dim),
             nn.Dropout(dropout),
         )
+        self.drop_path = DropPath(drop_path)
 
     def forward(self, x: Tensor, grid: Grid) -> Tensor:
-        x = x + self.dropout(self.attention(self.attention_norm(x), grid))
-        return x + self.mlp(self.mlp_norm(x))
+        x = x + self.drop_path(self.dropout(self.attention(self.attention_norm(x), grid)))
+        return x + self.drop_path(self.mlp(self.mlp_norm(x)))
 
 
 class VisionTransformer(nn.Module):
@@ -66,6 +87,8 @@ class VisionTransformer(nn.Module):
         heads: attention heads, must divide dim; None means dim / 64. Hydra does not use it.
         attention_type: one of ``ATTENTION_TYPES``.
         dropout: rate after the position embedding, after attention and in the MLP.
+        drop_path: rate at which the last block's residual branches are dropped, image by image;
+            it grows linearly from 0 in the first block.
         in_channels: 3 for colour, 1 for grey images.
         ripple_stages: halvings of the token grid (ripple only).
         hydra_branches: query branches, must divide dim (hydra only).
@@ -91,6 +114,7 @@ class VisionTransformer(nn.Module):
         attention_type: str,
         dropout: float = 0.0,
         *,
+        drop_path: float = 0.0,
         in_channels: int = 3,
         ripple_stages: int = 3,
         hydra_branches: int = 4,
@@ -116,8 +140,9 @@ class VisionTransformer(nn.Module):
                 f"patch_size must divide img_size, got img_size {height}x{width} "
                 f"and patch_size {patch_size}"
             )
-        if not 0 <= dropout < 1:
-            raise ValueError(f"dropout must be in [0, 1), got {dropout}")
+        for name, rate in {"dropout": dropout, "drop_path": drop_path}.items():
+            if not 0 <= rate < 1:
+                raise ValueError(f"{name} must be in [0, 1), got {rate}")
         self.img_size = (height, width)
         self.in_channels = in_channels
         self.grid: Grid = (height // patch_size, width // patch_size)
@@ -149,7 +174,10 @@ class VisionTransformer(nn.Module):
         self.patch_embedding = PatchEmbedding(patch_size, in_channels, dim)
         self.positions = nn.Parameter(torch.empty(1, self.grid[0] * self.grid[1], dim))
         self.dropout = nn.Dropout(dropout)
-        self.blocks = nn.ModuleList(Block(dim, mlp_dim, attention(), dropout) for _ in range(depth))
+        self.blocks = nn.ModuleList(
+            Block(dim, mlp_dim, attention(), dropout, drop_path * layer / max(1, depth - 1))
+            for layer in range(depth)
+        )
         self.norm = nn.LayerNorm(dim)
         self.head = nn.Linear(dim, num_classes)
         self.reset_parameters(torch.initial_seed() if seed is None else seed)

@@ -1,4 +1,16 @@
-"""Checkpoints: written atomically, loaded as plain tensors and values only."""
+"""Checkpoints: all of a run's state, written atomically, loaded as plain tensors and values only.
+
+A file is a dict::
+
+    schema      "linear-vit-checkpoint/2"
+    config      every field of training.config.Config
+    model       weights
+    optimizer, scaler    their state dicts (scaler: None unless amp is fp16)
+    step, epoch steps and epochs done: the position of schedule and loader (training.loader)
+    rng         one {cpu, cuda} of generator states per process: dropout and drop path
+    history     {loss, hits, seconds, images}: float64 tensors, one value per step done
+    progress    what the run record holds so far: epochs, best_epoch, seconds, ...
+"""
 
 import dataclasses
 import os
@@ -12,13 +24,14 @@ from training.config import Config
 from training.errors import UserError
 from training.record import writing
 
-SCHEMA = "linear-vit-checkpoint/1"
+SCHEMA = "linear-vit-checkpoint/2"
 
 
 def save_checkpoint(path: Path, model: nn.Module, config: Config, **state: Any) -> None:
     """Writes weights, configuration and ``state`` (plain values, tensors) to ``path``.
 
-    A reader, or a run killed in the middle, sees the old file or the new one, never a part.
+    A reader, or a run killed in the middle, sees the old file or the new one, never a part. Raises
+    UserError where that is not possible (a full disk); the old file is still there then.
     """
     content = {
         "schema": SCHEMA,
@@ -28,6 +41,38 @@ def save_checkpoint(path: Path, model: nn.Module, config: Config, **state: Any) 
     }
     with writing(path) as temporary:
         torch.save(content, temporary)
+
+
+def load_for_resume(path: Path, config: Config) -> dict[str, Any]:
+    """A checkpoint of just this configuration; UserError, naming what differs, for another."""
+    content = load_checkpoint(path)
+    saved, wanted = dataclasses.asdict(content["config"]), dataclasses.asdict(config)
+    differ = [
+        f"{name} {saved[name]} (asked for: {wanted[name]})"
+        for name in saved
+        if saved[name] != wanted[name]
+    ]
+    if differ:
+        raise UserError(
+            f"{path} is of a run with {', '.join(differ)}: give --resume the options of that run, "
+            "or start another one with --out"
+        )
+    missing = {"optimizer", "step", "rng", "history", "progress"} - set(content)
+    if missing:
+        raise UserError(f"{path} cannot be resumed, it lacks {', '.join(sorted(missing))}")
+    return content
+
+
+def rng_state(device: torch.device) -> dict[str, Any]:
+    """The states of this process's generators that a model draws from."""
+    cuda = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
+    return {"cpu": torch.get_rng_state(), "cuda": cuda}
+
+
+def set_rng_state(state: dict[str, Any], device: torch.device) -> None:
+    torch.set_rng_state(state["cpu"])
+    if device.type == "cuda" and state["cuda"] is not None:
+        torch.cuda.set_rng_state(state["cuda"], device)
 
 
 def load_checkpoint(path: Path) -> dict[str, Any]:
@@ -44,13 +89,14 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(
             f"{path} is not a readable checkpoint ({reason:.120}); "
-            "it may be truncated or of another program: train again, or give another file"
+            "it may be truncated or of another program: delete it and train again, "
+            "or give another file"
         ) from error
     if not isinstance(content, dict) or content.get("schema") != SCHEMA:
         found = content.get("schema") if isinstance(content, dict) else type(content).__name__
         raise UserError(
-            f"{path} is not a checkpoint of train_minimal.py (schema {found!r}, "
-            f"expected {SCHEMA!r})"
+            f"{path} is not a checkpoint of this train_minimal.py (schema {found!r}, expected "
+            f"{SCHEMA!r}): delete it and train again, or give another file"
         )
     fields = {field.name for field in dataclasses.fields(Config)}
     saved = content.get("config")

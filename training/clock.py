@@ -2,6 +2,7 @@
 
 import statistics
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -39,7 +40,9 @@ class StepClock:
         return event
 
 
-def median_images_per_second(seconds: list[float], images: list[int], skip: int = 0) -> float:
+def median_images_per_second(
+    seconds: Sequence[float], images: Sequence[float], skip: int = 0
+) -> float:
     """The median over steps of images / seconds, the first ``skip`` steps (warm-up) left out.
 
     Where there are no more than ``skip`` steps, only the first is left out; a single step counts.

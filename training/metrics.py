@@ -2,7 +2,7 @@
 
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from training.augmentation import normalise
 from training.config import DatasetInfo
+from training.step import autocast
 
 
 @torch.inference_mode()
@@ -22,7 +23,7 @@ def predict(
     model.eval()
     predictions = []
     for batch in images.split(batch_size):
-        with torch.autocast(images.device.type, dtype=torch.bfloat16, enabled=amp == "bf16"):
+        with autocast(images.device, amp):
             logits = model(normalise(batch, info.mean, info.std))
         predictions.append(logits.argmax(dim=1))
     model.train(was_training)
@@ -58,3 +59,22 @@ def t_interval(values: Sequence[float], confidence: float = 0.95) -> Interval:
         quantile = float(stats.t.ppf(0.5 + confidence / 2, n - 1))
         half_width = quantile * statistics.stdev(values) / math.sqrt(n)
     return Interval(statistics.fmean(values), half_width, list(values))
+
+
+def paired_ratios(
+    runs: Mapping[int, Any], others: Mapping[int, Any], value: Callable[[Any], float | None]
+) -> dict[str, Any] | None:
+    """value(run) / value(other) of the same seed: median, low, high, values; None without a pair.
+
+    Pairs where either value is None are left out.
+    """
+    pairs = [(value(runs[seed]), value(others[seed])) for seed in sorted(runs) if seed in others]
+    ratios = [a / b for a, b in pairs if a is not None and b is not None]
+    if not ratios:
+        return None
+    return {
+        "median": statistics.median(ratios),
+        "low": min(ratios),
+        "high": max(ratios),
+        "values": ratios,
+    }

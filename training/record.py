@@ -2,19 +2,23 @@
 
 ``run.json``::
 
-    schema        "linear-vit-run/1"
-    status        "running", "finished" or "failed" (then ``error`` says why)
+    schema        "linear-vit-run/2"
+    status        "running", "finished", "interrupted" (by Ctrl-C) or "failed" (``error`` says why)
     config        every field of training.config.Config
     model         key of training.config.MODELS;  parameters: their number
-    environment   torch, python, device, cpu, cores, threads, platform, revision
-    started       ISO time, UTC
+    environment   torch, python, device, cpu, cores, threads, processes, platform, revision
+    started       ISO time, UTC;  resumed: how often the run was taken up again
+    train_accuracy_is  "plain", or "lambda-weighted" where the recipe mixes images: an image of two
+                  labels counts by the weight of the predicted one. For watching, not for comparing
     epochs        list of {epoch, lr, loss, train_accuracy, val_accuracy, seconds,
                   images_per_second}; accuracies in [0, 1]; seconds and images/s of the training
-                  steps alone, evaluation apart
+                  steps, waiting for the loader included, evaluation apart
     images_per_second  median over the steps of the run, its first steps left out
     best_epoch    the epoch of the best validation accuracy, whose weights are tested
     test_accuracy of those weights, on the test set, read once, at the end
-    seconds       from the first step to the end, everything included
+    peak_memory   most bytes that tensors took on a CUDA device; null on a CPU
+    seconds       from the first step to the end, everything included; what a killed run did after
+                  its last checkpoint is not counted
 """
 
 import json
@@ -29,9 +33,12 @@ from typing import Any
 
 import torch
 
+from training import distributed
 from training.errors import UserError
 
-SCHEMA = "linear-vit-run/1"
+SCHEMA = "linear-vit-run/2"
+# Speeds compare where these facts of the environment are equal.
+MACHINE = ("device", "cpu", "torch", "threads", "processes")
 
 
 @contextmanager
@@ -47,6 +54,8 @@ def writing(path: Path) -> Iterator[Path]:
     try:
         yield temporary
         temporary.chmod(0o666 & ~_umask())  # mkstemp makes files that only the owner reads
+        with temporary.open("rb") as written:
+            os.fsync(written.fileno())  # before the name: not even a power cut leaves half a file
         temporary.replace(path)
     except (OSError, RuntimeError) as error:  # torch.save reports a full disk as RuntimeError
         raise _unwritable(path, error) from error
@@ -69,6 +78,13 @@ def check_writable(folder: Path) -> None:
     """Raises UserError now, not after an hour, if files can't be written to ``folder``."""
     write_text(folder / ".writable", "")
     (folder / ".writable").unlink()
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Deletes the temporary files of a run that was killed while it wrote."""
+    for name in ("last.pt", "best.pt", "run.json"):
+        for path in folder.glob(f".{name}.*"):
+            path.unlink(missing_ok=True)
 
 
 def read_runs(folder: Path) -> tuple[list[dict[str, Any]], list[str]]:
@@ -100,6 +116,7 @@ def environment(device: torch.device) -> dict[str, Any]:
         "cpu": _cpu_name(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
+        "processes": distributed.world(),
         "platform": platform.platform(),
         "revision": _revision(),
     }
@@ -134,4 +151,7 @@ def _umask() -> int:
 
 def _unwritable(path: Path, error: Exception) -> UserError:
     reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
-    return UserError(f"cannot write {path}: {reason}; choose another folder with --out")
+    return UserError(
+        f"cannot write {path}: {reason}; what was there before is unchanged; "
+        "make room or choose another folder with --out"
+    )

@@ -1,12 +1,14 @@
 """One training step, as the training loop runs it and as the benchmarks time it."""
 
 from collections.abc import Callable
+from contextlib import nullcontext
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from training.config import DATASETS, build_model, model_settings, resolve
+from training import distributed
+from training.config import DATASETS, Config, build_model, model_settings, resolve
 
 
 def make_optimizer(model: nn.Module, *, lr: float, weight_decay: float) -> torch.optim.AdamW:
@@ -28,27 +30,83 @@ def training_step(
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
     images: Tensor,
-    labels: Tensor,
+    targets: Tensor,
     *,
     amp: str = "off",
     label_smoothing: float = 0.0,
     clip: float = 1.0,
+    accumulate: int = 1,
+    batch_size: int | None = None,
+    scaler: torch.amp.GradScaler | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Forward, loss, backward, gradient clipping, optimiser.
 
-    images (B, C, H, W) float32, labels (B,) int64. Returns the loss and the number of images
-    classified correctly, both detached scalars on the device: reading them is the caller's choice,
-    since it waits for the device.
+    Args:
+        model: called on images; under DistributedDataParallel, gradients are exchanged once.
+        images: (B, C, H, W) float32, this process's share of the batch; of a short batch that may
+            be nothing, and the process then takes part with a gradient of zero.
+        targets: (B,) int64 labels, or (B, classes) the weights of mixed labels.
+        amp: ``off`` (float32), or autocast to ``bf16`` or ``fp16``.
+        accumulate: forward and backward in so many parts, for less memory; the same gradient.
+        batch_size: of the batch over all processes, what the loss is the mean of; None means B.
+        scaler: of the loss, for ``fp16``.
+
+    Returns:
+        The share of these images in the mean loss, and how many of them were classified correctly
+        (an image of two labels counts by the weight of the predicted one). Both are detached
+        scalars on the device: reading them is the caller's choice, since it waits for the device.
     """
-    with torch.autocast(images.device.type, dtype=torch.bfloat16, enabled=amp == "bf16"):
-        logits = model(images)
-    logits = logits.float()
-    loss = F.cross_entropy(logits, labels, label_smoothing=label_smoothing)
+    replicas = model if isinstance(model, nn.parallel.DistributedDataParallel) else None
+    whole = len(images) if batch_size is None else batch_size
+    empty = len(images) == 0
+    if empty:
+        images = images.new_zeros(1, *images.shape[1:])
+        targets = targets.new_zeros(1, *targets.shape[1:])
+    part = max(1, -(-len(images) // accumulate))
+    parts = list(zip(images.split(part), targets.split(part), strict=True))
+    loss, hits = torch.zeros((), device=images.device), torch.zeros((), device=images.device)
     optimizer.zero_grad(set_to_none=True)
-    loss.backward()
+    for number, (x, y) in enumerate(parts, 1):
+        waits = replicas is not None and number < len(parts)
+        with replicas.no_sync() if replicas and waits else nullcontext():
+            with autocast(images.device, amp):
+                logits = model(x)
+            logits = logits.float()
+            summed = F.cross_entropy(logits, y, label_smoothing=label_smoothing, reduction="sum")
+            share = summed * (0 if empty else 1 / whole)
+            # DistributedDataParallel takes the mean over the processes.
+            scaled = share * distributed.world() if replicas else share
+            (scaled if scaler is None else scaler.scale(scaled)).backward()
+        loss += share.detach()
+        if not empty:
+            hits += _hits(logits.detach(), y)
+    if scaler is not None:
+        scaler.unscale_(optimizer)
     nn.utils.clip_grad_norm_(model.parameters(), clip)
-    optimizer.step()
-    return loss.detach(), (logits.detach().argmax(dim=1) == labels).sum()
+    if scaler is None:
+        optimizer.step()
+    else:
+        scaler.step(optimizer)
+        scaler.update()
+    return loss, hits
+
+
+def make_scaler(amp: str, device: torch.device) -> torch.amp.GradScaler | None:
+    """What keeps fp16 gradients out of the subnormals; nothing else needs it."""
+    return torch.amp.GradScaler(device.type) if amp == "fp16" else None
+
+
+def autocast(device: torch.device, amp: str) -> torch.autocast:
+    """The autocast context of ``off``, ``bf16`` or ``fp16``."""
+    dtype = torch.float16 if amp == "fp16" else torch.bfloat16
+    return torch.autocast(device.type, dtype=dtype, enabled=amp != "off")
+
+
+def _hits(logits: Tensor, targets: Tensor) -> Tensor:
+    predicted = logits.argmax(dim=1)
+    if targets.dim() == 1:
+        return (predicted == targets).sum()
+    return targets.gather(1, predicted[:, None]).sum()
 
 
 def make_step(
@@ -82,11 +140,18 @@ def make_step(
     }
     if batch_size is not None:
         given["batch_size"] = batch_size
-    config = resolve(given)
+    return step_of(resolve(given), torch.device(device))
+
+
+def step_of(config: Config, device: torch.device) -> Callable[[], None]:
+    """A full training step of a configuration on one fixed random batch: call it to run it once."""
     info = DATASETS[config.dataset]
     model = build_model(config).to(device).train()
+    if config.compile:
+        model.compile()
     optimizer = make_optimizer(model, lr=config.lr, weight_decay=config.weight_decay)
-    generator = torch.Generator().manual_seed(seed)
+    scaler = make_scaler(config.amp, device)
+    generator = torch.Generator().manual_seed(config.seed)
     shape = (config.batch_size, info.channels, info.image_size, info.image_size)
     images = torch.randn(shape, generator=generator).to(device)
     labels = torch.randint(info.classes, (config.batch_size,), generator=generator).to(device)
@@ -100,6 +165,8 @@ def make_step(
             amp=config.amp,
             label_smoothing=config.label_smoothing,
             clip=config.clip,
+            accumulate=config.accumulate,
+            scaler=scaler,
         )
 
     return step

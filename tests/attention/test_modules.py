@@ -15,6 +15,7 @@ from attention import (
     VisionTransformer,
 )
 from attention.ripple import halving_axes
+from attention.vit import DropPath
 
 MODULES = {
     "baseline": lambda dim, **options: BaselineAttention(dim, heads=2, **options),
@@ -250,6 +251,20 @@ def test_seed_follows_torch_manual_seed() -> None:
     assert torch.equal(vit(seed=None).head.weight, vit(seed=3).head.weight)
 
 
+def test_drop_path_drops_whole_samples_and_keeps_the_mean() -> None:
+    torch.manual_seed(0)
+    layer = DropPath(0.25)
+    x = torch.rand(4000, 3, 2) + 0.5
+    factors = layer(x) / x
+    torch.testing.assert_close(factors, factors[:, :1, :1].expand_as(factors))
+    dropped = (factors[:, 0, 0] == 0).double().mean().item()
+    assert dropped == pytest.approx(0.25, abs=0.03)
+    assert factors.max().item() == pytest.approx(1 / 0.75)
+    assert torch.equal(layer.eval()(x), x)
+    rates = [block.drop_path.rate for block in vit(depth=3, drop_path=0.2).blocks]
+    assert rates == pytest.approx([0.0, 0.1, 0.2])
+
+
 def test_patches_keep_their_place() -> None:
     """A pixel changes its own patch's embedding and no other."""
     model = vit(in_channels=3)
@@ -269,6 +284,7 @@ def test_patches_keep_their_place() -> None:
         ({"attention_type": "hydra", "hydra_branches": 5}, "dim 32 and hydra_branches 5"),
         ({"attention_type": "ripple", "ripple_stages": 5}, "4x4 can be halved at most 4 times"),
         ({"dropout": 1.0}, r"dropout must be in \[0, 1\), got 1.0"),
+        ({"drop_path": -0.1}, r"drop_path must be in \[0, 1\), got -0.1"),
         ({"depth": 0}, "depth must be at least 1, got 0"),
         ({"num_classes": -1}, "num_classes must be at least 1"),
     ],

@@ -151,10 +151,10 @@ def test_rows_are_models() -> None:
 def test_damaged_records_are_named_and_left_out(tmp_path: Path) -> None:
     write_json(tmp_path / "good" / "run.json", run("baseline", 0, 0.9, 100))
     for name, content in {
-        "cut": '{"schema": "linear-vit-run/1", "sta',
+        "cut": '{"schema": "linear-vit-run/2", "sta',
         "foreign": '{"schema": "something else"}',
         "list": "[]",
-        "empty": '{"schema": "linear-vit-run/1"}',
+        "empty": '{"schema": "linear-vit-run/2"}',
         "binary": "\0\1",
     }.items():
         (tmp_path / name).mkdir()

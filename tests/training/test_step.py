@@ -1,50 +1,23 @@
-"""Augmentation, the training step, the optimiser's groups, configuration, statistics."""
+"""The training step, the optimiser's groups, configuration, statistics."""
 
 from itertools import pairwise
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
-from train_minimal import check_finite, learning_rate
-from training.augmentation import normalise, random_crop_flip
+from train_minimal import check_finite, learning_rate, out_of_memory
+from training.augmentation import normalise
 from training.clock import median_images_per_second
 from training.config import DATASETS, MODELS, build_model, resolve
 from training.errors import UserError
 from training.metrics import accuracy, predict, t_interval
-from training.step import make_optimizer, make_step, training_step
+from training.step import make_optimizer, make_scaler, make_step, training_step
 
 
 def draws(seed: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
-
-
-def test_every_image_draws_its_own_crop_and_flip() -> None:
-    image = torch.arange(1, 65, dtype=torch.uint8).view(1, 1, 8, 8)
-    out = random_crop_flip(image.expand(64, -1, -1, -1), padding=4, flip=True, generator=draws())
-    assert out.dtype == torch.uint8
-    assert out.shape == (64, 1, 8, 8)
-    assert len({copy.numpy().tobytes() for copy in out}) > 40
-
-
-def test_a_crop_is_a_window_of_the_padded_image() -> None:
-    images = torch.randint(1, 256, (20, 3, 5, 7), dtype=torch.uint8, generator=draws(1))
-    out = random_crop_flip(images, padding=2, flip=True, generator=draws(2))
-    padded = nn.functional.pad(images, (2, 2, 2, 2))
-    flips = 0
-    for before, after in zip(padded, out, strict=True):
-        windows = [before[:, i : i + 5, j : j + 7] for i in range(5) for j in range(5)]
-        straight = any(torch.equal(after, window) for window in windows)
-        mirrored = any(torch.equal(after, window.flip(-1)) for window in windows)
-        assert straight != mirrored
-        flips += mirrored
-    assert 4 <= flips <= 16
-
-
-def test_no_padding_and_no_flip_change_nothing() -> None:
-    images = torch.randint(0, 256, (5, 1, 8, 8), dtype=torch.uint8, generator=draws())
-    assert torch.equal(random_crop_flip(images, padding=0, flip=False, generator=draws()), images)
-    assert not DATASETS["digits"].flip  # mirrored digits are no digits
 
 
 def test_normalise() -> None:
@@ -168,11 +141,81 @@ def test_predict_does_not_depend_on_the_batch_and_restores_the_mode() -> None:
     assert accuracy(torch.tensor([1, 2, 3, 4]), torch.tensor([1, 2, 0, 0])) == 0.5
 
 
-def test_non_finite_loss_names_the_step() -> None:
-    losses = [torch.tensor(1.0), torch.tensor(float("nan")), torch.tensor(float("inf"))]
-    with pytest.raises(UserError, match="became nan at step 12"):
-        check_finite(losses, first_step=10, lr=1e-3)
-    check_finite(losses[:1], first_step=0, lr=1e-3)
+def test_non_finite_loss_names_step_and_checkpoint() -> None:
+    losses = [1.0, float("nan"), float("inf")]
+    with pytest.raises(UserError, match=r"became nan at step 12 .*no checkpoint yet"):
+        check_finite(losses, first_step=10, lr=1e-3, checkpoint=None)
+    with pytest.raises(UserError, match=r"last good checkpoint is runs/x/last.pt \(step 10\)"):
+        check_finite(losses, first_step=10, lr=1e-3, checkpoint="runs/x/last.pt (step 10)")
+    check_finite(losses[:1], first_step=0, lr=1e-3, checkpoint=None)
+
+
+def test_out_of_memory_names_batch_model_and_a_way_out() -> None:
+    config = resolve({"attention_type": "hydra", "batch_size": 96})
+    for error in (
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 GiB"),
+        RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory"),
+        MemoryError(),
+    ):
+        message = str(out_of_memory(error, config))
+        for part in ("batch of 96", "hydra", "dim 384", "--batch_size 48", "--accumulate 2"):
+            assert part in message
+    assert out_of_memory(RuntimeError("shapes differ"), config) is None
+
+
+def test_accumulation_changes_nothing() -> None:
+    """Loss, hits and the step taken, of labels and of mixed ones, whole and in three parts."""
+    images, labels = torch.randn(8, 1, 2, 2), torch.arange(8) % 3
+    mixed = 0.7 * F.one_hot(labels, 3) + 0.3 * F.one_hot(labels.flip(0), 3)
+    for targets in (labels, mixed):
+        found = []
+        for parts in (1, 3):
+            torch.manual_seed(0)
+            model = nn.Sequential(nn.Flatten(), nn.Linear(4, 3))
+            optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+            results = training_step(model, optimizer, images, targets, accumulate=parts)
+            found.append([*results, *model.parameters()])
+        for whole, in_parts in zip(*found, strict=True):
+            torch.testing.assert_close(whole, in_parts)
+
+
+def test_hits_of_mixed_labels_are_weighted() -> None:
+    model = nn.Sequential(nn.Flatten(), nn.Linear(1, 3))
+    nn.init.zeros_(model[1].weight)
+    with torch.no_grad():
+        model[1].bias.copy_(torch.tensor([0.0, 1.0, 0.0]))  # predicts class 1
+    targets = torch.tensor([[0.0, 0.25, 0.75], [0.4, 0.6, 0.0], [1.0, 0.0, 0.0]])
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    _, hits = training_step(model, optimizer, torch.zeros(3, 1, 1, 1), targets)
+    assert hits.item() == pytest.approx(0.85)
+
+
+def test_an_empty_share_takes_part_at_no_weight() -> None:
+    model = build_model(resolve({"preset": "small", "dataset": "digits", "backend": "torch"}))
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    none = torch.zeros(0, 1, 8, 8), torch.zeros(0, dtype=torch.int64)
+    loss, hits = training_step(model, optimizer, *none, batch_size=1)
+    assert (loss.item(), hits.item()) == (0, 0)
+    assert all(p.grad is not None and not p.grad.any() for p in model.parameters())
+
+
+@pytest.mark.parametrize("amp", ["bf16", "fp16"])
+def test_mixed_precision_steps(amp: str) -> None:
+    """The fp16 loss is scaled, and gradients are unscaled before they are clipped."""
+    device = torch.device("cpu")
+    images, labels = torch.randn(16, 1, 2, 2), torch.arange(16) % 3
+    moved = []
+    for precision in ("off", amp):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Flatten(), nn.Linear(4, 3))
+        before = [p.detach().clone() for p in model.parameters()]
+        optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+        scaler = make_scaler(precision, device)
+        assert (scaler is not None) == (precision == "fp16")
+        training_step(model, optimizer, images, labels, amp=precision, clip=0.1, scaler=scaler)
+        moved.append([a - b for a, b in zip(model.parameters(), before, strict=True)])
+    for exact, rounded in zip(*moved, strict=True):
+        torch.testing.assert_close(rounded, exact, rtol=0.05, atol=2e-3)
 
 
 def test_defaults_are_the_original_ones() -> None:
@@ -182,6 +225,17 @@ def test_defaults_are_the_original_ones() -> None:
     assert (config.epochs, config.batch_size, config.lr) == (200, 128, 3e-4)
     assert (config.warmup_epochs, config.weight_decay) == (10, 0.05)
     assert (config.ripple_stages, config.hydra_branches) == (3, 4)
+    assert (config.recipe, config.drop_path, config.accumulate) == ("seed", 0, 1)
+    assert (config.label_smoothing, config.clip) == (0.1, 1.0)
+
+
+def test_explicit_values_come_before_recipe_before_preset() -> None:
+    small = {"preset": "small", "dataset": "digits"}
+    assert (resolve(small).recipe, resolve(small).lr) == ("light", 5e-3)
+    strong = resolve({**small, "recipe": "strong"})
+    assert (strong.lr, strong.dropout, strong.drop_path, strong.dim) == (1e-3, 0.0, 0.1, 32)
+    assert resolve({**small, "recipe": "strong", "lr": 2e-3}).lr == 2e-3
+    assert resolve({**small, "recipe": "seed"}).lr == 3e-4
 
 
 def test_what_follows_from_what() -> None:
@@ -204,6 +258,10 @@ def test_what_follows_from_what() -> None:
         ({"attention_type": "linear"}, "one of baseline, ripple, hydra, got 'linear'"),
         ({"dataset": "imagenet"}, "one of digits, fashion-mnist, cifar100, tiny-imagenet"),
         ({"preset": "huge"}, "one of full, small"),
+        ({"recipe": "weak"}, "one of light, seed, strong, got 'weak'"),
+        ({"accumulate": 0}, "accumulate must be at least 1"),
+        ({"drop_path": 1.0}, "drop_path must be at least 0 and below 1"),
+        ({"amp": "fp8"}, "one of off, bf16, fp16"),
         ({"seed": -1}, "seed must be at least 0"),
         ({"colour": 1}, "unknown settings: colour"),
     ],

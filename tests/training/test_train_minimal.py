@@ -12,14 +12,18 @@ import pytest
 import torch
 
 import train_minimal
-from training import datasets, record
+from training import board, datasets, record
 from training.checkpoints import load_checkpoint
 from training.datasets import Dataset, Split
 from training.errors import UserError
 
 ROOT = Path(train_minimal.__file__).parent
 TINY_SIZES = {"dim": 16, "depth": 1, "heads": 1, "hydra_branches": 1, "batch_size": 64}
-TINY = ["--dataset=digits", *(f"--{name}={value}" for name, value in TINY_SIZES.items())]
+TINY = [
+    "--dataset=digits",
+    "--recipe=light",
+    *(f"--{name}={value}" for name, value in TINY_SIZES.items()),
+]
 
 
 @pytest.fixture(autouse=True)
@@ -39,7 +43,7 @@ def _few_digits(monkeypatch: pytest.MonkeyPatch) -> None:
 
     original = datasets.load_once
     monkeypatch.setattr(datasets, "load_once", load)
-    monkeypatch.setattr(train_minimal, "tensorboard", lambda _out: None)
+    monkeypatch.setattr(board, "open_board", lambda _out, **_: None)
 
 
 def main(*arguments: object) -> int:
@@ -80,7 +84,7 @@ def test_all_models_see_the_same_batches(monkeypatch: pytest.MonkeyPatch, tmp_pa
 
     def recording(model: Any, optimizer: Any, images: Any, labels: Any, **_: Any) -> Any:
         seen[-1] += [images, labels]
-        return torch.tensor(1.0), torch.tensor(0)
+        return torch.tensor(1.0), torch.tensor(0.0)
 
     monkeypatch.setattr(train_minimal, "training_step", recording)
     for kind in ("baseline", "ripple", "hydra"):

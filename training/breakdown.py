@@ -1,0 +1,158 @@
+"""What a training step spends its time on: attention, projections, MLP, augmentation, loader.
+
+Hooks mark where each module's forward and backward begin and end, on the host's clock for a CPU and
+with events in the device's stream for CUDA, so the shares are of one and the same timeline.
+
+``step-breakdown.json``::
+
+    schema       "linear-vit-step-breakdown/1"
+    environment  as in a run record;  setting: what the models have in common
+    rows         one per model: model, title, seconds (of a step, mean), images_per_second,
+                 shares {attention, projections, mlp, optimizer, augmentation, loader, other},
+                 which add up to 1
+"""
+
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from training.clock import StepClock
+from training.config import DATASETS, MODELS, Config, build_model
+from training.datasets import Split
+from training.loader import Loader
+from training.record import environment
+from training.step import make_optimizer, make_scaler, training_step
+
+SCHEMA = "linear-vit-step-breakdown/1"
+SHARES = ("attention", "projections", "mlp", "optimizer", "augmentation", "loader", "other")
+_WARMUP_STEPS = 3
+
+
+class _Stopwatch:
+    """Seconds by name, of spans that are marked from hooks or with ``span``."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.clocks: defaultdict[str, StepClock] = defaultdict(lambda: StepClock(device))
+
+    @contextmanager
+    def span(self, name: str) -> Iterator[None]:
+        self.clocks[name].start()
+        yield
+        self.clocks[name].stop()
+
+    def watch(self, module: nn.Module, name: str) -> None:
+        """Counts a module's forward and backward under ``name``."""
+        module.register_forward_pre_hook(lambda *_: self.clocks[name].start())
+        module.register_forward_hook(lambda *_: self.clocks[name].stop())
+        module.register_full_backward_pre_hook(lambda *_: self.clocks[name].start())
+        module.register_full_backward_hook(lambda *_: self.clocks[name].stop())
+
+    def seconds(self) -> dict[str, float]:
+        return {name: sum(clock.seconds()) for name, clock in self.clocks.items()}
+
+
+def measure(
+    configs: Sequence[Config], device: torch.device, *, steps: int, workers: int | None = None
+) -> dict[str, Any]:
+    """The content of step-breakdown.json, from random images of the data set's size."""
+    rows = []
+    for config in configs:
+        seconds = _measure(config, device, steps, workers)
+        whole = seconds.pop("step")
+        seconds["attention"] -= seconds["projections"]
+        seconds["loader"] -= seconds["augmentation"]
+        seconds["other"] = whole - sum(seconds.values())
+        rows.append(
+            {
+                "model": config.model,
+                "title": MODELS[config.model].title,
+                "seconds": whole / steps,
+                "images_per_second": config.batch_size * steps / whole,
+                "shares": {name: seconds[name] / whole for name in SHARES},
+            }
+        )
+    return {
+        "schema": SCHEMA,
+        "environment": environment(device),
+        "setting": configs[0].setting,
+        "rows": rows,
+    }
+
+
+def _measure(
+    config: Config, device: torch.device, steps: int, workers: int | None
+) -> dict[str, float]:
+    info = DATASETS[config.dataset]
+    model = build_model(config).to(device).train()
+    optimizer = make_optimizer(model, lr=config.lr, weight_decay=config.weight_decay)
+    scaler = make_scaler(config.amp, device)
+    size = (info.channels, info.image_size, info.image_size)
+    count = config.batch_size * (steps + _WARMUP_STEPS)
+    draws = torch.Generator().manual_seed(config.seed)
+    images = torch.randint(0, 256, (count, *size), dtype=torch.uint8, generator=draws)
+    labels = torch.randint(info.classes, (count,), generator=draws)
+    loader = Loader(config, Split(images, labels), info, device, workers=workers)
+    watch = _Stopwatch(device)
+    loader.augmenting = lambda: watch.span("augmentation")
+    batches = iter(loader)
+
+    def step() -> None:
+        with watch.span("step"):
+            with watch.span("loader"):
+                x, y = next(batches)
+            training_step(
+                model,
+                optimizer,
+                x,
+                y,
+                amp=config.amp,
+                label_smoothing=config.label_smoothing,
+                clip=config.clip,
+                accumulate=config.accumulate,
+                scaler=scaler,
+            )
+
+    _install(watch, model, optimizer)
+    for _ in range(_WARMUP_STEPS):
+        step()
+    watch.clocks.clear()
+    for _ in range(steps):
+        step()
+    return watch.seconds()
+
+
+def _install(watch: _Stopwatch, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    for block in model.blocks:  # type: ignore[union-attr]
+        watch.watch(block.attention, "attention")  # type: ignore[union-attr,arg-type]
+        watch.watch(block.mlp, "mlp")  # type: ignore[union-attr,arg-type]
+        for module in block.attention.modules():  # type: ignore[union-attr]
+            if isinstance(module, nn.Linear):
+                watch.watch(module, "projections")
+    start: Callable[..., None] = lambda *_: watch.clocks["optimizer"].start()  # noqa: E731
+    stop: Callable[..., None] = lambda *_: watch.clocks["optimizer"].stop()  # noqa: E731
+    optimizer.register_step_pre_hook(start)
+    optimizer.register_step_post_hook(stop)
+
+
+def to_markdown(found: dict[str, Any]) -> str:
+    """A line per model, shares in percent."""
+    setting, machine = found["setting"], found["environment"]
+    lines = [
+        f"Shares of a training step (batch {setting['batch_size']}, dim {setting['dim']}, depth "
+        f"{setting['depth']}, {setting['dataset']} images, recipe {setting['recipe']}, amp "
+        f"{setting['amp']}, not compiled; forward and backward together; projections are the "
+        "linear layers around attention, other is norms, embedding, head, loss and clipping); on "
+        f"{machine['cpu'] if machine['device'] == 'cpu' else machine['device']}.",
+        "",
+        "| Model | " + " | ".join(name.capitalize() for name in SHARES) + " | Step | Images/s |",
+        "|---" + "|---:" * (len(SHARES) + 2) + "|",
+    ]
+    for row in found["rows"]:
+        cells = [row["title"], *(f"{row['shares'][name]:.1%}" for name in SHARES)]
+        cells += [f"{1e3 * row['seconds']:.3g} ms", f"{row['images_per_second']:,.0f}"]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"

@@ -1,0 +1,132 @@
+"""Training steps with and without own kernels: what is timed, and the table of it.
+
+``step-speed.json``::
+
+    schema       "linear-vit-step-speed/1"
+    environment  as in a run record;  setting: what the models have in common
+    rows         one per model: model, title, backends {name: {seconds, relative_iqr,
+                 images_per_second} or {reason}}, own (the fastest own backend), speedup (over
+                 PyTorch's)
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any, Protocol
+
+import torch
+
+from kernels import BACKENDS
+from training.config import MODELS, Config
+from training.errors import UserError
+from training.record import environment
+from training.step import step_of
+
+SCHEMA = "linear-vit-step-speed/1"
+PYTORCH = "torch"
+# "reference" is no one's choice, and "compiled" is PyTorch's code again: taken by name.
+OWN = tuple(name for name in BACKENDS if name not in ("reference", "torch", "compiled"))
+
+
+class Timed(Protocol):
+    """What a clock says of one step (bench.clock.Timing)."""
+
+    @property
+    def median(self) -> float: ...
+
+    @property
+    def relative_iqr(self) -> float: ...
+
+
+def prepare(
+    config: Config, backends: Sequence[str], device: torch.device
+) -> tuple[dict[str, Callable[[], None]], dict[str, str]]:
+    """Training steps of a model by backend, run once, and why the others can't be."""
+    steps: dict[str, Callable[[], None]] = {}
+    reasons: dict[str, str] = {}
+    for name in backends:
+        if name not in BACKENDS:
+            raise UserError(f"unknown backend {name!r}; there are {', '.join(BACKENDS)}")
+        if name == "triton" and device.type == "cpu":
+            reasons[name] = "interpreted on a CPU, which says nothing of its speed"
+            continue
+        try:
+            step = step_of(replace(config, backend=name), device)
+            step()
+        except ValueError as error:
+            reasons[name] = str(error)
+        else:
+            steps[name] = step
+    return steps, reasons
+
+
+def summarise(
+    configs: Sequence[Config],
+    timings: Mapping[tuple[str, str], Timed],
+    reasons: Mapping[tuple[str, str], str],
+    device: torch.device,
+) -> dict[str, Any]:
+    """The content of step-speed.json; timings and reasons by (model, backend)."""
+    rows = []
+    for config in configs:
+        cells: dict[str, dict[str, Any]] = {}
+        for (model, name), timing in timings.items():
+            if model == config.model:
+                cells[name] = {
+                    "seconds": timing.median,
+                    "relative_iqr": timing.relative_iqr,
+                    "images_per_second": config.batch_size / timing.median,
+                }
+        own = min((n for n in cells if n in OWN), key=lambda n: cells[n]["seconds"], default=None)
+        both = own is not None and PYTORCH in cells
+        speedup = cells[PYTORCH]["seconds"] / cells[own]["seconds"] if both and own else None
+        cells |= {
+            name: {"reason": why} for (model, name), why in reasons.items() if model == config.model
+        }
+        rows.append(
+            {
+                "model": config.model,
+                "title": MODELS[config.model].title,
+                "backends": cells,
+                "own": own,
+                "speedup": speedup,
+            }
+        )
+    return {
+        "schema": SCHEMA,
+        "environment": environment(device),
+        "setting": configs[0].setting,
+        "rows": rows,
+    }
+
+
+def to_markdown(found: dict[str, Any]) -> str:
+    """A line per model: PyTorch's time, each own backend's, the speed-up, images/s of the best."""
+    setting, machine = found["setting"], found["environment"]
+    names = list(dict.fromkeys(name for row in found["rows"] for name in row["backends"]))
+    titles = {"torch": "PyTorch", "compiled": "torch.compile", "cuda": "CUDA", "cpu": "C++"}
+    columns = [f"{titles.get(name, name.title())} time" for name in names]
+    lines = [
+        f"Training step of batch {setting['batch_size']}, dim {setting['dim']}, depth "
+        f"{setting['depth']}, on {setting['dataset']} images, amp {setting['amp']}; on "
+        f"{machine['cpu'] if machine['device'] == 'cpu' else machine['device']}.",
+        "",
+        "| " + " | ".join(["Model", *columns, "Speed-up", "Images/s, PyTorch", "own"]) + " |",
+        "|---" + "|---:" * (len(columns) + 3) + "|",
+    ]
+    for row in found["rows"]:
+        cells = [row["title"]]
+        for name in names:
+            cell = row["backends"].get(name, {})
+            cells.append(f"{1e3 * cell['seconds']:.3g} ms" if "seconds" in cell else "–")
+        cells.append(f"{row['speedup']:.2f}×" if row["speedup"] else "–")
+        for name in (PYTORCH, row["own"]):
+            rate = row["backends"].get(name, {}).get("images_per_second")
+            cells.append(f"{rate:,.0f}" if rate else "–")
+        lines.append("| " + " | ".join(cells) + " |")
+    why: dict[str, list[str]] = {}
+    for row in found["rows"]:
+        for name, cell in row["backends"].items():
+            if "reason" in cell:
+                why.setdefault(f"{name}: {cell['reason']}", []).append(row["model"])
+    lines += ["", *(f"- {text} ({', '.join(models)})" for text, models in why.items())]
+    return "\n".join(lines).rstrip() + "\n"
