@@ -1,21 +1,32 @@
 """Ripple pooling and expansion in Triton: depthwise 3×3 windows on a channels-last grid.
 
-A program owns BLOCK_P grid positions × BLOCK_C channels; channels are the contiguous axis, so every
-access is a row of channels, and the nine taps of neighbouring positions meet in cache.
+A program owns BLOCK_C channels (the contiguous axis: 16-byte accesses) of a range of tokens and
+walks them in tiles of BLOCK_P; the taps of neighbouring tokens meet in cache, a filter stays in
+registers over the walk. Each kernel takes a pyramid of STAGES stages, one as well as four:
 
 ====================  ==================================================  ======================
-kernel                reads                                               writes
+kernel                reads, e C times n_s = B·rows·cols of level s       writes
 ====================  ==================================================  ======================
-_depthwise            x (z and the pair's weights too, for expansion)     out
-_input_gradient       dout                                                dx
-_weight_gradient      dout, x                                             9 partial sums a split
-_pair_gradient        dout, z                                             dz, 2 partials a split
+_pool                 n_0 (and n_1 to n_(S-1), which it wrote)            n_1 + … + n_S
+_pool_backward        levels n_0 + … + n_(S-1), gradients n_1 + … + n_S   n_0
+_expand               n_0 + … + n_S                                       n_0
+_expand_backward      dout n_0, n_0 + … + n_S                             n_0 + … + n_S
+_sum_partials         partial sums, float32                               weights' gradients
 ====================  ==================================================  ======================
 
-Sums are float32. Weight gradients are summed over a split of the positions by each program and over
-the splits in a fixed order, so results repeat bit for bit.
+Backward, dx and a weight's gradient are made of the same nine taps of dout, so one pass over the
+tokens makes both; each program leaves 9 or 11 float32 sums a channel, added in a fixed order:
+results repeat bit for bit.
+
+For one stage a program's range is any part of the grid. For a pyramid it is whole images, since a
+level's windows read what the level before wrote: between stages the program meets at a barrier,
+which also orders its own global memory. What passes between stages and is no result lies in a
+float32 scratch (backward) or in ``out`` itself (a coarse token at the place of its first fine one),
+which the same program wrote shortly before: it comes from cache while its images fit there. So
+pyramids are walked in one launch only where ``stages.fits`` says so, and by single stages else.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -23,419 +34,749 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kernels import tuning
 from kernels.operators import empty_like, readable
-from kernels.ripple.operators import attach
-from kernels.ripple.stages import compose, pooled_shape
-from kernels.triton_support import narrow, operator, split_tokens
+from kernels.ripple.operators import attach, attach_stages
+from kernels.ripple.stages import compose, fused_where_it_fits, level_shapes
+from kernels.triton_support import multiprocessors, narrow, operator
+
+# Tiles that one float32 sum takes at most: of more, it would lose too much.
+_MOST_TILES = 512
+
+
+# ---- what the kernels share ----------------------------------------------------------------------
+# Sizes are (rows, cols), strides those of batch, rows and columns; spans are the tokens of a level
+# that a program owns. All are tuples with an entry a level.
 
 
 @triton.jit
-def _grid_row(position, rows, cols):
-    """(b, row, col) of a position in the flattened (B, rows, cols) grid."""
-    return position // (rows * cols), (position // cols) % rows, position % cols
-
-
-@triton.jit
-def _load(pointer, b, row, col, channels, mask, stride_b, stride_r, stride_c):
-    """x[b, row, col, channels] as float32, zero where ``mask`` is off; (positions, channels)."""
-    offsets = b * stride_b + row * stride_r + col * stride_c
-    return tl.load(pointer + offsets[:, None] + channels[None, :], mask=mask, other=0.0).to(
-        tl.float32
-    )
-
-
-@triton.jit
-def _depthwise(
-    x_pointer,
-    weight_pointer,  # (C, 3, 3), contiguous
-    z_pointer,  # the coarser grid; unused without PAIRS
-    pair_pointer,  # (2, C), contiguous; unused without PAIRS
-    out_pointer,
-    num_positions,  # of the output grid
-    rows,
-    cols,
-    out_rows,
-    out_cols,
-    x_stride_b,
-    x_stride_r,
-    x_stride_c,
-    z_stride_b,
-    z_stride_r,
-    z_stride_c,
-    out_stride_b,
-    out_stride_r,
-    out_stride_c,
-    C,
-    STEP_R: tl.constexpr,
-    STEP_C: tl.constexpr,
-    PAIRS: tl.constexpr,  # 0: none; 1: add weight[row % 2] * z[row // 2]; 2: along columns
-    BLOCK_P: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-):
-    """out = depthwise 3×3 of x (padding 1, steps STEP_R, STEP_C), plus the spread-out z."""
-    channel_blocks = tl.cdiv(C, BLOCK_C)
+def _channels(C, BLOCK_C: tl.constexpr):
+    """The program's channels, and which part of the tokens it has."""
+    blocks = tl.cdiv(C, BLOCK_C)
     program = tl.program_id(0).to(tl.int64)
-    channels = (program % channel_blocks) * BLOCK_C + tl.arange(0, BLOCK_C)
-    positions = (program // channel_blocks) * BLOCK_P + tl.arange(0, BLOCK_P)
-    inside = (positions < num_positions)[:, None] & (channels < C)[None, :]
-    b, row, col = _grid_row(positions, out_rows, out_cols)
-
-    accumulator = tl.zeros((BLOCK_P, BLOCK_C), dtype=tl.float32)
-    for tap in tl.static_range(9):
-        x_row = row * STEP_R + tap // 3 - 1
-        x_col = col * STEP_C + tap % 3 - 1
-        valid = (x_row >= 0) & (x_row < rows) & (x_col >= 0) & (x_col < cols)
-        mask = inside & valid[:, None]
-        x = _load(x_pointer, b, x_row, x_col, channels, mask, x_stride_b, x_stride_r, x_stride_c)
-        w = tl.load(weight_pointer + channels * 9 + tap, mask=channels < C, other=0.0)
-        accumulator += x * w.to(tl.float32)[None, :]
-    if PAIRS:
-        token = row if PAIRS == 1 else col
-        z_row = row // 2 if PAIRS == 1 else row
-        z_col = col if PAIRS == 1 else col // 2
-        z = _load(z_pointer, b, z_row, z_col, channels, inside, z_stride_b, z_stride_r, z_stride_c)
-        pair = pair_pointer + ((token % 2) * C)[:, None] + channels[None, :]
-        accumulator += z * tl.load(pair, mask=inside, other=0.0).to(tl.float32)
-    offsets = b * out_stride_b + row * out_stride_r + col * out_stride_c
-    out = narrow(accumulator, out_pointer.dtype.element_ty)
-    tl.store(out_pointer + offsets[:, None] + channels[None, :], out, mask=inside)
+    return (program % blocks) * BLOCK_C + tl.arange(0, BLOCK_C), program // blocks
 
 
 @triton.jit
-def _input_gradient(
+def _token(start, end, rows, cols, LONG: tl.constexpr, BLOCK_P: tl.constexpr):
+    """(batch, row, column) of the tile's tokens, and which of them there are."""
+    tokens = start + tl.arange(0, BLOCK_P)
+    inside = tokens < end
+    if not LONG:  # a 64-bit division is a hundred instructions
+        tokens = tokens.to(tl.int32)
+    line = tokens // cols
+    return line // rows, line % rows, tokens % cols, inside
+
+
+@triton.jit
+def _offsets(b, row, col, strides, channels):
+    tokens = (
+        b.to(tl.int64) * strides[0] + row.to(tl.int64) * strides[1] + col.to(tl.int64) * strides[2]
+    )
+    return tokens[:, None] + channels[None, :]
+
+
+@triton.jit
+def _load(pointer, b, row, col, strides, channels, mask):
+    """x[b, row, col, channels] as float32, zero where ``mask`` is off; (tokens, channels)."""
+    offsets = _offsets(b, row, col, strides, channels)
+    return tl.load(pointer + offsets, mask=mask, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _store(pointer, b, row, col, strides, channels, mask, x):
+    """The same places = float32 x, rounded to the pointer's dtype."""
+    offsets = _offsets(b, row, col, strides, channels)
+    tl.store(pointer + offsets, narrow(x, pointer.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _filter(pointer, channels, C):
+    """The nine taps of a contiguous (C, 3, 3), each (channels,) in float32."""
+    taps = ()  # type: tuple[Any, ...]
+    for tap in tl.static_range(9):
+        w = tl.load(pointer + channels * 9 + tap, mask=channels < C, other=0.0)
+        taps = taps + (w.to(tl.float32),)  # noqa: RUF005
+    return taps
+
+
+@triton.jit
+def _window(pointer, b, row, col, rows, cols, strides, channels, mask, taps):
+    """Σ taps[i, j] · x[row + i − 1, col + j − 1], zero outside the grid."""
+    total = tl.zeros(mask.shape, dtype=tl.float32)
+    for tap in tl.static_range(9):
+        r, c = row + (tap // 3 - 1), col + (tap % 3 - 1)
+        valid = (r >= 0) & (r < rows) & (c >= 0) & (c < cols)
+        x = _load(pointer, b, r, c, strides, channels, mask & valid[:, None])
+        total += x * taps[tap][None, :]
+    return total
+
+
+@triton.jit
+def _store_sums(partial_pointer, sums, first, channels, C):
+    """partial[first + i, channels] = Σ over tokens of sums[i]."""
+    for i in tl.static_range(len(sums)):
+        target = partial_pointer + (first + i) * C + channels
+        tl.store(target, tl.sum(sums[i], axis=0), mask=channels < C)
+
+
+@triton.jit
+def _adjoint(
+    x_pointer,
+    x_strides,
     dout_pointer,
-    weight_pointer,
+    dout_strides,
+    own_pointer,  # a gradient that dx starts from; unused without OWN
+    own_strides,
     dx_pointer,
-    num_positions,  # of the input grid
-    rows,
-    cols,
-    out_rows,
-    out_cols,
-    dout_stride_b,
-    dout_stride_r,
-    dout_stride_c,
-    dx_stride_b,
-    dx_stride_r,
-    dx_stride_c,
+    dx_strides,
+    weight_pointer,
+    partial_pointer,  # 9 rows of C
+    size,  # of x
+    out_size,
+    begin,
+    end,
+    channels,
     C,
     STEP_R: tl.constexpr,
     STEP_C: tl.constexpr,
+    OWN: tl.constexpr,
+    LONG: tl.constexpr,
     BLOCK_P: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """dx[i] = Σ over taps t of weight[t] · dout[(i + 1 − t) / step], where that divides."""
-    channel_blocks = tl.cdiv(C, BLOCK_C)
-    program = tl.program_id(0).to(tl.int64)
-    channels = (program % channel_blocks) * BLOCK_C + tl.arange(0, BLOCK_C)
-    positions = (program // channel_blocks) * BLOCK_P + tl.arange(0, BLOCK_P)
-    inside = (positions < num_positions)[:, None] & (channels < C)[None, :]
-    b, row, col = _grid_row(positions, rows, cols)
+    """dx[i] = Σ over taps t of weight[t] · dout[(i + 1 − t) / step], where that divides; and, from
+    the same dout, dweight[t] = Σ over i of x[i] · dout[(i + 1 − t) / step]."""
+    rows, cols = size[0], size[1]
+    out_rows, out_cols = out_size[0], out_size[1]
+    taps = _filter(weight_pointer, channels, C)
+    sums = ()  # type: tuple[Any, ...]
+    for _ in tl.static_range(9):
+        sums = sums + (tl.zeros((BLOCK_P, BLOCK_C), dtype=tl.float32),)  # noqa: RUF005
+    for start in range(begin, end, BLOCK_P):
+        b, row, col, inside = _token(start, end, rows, cols, LONG, BLOCK_P)
+        mask = inside[:, None] & (channels < C)[None, :]
+        x = _load(x_pointer, b, row, col, x_strides, channels, mask)
+        dx = tl.zeros((BLOCK_P, BLOCK_C), dtype=tl.float32)
+        if OWN:
+            dx = _load(own_pointer, b, row, col, own_strides, channels, mask)
+        more = ()  # type: tuple[Any, ...]
+        for tap in tl.static_range(9):
+            r, c = row + (1 - tap // 3), col + (1 - tap % 3)
+            valid = (r >= 0) & (c >= 0) & (r < out_rows * STEP_R) & (c < out_cols * STEP_C)
+            valid = valid & (r % STEP_R == 0) & (c % STEP_C == 0)
+            whole = mask & valid[:, None]
+            g = _load(dout_pointer, b, r // STEP_R, c // STEP_C, dout_strides, channels, whole)
+            dx += g * taps[tap][None, :]
+            more = more + (sums[tap] + x * g,)  # noqa: RUF005
+        sums = more
+        _store(dx_pointer, b, row, col, dx_strides, channels, mask, dx)
+    _store_sums(partial_pointer, sums, 0, channels, C)
 
-    accumulator = tl.zeros((BLOCK_P, BLOCK_C), dtype=tl.float32)
-    for tap in tl.static_range(9):
-        r, c = row + 1 - tap // 3, col + 1 - tap % 3
-        valid = (r >= 0) & (c >= 0) & (r < out_rows * STEP_R) & (c < out_cols * STEP_C)
-        valid = valid & (r % STEP_R == 0) & (c % STEP_C == 0)
-        mask = inside & valid[:, None]
-        dout = _load(
-            dout_pointer,
-            b,
-            r // STEP_R,
-            c // STEP_C,
-            channels,
-            mask,
-            dout_stride_b,
-            dout_stride_r,
-            dout_stride_c,
-        )
-        w = tl.load(weight_pointer + channels * 9 + tap, mask=channels < C, other=0.0)
-        accumulator += dout * w.to(tl.float32)[None, :]
-    offsets = b * dx_stride_b + row * dx_stride_r + col * dx_stride_c
-    dx = narrow(accumulator, dx_pointer.dtype.element_ty)
-    tl.store(dx_pointer + offsets[:, None] + channels[None, :], dx, mask=inside)
+
+# ---- kernels -------------------------------------------------------------------------------------
 
 
 @triton.jit
-def _weight_gradient(
-    dout_pointer,
-    x_pointer,
-    partial_pointer,  # (num_splits, C, 9) float32
-    num_positions,  # of the output grid
-    positions_per_split,
-    rows,
-    cols,
-    out_rows,
-    out_cols,
-    dout_stride_b,
-    dout_stride_r,
-    dout_stride_c,
-    x_stride_b,
-    x_stride_r,
-    x_stride_c,
+def _pool(
+    level_pointers,  # 0 to S: x is read, the others are written
+    weight_pointers,
+    level_strides,
+    sizes,
+    spans,
+    batch,
     C,
-    STEP_R: tl.constexpr,
-    STEP_C: tl.constexpr,
+    AXES: tl.constexpr,
+    STAGES: tl.constexpr,
+    LONG: tl.constexpr,
     BLOCK_P: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """partial[split, :, tap] = Σ dout[p] · x[p·step + tap − 1] over a split's positions.
+    """Each level is the depthwise 3×3 of the one before, stride 2 along the stage's axis."""
+    channels, part = _channels(C, BLOCK_C)
+    for s in tl.static_range(STAGES):
+        rows, cols = sizes[s + 1][0], sizes[s + 1][1]
+        taps = _filter(weight_pointers[s], channels, C)
+        begin = part * spans[s + 1]
+        end = tl.minimum(begin + spans[s + 1], batch * rows * cols)
+        for start in range(begin, end, BLOCK_P):
+            b, row, col, inside = _token(start, end, rows, cols, LONG, BLOCK_P)
+            mask = inside[:, None] & (channels < C)[None, :]
+            out = _window(
+                level_pointers[s],
+                b,
+                row * 2 if AXES[s] == 0 else row,
+                col if AXES[s] == 0 else col * 2,
+                sizes[s][0],
+                sizes[s][1],
+                level_strides[s],
+                channels,
+                mask,
+                taps,
+            )
+            _store(level_pointers[s + 1], b, row, col, level_strides[s + 1], channels, mask, out)
+        if s + 1 < STAGES:
+            tl.debug_barrier()
 
-    One tap at a time: the split's rows of dout stay in cache over the nine.
+
+@triton.jit
+def _pool_backward(
+    level_pointers,  # 0 to S - 1
+    gradient_pointers,  # 0 to S: of level 0, written; of the others, read
+    scratch_pointers,  # 1 to S - 1: total gradients, float32 and contiguous; any at 0
+    weight_pointers,
+    partial_pointer,  # (programs, STAGES, 11, C)
+    level_strides,
+    gradient_strides,
+    scratch_strides,
+    sizes,
+    spans,
+    batch,
+    C,
+    AXES: tl.constexpr,
+    STAGES: tl.constexpr,
+    LONG: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    """From the coarsest level down: a level's total gradient is its own plus what comes back."""
+    channels, part = _channels(C, BLOCK_C)
+    for s in tl.static_range(STAGES - 1, -1, -1):
+        begin = part * spans[s]
+        end = tl.minimum(begin + spans[s], batch * sizes[s][0] * sizes[s][1])
+        _adjoint(
+            level_pointers[s],
+            level_strides[s],
+            gradient_pointers[s + 1] if s + 1 == STAGES else scratch_pointers[s + 1],
+            gradient_strides[s + 1] if s + 1 == STAGES else scratch_strides[s + 1],
+            gradient_pointers[s],
+            gradient_strides[s],
+            gradient_pointers[0] if s == 0 else scratch_pointers[s],
+            gradient_strides[0] if s == 0 else scratch_strides[s],
+            weight_pointers[s],
+            partial_pointer + (part * STAGES + s) * 11 * C,
+            sizes[s],
+            sizes[s + 1],
+            begin,
+            end,
+            channels,
+            C,
+            2 if AXES[s] == 0 else 1,
+            1 if AXES[s] == 0 else 2,
+            s > 0,
+            LONG,
+            BLOCK_P,
+            BLOCK_C,
+        )
+        if s > 0:
+            tl.debug_barrier()
+
+
+@triton.jit
+def _expand(
+    level_pointers,  # 0 to S, S being z
+    pair_pointers,
+    weight_pointers,
+    out_pointer,
+    level_strides,
+    out_strides,
+    sizes,
+    spans,
+    batch,
+    C,
+    AXES: tl.constexpr,
+    STAGES: tl.constexpr,
+    LONG: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    """From the coarsest level down: a token makes the two fine ones of it, each with its window.
+
+    In between, a level's token lies in ``out`` at the place of its first descendant: its first
+    child overwrites it, which the same tile computes from it.
     """
-    channel_blocks = tl.cdiv(C, BLOCK_C)
-    program = tl.program_id(0).to(tl.int64)
-    tap = program % 9
-    channels = (program // 9 % channel_blocks) * BLOCK_C + tl.arange(0, BLOCK_C)
-    split = program // 9 // channel_blocks
-    begin = split * positions_per_split
-    end = tl.minimum(begin + positions_per_split, num_positions)
-
-    total = tl.zeros((BLOCK_C,), dtype=tl.float32)
-    for start in range(begin, end, BLOCK_P):
-        positions = start + tl.arange(0, BLOCK_P).to(tl.int64)
-        inside = (positions < end)[:, None] & (channels < C)[None, :]
-        b, row, col = _grid_row(positions, out_rows, out_cols)
-        dout = _load(
-            dout_pointer,
-            b,
-            row,
-            col,
-            channels,
-            inside,
-            dout_stride_b,
-            dout_stride_r,
-            dout_stride_c,
-        )
-        x_row = row * STEP_R + tap // 3 - 1
-        x_col = col * STEP_C + tap % 3 - 1
-        valid = (x_row >= 0) & (x_row < rows) & (x_col >= 0) & (x_col < cols)
-        mask = inside & valid[:, None]
-        x = _load(x_pointer, b, x_row, x_col, channels, mask, x_stride_b, x_stride_r, x_stride_c)
-        total += tl.sum(dout * x, axis=0)
-    tl.store(partial_pointer + (split * C + channels) * 9 + tap, total, mask=channels < C)
+    channels, part = _channels(C, BLOCK_C)
+    row_step, col_step = 1, 1  # between tokens of level s + 1, in level 0
+    for s in tl.static_range(STAGES):
+        if AXES[s] == 0:
+            row_step *= 2
+        else:
+            col_step *= 2
+    for s in tl.static_range(STAGES - 1, -1, -1):
+        fine_row_step = row_step // 2 if AXES[s] == 0 else row_step
+        fine_col_step = col_step if AXES[s] == 0 else col_step // 2
+        rows, cols = sizes[s][0], sizes[s][1]
+        coarse_rows, coarse_cols = sizes[s + 1][0], sizes[s + 1][1]
+        taps = _filter(weight_pointers[s], channels, C)
+        begin = part * spans[s + 1]
+        end = tl.minimum(begin + spans[s + 1], batch * coarse_rows * coarse_cols)
+        for start in range(begin, end, BLOCK_P):
+            b, coarse_row, coarse_col, inside = _token(
+                start, end, coarse_rows, coarse_cols, LONG, BLOCK_P
+            )
+            mask = inside[:, None] & (channels < C)[None, :]
+            if s + 1 == STAGES:
+                z = _load(
+                    level_pointers[STAGES],
+                    b,
+                    coarse_row,
+                    coarse_col,
+                    level_strides[STAGES],
+                    channels,
+                    mask,
+                )
+            else:
+                r, c = coarse_row * row_step, coarse_col * col_step
+                z = _load(out_pointer, b, r, c, out_strides, channels, mask)
+            for parity in range(2):
+                row = coarse_row * 2 + parity if AXES[s] == 0 else coarse_row
+                col = coarse_col if AXES[s] == 0 else coarse_col * 2 + parity
+                # The finer size may be odd: its last pair is cut.
+                whole = mask & ((row < rows) & (col < cols))[:, None]
+                out = _window(
+                    level_pointers[s],
+                    b,
+                    row,
+                    col,
+                    rows,
+                    cols,
+                    level_strides[s],
+                    channels,
+                    whole,
+                    taps,
+                )
+                pair = tl.load(
+                    pair_pointers[s] + parity * C + channels, mask=channels < C, other=0.0
+                )
+                out += z * pair.to(tl.float32)[None, :]
+                r, c = row * fine_row_step, col * fine_col_step
+                _store(out_pointer, b, r, c, out_strides, channels, whole, out)
+        row_step, col_step = fine_row_step, fine_col_step
+        if s > 0:
+            tl.debug_barrier()
 
 
 @triton.jit
-def _pair_gradient(
+def _expand_backward(
     dout_pointer,
-    z_pointer,
-    pair_pointer,  # (2, C), contiguous
-    dz_pointer,
-    partial_pointer,  # (num_splits, 2, C) float32
-    num_positions,  # of the coarser grid
-    positions_per_split,
-    rows,  # of the finer grid
-    cols,
-    z_rows,
-    z_cols,
-    dout_stride_b,
-    dout_stride_r,
-    dout_stride_c,
-    z_stride_b,
-    z_stride_r,
-    z_stride_c,
-    dz_stride_b,
-    dz_stride_r,
-    dz_stride_c,
+    level_pointers,  # 0 to S, S being z
+    gradient_pointers,  # 0 to S, all written
+    dexpanded_pointers,  # 1 to S - 1: gradients of the expanded levels, float32; any at 0
+    expanded_pointers,  # 1 to S - 1: these levels again, float32; any at 0
+    pair_pointers,
+    weight_pointers,
+    partial_pointer,  # (programs, STAGES, 11, C)
+    dout_strides,
+    level_strides,
+    gradient_strides,
+    scratch_strides,
+    sizes,
+    spans,
+    batch,
     C,
-    AXIS: tl.constexpr,
+    AXES: tl.constexpr,
+    STAGES: tl.constexpr,
+    LONG: tl.constexpr,
     BLOCK_P: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """dz[i] = Σ weight[p] · dout[2i + p] over p = 0, 1; dweight[p] = Σ dout[2i + p] · z[i]."""
-    channel_blocks = tl.cdiv(C, BLOCK_C)
-    program = tl.program_id(0).to(tl.int64)
-    channels = (program % channel_blocks) * BLOCK_C + tl.arange(0, BLOCK_C)
-    split = program // channel_blocks
-    begin = split * positions_per_split
-    end = tl.minimum(begin + positions_per_split, num_positions)
-    even_weight = tl.load(pair_pointer + channels, mask=channels < C, other=0.0).to(tl.float32)
-    odd_weight = tl.load(pair_pointer + C + channels, mask=channels < C, other=0.0).to(tl.float32)
+    """Down: the expanded levels again. Up: their gradients, and the pair weights'. Then every
+    level's own gradient and its filter's."""
+    channels, part = _channels(C, BLOCK_C)
 
-    even_total = tl.zeros((BLOCK_C,), dtype=tl.float32)
-    odd_total = tl.zeros((BLOCK_C,), dtype=tl.float32)
-    for start in range(begin, end, BLOCK_P):
-        positions = start + tl.arange(0, BLOCK_P).to(tl.int64)
-        inside = (positions < end)[:, None] & (channels < C)[None, :]
-        b, z_row, z_col = _grid_row(positions, z_rows, z_cols)
-        z = _load(z_pointer, b, z_row, z_col, channels, inside, z_stride_b, z_stride_r, z_stride_c)
-        row = z_row * 2 if AXIS == 0 else z_row
-        col = z_col if AXIS == 0 else z_col * 2
-        even = _load(
+    for s in tl.static_range(STAGES - 1, 0, -1):  # down, to level 1
+        rows, cols = sizes[s][0], sizes[s][1]
+        taps = _filter(weight_pointers[s], channels, C)
+        begin = part * spans[s]
+        end = tl.minimum(begin + spans[s], batch * rows * cols)
+        for start in range(begin, end, BLOCK_P):
+            b, row, col, inside = _token(start, end, rows, cols, LONG, BLOCK_P)
+            mask = inside[:, None] & (channels < C)[None, :]
+            z = _load(
+                level_pointers[STAGES] if s + 1 == STAGES else expanded_pointers[s + 1],
+                b,
+                row // 2 if AXES[s] == 0 else row,
+                col if AXES[s] == 0 else col // 2,
+                level_strides[STAGES] if s + 1 == STAGES else scratch_strides[s + 1],
+                channels,
+                mask,
+            )
+            parity = (row if AXES[s] == 0 else col) % 2
+            pair = pair_pointers[s] + (parity * C)[:, None] + channels[None, :]
+            expanded = z * tl.load(pair, mask=mask, other=0.0).to(tl.float32)
+            expanded += _window(
+                level_pointers[s], b, row, col, rows, cols, level_strides[s], channels, mask, taps
+            )
+            _store(expanded_pointers[s], b, row, col, scratch_strides[s], channels, mask, expanded)
+        tl.debug_barrier()
+
+    for s in tl.static_range(STAGES):  # up
+        rows, cols = sizes[s][0], sizes[s][1]
+        coarse_rows, coarse_cols = sizes[s + 1][0], sizes[s + 1][1]
+        even_weight = tl.load(pair_pointers[s] + channels, mask=channels < C, other=0.0)
+        odd_weight = tl.load(pair_pointers[s] + C + channels, mask=channels < C, other=0.0)
+        even_sum = tl.zeros((BLOCK_P, BLOCK_C), dtype=tl.float32)
+        odd_sum = tl.zeros((BLOCK_P, BLOCK_C), dtype=tl.float32)
+        begin = part * spans[s + 1]
+        end = tl.minimum(begin + spans[s + 1], batch * coarse_rows * coarse_cols)
+        for start in range(begin, end, BLOCK_P):
+            b, coarse_row, coarse_col, inside = _token(
+                start, end, coarse_rows, coarse_cols, LONG, BLOCK_P
+            )
+            mask = inside[:, None] & (channels < C)[None, :]
+            z = _load(
+                level_pointers[STAGES] if s + 1 == STAGES else expanded_pointers[s + 1],
+                b,
+                coarse_row,
+                coarse_col,
+                level_strides[STAGES] if s + 1 == STAGES else scratch_strides[s + 1],
+                channels,
+                mask,
+            )
+            dout = dout_pointer if s == 0 else dexpanded_pointers[s]
+            strides = dout_strides if s == 0 else scratch_strides[s]
+            row = coarse_row * 2 if AXES[s] == 0 else coarse_row
+            col = coarse_col if AXES[s] == 0 else coarse_col * 2
+            even = _load(dout, b, row, col, strides, channels, mask)
+            row = row + 1 if AXES[s] == 0 else row
+            col = col if AXES[s] == 0 else col + 1
+            # The finer size may be odd: its last pair is cut.
+            whole = (row < rows) & (col < cols)
+            odd = _load(dout, b, row, col, strides, channels, mask & whole[:, None])
+            even_sum += even * z
+            odd_sum += odd * z
+            dz = (
+                even * even_weight.to(tl.float32)[None, :]
+                + odd * odd_weight.to(tl.float32)[None, :]
+            )
+            _store(
+                gradient_pointers[STAGES] if s + 1 == STAGES else dexpanded_pointers[s + 1],
+                b,
+                coarse_row,
+                coarse_col,
+                gradient_strides[STAGES] if s + 1 == STAGES else scratch_strides[s + 1],
+                channels,
+                mask,
+                dz,
+            )
+        partial = partial_pointer + (part * STAGES + s) * 11 * C
+        _store_sums(partial, (even_sum, odd_sum), 9, channels, C)
+        if s + 1 < STAGES:
+            tl.debug_barrier()
+
+    for s in tl.static_range(STAGES):
+        begin = part * spans[s]
+        end = tl.minimum(begin + spans[s], batch * sizes[s][0] * sizes[s][1])
+        _adjoint(
+            level_pointers[s],
+            level_strides[s],
+            dout_pointer if s == 0 else dexpanded_pointers[s],
+            dout_strides if s == 0 else scratch_strides[s],
             dout_pointer,
-            b,
-            row,
-            col,
+            dout_strides,
+            gradient_pointers[s],
+            gradient_strides[s],
+            weight_pointers[s],
+            partial_pointer + (part * STAGES + s) * 11 * C,
+            sizes[s],
+            sizes[s],
+            begin,
+            end,
             channels,
-            inside,
-            dout_stride_b,
-            dout_stride_r,
-            dout_stride_c,
+            C,
+            1,
+            1,
+            False,
+            LONG,
+            BLOCK_P,
+            BLOCK_C,
         )
-        row = row + 1 if AXIS == 0 else row
-        col = col if AXIS == 0 else col + 1
-        # The finer size may be odd: its last pair is cut.
-        whole = (row < rows) & (col < cols)
-        odd = _load(
-            dout_pointer,
-            b,
-            row,
-            col,
-            channels,
-            inside & whole[:, None],
-            dout_stride_b,
-            dout_stride_r,
-            dout_stride_c,
+
+
+@triton.jit
+def _sum_partials(
+    partial_pointer,  # (programs, STAGES, 11, C)
+    weight_pointers,  # gradients (C, 3, 3), contiguous
+    pair_pointers,  # gradients (2, C), contiguous; any without PAIRS
+    programs,
+    C,
+    STAGES: tl.constexpr,
+    PAIRS: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    """Each weight's gradient: its partial sums, added in the order of the programs."""
+    channels = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
+    tap = tl.program_id(1)
+    for s in tl.static_range(STAGES):
+        total = tl.zeros((BLOCK_P, BLOCK_C), dtype=tl.float32)
+        for start in range(0, programs, BLOCK_P):
+            program = start + tl.arange(0, BLOCK_P)
+            rows = (program.to(tl.int64) * STAGES + s) * 11 + tap
+            mask = (program < programs)[:, None] & (channels < C)[None, :]
+            total += tl.load(
+                partial_pointer + rows[:, None] * C + channels[None, :], mask=mask, other=0.0
+            )
+        gradient = tl.sum(total, axis=0)
+        if tap < 9:
+            dweight = weight_pointers[s]
+            rounded = narrow(gradient, dweight.dtype.element_ty)
+            tl.store(dweight + channels * 9 + tap, rounded, mask=channels < C)
+        else:
+            if PAIRS:
+                dpair = pair_pointers[s]
+                rounded = narrow(gradient, dpair.dtype.element_ty)
+                tl.store(dpair + (tap - 9) * C + channels, rounded, mask=channels < C)
+
+
+# ---- launchers -----------------------------------------------------------------------------------
+
+
+class _Pyramid:
+    """What every launch of a pyramid over level 0, ``x``, is given."""
+
+    def __init__(self, kernel: str, x: Tensor, axes: Sequence[int]) -> None:
+        batch, _, _, self.C = x.shape
+        self.x, self.axes, self.batch = x, tuple(axes), batch
+        self.shapes = level_shapes(x.shape, axes)
+        self.tile = tuning.options(kernel, self.C, x.dtype, x.device)
+        channel_blocks = triton.cdiv(self.C, self.tile["BLOCK_C"])
+        # About 8 programs a multiprocessor, of as many tokens as one float32 sum takes at most.
+        wanted = max(1, 8 * multiprocessors(x.device) // channel_blocks)
+        block, tokens = self.tile["BLOCK_P"], x.shape[1] * x.shape[2]
+        if len(axes) == 1:
+            per_program = triton.cdiv(batch * tokens, wanted)
+            per_program = max(1, min(triton.cdiv(per_program, block), _MOST_TILES)) * block
+            self.parts = triton.cdiv(batch * tokens, per_program)
+            # The coarse level in as many parts.
+            coarse = triton.cdiv(batch * self.shapes[1][1] * self.shapes[1][2], max(1, self.parts))
+            self.spans: tuple[int, ...] = (per_program, triton.cdiv(coarse, block) * block)
+        else:
+            images = min(triton.cdiv(batch, wanted), max(1, _MOST_TILES * block // tokens))
+            self.parts = triton.cdiv(batch, images)
+            self.spans = tuple(images * s[1] * s[2] for s in self.shapes)
+        self.grid = (channel_blocks * self.parts,)
+
+    def sizes(self) -> dict[str, Any]:
+        return {
+            "sizes": tuple((s[1], s[2]) for s in self.shapes),
+            "spans": self.spans,
+            "batch": self.batch,
+            "C": self.C,
+            "AXES": self.axes,
+            "STAGES": len(self.axes),
+            "LONG": self.x.numel() // self.C >= 2**31 - 2**16,
+            **self.tile,
+        }
+
+    def scratch(self) -> tuple[Tensor, ...]:
+        """float32 room for levels 1 to S - 1, at their indices; anything at 0."""
+        inner = (self.x.new_empty(shape, dtype=torch.float32) for shape in self.shapes[1:-1])
+        return (self.x, *inner)
+
+    def scratch_strides(self) -> tuple[tuple[int, ...], ...]:
+        return tuple((s[1] * s[2] * self.C, s[2] * self.C, self.C) for s in self.shapes[:-1])
+
+    def partials(self) -> Tensor:
+        shape = (self.parts, len(self.axes), 11, self.C)
+        return self.x.new_empty(shape, dtype=torch.float32)
+
+    def sum_partials(
+        self, partials: Tensor, dweights: Sequence[Tensor], dpairs: Sequence[Tensor] = ()
+    ) -> None:
+        options = tuning.options("ripple.sum_partials", self.C, self.x.dtype, self.x.device)
+        _sum_partials[(triton.cdiv(self.C, options["BLOCK_C"]), 11 if dpairs else 9)](
+            partials,
+            tuple(dweights),
+            tuple(dpairs or dweights),
+            self.parts,
+            self.C,
+            STAGES=len(self.axes),
+            PAIRS=bool(dpairs),
+            **options,
         )
-        even_total += tl.sum(even * z, axis=0)
-        odd_total += tl.sum(odd * z, axis=0)
-        dz = narrow(
-            even * even_weight[None, :] + odd * odd_weight[None, :], z_pointer.dtype.element_ty
+
+
+def implementation(op: str, grid: Tensor, *_: object) -> str:
+    """The tiles and warps chosen for the grid's channels, dtype and device."""
+    kernel = "ripple." + op.removeprefix("ripple_").removesuffix("_stages")
+    key = (grid.shape[-1], grid.dtype, grid.device)
+    chosen = (tuning.describe(name, *key) for name in (kernel, f"{kernel}_backward"))
+    return f"triton: {'; '.join(chosen)}"
+
+
+def _strides(tensors: Sequence[Tensor]) -> tuple[tuple[int, ...], ...]:
+    return tuple(x.stride()[:3] for x in tensors)
+
+
+def _contiguous(tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    return tuple(x.contiguous() for x in tensors)
+
+
+def _run_pool(x: Tensor, weights: Sequence[Tensor], axes: Sequence[int]) -> list[Tensor]:
+    pyramid = _Pyramid("ripple.pool", x, axes)
+    levels = [x, *(empty_like(x, shape) for shape in pyramid.shapes[1:])]
+    if x.numel():
+        _pool[pyramid.grid](
+            tuple(levels), _contiguous(weights), _strides(levels), **pyramid.sizes()
         )
-        offsets = b * dz_stride_b + z_row * dz_stride_r + z_col * dz_stride_c
-        tl.store(dz_pointer + offsets[:, None] + channels[None, :], dz, mask=inside)
-    partial = partial_pointer + split * 2 * C + channels
-    tl.store(partial, even_total, mask=channels < C)
-    tl.store(partial + C, odd_total, mask=channels < C)
+    return levels[1:]
 
 
-def tile_options(channels: int) -> dict[str, int]:
-    """Positions × channels of a program: 16-byte rows of channels, 4 warps."""
-    block_c = min(64, triton.next_power_of_2(channels))
-    return {"BLOCK_P": 32, "BLOCK_C": block_c, "num_warps": 4}
+def _run_pool_backward(
+    dlevels: Sequence[Tensor],
+    levels: Sequence[Tensor],
+    weights: Sequence[Tensor],
+    axes: Sequence[int],
+) -> list[Tensor]:
+    x = levels[0]
+    pyramid = _Pyramid("ripple.pool_backward", x, axes)
+    gradients = [empty_like(x), *(readable(g) for g in dlevels)]
+    dweights = [w.new_empty(w.shape) for w in weights]
+    partials = pyramid.partials()
+    if x.numel():
+        _pool_backward[pyramid.grid](
+            tuple(levels),
+            tuple(gradients),
+            pyramid.scratch(),
+            _contiguous(weights),
+            partials,
+            _strides(levels),
+            _strides(gradients),
+            pyramid.scratch_strides(),
+            **pyramid.sizes(),
+        )
+    pyramid.sum_partials(partials, dweights)
+    return [gradients[0], *dweights]
 
 
-def _steps(axis: int) -> dict[str, int]:
-    return {"STEP_R": 2 if axis == 0 else 1, "STEP_C": 1 if axis == 0 else 2}
-
-
-_SAME = {"STEP_R": 1, "STEP_C": 1}
-
-
-def _programs(x: Tensor, options: dict[str, int]) -> int:
-    positions = x.shape[0] * x.shape[1] * x.shape[2]
-    return triton.cdiv(positions, options["BLOCK_P"]) * triton.cdiv(x.shape[3], options["BLOCK_C"])
-
-
-def _run_depthwise(
-    x: Tensor, weight: Tensor, out: Tensor, steps: dict[str, int], spread: tuple[Any, ...] = ()
-) -> None:
-    options = tile_options(x.shape[3])
-    z, pair, axis = spread or (x, weight, -1)
+def _run_expand(
+    z: Tensor,
+    levels: Sequence[Tensor],
+    weights: Sequence[Tensor],
+    lateral_weights: Sequence[Tensor],
+    axes: Sequence[int],
+) -> Tensor:
+    pyramid = _Pyramid("ripple.expand", levels[0], axes)
+    out = empty_like(levels[0])
     if out.numel():
-        _depthwise[(_programs(out, options),)](
-            x,
-            weight.contiguous(),
-            z,
-            pair.contiguous(),
+        _expand[pyramid.grid](
+            (*levels, z),
+            _contiguous(weights),
+            _contiguous(lateral_weights),
             out,
-            out.shape[0] * out.shape[1] * out.shape[2],
-            *x.shape[1:3],
-            *out.shape[1:3],
-            *x.stride()[:3],
-            *z.stride()[:3],
-            *out.stride()[:3],
-            x.shape[3],
-            PAIRS=axis + 1,
-            **steps,
-            **options,
+            _strides((*levels, z)),
+            out.stride()[:3],
+            **pyramid.sizes(),
         )
+    return out
 
 
-def _run_gradients(
-    dout: Tensor, x: Tensor, weight: Tensor, steps: dict[str, int]
-) -> tuple[Tensor, Tensor]:
-    options = tile_options(x.shape[3])
-    dx = empty_like(x)
-    if dx.numel():
-        _input_gradient[(_programs(x, options),)](
+def _run_expand_backward(
+    dout: Tensor,
+    z: Tensor,
+    levels: Sequence[Tensor],
+    weights: Sequence[Tensor],
+    lateral_weights: Sequence[Tensor],
+    axes: Sequence[int],
+) -> list[Tensor]:
+    dout = readable(dout)
+    pyramid = _Pyramid("ripple.expand_backward", levels[0], axes)
+    dlevels, dz = [empty_like(x) for x in levels], empty_like(z)
+    dweights = [w.new_empty(w.shape) for w in weights]
+    dlaterals = [w.new_empty(w.shape) for w in lateral_weights]
+    partials = pyramid.partials()
+    if dout.numel():
+        _expand_backward[pyramid.grid](
             dout,
-            weight.contiguous(),
-            dx,
-            x.shape[0] * x.shape[1] * x.shape[2],
-            *x.shape[1:3],
-            *dout.shape[1:3],
-            *dout.stride()[:3],
-            *dx.stride()[:3],
-            x.shape[3],
-            **steps,
-            **options,
+            (*levels, z),
+            (*dlevels, dz),
+            pyramid.scratch(),
+            pyramid.scratch(),
+            _contiguous(weights),
+            _contiguous(lateral_weights),
+            partials,
+            dout.stride()[:3],
+            _strides((*levels, z)),
+            _strides((*dlevels, dz)),
+            pyramid.scratch_strides(),
+            **pyramid.sizes(),
         )
-    positions = dout.shape[0] * dout.shape[1] * dout.shape[2]
-    channel_blocks = triton.cdiv(x.shape[3], options["BLOCK_C"])
-    splits, per_split = split_tokens(positions, 9 * channel_blocks, options["BLOCK_P"], x.device)
-    partial = x.new_empty((splits, *weight.shape), dtype=torch.float32)
-    _weight_gradient[(9 * channel_blocks * splits,)](
-        dout,
-        x,
-        partial,
-        positions,
-        per_split,
-        *x.shape[1:3],
-        *dout.shape[1:3],
-        *dout.stride()[:3],
-        *x.stride()[:3],
-        x.shape[3],
-        **steps,
-        **options,
-    )
-    return dx, partial.sum(0).to(weight.dtype)
+    pyramid.sum_partials(partials, dlaterals, dweights)
+    return [dz, *dlevels, *dweights, *dlaterals]
+
+
+# ---- operators -----------------------------------------------------------------------------------
 
 
 @operator("ripple_pool")
 def _launch_pool(x: Tensor, weight: Tensor, axis: int) -> Tensor:
-    out = empty_like(x, pooled_shape(x.shape, axis))
-    _run_depthwise(x, weight, out, _steps(axis))
-    return out
+    return _run_pool(x, [weight], [axis])[0]
 
 
 @operator("ripple_pool_backward")
 def _launch_pool_backward(
     dout: Tensor, x: Tensor, weight: Tensor, axis: int
 ) -> tuple[Tensor, Tensor]:
-    return _run_gradients(readable(dout), x, weight, _steps(axis))
+    dx, dweight = _run_pool_backward([dout], [x], [weight], [axis])
+    return dx, dweight
 
 
 @operator("ripple_expand")
 def _launch_expand(
     z: Tensor, x: Tensor, weight: Tensor, lateral_weight: Tensor, axis: int
 ) -> Tensor:
-    out = empty_like(x)
-    _run_depthwise(x, lateral_weight, out, _SAME, (z, weight, axis))
-    return out
+    return _run_expand(z, [x], [weight], [lateral_weight], [axis])
 
 
 @operator("ripple_expand_backward")
 def _launch_expand_backward(
     dout: Tensor, z: Tensor, x: Tensor, weight: Tensor, lateral_weight: Tensor, axis: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    dout = readable(dout)
-    dx, dlateral_weight = _run_gradients(dout, x, lateral_weight, _SAME)
-    dz = empty_like(z)
-    options = tile_options(z.shape[3])
-    positions = z.shape[0] * z.shape[1] * z.shape[2]
-    channel_blocks = triton.cdiv(z.shape[3], options["BLOCK_C"])
-    splits, per_split = split_tokens(positions, channel_blocks, options["BLOCK_P"], z.device)
-    partial = z.new_empty((splits, *weight.shape), dtype=torch.float32)
-    _pair_gradient[(channel_blocks * splits,)](
-        dout,
-        z,
-        weight.contiguous(),
-        dz,
-        partial,
-        positions,
-        per_split,
-        *x.shape[1:3],
-        *z.shape[1:3],
-        *dout.stride()[:3],
-        *z.stride()[:3],
-        *dz.stride()[:3],
-        z.shape[3],
-        AXIS=axis,
-        **options,
-    )
-    return dz, dx, partial.sum(0).to(weight.dtype), dlateral_weight
+    gradients = _run_expand_backward(dout, z, [x], [weight], [lateral_weight], [axis])
+    dz, dx, dweight, dlateral_weight = gradients
+    return dz, dx, dweight, dlateral_weight
+
+
+@operator("ripple_pool_stages")
+def _launch_pool_stages(x: Tensor, weights: Sequence[Tensor], axes: Sequence[int]) -> list[Tensor]:
+    return _run_pool(x, weights, axes)
+
+
+@operator("ripple_pool_stages_backward")
+def _launch_pool_stages_backward(
+    dlevels: Sequence[Tensor],
+    levels: Sequence[Tensor],
+    weights: Sequence[Tensor],
+    axes: Sequence[int],
+) -> list[Tensor]:
+    return _run_pool_backward(dlevels, levels, weights, axes)
+
+
+@operator("ripple_expand_stages")
+def _launch_expand_stages(
+    z: Tensor,
+    levels: Sequence[Tensor],
+    weights: Sequence[Tensor],
+    lateral_weights: Sequence[Tensor],
+    axes: Sequence[int],
+) -> Tensor:
+    return _run_expand(z, levels, weights, lateral_weights, axes)
+
+
+@operator("ripple_expand_stages_backward")
+def _launch_expand_stages_backward(
+    dout: Tensor,
+    z: Tensor,
+    levels: Sequence[Tensor],
+    weights: Sequence[Tensor],
+    lateral_weights: Sequence[Tensor],
+    axes: Sequence[int],
+) -> list[Tensor]:
+    return _run_expand_backward(dout, z, levels, weights, lateral_weights, axes)
 
 
 ripple_pool, ripple_expand = attach("triton")
-ripple_pool_stages, ripple_expand_stages = compose(ripple_pool, ripple_expand)
+ripple_pool_stages, ripple_expand_stages = fused_where_it_fits(
+    attach_stages("triton"), compose(ripple_pool, ripple_expand), multiprocessors
+)

@@ -118,16 +118,8 @@ SLOW = [
     Mutation(
         "the window is flipped",
         RIPPLE,
-        "        x_row = row * STEP_R + tap // 3 - 1\n        x_col = col * STEP_C + tap % 3 - 1\n"
-        "        valid = (x_row >= 0) & (x_row < rows) & (x_col >= 0) & (x_col < cols)\n"
-        "        mask = inside & valid[:, None]\n"
-        "        x = _load(x_pointer, b, x_row, x_col, channels, mask, x_stride_b, x_stride_r,"
-        " x_stride_c)\n        w",
-        "        x_row = row * STEP_R + 1 - tap // 3\n        x_col = col * STEP_C + tap % 3 - 1\n"
-        "        valid = (x_row >= 0) & (x_row < rows) & (x_col >= 0) & (x_col < cols)\n"
-        "        mask = inside & valid[:, None]\n"
-        "        x = _load(x_pointer, b, x_row, x_col, channels, mask, x_stride_b, x_stride_r,"
-        " x_stride_c)\n        w",
+        "        r, c = row + (tap // 3 - 1), col + (tap % 3 - 1)",
+        "        r, c = row + (1 - tap // 3), col + (tap % 3 - 1)",
         "test_named_cases and ripple_pool and float32",
     ),
     Mutation(
@@ -136,6 +128,27 @@ SLOW = [
         "        whole = (row < rows) & (col < cols)",
         "        whole = (row < rows + 1) & (col < cols + 1)",
         "test_named_cases and ripple_expand and float32",
+    ),
+    Mutation(
+        "a level's own gradient is left out",
+        RIPPLE,
+        "            dx = _load(own_pointer,",
+        "            dx = 0.0 * _load(own_pointer,",
+        "test_ripple_stages and test_pool and 5x6x20",
+    ),
+    Mutation(
+        "a pyramid's last image is dropped",
+        RIPPLE,
+        "            self.parts = triton.cdiv(batch, images)",
+        "            self.parts = max(1, batch // images - 1)",
+        "test_ripple_stages and test_pool and 8x8x72",
+    ),
+    Mutation(
+        "pair weights are not told apart on the way down",
+        RIPPLE,
+        "            pair = pair_pointers[s] + (parity * C)[:, None] + channels[None, :]",
+        "            pair = pair_pointers[s] + (parity * 0)[:, None] + channels[None, :]",
+        "test_ripple_stages and test_expand and 5x6x20",
     ),
 ]
 
