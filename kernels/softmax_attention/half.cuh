@@ -465,7 +465,7 @@ __global__ void __launch_bounds__(kBlockThreads) key_value_gradient_kernel(Backw
   const float dscore_factor = a.dscore_scale * exp2f(-kShift);
 
   // Query tiles come head after head. A thread's `statistic` is one row's lse, or delta.
-  const int64_t end = a.query_tokens == 0 ? 0 : (block.head + 1) * a.group;
+  int64_t tiles = a.group * ((a.query_tokens + kPassed - 1) / kPassed);
   int64_t head = block.head * a.group, first = 0;
   float statistic = 0.0f;
   auto copy_next = [&](int stage) {
@@ -475,14 +475,12 @@ __global__ void __launch_bounds__(kBlockThreads) key_value_gradient_kernel(Backw
     copy_rows<kPassed, D>(tile + kPassed * kPitch<D>, a.dout, a.dout.at(block.batch, head, first),
                           valid);
     ptx::cp_async_commit();
-    if (threadIdx.x < 2 * kPassed) {
-      const int row = threadIdx.x % kPassed;
-      const int64_t at = (block.batch * a.heads + head) * a.query_tokens + first + row;
-      if (threadIdx.x < kPassed) {  // rows past the end get weights of 0
-        statistic = row < valid ? load_global(a.lse + at) * kLog2E - kShift : kInfinity;
-      } else {
-        statistic = row < valid ? load_global(a.delta + at) * dscore_factor : 0.0f;
-      }
+    const int row = threadIdx.x % kPassed;
+    const int64_t at = (block.batch * a.heads + head) * a.query_tokens + first + row;
+    statistic = 0.0f;  // past the end, where q and g are 0 too and so add nothing
+    if (threadIdx.x < 2 * kPassed && row < valid) {
+      statistic = threadIdx.x < kPassed ? load_global(a.lse + at) * kLog2E - kShift
+                                        : load_global(a.delta + at) * dscore_factor;
     }
     first += kPassed;
     if (first >= a.query_tokens) {
@@ -500,9 +498,7 @@ __global__ void __launch_bounds__(kBlockThreads) key_value_gradient_kernel(Backw
   copy_owned(owned, a.k);
   copy_owned(owned + Tile::kOwnedTile, a.v);
   ptx::cp_async_commit();
-  int64_t tiles = 0;
-  if (head < end) {
-    tiles = a.group * ((a.query_tokens + kPassed - 1) / kPassed);
+  if (tiles > 0) {
     copy_next(0);
     put_statistic(0);
   }

@@ -145,7 +145,8 @@ struct Scheduler {
 };
 
 inline Scheduler scheduler;
-inline int thread_order = 0;      // 0 forward, 1 reverse, 2 a stride through the block
+// 0 forward, 1 reverse, each warp as far ahead of the others as it gets, 2 a stride through the block
+inline int thread_order = 0;
 inline size_t granted_bytes = 0;  // by cudaFuncSetAttribute, for the launch that follows
 inline const char* failure = nullptr;
 
@@ -249,6 +250,11 @@ inline bool run_block() {
     for (unsigned i = 0; i < threads; ++i) {
       const unsigned thread = in_order(i, threads);
       if (scheduler.fibers[thread].wait == Wait::nothing) run_until_it_waits(thread);
+      // In the reverse order a warp's first thread is its last to run: the warp goes on alone.
+      if (thread_order == 1 && thread % kWarpSize == 0 &&
+          release(thread, thread + kWarpSize, Wait::warp)) {
+        i -= kWarpSize;
+      }
     }
     bool progress = release(0, threads, Wait::block);
     for (unsigned warp = 0; warp < threads; warp += kWarpSize) {
