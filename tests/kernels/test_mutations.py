@@ -24,12 +24,9 @@ class Mutation(NamedTuple):
     tests: str  # a pytest -k expression: the smallest part of the tests that must notice
 
 
-LINEAR, SOFTMAX, RIPPLE = (
-    f"kernels/{room}/triton.py" for room in ("linear_attention", "softmax_attention", "ripple")
-)
+LINEAR, RIPPLE = (f"kernels/{room}/triton.py" for room in ("linear_attention", "ripple"))
 NAMED = "test_named_cases and {op} and N70-M77"
 LINEAR_NAMED = NAMED.format(op="linear_attention")
-SOFTMAX_NAMED = NAMED.format(op="softmax_attention")
 
 FAST = [
     Mutation(
@@ -93,27 +90,6 @@ SLOW = [
         "    begin = part * tokens_per_program\n"
         "    end = tl.minimum(begin + tokens_per_program, num_tokens)\n\n    state",
         "test_grouped and linear",
-    ),
-    Mutation(
-        "the running maximum's correction is lost",
-        SOFTMAX,
-        "        total = total * correction + tl.sum(weights, axis=1)",
-        "        total = total + tl.sum(weights, axis=1)",
-        SOFTMAX_NAMED + " and float32",
-    ),
-    Mutation(
-        "keys past the end are attended to",
-        SOFTMAX,
-        '        scores = tl.where((keys < num_keys)[None, :], scores, float("-inf"))',
-        "        scores = tl.where((keys < num_keys)[None, :], scores, 0.0)",
-        SOFTMAX_NAMED + " and float32",
-    ),
-    Mutation(
-        "delta is left out of the score gradient",
-        SOFTMAX,
-        "        dscores = weights * (dweights - delta[:, None])",
-        "        dscores = weights * dweights",
-        SOFTMAX_NAMED + " and float32",
     ),
     Mutation(
         "the window is flipped",
