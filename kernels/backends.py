@@ -39,6 +39,8 @@ OPERATIONS = tuple(_ROOMS)
 # Head dims that the kernels are written for. 192 (two hydra branches at dim 384) would hold
 # 2·192² float32 accumulators, more than a multiprocessor's register file.
 HEAD_DIMS = (16, 32, 48, 64, 96, 128)
+# The C++ kernels take any up to this: a head's state, 2·D² floats, should fit the L2 cache.
+MOST_CPU_HEAD_DIM = 256
 
 # A probe answers None (usable) or why not, with the remedy, for (device, interpreted or not).
 _Probe = Callable[[torch.device], str | None]
@@ -195,7 +197,7 @@ def _preference(op: str, device_type: str) -> tuple[str, ...]:
         if _ROOMS[op] == "softmax_attention":
             return ("torch", "triton", "cuda", "reference")
         return ("triton", "cuda", "torch", "reference")
-    return ("torch", "reference")
+    return ("cpu", "torch", "reference")
 
 
 def _reason(
@@ -215,6 +217,20 @@ def _reason(
     ):
         return (
             f"head dim {head_dim} is not one of the kernels' {', '.join(map(str, HEAD_DIMS))}: "
+            "use backend='torch'"
+        )
+    if name == "cpu" and _ROOMS[op] == "ripple":
+        return "the C++ kernels of ripple are not written yet: use backend='torch'"
+    if name == "cpu" and _ROOMS[op] == "softmax_attention":
+        return "on the CPU PyTorch's own softmax attention is the fast one: use backend='torch'"
+    if (
+        name == "cpu"
+        and _ROOMS[op] == "linear_attention"
+        and head_dim is not None
+        and head_dim > MOST_CPU_HEAD_DIM
+    ):
+        return (
+            f"head dim {head_dim} is more than the C++ kernels' {MOST_CPU_HEAD_DIM}: "
             "use backend='torch'"
         )
     return _PROBES[name](device)
@@ -291,6 +307,14 @@ def _probe_cuda(device: torch.device) -> str | None:
     return extension.unavailable("cuda", device)
 
 
+def _probe_cpu(device: torch.device) -> str | None:
+    if device.type != "cpu":
+        return f"C++ kernels run on the CPU, not on {device.type}: use a CPU tensor"
+    from kernels import extension
+
+    return extension.unavailable("cpu", device)
+
+
 def _no_cuda_device() -> str:
     if torch.version.cuda is None:
         return "this PyTorch is built without CUDA: install a CUDA build and use a CUDA device"
@@ -306,6 +330,7 @@ _PROBES: dict[str, _Probe] = {
     "reference": _probe_none,
     "torch": _probe_none,
     "compiled": _probe_compiled,
+    "cpu": _probe_cpu,
     "triton": _probe_triton,
     "cuda": _probe_cuda,
 }

@@ -3,10 +3,14 @@
     python -m kernels.extension                     # for the GPU in this machine; times the kernel
     python -m kernels.extension --arch 8.0,9.0a     # ahead of time, for any GPU
 
-Each room (operation) with a ``cuda.cu`` is one extension, built by ``torch.utils.cpp_extension``
-at first use into PyTorch's extensions folder (``TORCH_EXTENSIONS_DIR``, by default in the user's
-cache) under a name made of a hash of its sources, flags, architectures and PyTorch's version. So a
-rebuild happens when one of these changes, and never otherwise.
+Each room (operation) with a ``cuda.cu`` is one extension, and each with a ``cpu.cpp`` another,
+built by ``torch.utils.cpp_extension`` at first use into PyTorch's extensions folder
+(``TORCH_EXTENSIONS_DIR``, by default in the user's cache) under a name made of a hash of its
+sources, flags, architectures and PyTorch's version. So a rebuild happens when one of these changes,
+and never otherwise.
+
+A CPU extension holds its kernels (``cpu_simd.cpp``) once per instruction set, and chooses when it
+runs: what is built here is right on any machine of the same family.
 """
 
 import argparse
@@ -15,6 +19,7 @@ import fcntl
 import functools
 import hashlib
 import os
+import platform
 import re
 import shutil
 import statistics
@@ -29,11 +34,33 @@ import torch
 
 _KERNELS = Path(__file__).resolve().parent
 # Backend -> the rooms that have its sources, and what a room's sources are called.
-_ROOMS = {"cuda": ("linear_attention", "softmax_attention", "ripple")}
-_SOURCES = {"cuda": ("cuda.cpp", "cuda.cu")}
-_HEADERS = {"cuda": ("cuda.h", "../cuda/*")}
+_ROOMS = {
+    "cuda": ("linear_attention", "softmax_attention", "ripple"),
+    "cpu": ("linear_attention", "ripple"),
+}
+_SOURCES = {"cuda": ("cuda.cpp", "cuda.cu"), "cpu": ("cpu.cpp", "cpu_simd.cpp")}
+_HEADERS = {"cuda": ("cuda.h", "../cuda/*"), "cpu": ("cpu.h", "../cpu/*")}
+_LABELS = {"cuda": "CUDA", "cpu": "CPU"}
 _CXX_FLAGS = ("-O2",)
 _NVCC_FLAGS = ("-O3",)
+
+# cpu_simd.cpp is C++ without PyTorch, compiled once per instruction set: a * b + c is one FMA.
+_SIMD_FLAGS = (
+    "-std=c++17",
+    "-O3",
+    "-fPIC",
+    "-ffp-contract=fast",
+    "-fno-math-errno",
+    "-fno-trapping-math",
+    "-Wno-psabi",
+    "-Wno-maybe-uninitialized",
+)
+_AVX2 = ("-mavx2", "-mfma", "-mf16c", "-mbmi", "-mbmi2")
+_AVX512 = ("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mprefer-vector-width=512")
+_X86 = platform.machine() in ("x86_64", "AMD64")
+_INSTRUCTION_SETS: dict[str, tuple[str, ...]] = {"portable": ()}
+if _X86:
+    _INSTRUCTION_SETS |= {"avx2": _AVX2, "avx512": _AVX2 + _AVX512}
 
 _loaded: set[tuple[str, str]] = set()
 _failures: dict[tuple[str, str], str] = {}
@@ -56,10 +83,10 @@ def unavailable(backend: str, device: torch.device) -> str | None:
     """
     if backend not in _ROOMS:
         raise ValueError(f"unknown extension {backend!r}: there are {', '.join(_ROOMS)}")
-    reason = _no_device(device)
+    reason = _no_device(backend, device)
     if reason is not None:
         return reason
-    architectures = (architecture(device),)
+    architectures = _architectures(backend, device)
     rooms = _ROOMS[backend]
     folders = {room: _folder(backend, room, architectures) for room in rooms}
     for room, folder in folders.items():
@@ -68,7 +95,7 @@ def unavailable(backend: str, device: torch.device) -> str | None:
             return failure
     if all((folder / "complete").exists() for folder in folders.values()):
         return None
-    return _no_toolchain()
+    return _no_toolchain_for(backend)
 
 
 def load(
@@ -83,9 +110,10 @@ def load(
     Two processes may do this at once: one builds, the other waits.
 
     Args:
-        backend: ``"cuda"``.
+        backend: ``"cuda"`` or ``"cpu"``.
         room: the operation's folder; None for all of them, built side by side.
         architectures: compute capabilities like ``"9.0a"``; that of the current device by default.
+            Of no meaning for ``"cpu"``.
         flags: more for the compiler, as ``-DLINEAR_VIT_HEAD_DIMS=64``.
 
     Raises:
@@ -98,14 +126,14 @@ def load(
     if not rooms:
         return
     if architectures is None:
-        architectures = (architecture(torch.device("cuda")),)
+        architectures = _architectures(backend, torch.device(backend))
     folders = {r: _folder(backend, r, architectures, flags) for r in rooms}
     pending = [r for r in rooms if not (folders[r] / "complete").exists()]
     if pending:
-        reason = _no_toolchain()
+        reason = _no_toolchain_for(backend)
         if reason is not None:
             raise BuildError(reason)
-        with _build_environment(architectures), ThreadPoolExecutor(len(pending)) as pool:
+        with _build_environment(backend, architectures), ThreadPoolExecutor(len(pending)) as pool:
             list(pool.map(lambda r: _build(backend, r, folders[r], architectures, flags), pending))
     for r, folder in folders.items():
         torch.ops.load_library(folder / f"{folder.name.rpartition('_')[0]}.so")
@@ -116,6 +144,10 @@ def architecture(device: torch.device) -> str:
     """The compute capability to build for: ``"8.6"``, and ``"9.0a"`` where features need the a."""
     major, minor = torch.cuda.get_device_capability(device)
     return f"{major}.{minor}" + ("a" if (major, minor) in ((9, 0), (10, 0)) else "")
+
+
+def _architectures(backend: str, device: torch.device) -> tuple[str, ...]:
+    return (architecture(device),) if backend == "cuda" else ()
 
 
 # ---- the toolchain -------------------------------------------------------------------------------
@@ -154,7 +186,9 @@ def _nvcc_version() -> tuple[int, int] | None:
     return (int(found.group(1)), int(found.group(2))) if found else None
 
 
-def _no_device(device: torch.device) -> str | None:
+def _no_device(backend: str, device: torch.device) -> str | None:
+    if backend == "cpu":
+        return None if device.type == "cpu" else f"C++ kernels run on the CPU, not on {device.type}"
     if torch.version.cuda is None:
         return "this PyTorch is built without CUDA: install a CUDA build of torch"
     if device.type != "cuda":
@@ -164,9 +198,14 @@ def _no_device(device: torch.device) -> str | None:
     return None
 
 
+def _no_toolchain_for(backend: str) -> str | None:
+    """Why nothing can be built here, or None."""
+    return _no_toolchain() if backend == "cuda" else _no_cpp_toolchain("CPU")
+
+
 @functools.cache
 def _no_toolchain() -> str | None:
-    """Why nothing can be built here, or None."""
+    """Why no CUDA can be built here, or None."""
     if torch.version.cuda is None:
         return "this PyTorch is built without CUDA: install a CUDA build of torch"
     torch_major = torch.version.cuda.split(".")[0]
@@ -179,12 +218,24 @@ def _no_toolchain() -> str | None:
             f"nvcc is of CUDA {version[0]}.{version[1]} but this PyTorch of CUDA "
             f"{torch.version.cuda}: {wanted}"
         )
-    compiler = os.environ.get("CXX", "c++")
-    if shutil.which(compiler.split()[0]) is None:
-        return f"building the CUDA extension needs a C++ compiler, no {compiler}: install g++"
+    return _no_cpp_toolchain("CUDA")
+
+
+def _no_cpp_toolchain(label: str) -> str | None:
+    compiler = _compiler()
+    if shutil.which(compiler[0]) is None:
+        return (
+            f"building the {label} extension needs a C++ compiler, no {' '.join(compiler)}: "
+            "install g++"
+        )
     if shutil.which("ninja", path=_path_with_ninja()) is None:
-        return "building the CUDA extension needs ninja: pip install ninja"
+        return f"building the {label} extension needs ninja: pip install ninja"
     return None
+
+
+def _compiler() -> list[str]:
+    """The C++ compiler's command, as cpp_extension takes it."""
+    return os.environ.get("CXX", "c++").split()
 
 
 def _path_with_ninja() -> str:
@@ -203,7 +254,8 @@ def _folder(
     patterns = (*_SOURCES[backend], *_HEADERS[backend])
     for path in sorted(p for pattern in patterns for p in (_KERNELS / room).glob(pattern)):
         digest.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
-    key = (torch.__version__, *_CXX_FLAGS, *_NVCC_FLAGS, *flags, *architectures)
+    own = _NVCC_FLAGS if backend == "cuda" else (*_SIMD_FLAGS, *_INSTRUCTION_SETS, *_compiler())
+    key = (torch.__version__, *_CXX_FLAGS, *own, *flags, *architectures)
     digest.update("\0".join(key).encode())
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     root = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or cache / "torch_extensions")
@@ -219,7 +271,7 @@ def _build(
         lock_file = os.open(folder / "linear_vit.lock", os.O_CREAT | os.O_WRONLY)
     except OSError as error:
         raise BuildError(
-            f"can't write the CUDA extension to {folder} ({error.strerror}): set "
+            f"can't write the {_LABELS[backend]} extension to {folder} ({error.strerror}): set "
             "TORCH_EXTENSIONS_DIR to a folder that can be written"
         ) from error
     try:
@@ -238,14 +290,23 @@ def _compile(
 
     # cpp_extension's own lock file outlives a killed build, and would be waited for for ever.
     (folder / "lock").unlink(missing_ok=True)
-    _say(f"building {room}'s CUDA extension for {', '.join(architectures)} (once, minutes) ...")
+    cuda, what = backend == "cuda", f"{room}'s {_LABELS[backend]} extension"
+    target = f" for {', '.join(architectures)} (once, minutes)" if cuda else " (once, seconds)"
+    _say(f"building {what}{target} ...")
     start = time.perf_counter()
     try:
+        sources, cxx_flags, linked = _SOURCES[backend], [*_CXX_FLAGS, *flags], []
+        if not cuda:
+            # at::parallel_for is PyTorch's own threads only where OpenMP is on.
+            sources, openmp = sources[:1], "-fopenmp"
+            cxx_flags += [openmp, *(["-DLINEAR_VIT_X86"] if _X86 else [])]
+            linked = [*_compile_simd(room, folder, flags), openmp, *flags]
         cpp_extension.load(
             folder.name.rpartition("_")[0],
-            [str(_KERNELS / room / source) for source in _SOURCES[backend]],
-            extra_cflags=[*_CXX_FLAGS, *flags],
+            [str(_KERNELS / room / source) for source in sources],
+            extra_cflags=cxx_flags,
             extra_cuda_cflags=[*_NVCC_FLAGS, *flags],
+            extra_ldflags=linked,
             build_directory=str(folder),
             is_python_module=False,
         )
@@ -254,7 +315,23 @@ def _compile(
         log.write_text(str(error))
         _failures[backend, room] = _describe_failure(log)
         raise BuildError(_failures[backend, room]) from error
-    _say(f"built {room}'s CUDA extension in {time.perf_counter() - start:.0f} s")
+    _say(f"built {what} in {time.perf_counter() - start:.0f} s")
+
+
+def _compile_simd(room: str, folder: Path, flags: Sequence[str]) -> list[str]:
+    """Compile the room's kernels, once per instruction set, side by side; the object files."""
+
+    def compile_one(instruction_set: str) -> str:
+        to = str(folder / f"{instruction_set}.o")
+        command = [*_compiler(), *_SIMD_FLAGS, *_INSTRUCTION_SETS[instruction_set], *flags]
+        command += ["-c", str(_KERNELS / room / "cpu_simd.cpp"), "-o", to]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        if done.returncode != 0:
+            raise RuntimeError(f"{done.stderr}\n{' '.join(command)} failed ({done.returncode})")
+        return to
+
+    with ThreadPoolExecutor(len(_INSTRUCTION_SETS)) as pool:
+        return list(pool.map(compile_one, _INSTRUCTION_SETS))
 
 
 def _say(message: str) -> None:
@@ -270,28 +347,27 @@ def _earlier_failure(folder: Path) -> str | None:
 
 def _describe_failure(log: Path) -> str:
     """One line of a build's log: the first error, and what to do."""
+    label = next(text for name, text in _LABELS.items() if f"linear_vit_{name}_" in log.parent.name)
     lines = log.read_text().splitlines() or ["no message"]
     first = next((line for line in lines if re.search(r"\berror\s*:|\bfatal\s*:", line)), lines[0])
     return (
-        f"building the CUDA extension failed: {first.strip()[:200]} (all of it in {log}; delete "
+        f"building the {label} extension failed: {first.strip()[:200]} (all of it in {log}; delete "
         f"{log.parent} to try again)"
     )
 
 
 @contextlib.contextmanager
-def _build_environment(architectures: Sequence[str]) -> Iterator[None]:
+def _build_environment(backend: str, architectures: Sequence[str]) -> Iterator[None]:
     """What cpp_extension reads from the environment and from its own globals, for a while."""
-    root = str(cuda_root())
-    changed = {
-        "CUDA_HOME": root,
-        "PATH": _path_with_ninja(),
-        "TORCH_CUDA_ARCH_LIST": ";".join(architectures),
-    }
+    root = str(cuda_root()) if backend == "cuda" else None
+    changed = {"PATH": _path_with_ninja()}
+    if root is not None:
+        changed |= {"CUDA_HOME": root, "TORCH_CUDA_ARCH_LIST": ";".join(architectures)}
     saved = {name: os.environ.get(name) for name in changed}
     os.environ.update(changed)
     from torch.utils import cpp_extension
 
-    saved_home, cpp_extension.CUDA_HOME = cpp_extension.CUDA_HOME, root
+    saved_home, cpp_extension.CUDA_HOME = cpp_extension.CUDA_HOME, root or cpp_extension.CUDA_HOME
     try:
         yield
     finally:

@@ -1,0 +1,13 @@
+// What the kernels of every instruction set take: plain structs of pointers and numbers, so that
+// they compile with no PyTorch header, in a second or two each.
+#pragma once
+
+#include <cstdint>
+
+enum ElementType : int32_t { kFloat32 = 0, kFloat16 = 1, kBFloat16 = 2 };
+
+// The rows (tokens) of one head: the first one's first element, and elements from row to row.
+struct Rows {
+  void* data;
+  int64_t stride;
+};

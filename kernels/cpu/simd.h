@@ -1,0 +1,180 @@
+// One vector of floats, as wide as the instruction set this file is compiled for: 16 lanes of
+// AVX-512, 8 of AVX2, 4 of anything else (SSE2, NEON), and the element types that go in and out.
+//
+// Arithmetic is GCC's and clang's vector extension (a * b + c contracts to an FMA), so that one
+// source serves every width. Intrinsics only where that has no word for it: sign bits, float16.
+#pragma once
+
+#include <cstdint>
+#include <utility>
+#if defined(__SSE2__)
+#include <immintrin.h>
+#endif
+
+#define INLINE inline __attribute__((always_inline))
+#define INLINE_LAMBDA __attribute__((always_inline))
+
+#if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512DQ__) && defined(__AVX512VL__)
+#define LINEAR_VIT_AVX512
+constexpr int kLanes = 16;
+#elif defined(__AVX2__) && defined(__FMA__) && defined(__F16C__)
+#define LINEAR_VIT_AVX2
+constexpr int kLanes = 8;
+#else
+constexpr int kLanes = 4;
+#endif
+
+namespace {  // each instruction set's copy is its own: no symbol of one may be linked for another
+
+typedef float Floats __attribute__((vector_size(4 * kLanes)));
+typedef int32_t Ints __attribute__((vector_size(4 * kLanes)));
+typedef uint16_t Shorts __attribute__((vector_size(2 * kLanes)));
+typedef Floats UnalignedFloats __attribute__((aligned(4), may_alias));
+typedef Shorts UnalignedShorts __attribute__((aligned(2), may_alias));
+
+struct Float16 {
+  uint16_t bits;
+};
+struct BFloat16 {
+  uint16_t bits;
+};
+
+constexpr int32_t kSign = INT32_MIN;
+
+INLINE Floats splat(float x) { return x - Floats{}; }  // x - 0 is x for every x, -0 included
+INLINE Floats where_negative(Floats x, Floats negative, Floats otherwise) {
+  return (Ints)x < 0 ? negative : otherwise;
+}
+INLINE Floats where_zero(Floats x, Floats zero, Floats otherwise) {
+  return x == 0.0f ? zero : otherwise;
+}
+
+INLINE float sum(Floats x) {
+  float lanes[kLanes];
+  __builtin_memcpy(lanes, &x, sizeof x);
+  for (int width = kLanes / 2; width > 0; width /= 2) {
+    for (int i = 0; i < width; ++i) lanes[i] += lanes[i + width];
+  }
+  return lanes[0];
+}
+
+// Bit i: whether lane i's sign bit is set.
+INLINE uint32_t sign_bits(Floats x) {
+#if defined(LINEAR_VIT_AVX512)
+  return _mm512_movepi32_mask((__m512i)x);
+#elif defined(LINEAR_VIT_AVX2)
+  return _mm256_movemask_ps((__m256)x);
+#elif defined(__SSE2__)
+  return _mm_movemask_ps((__m128)x);
+#else
+  uint32_t bits = 0;
+  for (int i = 0; i < kLanes; ++i) bits |= ((uint32_t)((Ints)x)[i] >> 31) << i;
+  return bits;
+#endif
+}
+
+// ---- elements in memory --------------------------------------------------------------------------
+
+INLINE Floats load(const float* p) { return *(const UnalignedFloats*)p; }
+INLINE void store(float* p, Floats x) { *(UnalignedFloats*)p = x; }
+
+INLINE Floats load(const BFloat16* p) {
+  return (Floats)(__builtin_convertvector(*(const UnalignedShorts*)p, Ints) << 16);
+}
+
+INLINE void store(BFloat16* p, Floats x) {
+  const Ints bits = (Ints)x;
+  Ints rounded = bits + 0x7fff + ((bits >> 16) & 1);  // to nearest, ties to even
+  rounded = x == x ? rounded : (bits | 0x400000);     // a NaN stays one
+  *(UnalignedShorts*)p = __builtin_convertvector(rounded >> 16, Shorts);
+}
+
+INLINE Floats load(const Float16* p) {
+#if defined(LINEAR_VIT_AVX512)
+  return (Floats)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p));
+#elif defined(LINEAR_VIT_AVX2)
+  return (Floats)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p));
+#else
+  const Ints half = __builtin_convertvector(*(const UnalignedShorts*)p, Ints);
+  const Ints size = (half & 0x7fff) << 13;
+  const Ints normal = size + (112 << 23);
+  const Ints subnormal = (Ints)((Floats)(size + (113 << 23)) - 0x1p-14f);
+  Ints bits = size < (1 << 23) ? subnormal : normal;
+  bits = size >= (31 << 23) ? (size | 0x7f800000) : bits;  // infinity, NaN
+  return (Floats)(bits | (half & 0x8000) << 16);
+#endif
+}
+
+INLINE void store(Float16* p, Floats x) {
+#if defined(LINEAR_VIT_AVX512)
+  _mm256_storeu_si256((__m256i*)p, _mm512_cvtps_ph((__m512)x, _MM_FROUND_TO_NEAREST_INT));
+#elif defined(LINEAR_VIT_AVX2)
+  _mm_storeu_si128((__m128i*)p, _mm256_cvtps_ph((__m256)x, _MM_FROUND_TO_NEAREST_INT));
+#else
+  const Ints size = (Ints)x & ~kSign;
+  const Ints normal = (size - (112 << 23) + 0xfff + ((size >> 13) & 1)) >> 13;
+  const Ints subnormal = (Ints)((Floats)size + 0.5f) - 0x3f000000;  // the addition rounds
+  Ints half = size < (113 << 23) ? subnormal : normal;
+  half = size >= 0x477ff000 ? Ints{} + 0x7c00 : half;  // 65,520 and more
+  half = x == x ? half : Ints{} + 0x7e00;
+  *(UnalignedShorts*)p = __builtin_convertvector(half | (((Ints)x >> 16) & 0x8000), Shorts);
+#endif
+}
+
+// `count` elements from anywhere to `padded` floats (a multiple of kLanes); the rest are zeros.
+template <typename Element>
+INLINE void load_row(const Element* from, int64_t count, float* to, int64_t padded) {
+  int64_t i = 0;
+  for (; i + kLanes <= count; i += kLanes) store(to + i, load(from + i));
+  if (i < count) {
+    Element rest[kLanes] = {};
+    for (int64_t j = i; j < count; ++j) rest[j - i] = from[j];
+    store(to + i, load(rest));
+    i += kLanes;
+  }
+  for (; i < padded; i += kLanes) store(to + i, Floats{});
+}
+
+// `count` elements; reads whole vectors of `from`.
+template <typename Element>
+INLINE void store_row(Element* to, int64_t count, const float* from) {
+  int64_t i = 0;
+  for (; i + kLanes <= count; i += kLanes) store(to + i, load(from + i));
+  if (i < count) {
+    Element rest[kLanes];
+    store(rest, load(from + i));
+    for (int64_t j = i; j < count; ++j) to[j] = rest[j - i];
+  }
+}
+
+// ---- sums across lanes ---------------------------------------------------------------------------
+
+template <int kStep, int... kLane>
+INLINE Floats merge(Floats a, Floats b, std::integer_sequence<int, kLane...>) {
+#if defined(__clang__) || __GNUC__ >= 12
+  const Floats own = __builtin_shufflevector(a, b, (kLane & kStep ? kLanes + kLane : kLane)...);
+  const Floats other = __builtin_shufflevector(
+      a, b, (kLane & kStep ? kLanes + kLane - kStep : kLane + kStep)...);
+#else
+  const Floats own =
+      __builtin_shuffle(a, b, Ints{(kLane & kStep ? kLanes + kLane : kLane)...});
+  const Floats other = __builtin_shuffle(
+      a, b, Ints{(kLane & kStep ? kLanes + kLane - kStep : kLane + kStep)...});
+#endif
+  return own + other;
+}
+
+// Lane i: the sum over the lanes of vector(i), for kLanes vectors. vector(i) is made when it is
+// needed, so that few are alive at once.
+template <int kStep = 1, int kFirst = 0, typename Vector>
+INLINE Floats sums_across(const Vector& vector) {
+  if constexpr (kStep == kLanes) {
+    return vector(kFirst);
+  } else {
+    return merge<kStep>(sums_across<2 * kStep, kFirst>(vector),
+                        sums_across<2 * kStep, kFirst + kStep>(vector),
+                        std::make_integer_sequence<int, kLanes>());
+  }
+}
+
+}  // namespace

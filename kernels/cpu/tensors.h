@@ -1,0 +1,108 @@
+// From tensors to the kernels' arguments, the choice of an instruction set, and threads: what every
+// operation's cpu.cpp shares.
+#pragma once
+
+#include <ATen/Parallel.h>
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/empty_like.h>
+
+#include <algorithm>
+#include <atomic>
+#include <cstdlib>
+#include <numeric>
+#include <string>
+#include <tuple>
+#include <vector>
+
+#include "arguments.h"
+
+inline ElementType element_type(const at::Tensor& x) {
+  switch (x.scalar_type()) {
+    case at::kFloat:
+      return kFloat32;
+    case at::kHalf:
+      return kFloat16;
+    case at::kBFloat16:
+      return kBFloat16;
+    default:
+      TORCH_CHECK(false, "linear_vit: the dtype must be float32, float16 or bfloat16, got ",
+                  x.scalar_type());
+  }
+}
+
+// x[i][j][k:], a tensor of four axes, row by row along axis 2.
+inline Rows rows(const at::Tensor& x, int64_t i, int64_t j, int64_t k) {
+  const int64_t at = i * x.stride(0) + j * x.stride(1) + k * x.stride(2);
+  return {static_cast<char*>(x.data_ptr()) + at * x.element_size(), x.stride(2)};
+}
+
+// x with a contiguous last axis: an incoming gradient may be expanded or transposed.
+inline at::Tensor readable(const at::Tensor& x) {
+  return x.stride(-1) == 1 || x.size(-1) == 1 ? x : x.contiguous();
+}
+
+inline at::Tensor empty_floats(const at::Tensor& x, at::IntArrayRef sizes) {
+  return at::empty(sizes, x.options().dtype(at::kFloat));
+}
+
+// Uninitialised, in x's memory order; the last axis is contiguous whatever x is.
+inline at::Tensor empty_in_order(const at::Tensor& x) {
+  at::Tensor out = at::empty_like(x);
+  return out.stride(-1) == 1 ? out : at::empty_like(x, at::MemoryFormat::Contiguous);
+}
+
+// The same with other sizes: the axes nest as x's do, densely.
+inline at::Tensor empty_in_order(const at::Tensor& x, at::IntArrayRef sizes) {
+  const int64_t last = x.dim() - 1;
+  std::vector<int64_t> order(x.dim()), dense(x.dim()), inverse(x.dim());
+  std::iota(order.begin(), order.end(), 0);
+  std::stable_sort(order.begin(), order.begin() + last,
+                   [&](int64_t a, int64_t b) { return x.stride(a) > x.stride(b); });
+  for (int64_t i = 0; i <= last; ++i) {
+    dense[i] = sizes[order[i]];
+    inverse[order[i]] = i;
+  }
+  return at::empty(dense, x.options()).permute(inverse);
+}
+
+// The kernels of the widest instruction set that this processor has, or of the one that
+// LINEAR_VIT_CPU names (avx512, avx2, portable): read at every call, so that tests can choose.
+template <typename Kernels>
+const Kernels& choose([[maybe_unused]] const Kernels* avx512, [[maybe_unused]] const Kernels* avx2,
+                      const Kernels* portable) {
+  const char* variable = std::getenv("LINEAR_VIT_CPU");
+  const std::string wanted = variable == nullptr ? "" : variable;
+#if defined(LINEAR_VIT_X86)
+  static const bool has_avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+                               __builtin_cpu_supports("bmi2");
+  static const bool has_avx512 =
+      has_avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+  if (has_avx512 && (wanted.empty() || wanted == "avx512")) return *avx512;
+  if (has_avx2 && (wanted.empty() || wanted == "avx2")) return *avx2;
+#endif
+  TORCH_CHECK(wanted.empty() || wanted == "portable", "linear_vit: LINEAR_VIT_CPU is '", wanted,
+              "', which is not one of avx512, avx2, portable that this processor has: unset it");
+  return *portable;
+}
+
+// function(item, scratch) for every item, on PyTorch's threads, in any order: an item writes where
+// no other does, so that results do not depend on the number of threads. Threads take the next item
+// when they are free: one that another program's work delays holds up one item and not a share.
+template <typename Function>
+void parallel(int64_t items, int64_t scratch_floats, const Function& function) {
+  const int64_t threads = std::min<int64_t>(at::get_num_threads(), items);
+  if (threads == 0) return;
+  const int64_t stride = (scratch_floats + 15) / 16 * 16;  // one thread's cache lines are its own
+  const at::Tensor scratch = at::empty({threads, stride}, at::TensorOptions(at::kFloat));
+  float* const base = scratch.data_ptr<float>();
+  std::atomic<int64_t> next{0};
+  at::parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t thread = begin; thread < end; ++thread) {
+      for (int64_t item; (item = next.fetch_add(1)) < items;) {
+        function(item, base + thread * stride);
+      }
+    }
+  });
+}

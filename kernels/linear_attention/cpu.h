@@ -1,0 +1,42 @@
+// What cpu.cpp (operators) asks of cpu_simd.cpp, which is compiled once per instruction set.
+//
+// A `state` is floats in an order of the instruction set's own: S and z of one key/value head, or
+// dS and dz. It travels between these functions only.
+#pragma once
+
+#include "../cpu/arguments.h"
+
+struct LinearAttentionKernels {
+  const char* name;
+
+  // Floats of one state, and of the scratch memory that the functions below need.
+  int64_t (*state_floats)(int64_t head_dim);
+  int64_t (*scratch_floats)(int64_t head_dim);
+
+  // S += Σ φ(kₘ) vₘᵀ and z += Σ φ(kₘ) over `tokens` rows.
+  void (*accumulate)(ElementType, int64_t head_dim, int64_t tokens, Rows k, Rows v, float* state,
+                     float* scratch);
+  // partials[0] += the other ones, `stride` floats apart, in order.
+  void (*add)(int64_t head_dim, int64_t partials, int64_t stride, float* state);
+  // A NaN that reached one sign's row of a feature reaches the other's, as 0 · NaN does.
+  void (*spread_nan)(int64_t head_dim, float* state);
+  // From and to S (2D, D) and z (2D), dense.
+  void (*load_state)(int64_t head_dim, const float* S, const float* z, float* state);
+  void (*store_state)(int64_t head_dim, const float* state, float* S, float* z);
+
+  // outₙ = φ(qₙ)ᵀ S / (φ(qₙ)·z + eps), 0 where that is 0 / 0.
+  void (*apply)(ElementType, int64_t head_dim, int64_t tokens, Rows q, Rows out,
+                const float* state, float eps, float* scratch);
+  // dq, and dS, dz += this range's share.
+  void (*query_gradient)(ElementType, int64_t head_dim, int64_t tokens, Rows dout, Rows q, Rows dq,
+                         const float* state, float eps, float* gradient, float* scratch);
+  // dk and dv from dS and dz.
+  void (*key_gradient)(ElementType, int64_t head_dim, int64_t tokens, Rows k, Rows v, Rows dk,
+                       Rows dv, const float* gradient, float* scratch);
+};
+
+// Tokens of a block: ranges that start at multiples of it have the same sums however they are cut.
+constexpr int64_t kBlock = 64;
+
+extern const LinearAttentionKernels linear_attention_avx512, linear_attention_avx2,
+    linear_attention_portable;

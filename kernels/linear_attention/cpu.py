@@ -1,0 +1,27 @@
+"""Linear attention in C++ for the CPU: ``cpu_simd.cpp`` (kernels) and ``cpu.cpp`` (operators).
+
+Importing this loads the extension, and builds it the first time. The environment variable
+``LINEAR_VIT_CPU`` (avx512, avx2, portable) takes another instruction set than the widest.
+"""
+
+from typing import Any
+
+import torch
+
+from kernels import extension
+from kernels.linear_attention.operators import attach
+
+extension.load("cpu", "linear_attention")
+
+(
+    linear_attention,
+    linear_attention_packed,
+    linear_attention_state,
+    linear_attention_apply,
+) = attach("cpu", recompute_tokens=0)
+
+
+def implementation(op: str, *arguments: Any) -> str:
+    """The instruction set and the threads that a call would use now."""
+    instruction_set = torch.ops.linear_vit.cpu_linear_attention_instruction_set()
+    return f"{op} in C++ for {instruction_set}, {torch.get_num_threads()} threads"
