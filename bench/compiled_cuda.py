@@ -121,8 +121,13 @@ def _nvcc(
         raise FileNotFoundError("no nvcc: install the CUDA toolkit, or set CUDA_HOME to its folder")
     target = folder / f"{room}-{architecture}.o"
     command = [str(root / "bin" / "nvcc"), "-std=c++17", *extension._NVCC_FLAGS]
-    command += [f"-DLINEAR_VIT_HEAD_DIMS={','.join(map(str, head_dims))}"]
-    command += [f"-DLINEAR_VIT_ELEMENT_TYPES={','.join(_ELEMENTS[d] for d in dtypes)}"]
+    # In a file, since nvcc takes the commas of a -D for its own.
+    wanted = folder / "wanted.h"
+    wanted.write_text(
+        f"#define LINEAR_VIT_HEAD_DIMS {', '.join(map(str, head_dims))}\n"
+        f"#define LINEAR_VIT_ELEMENT_TYPES {', '.join(_ELEMENTS[d] for d in dtypes)}\n"
+    )
+    command += ["-include", str(wanted)]
     command += [f"-arch={architecture}", "-Xptxas=-v", "-Xcompiler=-fPIC", "-c"]
     command += [str(HERE.parent / "kernels" / room / "cuda.cu"), "-o", str(target)]
     return target, _run(command)

@@ -9,7 +9,7 @@ import shutil
 import subprocess
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, astuple, dataclass
 from pathlib import Path
 
 KIB = 1024
@@ -188,6 +188,11 @@ def count(mnemonics: Iterable[str]) -> Instructions:
             wide = _BULK.match(word) or _WIDE.search(word)
             counts[f"{'wide' if wide else 'narrow'}_{'loads' if load else 'stores'}"] += 1
     return Instructions(**counts)
+
+
+def together(parts: Iterable[Instructions]) -> Instructions:
+    """The counts of several functions added up."""
+    return Instructions(*map(sum, zip(*map(astuple, parts), strict=True)))
 
 
 def read_sass(listing: str) -> dict[str, Instructions]:

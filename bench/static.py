@@ -140,7 +140,7 @@ def compile_all(
                 what = f"{unit.backend} {unit.room} {unit.architecture}"
                 if error := future.exception():
                     failures.append(f"{what}: {type(error).__name__}: {error}")
-                    progress(f"[{done}/{len(groups)}] {what}: {type(error).__name__}")
+                    progress(f"[{done}/{len(groups)}] {what}: failed, {type(error).__name__}")
                     continue
                 rows += future.result()
                 progress(f"[{done}/{len(groups)}] {what}: {len(future.result())} kernels")
