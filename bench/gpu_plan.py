@@ -26,7 +26,7 @@ class Sizes:
     crossover_batch: int
     vit: tuple[int, ...]  # tokens, with vit_batch * 6 heads
     vit_batch: int
-    huge: tuple[int, int]  # heads and tokens: 2^31 elements a tensor
+    huge: tuple[int, int]  # heads and tokens: the last head is 2^31 elements into its tensor
     budget_s: float  # of a contender's rounds
     training: tuple[str, str, str]  # preset, data set, amp
     models: tuple[str, ...]
@@ -42,7 +42,7 @@ REAL = Sizes(
     crossover_batch=4,
     vit=(64, 256, 1024),
     vit_batch=128,
-    huge=(32, 1_048_576),
+    huge=(33, 1_048_576),
     budget_s=0.25,
     training=("full", "cifar100", "bf16"),
     models=("baseline", "ripple", "hydra"),
@@ -169,7 +169,7 @@ def _sweep(sizes: Sizes, backends: tuple[str, ...], dtype: str) -> Iterator[Case
                     "mode": mode,
                     "contenders": contenders,
                     "budget_s": sizes.budget_s,
-                    "energy": dtype == "bfloat16" and what in ("long", "single"),
+                    "energy": dtype == "bfloat16" and shape.N in (sizes.long[0], sizes.single),
                 },
                 seconds=5 + 1.2 * len(contenders),
                 builds=_builds(*contenders),
