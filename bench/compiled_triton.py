@@ -11,7 +11,7 @@ import inspect
 import io
 import re
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -133,7 +133,7 @@ def _row(
         # The kernel, and any function of it that was not inlined.
         instructions = machine_code.together(machine_code.disassemble(cubin).values())
     metadata, source = compiled.metadata, compiled.src
-    pointers = [t.lstrip("*") for t in source.signature.values() if t.startswith("*")]
+    pointers = [t.lstrip("*") for t in _leaves(source.signature.values()) if t.startswith("*")]
     halves = [p for p in pointers if p in ("fp16", "bf16")]
     names = list(source.signature)
     constants = {names[path[0]]: value for path, value in source.constants.items()}
@@ -156,3 +156,12 @@ def _row(
         "dynamic_shared": metadata.shared,
         **machine_code.as_columns(usage, instructions),
     }
+
+
+def _leaves(types: Iterable[Any]) -> Iterator[str]:
+    """A signature's types, those of tuples one by one."""
+    for t in types:
+        if isinstance(t, tuple):
+            yield from _leaves(t)
+        else:
+            yield t
