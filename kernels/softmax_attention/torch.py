@@ -21,14 +21,20 @@ def softmax_attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
         with _fastest_first(q, k):
             out = F.scaled_dot_product_attention(query, key, value, scale=scale)
     elif q.is_cuda and q.dtype == torch.float32:
-        # No kernel for float32 knows grouped queries: PyTorch would store the N × M matrix. The
-        # query heads of a group can be rows of one head.
-        rows = query.reshape(q.shape[0], k.shape[1], -1, q.shape[3])
-        out = F.scaled_dot_product_attention(rows, key, value, scale=scale).view(q.shape)
+        out = _grouped_as_rows(query, key, value, scale)
     else:
         with _fastest_first(q, k):
             out = F.scaled_dot_product_attention(query, key, value, scale=scale, enable_gqa=True)
     return in_order_of(q, out)
+
+
+def _grouped_as_rows(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    """Grouped queries for the kernels that do not know them: a group's heads as rows of one head.
+
+    No kernel for float32 knows them; PyTorch would store the N × M matrix.
+    """
+    rows = q.reshape(q.shape[0], k.shape[1], q.shape[1] // k.shape[1] * q.shape[2], q.shape[3])
+    return F.scaled_dot_product_attention(rows, k, v, scale=scale).reshape(q.shape)
 
 
 def softmax_attention_packed(qkv: Tensor, scale: float) -> Tensor:

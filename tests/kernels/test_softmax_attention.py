@@ -6,6 +6,7 @@ from torch import Tensor
 
 import kernels
 from kernels.accuracy import compare
+from kernels.softmax_attention.torch import _grouped_as_rows
 from tests.kernels.cases import DEVICE, DTYPES, Attention, assert_accurate, op_backend_pairs
 
 BACKENDS = op_backend_pairs("softmax_attention", compiled=False)
@@ -100,3 +101,15 @@ def test_implementation_is_one_line(op: str, backend: str) -> None:
     said = kernels.implementation(op, backend, *tensors)
     assert said
     assert "\n" not in said
+
+
+def test_grouped_queries_as_rows() -> None:
+    """What the torch backend does for float32 on CUDA, wherever this runs."""
+    for layout in ("contiguous", "tokens_first"):
+        case = Attention(OP, 2, 6, 2, 20, 30, 16, layout=layout)
+        q, k, v = case.inputs()
+        out = _grouped_as_rows(q, k, v, 0.25)
+        expected = run("exact", [q, k, v], case.gradient(), 0.25)
+        gradients = torch.autograd.grad(out, [q, k, v], case.gradient())
+        for a, b in zip([out.detach(), *gradients], expected, strict=True):
+            assert compare(a, b, gradient=True).passed
