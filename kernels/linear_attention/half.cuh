@@ -10,14 +10,16 @@
 //                    By m both are exact again:
 //                      out = (phi(q) S' + m (phi(q) . z)) / E
 //                      dphi(q) = S' g / E - c z,   c = (phi(q) . S' g - eps (m . g)) / E^2
-//   g / E            once; and by c, the same for every key, the key's gradient is centred too:
+//   g / E            not: a high and a low term, two products. With dS rounded too, once would make three
+//                    roundings on the way to dk and dv, their own included, and an error 1.7 times what a
+//                    float32 composition has. By c, the same for every key, the key's gradient is centred:
 //                      dS = sum phi(q) (g / E)^T,  dz' = - sum phi(q) c = dz + dS m
 //   dS               once, as it is:   dphi(k) = dS v + (dz' - dS m)   with m against the rounded dS
 //
-// so each product costs its FLOP once, where a high and a low term of S and dS would cost twice:
-// 96 and 146 FLOP a byte of least traffic at D = 64, of about 110 that a tensor core fed by mma.sync
-// can do in the time of a byte. z, phi(q) . z, E, m . g and c are float32 (c and z enter the sums over
-// tokens as three half-precision terms, which hold all of it; z's are ones).
+// A high and a low term of S and dS, instead, would cost twice in every product that has them: at D = 64
+// 96 FLOP a byte of least traffic forward and 146 backward, and here it is 64 and 91, where a byte takes
+// as long as about 110 FLOP of mma.sync. z, phi(q) . z, E, m . g and c are float32 (c and z enter the
+// sums over tokens as three half-precision terms, which hold all of it; z's are ones).
 //
 // float16 has little range: powers of two, taken in float32 and given back there, bring the largest
 // S' (dS) to 2^13 and every row's g / E to g's size (phi(q) takes the row's other factor).
@@ -324,85 +326,131 @@ struct Sums {
     }
   }
 
-  // S += phi(x)^T w, z += phi(x)^T (its rows' weights), over a tile. weight(i, token) is column i of
-  // the weights' operand for two tokens; scale(token) likewise multiplies two tokens of x.
-  template <typename T, typename Weight, typename Scale>
-  __device__ void add(const TokenTile<T, D>& x, const TokenTile<T, D>& w, Weight weight,
-                      Scale scale) {
-#pragma unroll 1
-    for (int token = token_warp() * 16; token < H::kTokens; token += 16 * H::kTokenWarps) {
-      unsigned b[H::kN + H::kN % 2][2];
+  __device__ void add(const Sums& other) {
 #pragma unroll
-      for (int n = 0; n + 1 < H::kN; n += 2) {
-        const int lane = threadIdx.x % 32, chunk = column_warp() * H::kN + n + lane / 16;
-        unsigned both[4];
-        ptx::ldmatrix_x4_trans(both, w.rows + H::at(token + lane % 16, chunk));
-        b[n][0] = both[0], b[n][1] = both[1], b[n + 1][0] = both[2], b[n + 1][1] = both[3];
-      }
-      if constexpr (H::kN % 2 == 1) {
-        constexpr int n = H::kN - 1;
-        const int chunk = column_warp() * H::kN + n;
-        ptx::ldmatrix_x2_trans(b[n], w.rows + H::at(token + threadIdx.x % 16, chunk));
-      }
-      const int pair = token + lane_pair();
-      const unsigned of_z[2] = {weight(lane_group(), pair), weight(lane_group(), pair + 8)};
+    for (int half = 0; half < 2; ++half) {
 #pragma unroll
       for (int m = 0; m < H::kM; ++m) {
-        unsigned a[4], phi[2][4];
-        load_columns<D>(a, x.rows, token, feature_warp() * H::kM + m);
-        scale(a, pair);
-        positive_and_negative<T>(phi[0], phi[1], a);
 #pragma unroll
-        for (int half = 0; half < 2; ++half) {
+        for (int i = 0; i < 4; ++i) {
+          z[half][m][i] += other.z[half][m][i];
 #pragma unroll
-          for (int n = 0; n < H::kN; ++n) multiply<T>(S[half][m][n], phi[half], b[n]);
-          if (column_warp() == 0) multiply<T>(z[half][m], phi[half], of_z);
+          for (int n = 0; n < H::kN; ++n) S[half][m][n][i] += other.S[half][m][n][i];
         }
       }
     }
   }
 
-  template <typename T>
-  __device__ void add_keys(const TokenTile<T, D>& k, const TokenTile<T, D>& v) {
-    const unsigned ones = ptx::pack2<T>(1.0f, 1.0f);
-    add(k, v, [&](int column, int) { return column == 0 ? ones : 0u; }, [](unsigned(&)[4], int) {});
+  // The tokens of a tile that a warp takes, sixteen at a time.
+  static constexpr int kSteps = H::kTokens / (16 * H::kTokenWarps);
+  static __device__ int first_token(int step) {
+    return (step * H::kTokenWarps + token_warp()) * 16;
+  }
+
+  // S += phi(x)^T w for sixteen tokens; x's operands are a. With kWeighted, z += phi(x)^T of_z too.
+  template <bool kWeighted, typename T>
+  __device__ void add(const unsigned (&a)[H::kM][4], const TokenTile<T, D>& w, int token,
+                      const unsigned (&of_z)[2]) {
+    const int lane = threadIdx.x % 32, first_chunk = column_warp() * H::kN;
+    unsigned b[H::kN + H::kN % 2][2];
+#pragma unroll
+    for (int n = 0; n + 1 < H::kN; n += 2) {
+      unsigned both[4];
+      ptx::ldmatrix_x4_trans(both, w.rows + H::at(token + lane % 16, first_chunk + n + lane / 16));
+      b[n][0] = both[0], b[n][1] = both[1], b[n + 1][0] = both[2], b[n + 1][1] = both[3];
+    }
+    if constexpr (H::kN % 2 == 1) {
+      constexpr int n = H::kN - 1;
+      ptx::ldmatrix_x2_trans(b[n], w.rows + H::at(token + lane % 16, first_chunk + n));
+    }
+#pragma unroll
+    for (int m = 0; m < H::kM; ++m) {
+      unsigned phi[2][4];
+      positive_and_negative<T>(phi[0], phi[1], a[m]);
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+#pragma unroll
+        for (int n = 0; n < H::kN; ++n) multiply<T>(S[half][m][n], phi[half], b[n]);
+        if (kWeighted && column_warp() == 0) multiply<T>(z[half][m], phi[half], of_z);
+      }
+    }
   }
 
   template <typename T>
-  __device__ void add_queries(const TokenTile<T, D>& q, const TokenTile<T, D>& g,
-                              const StateTile<T, D>& state) {
-    add(
-        q, g,
-        [&](int column, int token) {
-          return column < 3 ? *reinterpret_cast<const unsigned*>(&state.weight[column][token]) : 0u;
-        },
-        [&](unsigned(&a)[4], int token) {
-          if constexpr (std::is_same_v<T, __half>) {
-            const auto* const low = reinterpret_cast<const unsigned*>(&state.row_scale[token]);
-            const auto* const high = reinterpret_cast<const unsigned*>(&state.row_scale[token + 8]);
-            a[0] = ptx::multiply_half2(a[0], *low), a[1] = ptx::multiply_half2(a[1], *low);
-            a[2] = ptx::multiply_half2(a[2], *high), a[3] = ptx::multiply_half2(a[3], *high);
+  static __device__ void load(unsigned (&a)[H::kM][4], const TokenTile<T, D>& x, int token) {
+#pragma unroll
+    for (int m = 0; m < H::kM; ++m) {
+      load_columns<D>(a[m], x.rows, token, feature_warp() * H::kM + m);
+    }
+  }
+
+  // S and z of a tile of keys and values.
+  template <typename T>
+  __device__ void add_keys(const TokenTile<T, D>& k, const TokenTile<T, D>& v) {
+    const unsigned one = lane_group() == 0 ? ptx::pack2<T>(1.0f, 1.0f) : 0u;
+    const unsigned ones[2] = {one, one};
+#pragma unroll 1
+    for (int step = 0; step < kSteps; ++step) {
+      unsigned a[H::kM][4];
+      load(a, k, first_token(step));
+      add<true>(a, v, first_token(step), ones);
+    }
+  }
+
+  // dS and dz' of a tile of queries, whose operands `q` were loaded before g / E took the tile's place.
+  template <typename T>
+  __device__ void add_queries(unsigned (&q)[kSteps][H::kM][4], const TokenTile<T, D>& high,
+                              const TokenTile<T, D>& low, const StateTile<T, D>& state) {
+    auto two_of = [](const T* x) { return *reinterpret_cast<const unsigned*>(x); };
+#pragma unroll
+    for (int step = 0; step < kSteps; ++step) {
+      const int token = first_token(step), pair = token + lane_pair();
+      if constexpr (std::is_same_v<T, __half>) {
+        const unsigned scale[2] = {two_of(state.row_scale + pair),
+                                   two_of(state.row_scale + pair + 8)};
+#pragma unroll
+        for (int m = 0; m < H::kM; ++m) {
+#pragma unroll
+          for (int i = 0; i < 4; ++i) {
+            q[step][m][i] = ptx::multiply_half2(q[step][m][i], scale[i / 2]);
           }
-        });
+        }
+      }
+      const int term = lane_group() < 3 ? lane_group() : 0;
+      const unsigned weights[2] = {two_of(state.weight[term] + pair),
+                                   two_of(state.weight[term] + pair + 8)};
+      const unsigned of_z[2] = {lane_group() < 3 ? weights[0] : 0u,
+                                lane_group() < 3 ? weights[1] : 0u};
+      add<true>(q[step], high, token, of_z);
+      add<false>(q[step], low, token, of_z);
+    }
   }
 
   // Adds up the warps that shared the tokens, in order, into the first of them, and z's columns, in
-  // every lane of four. Needs `scratch` to itself, and ends with all of it read.
+  // every lane of four. Needs two tiles' memory to itself, and ends with all of it read.
   __device__ void combine(float* scratch) {
     constexpr int kPerThread = sizeof(Sums) / sizeof(float), kOwners = kThreads / H::kTokenWarps;
+    constexpr int kRoom = 2 * H::kTokens * H::kPitch * 2 / sizeof(float) / kOwners;
     auto* const own = reinterpret_cast<float*>(this);
     const int owner = threadIdx.x % kOwners;
 #pragma unroll 1
     for (int warp = 1; warp < H::kTokenWarps; ++warp) {
-      __syncthreads();
-      if (token_warp() == warp) {
 #pragma unroll
-        for (int i = 0; i < kPerThread; ++i) scratch[i * kOwners + owner] = own[i];
-      }
-      __syncthreads();
-      if (token_warp() == 0) {
+      for (int first = 0; first < kPerThread; first += kRoom) {
+        __syncthreads();
+        if (token_warp() == warp) {
 #pragma unroll
-        for (int i = 0; i < kPerThread; ++i) own[i] += scratch[i * kOwners + owner];
+          for (int i = 0; i < kRoom; ++i) {
+            if (first + i < kPerThread) scratch[i * kOwners + owner] = own[first + i];
+          }
+        }
+        __syncthreads();
+        if (token_warp() == 0) {
+#pragma unroll
+          for (int i = 0; i < kRoom; ++i) {
+            if (first + i < kPerThread) own[first + i] += scratch[i * kOwners + owner];
+          }
+        }
       }
     }
 #pragma unroll
@@ -527,9 +575,10 @@ struct State : StateTile<T, D> {
     }
   }
 
-  // S' and what goes with it, from S and z in global memory. Needs kThreads floats of `scratch` for
-  // four; ends before its last barrier.
+  // S' and what goes with it, from S and z in global memory. Needs a tile's memory to itself; what it
+  // leaves is seen after a barrier.
   __device__ void load_centred(const float* S, const float* z_in, float* scratch) {
+    static_assert(sizeof(TokenTile<T, D>) >= kRows * D * sizeof(float));
     float4 value[kPerThread];
     read(value, S);
     float4 sum = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
@@ -592,7 +641,7 @@ struct State : StateTile<T, D> {
     }
   }
 
-  // The same two from a block's own sums. `scratch`: kFeatureWarps x D floats.
+  // The same two from a block's own sums. Needs kFeatureWarps x D floats of a tile's memory.
   __device__ void take_centred(Sums<D>& sums, float* scratch) {
     if (sums.column_warp() == 0 && lane_pair() == 0) take_z(sums);
     if (sums.token_warp() == 0) {
@@ -775,10 +824,9 @@ __device__ void apply_tile(const State<T, D>& state, const TokenTile<T, D>& q, f
   }
 }
 
-// dq of a tile of queries, and what its part of dS takes: g becomes g / E, and the rows' weights are
-// left in `state`. Two barriers inside; ends before the one its result needs.
+// dq of a tile of queries, and its part of dS and dz'.
 template <typename T, int D>
-__device__ void query_gradient_tile(State<T, D>& state, const TokenTile<T, D>& q,
+__device__ void query_gradient_tile(State<T, D>& state, Sums<D>& sums, TokenTile<T, D>& q,
                                     TokenTile<T, D>& g, float eps, T* dq, int64_t stride, int valid,
                                     bool wide) {
   using H = Half<D>;
@@ -863,7 +911,14 @@ __device__ void query_gradient_tile(State<T, D>& state, const TokenTile<T, D>& q
                    a[0][2 * block + 1]);
   }
 
-  // g / E, in place: whoever needed g has passed the barrier. A row's power of two, so that a float16
+  unsigned of_q[Sums<D>::kSteps][H::kM][4];
+#pragma unroll
+  for (int step = 0; step < Sums<D>::kSteps; ++step) {
+    sums.load(of_q[step], q, sums.first_token(step));
+  }
+  __syncthreads();  // q and g have been read
+
+  // g / E: its high term takes g's place, the low one q's. A row's power of two, so that a float16
   // g / E has g's size, goes to phi(q).
   auto row_scale = [&](float E) {
     return std::is_same_v<T, __half>
@@ -874,14 +929,19 @@ __device__ void query_gradient_tile(State<T, D>& state, const TokenTile<T, D>& q
   for (int i = threadIdx.x; i < H::kTokens * H::kChunks; i += kThreads) {
     const int row = i / H::kChunks;
     const float E = sum_of(0, row) + eps, scale = inverse(E) * state.dS_scale * row_scale(E);
-    auto* const chunk = reinterpret_cast<Vector<unsigned, 4>*>(g.rows + H::at(row, i % H::kChunks));
-    Vector<unsigned, 4> values = *chunk;
+    const int at = H::at(row, i % H::kChunks);
+    auto* const chunk = reinterpret_cast<Vector<unsigned, 4>*>(g.rows + at);
+    Vector<unsigned, 4> high = *chunk, low;
 #pragma unroll
     for (int e = 0; e < 4; ++e) {
-      const float2 x = ptx::unpack2<T>(values.value[e]);
-      values.value[e] = ptx::pack2<T>(finite<T>(x.x * scale), finite<T>(x.y * scale));
+      float2 x = ptx::unpack2<T>(high.value[e]);
+      x = make_float2(finite<T>(x.x * scale), finite<T>(x.y * scale));
+      high.value[e] = ptx::pack2<T>(x.x, x.y);
+      const float2 rounded = ptx::unpack2<T>(high.value[e]);
+      low.value[e] = ptx::pack2<T>(x.x - rounded.x, x.y - rounded.y);
     }
-    *chunk = values;
+    *chunk = high;
+    *reinterpret_cast<Vector<unsigned, 4>*>(q.rows + at) = low;
   }
   for (int row = threadIdx.x; row < H::kTokens; row += kThreads) {
     const float E = sum_of(0, row) + eps, power = row_scale(E), over_E = inverse(E);
@@ -894,6 +954,8 @@ __device__ void query_gradient_tile(State<T, D>& state, const TokenTile<T, D>& q
     }
     state.row_scale[row] = from_float<T>(1.0f / power);
   }
+  __syncthreads();  // g / E and the weights are there
+  sums.add_queries(of_q, g, q, state);
 }
 
 // dk and dv of a tile of keys and values; `state` holds dS and the bias of dphi(k).

@@ -7,7 +7,8 @@
 //   column_warps    of phi go with a feature) and D columns; what is left of the eight warps share the
 //                   tile's tokens, and are added up at the end
 //   stages          tiles in shared memory of a kernel that reads two tensors and holds the state
-//   blocks          a multiprocessor is to hold at once: caps registers at 65536 / (256 blocks)
+//   blocks          a multiprocessor is to hold at once: caps registers at 65536 / (256 blocks). Not of
+//                   the state's kernel, of which there is one, so that there are few partial sums
 //
 // float32 (FMA), blocks of 16 x 16 threads:
 //   tokens          of a tile that meets the state, a multiple of 16
@@ -26,7 +27,7 @@ struct FloatTile {
 constexpr HalfTile kHalfTiles[] = {
     // D, tokens, feature_warps, column_warps, stages, blocks
     {16, 128, 1, 1, 3, 2},
-    {32, 128, 2, 2, 3, 2},
+    {32, 64, 2, 2, 3, 2},
     {48, 128, 1, 2, 2, 1},  // three 16-feature tiles: no grid of eight warps fits them better
     {64, 64, 4, 2, 3, 2},   // 16 x 32 x 2 of S a warp: 32 registers a thread
     {96, 64, 2, 4, 2, 1},   // the state is 40 KB of shared memory
@@ -47,9 +48,9 @@ constexpr Tile tile_of(const Tile (&table)[kCount], int head_dim) {
   return table[0];
 }
 
-// Half precision: up to so many key tokens are summed in one chain of tensor-core additions, which
-// round toward zero: the sum of n / 16 of them is off by up to n 2^-29. float32: by FMA, in chunks
-// of 256, so that only their number counts.
+// Half precision: up to so many tokens are summed in one chain of tensor-core additions, sixteen at a
+// time, which round toward zero: the sum of n of them is off by up to n 2^-29 of its size. (S itself is
+// summed in two levels: half_state_kernel.) float32: by FMA, in chunks of 256, whose number counts.
 constexpr int kMostTokensPerSplit = 16 * 1024;
 constexpr int kMostFloatTokensPerSplit = 64 * 1024;
 // Fewer tokens than that are not worth a block of their own.

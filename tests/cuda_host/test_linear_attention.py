@@ -299,7 +299,7 @@ def test_workspace_is_at_most_8_percent_of_least_traffic(
     if batch_heads * tokens < 512 * 1024:
         pytest.skip("fewer than 512k tokens in all")
     emulated = LinearAttention(libraries, multiprocessors=132)
-    x = torch.empty(1, dtype=torch.bfloat16).expand(batch_heads, 1, tokens, 64)
+    x = torch.empty(64, dtype=torch.bfloat16).expand(batch_heads, 1, tokens, 64)
     kept = torch.empty(1) if tokens > 256 else torch.empty(0)
     element = batch_heads * tokens * 64 * 2
     inference = emulated.ask("workspace_bytes", emulated.arguments(x, x, None, 0.0), "forward")
@@ -311,7 +311,7 @@ def test_workspace_is_at_most_8_percent_of_least_traffic(
 def test_few_launches(libraries: dict[str, Path]) -> None:
     def launches(batch_heads: int, tokens: int, dtype: torch.dtype = torch.bfloat16) -> list[int]:
         emulated = LinearAttention(libraries, multiprocessors=132)
-        x = torch.empty(1, dtype=dtype).expand(batch_heads, 1, tokens, 64)
+        x = torch.empty(64, dtype=dtype).expand(batch_heads, 1, tokens, 64)
         kept = torch.empty(1) if tokens > 256 else torch.empty(0)
         return [
             emulated.ask("launches", emulated.arguments(x, x, S, 0.0), which)
@@ -442,7 +442,7 @@ MORE_MUTATIONS = (
     ),
     Mutation(
         "no barrier before g / E is read",
-        "linear_attention/half_kernels.cuh",
+        HALF,
         "__syncthreads();  // g / E and the weights are there",
         "",
     ),
@@ -481,8 +481,8 @@ MORE_MUTATIONS = (
     Mutation(
         "only the first term of a weight",
         HALF,
-        "return column < 3 ? *reinterpret_cast",
-        "return column < 1 ? *reinterpret_cast",
+        "const unsigned of_z[2] = {lane_group() < 3 ?",
+        "const unsigned of_z[2] = {lane_group() < 1 ?",
     ),
     Mutation(
         "the operand's scale is not undone",

@@ -252,7 +252,7 @@ def test_traffic_of_a_pyramid_is_the_least(libraries: dict[str, Path], dtype: to
 
     found = moved(lambda e: e.ripple_pool_stages_backward(dlevels, grids, weights, axes), x=x)
     assert found["x"] == (sizes[0], 0)
-    assert found["levels in"] == (inner, 0)
+    assert found["levels in"] == (0, 0)  # pooled again
     assert found["dlevels in"] == (coarser, 0)
     assert found["dx"] == (0, sizes[0])
 
@@ -312,46 +312,76 @@ def test_results_repeat_bit_for_bit_whatever_the_thread_order(libraries: dict[st
 
 # ---- do these tests fail when they should? -------------------------------------------------------
 
+
+def mutation(name: str, old: str, new: str = "") -> Mutation:
+    return Mutation(name, "ripple/cuda.cu", old, new)
+
+
 MUTATIONS = (
-    Mutation(
+    mutation(
         "taps in reverse",
-        "ripple/cuda.cu",
-        "sum[e] += weight[tap][e] * x[e];",
-        "sum[e] += weight[kTaps - 1 - tap][e] * x[e];",
+        "weight[i % kTaps][i / kTaps] = flat",
+        "weight[kTaps - 1 - i % kTaps][i / kTaps] = flat",
     ),
+    mutation("no barrier between levels", "__syncthreads();  // level s is there\n"),
 )
 
 # For the slow tests.
 MORE_MUTATIONS = (
-    Mutation(
-        "no barrier between taps",
-        "ripple/cuda.cu",
-        "__syncthreads();  // the tap before has been read",
-        "",
-    ),
-    Mutation(
+    mutation("no barrier between rounds", "__syncthreads();  // the round before has been read"),
+    mutation(
         "one warp is left out",
-        "ripple/cuda.cu",
-        "for (int w = 0; w < kWarps; ++w) total",
-        "for (int w = 1; w < kWarps; ++w) total",
+        "for (int w = 0; w < kWarps; ++w) value",
+        "for (int w = 1; w < kWarps; ++w) value",
     ),
-    Mutation(
+    mutation(
         "odd tokens weigh as even ones",
-        "ripple/cuda.cu",
-        "p.pair_weight[along % 2 * p.channels + channel + e]",
-        "p.pair_weight[channel + e]",
+        "p.pair_weight + along % 2 * p.channels + place.channel",
+        "p.pair_weight + along * 0 + place.channel",
     ),
-    Mutation(
-        "odd size keeps its last pair",
-        "ripple/cuda.cu",
-        "if (row >= p.rows || col >= p.cols) continue;  // an odd size cuts the last pair",
-        "",
-    ),
-    Mutation(
+    mutation("an odd token's part of dz is lost", "add_product(dz, pair, next);"),
+    mutation(
         "stride ignored backward",
-        "ripple/cuda.cu",
-        "if (row < 0 || col < 0 || row % p.row_stride != 0 || col % p.col_stride != 0) continue;",
-        "if (row < 0 || col < 0) continue;",
+        "if (!kPairs && (row % p.row_stride != 0 || col % p.col_stride != 0)) continue;",
+    ),
+    mutation(
+        "an odd size keeps its last pair",
+        "if (row >= rows || col >= cols) continue;  // an odd size cuts the last pair",
+    ),
+    mutation(
+        "the images before are forgotten",
+        "float value = total[first * width + c];",
+        "float value = 0.0f;",
+    ),
+    mutation(
+        "a level's own gradient is left out",
+        "if (s > 0) load<T, kSize>(dx, p.gradient[s]",
+        "if (s > 1) load<T, kSize>(dx, p.gradient[s]",
+    ),
+    mutation(
+        "no barrier between levels pooled again",
+        "__syncthreads();  // level s is there, to be pooled again",
+    ),
+    mutation(
+        "no barrier before a gradient is read",
+        "__syncthreads();  // the gradient of level s + 1 is there",
+    ),
+    mutation(
+        "no barrier between expanded levels",
+        "__syncthreads();  // level s is there, and the expanded level s + 1",
+    ),
+    mutation(
+        "no barrier between expanded levels, backward",
+        "__syncthreads();  // the expanded level s + 1 is there, and level s",
+    ),
+    mutation(
+        "no barrier before the way up",
+        "__syncthreads();  // the gradient of the expanded level s is there, and that level",
+    ),
+    mutation(
+        "a finer level's gradient is taken",
+        "floats.read(g, gradients + first + r * cols + c);",
+        "elements.read(g, r * cols + c);",
     ),
 )
 
@@ -361,11 +391,12 @@ NARROW = ("-DLINEAR_VIT_HEAD_DIMS=32", "-DLINEAR_VIT_ELEMENT_TYPES=float")
 
 def narrow_checks(libraries: dict[str, Path]) -> list:
     grids = (Grid((2, 5, 7, 40), 0, num_splits=2), Grid((1, 5, 7, 40), 1))
-    return [
-        partial(check, libraries, replace(grid, order=order))
-        for order in ("forward", "reverse")
-        for grid in grids
-    ]
+    pyramid = Pyramid((3, 5, 7, 24), (0, 1, 0), num_splits=2)
+    checks = []
+    for order in ("forward", "reverse"):
+        checks += [partial(check, libraries, replace(grid, order=order)) for grid in grids]
+        checks.append(partial(check_pyramid, libraries, replace(pyramid, order=order)))
+    return checks
 
 
 @pytest.fixture(scope="session")
@@ -396,6 +427,7 @@ from tests.cuda_host import test_ripple as t
 libraries = {t.ROOM: Path(sys.argv[1], f"{t.ROOM}.so")}
 for layout in ("contiguous", "misaligned"):
     t.check(libraries, t.Grid((1, 3, 5, 33), layout=layout, num_splits=2))
+    t.check_pyramid(libraries, t.Pyramid((3, 3, 5, 36), (0, 1, 0), layout=layout, num_splits=2))
 """
 
 
