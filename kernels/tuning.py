@@ -48,12 +48,13 @@ def _tile(num_warps: int, num_stages: int, **tile: int) -> dict[str, int]:
     return {**tile, "num_warps": num_warps, "num_stages": num_stages}
 
 
-def _ripple_rules(tokens: int) -> tuple[Rule, ...]:
-    """A tile of 64 channels, of fewer where there are not so many."""
+def _ripple_rules(num_warps: int, tokens: int = 16) -> tuple[Rule, ...]:
+    """A tile of 64 channels, of fewer where there are not so many; float32 at 16 bytes a thread."""
     return (
-        Rule(_tile(4, 1, BLOCK_P=4 * tokens, BLOCK_C=16), dims=range(1, 17)),
-        Rule(_tile(4, 1, BLOCK_P=2 * tokens, BLOCK_C=32), dims=range(17, 33)),
-        Rule(_tile(4, 1, BLOCK_P=tokens, BLOCK_C=64)),
+        Rule(_tile(num_warps, 1, BLOCK_P=4 * tokens, BLOCK_C=16), dims=range(1, 17)),
+        Rule(_tile(num_warps, 1, BLOCK_P=2 * tokens, BLOCK_C=32), dims=range(17, 33)),
+        Rule(_tile(8, 1, BLOCK_P=16, BLOCK_C=64), dtypes=FLOAT32),
+        Rule(_tile(num_warps, 1, BLOCK_P=tokens, BLOCK_C=64)),
     )
 
 
@@ -135,16 +136,20 @@ TABLE: dict[str, tuple[Rule, ...]] = {
         Rule(_tile(8, 2, OWNED=16, PASSED=16), dims=range(65, 129), dtypes=FLOAT32),
         Rule(_tile(8, 2, OWNED=32, PASSED=16), dtypes=FLOAT32),
         Rule(_tile(4, 2, OWNED=64, PASSED=32), dims=range(33)),
-        Rule(_tile(4, 2, OWNED=64, PASSED=32), architectures=("sm_100",), dims=range(65, 129)),
-        Rule(_tile(8, 2, OWNED=64, PASSED=32), architectures=("sm_90",), dims=range(65, 129)),
-        Rule(_tile(8, 2, OWNED=32, PASSED=32), dims=range(65, 129)),
+        Rule(_tile(8, 2, OWNED=128, PASSED=32), architectures=("sm_90", "sm_100")),
+        Rule(_tile(4, 2, OWNED=64, PASSED=32), dims=range(65, 129)),
         Rule(_tile(8, 2, OWNED=128, PASSED=32)),
     ),
-    # dim is the channels. 16 bytes of channels a thread, and few idle ones.
-    "ripple.pool": _ripple_rules(16),
-    "ripple.pool_backward": _ripple_rules(16),
-    "ripple.expand": _ripple_rules(16),
-    "ripple.expand_backward": _ripple_rules(16),
+    # dim is the channels. 4 warps take 16 bytes of half-precision channels a thread; the backward
+    # pass of a pyramid would spill so, and takes 8 bytes a thread.
+    "ripple.pool": _ripple_rules(4),
+    "ripple.pool_backward": _ripple_rules(4),
+    "ripple.expand": _ripple_rules(4),
+    "ripple.expand_backward": _ripple_rules(4),
+    "ripple.pool_stages": _ripple_rules(4),
+    "ripple.pool_stages_backward": _ripple_rules(8),
+    "ripple.expand_stages": _ripple_rules(8, tokens=32),
+    "ripple.expand_stages_backward": _ripple_rules(8),
     "ripple.sum_partials": (Rule(_tile(4, 1, BLOCK_P=16, BLOCK_C=64)),),
 }
 
@@ -184,7 +189,8 @@ def architecture(of: torch.device) -> str:
 @contextlib.contextmanager
 def assume(architecture: str, multiprocessors: int) -> Iterator[None]:
     """Choose as for another device: to compile for it, or to count what it would move."""
-    _assumed.append(Device(architecture, multiprocessors))
+    # nvcc's "sm_90a" names the same device.
+    _assumed.append(Device(architecture.rstrip("af"), multiprocessors))
     try:
         yield
     finally:

@@ -20,8 +20,9 @@ from it, P = exp(s − lse):
     dV = Pᵀ dO              dS = P ∘ (dO Vᵀ − δ) with δ = rowsum(dO ∘ O)
     dQ = scale · dS K       dK = scale · dSᵀ Q
 
-Each gradient has one owner that adds in a fixed order, so results repeat bit for bit. Whole tiles
-are loaded and weighed without a mask; what is left of the tokens is one masked tile after the loop.
+Each gradient has one owner that adds in a fixed order, so results repeat bit for bit. Scores are
+masked only where keys end inside a tile: whole tiles have a loop without masks, what is left is one
+tile after it. Past the last query there is nothing to mask, since rows of zeros add nothing.
 Head dims 48 and 96 are padded to 64 and 128 columns of zeros.
 
 Products of half-precision operands run on tensor cores; P and dS are rounded to the inputs' dtype
@@ -337,47 +338,6 @@ def _query_gradient(
 
 
 @triton.jit
-def _add_key_value_gradient(
-    k,
-    v,
-    k_rows,
-    v_rows,
-    k_valid,
-    q_rows,
-    dout_rows,
-    lse_rows,
-    delta_rows,
-    valid,
-    scale_log2,
-    dscore_scale,
-    dk,
-    dv,
-    D: tl.constexpr,
-    EDGE: tl.constexpr,
-    SHIFT: tl.constexpr,
-):
-    """dk + dSᵀ q and dv + Pᵀ dout for one tile of queries: dS times ``dscore_scale``, P 2^SHIFT."""
-    BLOCK_D: tl.constexpr = k.shape[1]
-    q = _load(q_rows, valid, D, BLOCK_D, EDGE)
-    dout = _load(dout_rows, valid, D, BLOCK_D, EDGE)
-    if EDGE:  # rows past the end get weights of 0
-        inside = tl.arange(0, q_rows.shape[0]) < valid
-        lse = tl.load(lse_rows, mask=inside, other=float("inf"))
-        delta = tl.load(delta_rows, mask=inside, other=0.0)
-    else:
-        lse = tl.load(lse_rows)
-        delta = tl.load(delta_rows)
-    scores = _products(k, k_rows, k_valid, q, q_rows, valid, D, EDGE)
-    weights = tl.exp2(scores * scale_log2 - (lse * _LOG2_E - SHIFT)[None, :])
-    dv = _add_product(dv, weights, dout)
-    dweights = _products(v, v_rows, k_valid, dout, dout_rows, valid, D, EDGE)
-    factor = dscore_scale * 2.0**-SHIFT
-    dscores = weights * (dweights * factor - (delta * factor)[None, :])
-    dk = _add_product(dk, dscores, q)
-    return dk, dv
-
-
-@triton.jit
 def _key_value_gradient(
     dout_pointer,
     q_pointer,
@@ -434,28 +394,32 @@ def _key_value_gradient(
     dk = tl.zeros((OWNED, BLOCK_D), dtype=tl.float32)
     dv = tl.zeros((OWNED, BLOCK_D), dtype=tl.float32)
     scale_log2 = scale * _LOG2_E
-    for g in range(GROUP):
+    # P and dS, as operands, times 2^SHIFT and dscore_scale.
+    factor = dscore_scale * 2.0**-SHIFT
+    rows = tl.arange(0, PASSED)
+    tiles = tl.cdiv(num_queries, PASSED)
+    # One loop over the tiles of all heads: what it carries stays in registers, and the next head's
+    # first tile is on its way while this head's last one is used.
+    for tile in range(GROUP * tiles):
+        g = tile // tiles
         h = hk * GROUP + g
-        q_head = q_pointer + b * q_stride_b + h * q_stride_h
+        row0 = (tile - g * tiles).to(tl.int64) * PASSED
+        inside = tl.minimum(num_queries - row0, PASSED)
+        q_rows = _rows(q_pointer + b * q_stride_b + h * q_stride_h, row0, q_stride_n, PASSED)
         dout_head = dout_pointer + b * dout_stride_b + h * dout_stride_h
-        q_rows = _rows(q_head, 0, q_stride_n, PASSED)
-        dout_rows = _rows(dout_head, 0, dout_stride_n, PASSED)
-        rows = (b * kv_heads * GROUP + h) * num_queries + tl.arange(0, PASSED)
-        lse_rows, delta_rows = lse_pointer + rows, delta_pointer + rows
-        for _ in range(num_queries // PASSED):
-            dk, dv = _add_key_value_gradient(
-                k, v, k_rows, v_rows, valid, q_rows, dout_rows, lse_rows, delta_rows, PASSED,
-                scale_log2, dscore_scale, dk, dv, D, False, SHIFT,
-            )  # fmt: skip
-            q_rows += tl.cast(PASSED, tl.int64) * q_stride_n
-            dout_rows += tl.cast(PASSED, tl.int64) * dout_stride_n
-            lse_rows += PASSED
-            delta_rows += PASSED
-        if num_queries % PASSED != 0:
-            dk, dv = _add_key_value_gradient(
-                k, v, k_rows, v_rows, valid, q_rows, dout_rows, lse_rows, delta_rows,
-                num_queries % PASSED, scale_log2, dscore_scale, dk, dv, D, True, SHIFT,
-            )  # fmt: skip
+        dout_rows = _rows(dout_head, row0, dout_stride_n, PASSED)
+        at = (b * kv_heads * GROUP + h) * num_queries + row0 + rows
+        # Past the end q and dout are 0, and add nothing.
+        q = _load(q_rows, inside, D, BLOCK_D, True)
+        dout = _load(dout_rows, inside, D, BLOCK_D, True)
+        lse = tl.load(lse_pointer + at, mask=rows < inside, other=0.0)
+        delta = tl.load(delta_pointer + at, mask=rows < inside, other=0.0)
+        scores = _products(k, k_rows, valid, q, q_rows, inside, D, True)
+        weights = tl.exp2(scores * scale_log2 - (lse * _LOG2_E - SHIFT)[None, :])
+        dv = _add_product(dv, weights, dout)
+        dweights = _products(v, v_rows, valid, dout, dout_rows, inside, D, True)
+        dscores = weights * (dweights * factor - (delta * factor)[None, :])
+        dk = _add_product(dk, dscores, q)
     dk_head = dk_pointer + b * dk_stride_b + hk * dk_stride_h
     dv_head = dv_pointer + b * dv_stride_b + hk * dv_stride_h
     dk_rows = _rows(dk_head, first, dk_stride_n, OWNED)
@@ -616,3 +580,12 @@ def _packed_backward_operator(
 
 
 softmax_attention, softmax_attention_packed = attach("triton")
+
+
+def implementation(op: str, q: Tensor, *_: object) -> str:
+    """The tiles, warps and stages chosen for q's head dim, dtype and device."""
+    del op
+    kernels = ("forward", "query_gradient", "key_value_gradient")
+    key = (q.shape[-1], q.dtype, q.device)
+    chosen = (tuning.describe(f"softmax_attention.{kernel}", *key) for kernel in kernels)
+    return f"triton: {'; '.join(chosen)}"
