@@ -1,7 +1,9 @@
 """The pyramid in one call: every usable backend beside the float64 reference, level by level."""
 
 import importlib
+import math
 from dataclasses import dataclass
+from typing import Any
 
 import pytest
 import torch
@@ -17,9 +19,14 @@ from tests.kernels.cases import DEVICE, usable_backends
 FUSED = ("triton", "cuda")  # backends with kernels of their own for a pyramid
 
 
-def backends(*, fused: bool = False) -> list[str]:
-    usable = usable_backends("ripple_pool_stages")
-    return [name for name in usable if name in FUSED] if fused else usable
+def backends(*, fused: bool = False) -> list[Any]:
+    """Usable backends as parameters; ``compiled`` compiles for seconds, and is slow."""
+    marks = {"compiled": [pytest.mark.slow]}
+    return [
+        pytest.param(name, id=name, marks=marks.get(name, []))
+        for name in usable_backends("ripple_pool_stages")
+        if not fused or name in FUSED
+    ]
 
 
 @dataclass(frozen=True)
@@ -90,9 +97,14 @@ CASES = (
 )
 
 
-def assert_accurate(name: str, actual: Tensor, exact: Tensor, *, gradient: bool) -> None:
+def assert_accurate(
+    name: str, actual: Tensor, exact: Tensor, *, gradient: bool, roundings: int = 1
+) -> None:
+    """The accuracy rule; the errors of several ``roundings`` on the way add up as squares."""
     comparison = compare(actual.detach(), exact.detach(), gradient=gradient)
-    assert comparison.passed, f"{name}: {comparison}"
+    slack = math.sqrt(roundings)
+    assert comparison.rms_error <= slack * comparison.rms_tolerance, f"{name}: {comparison}"
+    assert comparison.max_error <= slack * comparison.max_tolerance, f"{name}: {comparison}"
 
 
 @pytest.mark.parametrize("backend", backends())
@@ -127,11 +139,14 @@ def test_expand(case: Pyramid, backend: str) -> None:
     exact_inputs = [x.detach().double().requires_grad_() for x in inputs]
     exact = case.expand(exact_inputs, "reference")
     assert out.dtype == case.dtype
-    assert_accurate("out", out, exact, gradient=False)
+    # Single stages round between them; a fused kernel does not.
+    roundings = 1 if backend in FUSED else len(case.axes)
+    assert_accurate("out", out, exact, gradient=False, roundings=roundings)
     gradients = torch.autograd.grad(out, inputs, dout)
     expected = torch.autograd.grad(exact, exact_inputs, dout.double())
     for i, (a, b) in enumerate(zip(gradients, expected, strict=True)):
-        assert_accurate(f"gradient {i} of z, levels, weights, laterals", a, b, gradient=True)
+        name = f"gradient {i} of z, levels, weights, laterals"
+        assert_accurate(name, a, b, gradient=True, roundings=roundings)
 
 
 @pytest.mark.parametrize("backend", backends(fused=True))
