@@ -59,9 +59,11 @@ struct Plan {
     const int64_t blocks_each = half ? tile_of(kHalfTiles, p.head_dim).blocks : 2;
     const int64_t blocks = blocks_each * p.multiprocessors;
     const int64_t most = half ? kMostTokensPerSplit : kMostFloatTokensPerSplit;
-    // Partial states are traffic: half precision keeps a multiprocessor busy with one block of it.
+    // Partial sums are traffic: in half precision one block of k and v keeps a multiprocessor busy, and
+    // so it does of q and dout where heads alone nearly fill the GPU.
+    const bool nearly = half && 2 * states > p.multiprocessors;
     state = splits_of(p, p.keys, half ? p.multiprocessors : blocks, most);
-    query_gradient = splits_of(p, queries, blocks, most);
+    query_gradient = splits_of(p, queries, nearly ? p.multiprocessors : blocks, most);
     apply = splits_of(p, queries, blocks, INT64_MAX);
     key_value_gradient = splits_of(p, p.keys, blocks, INT64_MAX);
     rows = !half && p.head_dim > 64;
