@@ -6,7 +6,7 @@
 //                    same nine dout, and those of an even and its odd token make dz
 // A pyramid whose grid fits in shared memory, in one launch each way:
 //   3 pool_stages             x once from memory, every level once to memory
-//   4 pool_stages_backward    levels and their gradients once, dx once
+//   4 pool_stages_backward    x and the levels' gradients once, dx once
 //   5 expand_stages           levels and z once, out once
 //   6 expand_stages_backward  dout, levels and z once; dz and the levels' gradients once
 // and for the weights' gradients
@@ -21,11 +21,11 @@
 // sums. It is as wide as leaves 48 KB and two blocks a multiprocessor.
 //
 // Traffic of 3 to 6, with level s of n_s tokens (n_0 = B rows cols): exactly the least, e C times
-//   pool     n_0 + ... + n_S          backward  2 n_0 + 2 (n_1 + ... + n_(S-1)) + n_S
+//   pool     n_0 + ... + n_S          backward  2 n_0 + n_1 + ... + n_S
 //   expand   2 n_0 + n_1 + ... + n_S  backward  3 n_0 + 2 (n_1 + ... + n_S)
 // plus the weights, and for their gradients a workspace of 36 or 44 bytes a split, stage and channel.
-// What passes between stages and is no result (backward: the levels' total gradients; the expanded
-// levels, computed again) stays in shared memory, so a third of what single stages move is saved.
+// What passes between stages stays in shared memory, and what backward needs of it is computed again:
+// pooled levels from x, expanded levels from z.
 //
 // Sums are float32. No atomics: results repeat bit for bit.
 #include "cuda.h"
@@ -333,7 +333,8 @@ __host__ __device__ Shared pool_shared(const Stages<T>& p) {
 }
 template <typename T>
 __host__ __device__ Shared pool_backward_shared(const Stages<T>& p) {
-  return {0, p.first[p.num_stages + 1] - p.first[1], p.num_stages * kTaps + kWarps * kRound};
+  return {p.first[p.num_stages], p.first[p.num_stages + 1] - p.first[1],
+          p.num_stages * kTaps + kWarps * kRound};
 }
 template <typename T>
 __host__ __device__ Shared expand_shared(const Stages<T>& p) {
@@ -417,6 +418,29 @@ __device__ void add_window(float (&sum)[kSize], const float (&weight)[kTaps][kSi
 
 // 3 pool_stages. A block: one image, lanes * kSize channels.
 
+// Level s + 1 of an image from level s in `elements`: to be kept there, to global memory, or both.
+template <typename T, int kSize>
+__device__ void pool_level(const Stages<T>& p, const Elements<T, kSize>& elements,
+                           const Place& place, int s, int64_t image, bool keep, bool output) {
+  float weight[kTaps][kSize];
+  load_weight<T, kSize>(weight, p.weight[s], place.channel);
+  const int row_stride = p.axes[s] == 0 ? 2 : 1, col_stride = p.axes[s] == 0 ? 1 : 2;
+  const int cols = p.cols[s + 1];
+#pragma unroll 1
+  for (int i = place.slot; i < p.tokens[s + 1]; i += place.slots) {
+    const int row = i / cols, col = i % cols;
+    float sum[kSize] = {};
+    add_window(sum, weight, elements, p.first[s], row * row_stride, col * col_stride, p.rows[s],
+               p.cols[s]);
+    const Vector<T, kSize> result = rounded<T>(sum);
+    if (keep) elements.at(p.first[s + 1] + i) = result;
+    if (output) {
+      T* const target = p.level[s + 1].at(image, row, col) + place.channel;
+      store_global(reinterpret_cast<Vector<T, kSize>*>(target), result);
+    }
+  }
+}
+
 template <typename T, int kSize>
 __global__ void __launch_bounds__(kThreads) pool_stages_kernel(Stages<T> p) {
   const int64_t channel_blocks = (p.channels + p.lanes * kSize - 1) / (p.lanes * kSize);
@@ -430,26 +454,12 @@ __global__ void __launch_bounds__(kThreads) pool_stages_kernel(Stages<T> p) {
 #pragma unroll 1
   for (int s = 0; s < p.num_stages; ++s) {
     __syncthreads();  // level s is there
-    if (!place.inside) continue;
-    float weight[kTaps][kSize];
-    load_weight<T, kSize>(weight, p.weight[s], place.channel);
-    const int row_stride = p.axes[s] == 0 ? 2 : 1, col_stride = p.axes[s] == 0 ? 1 : 2;
-    const int cols = p.cols[s + 1];
-#pragma unroll 1
-    for (int i = place.slot; i < p.tokens[s + 1]; i += place.slots) {
-      const int row = i / cols, col = i % cols;
-      float sum[kSize] = {};
-      add_window(sum, weight, elements, p.first[s], row * row_stride, col * col_stride, p.rows[s],
-                 p.cols[s]);
-      const Vector<T, kSize> result = rounded<T>(sum);
-      T* const target = p.level[s + 1].at(image, row, col) + place.channel;
-      store_global(reinterpret_cast<Vector<T, kSize>*>(target), result);
-      if (s + 1 < p.num_stages) elements.at(p.first[s + 1] + i) = result;
-    }
+    if (place.inside) pool_level(p, elements, place, s, image, s + 1 < p.num_stages, true);
   }
 }
 
-// 4 pool_stages_backward. A block: a split of the images in turn, lanes * kSize channels. The total
+// 4 pool_stages_backward. A block: a split of the images in turn, lanes * kSize channels. Levels are
+// pooled again, from x: they come out as they were rounded. Then from the coarsest down, the total
 // gradient of level s is its own plus what stage s brings back from level s + 1.
 
 template <typename T, int kSize>
@@ -457,26 +467,34 @@ __global__ void __launch_bounds__(kThreads, 1) pool_stages_backward_kernel(Stage
   const int64_t channel_blocks = (p.channels + p.lanes * kSize - 1) / (p.lanes * kSize);
   const int64_t channel_block = blockIdx.x % channel_blocks, split = blockIdx.x / channel_blocks;
   const Place place(p.lanes, kSize, p.channels, channel_block);
-  const int width = p.lanes * kSize;
+  const int width = p.lanes * kSize, last = p.num_stages;
   char* const memory = reinterpret_cast<char*>(shared_memory());
   const Shared shared = pool_backward_shared(p);
-  const Floats<kSize> gradient(memory, p.lanes, place.lane);  // of levels 1 to S
+  const Elements<T, kSize> elements{reinterpret_cast<Vector<T, kSize>*>(memory), p.lanes,
+                                    place.lane};  // levels 0 to S - 1
+  const Floats<kSize> gradient(memory + shared.floats_at(width, sizeof(T)), p.lanes,
+                               place.lane);  // of levels 1 to S
   float* const total = reinterpret_cast<float*>(memory + shared.sums_at(width, sizeof(T)));
-  float* const exchange = total + p.num_stages * kTaps * width;
-  for (int c = threadIdx.x; c < p.num_stages * kTaps * width; c += kThreads) total[c] = 0.0f;
+  float* const exchange = total + last * kTaps * width;
+  for (int c = threadIdx.x; c < last * kTaps * width; c += kThreads) total[c] = 0.0f;
 
 #pragma unroll 1
   for (int64_t image = split; image < p.batch; image += p.num_splits) {
-    __syncthreads();  // the gradients of the image before have been read
-    const int last = p.num_stages;
+    // add_block_sums has met since the image before was read
     if (place.inside) {
+      load_level(elements, 0, p.level[0], image, p.tokens[0], p.cols[0], place);
 #pragma unroll 1
       for (int i = place.slot; i < p.tokens[last]; i += place.slots) {
         float g[kSize];
-        load<T, kSize>(g, p.gradient[last].at(image, i / p.cols[last], i % p.cols[last]) +
-                              place.channel);
+        load<T, kSize>(
+            g, p.gradient[last].at(image, i / p.cols[last], i % p.cols[last]) + place.channel);
         gradient.write(p.first[last] - p.first[1] + i, g);
       }
+    }
+#pragma unroll 1
+    for (int s = 0; s + 1 < last; ++s) {
+      __syncthreads();  // level s is there, to be pooled again
+      if (place.inside) pool_level(p, elements, place, s, image, true, false);
     }
 #pragma unroll 1
     for (int s = last - 1; s >= 0; --s) {
@@ -491,7 +509,7 @@ __global__ void __launch_bounds__(kThreads, 1) pool_stages_backward_kernel(Stage
         for (int i = place.slot; i < p.tokens[s]; i += place.slots) {
           const int row = i / cols, col = i % cols;
           float x[kSize], dx[kSize] = {};
-          load<T, kSize>(x, p.level[s].at(image, row, col) + place.channel);
+          elements.read(x, p.first[s] + i);
           if (s > 0) load<T, kSize>(dx, p.gradient[s].at(image, row, col) + place.channel);
 #pragma unroll
           for (int tap = 0; tap < kTaps; ++tap) {
@@ -515,8 +533,8 @@ __global__ void __launch_bounds__(kThreads, 1) pool_stages_backward_kernel(Stage
     }
   }
   __syncthreads();
-  for (int s = 0; s < p.num_stages; ++s) {
-    store_block_sums<kSize>(p.workspace + (split * p.num_stages + s) * kSums * p.channels,
+  for (int s = 0; s < last; ++s) {
+    store_block_sums<kSize>(p.workspace + (split * last + s) * kSums * p.channels,
                             total + s * kTaps * width, kTaps, p.lanes, p.channels, channel_block);
   }
 }
@@ -607,7 +625,7 @@ __global__ void __launch_bounds__(kThreads, 1) expand_stages_backward_kernel(Sta
 
 #pragma unroll 1
   for (int64_t image = split; image < p.batch; image += p.num_splits) {
-    __syncthreads();  // the image before has been read
+    // add_block_sums has met since the image before was read
     if (place.inside) {
       load_level(elements, 0, p.out, image, p.tokens[0], p.cols[0], place);
       for (int s = 1; s < last; ++s) {

@@ -26,8 +26,8 @@ constexpr int kMostStages = 4;
 // A pyramid: level 0 is (batch, rows, cols, channels), stage s halves level s along axes[s]. With S
 // stages, pooling reads level 0 and writes levels 1 to S; expansion reads levels 0 to S, of which
 // level S is the coarse grid z, and writes `out`. Backward, gradient[s] is that of level s: pooling
-// reads those of 1 to S and writes that of 0, expansion reads that of `out` and writes all. Weights
-// as above; in an expansion `weight` is the lateral one.
+// reads those of 1 to S and level 0, and writes that of 0; expansion reads that of `out` and all
+// levels, and writes all. Weights as above; in an expansion `weight` is the lateral one.
 struct RippleStagesArguments {
   int32_t element, num_stages;
   int32_t axes[kMostStages];
