@@ -91,12 +91,11 @@ def plan(device: str, backends: tuple[str, ...], *, dry_run: bool) -> list[Case]
             for case in _checks(head_dim, ours, ("bfloat16", "float32"), attention)
         ),
     ]
-    # The first place of a case that two lists have.
-    ordered = {(case.section, case.name): case for case in reversed(cases)}
-    cases = sorted(ordered.values(), key=cases.index)
+    # A case that two of these lists have stands where the first has it.
+    once = {(case.section, case.name): case for case in cases}
     return [
         dataclasses.replace(case, parameters={**case.parameters, "device": device})
-        for case in cases
+        for case in once.values()
     ]
 
 
