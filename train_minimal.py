@@ -146,7 +146,7 @@ def train(
     epoch_steps, total = loader.steps_per_epoch, loader.steps
     warmup = round(config.warmup_epochs * epoch_steps)
     # Reading the loss waits for the device, and for other processes, so not at every step.
-    read_every = 1 if device.type == "cpu" and distributed.world() == 1 else 50
+    read_every = 10 if device.type == "cpu" and distributed.world() == 1 else 50
 
     writer = board.open_board(out, epochs_done=len(record["epochs"])) if main else None
     if writer is not None and start == 0:
@@ -238,14 +238,10 @@ def train(
                     progress.epoch(entry)
                     if writer is not None:
                         board.add_curves(writer, entry)
+                    if writer is not None and entry["epoch"] in (1, config.epochs):
+                        shown = val.images[:16], val.labels[:16], predictions[:16]
                         board.add_predictions(
-                            writer,
-                            val.images[:16],
-                            val.labels[:16],
-                            predictions[:16],
-                            data.class_names,
-                            data.info,
-                            entry["epoch"],
+                            writer, *shown, data.class_names, data.info, entry["epoch"]
                         )
                 if saves:
                     record["seconds"] = time.perf_counter() - begin
@@ -322,14 +318,12 @@ def check_finite(
     """Stops a run whose loss is no longer a number, naming the step and what to go back to."""
     for step, loss in enumerate(losses, first_step + 1):
         if not math.isfinite(loss):
-            back = (
-                f"the last good checkpoint is {checkpoint}"
-                if checkpoint
-                else ("there is no checkpoint yet")
-            )
+            back = "there is no checkpoint yet"
+            if checkpoint is not None:
+                back = f"the last good checkpoint is {checkpoint}"
             raise UserError(
-                f"the loss became {loss} at step {step} (learning rate {lr:.2g}): training "
-                f"stopped; {back}; try a smaller --lr"
+                f"the loss or its gradient became {loss} at step {step} (learning rate {lr:.2g}): "
+                f"training stopped; {back}; try a smaller --lr"
             )
 
 
@@ -480,7 +474,7 @@ def run_missing(
     All models of a seed run next to each other, in alternating order, so that a machine that
     drifts (heat, neighbours) does so for all alike: speed-ups compare within a seed.
     """
-    for config in {(c.model, c.ripple_stages, c.hydra_branches): c for c in configs}.values():
+    for config in dict.fromkeys(dataclasses.replace(config, seed=0) for config in configs):
         check_usable(config, device)
     machine = environment(device)
     done = [

@@ -8,6 +8,7 @@ the embedded data set should not.) Mixing draws once per global batch, and mixes
 
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -138,8 +139,8 @@ def _scale_and_shift(
     return scale.to(device), shift.to(device)
 
 
-def torchvision_v2():  # type: ignore[no-untyped-def]  # a module
-    """torchvision.transforms.v2, imported when first needed; UserError where it can't be."""
+def torchvision_v2() -> Any:
+    """The module torchvision.transforms.v2, imported when needed; UserError where it can't be."""
     try:
         from torchvision.transforms import v2
     except Exception as error:  # beside a torch of another build it fails in several ways

@@ -97,7 +97,7 @@ def read_runs(folder: Path) -> tuple[list[dict[str, Any]], list[str]]:
             if not isinstance(run, dict) or run.get("schema") != SCHEMA:
                 found = run.get("schema") if isinstance(run, dict) else type(run).__name__
                 raise ValueError(f"schema {found!r}, expected {SCHEMA!r}")
-            missing = {"status", "config", "environment", "model"} - set(run)
+            missing = {"status", "config", "environment", "model", "epochs"} - set(run)
             if missing:
                 raise ValueError(f"lacks {', '.join(sorted(missing))}")
         except (OSError, ValueError) as error:

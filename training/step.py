@@ -55,6 +55,7 @@ def training_step(
         The share of these images in the mean loss, and how many of them were classified correctly
         (an image of two labels counts by the weight of the predicted one). Both are detached
         scalars on the device: reading them is the caller's choice, since it waits for the device.
+        The loss is NaN where the gradient is not finite, unless a scaler skips that step.
     """
     replicas = model if isinstance(model, nn.parallel.DistributedDataParallel) else None
     whole = len(images) if batch_size is None else batch_size
@@ -82,9 +83,11 @@ def training_step(
             hits += _hits(logits.detach(), y)
     if scaler is not None:
         scaler.unscale_(optimizer)
-    nn.utils.clip_grad_norm_(model.parameters(), clip)
+    norm = nn.utils.clip_grad_norm_(model.parameters(), clip)
     if scaler is None:
         optimizer.step()
+        # Such a gradient has just spoilt the weights, which the loss would tell a step too late.
+        loss = torch.where(norm.isfinite(), loss, torch.nan)
     else:
         scaler.step(optimizer)
         scaler.update()

@@ -3,21 +3,31 @@
 import csv
 import io
 import json
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
-from training import results
-from training.config import MODELS, model_settings, resolve
+from training import ablation, results, speed
+from training.config import MODELS, Config, model_settings, resolve
+from training.errors import UserError
 from training.record import SCHEMA, read_runs, write_json
 
-MACHINE = {"device": "cpu", "cpu": "Example 1", "torch": "9.9", "threads": 2, "cores": 2}
+MACHINE = {
+    "device": "cpu",
+    "cpu": "Example 1",
+    "torch": "9.9",
+    "threads": 2,
+    "cores": 2,
+    "processes": 1,
+}
 
 
 def run(model: str, seed: int, accuracy: float, rate: float, **changes: Any) -> dict[str, Any]:
-    from dataclasses import asdict
-
+    curve = changes.pop("curve", (0.5, accuracy))
+    changes_of_time = changes.pop("epoch_seconds", None)
     given = {"preset": "small", "dataset": "digits", "seed": seed, **model_settings(model)}
     return {
         "schema": SCHEMA,
@@ -29,7 +39,13 @@ def run(model: str, seed: int, accuracy: float, rate: float, **changes: Any) -> 
         "parameters": 1000 + len(model),
         "images_per_second": rate,
         "test_accuracy": accuracy,
+        "peak_memory": None,
+        "epochs": epochs(changes_of_time or 10.0, *curve),
     }
+
+
+def epochs(seconds: float, *accuracies: float) -> list[dict[str, Any]]:
+    return [{"val_accuracy": accuracy, "seconds": seconds} for accuracy in accuracies]
 
 
 def rows(table: dict[str, Any], dataset: str = "digits") -> dict[str, dict[str, Any]]:
@@ -40,9 +56,9 @@ def rows(table: dict[str, Any], dataset: str = "digits") -> dict[str, dict[str, 
 def three_seeds() -> list[dict[str, Any]]:
     # The machine slows down from seed to seed; ripple is 1.5 times as fast throughout.
     runs = []
-    for seed, speed in enumerate((1000.0, 800.0, 400.0)):
-        runs.append(run("baseline", seed, 0.90 + 0.01 * seed, speed))
-        runs.append(run("ripple", seed, 0.95, 1.5 * speed))
+    for seed, rate in enumerate((1000.0, 800.0, 400.0)):
+        runs.append(run("baseline", seed, 0.90 + 0.01 * seed, rate))
+        runs.append(run("ripple", seed, 0.95, 1.5 * rate))
     return runs
 
 
@@ -88,8 +104,13 @@ def test_what_was_not_run_says_so() -> None:
     assert cifar["ripple"]["claim"] == {"accuracy": 85.3, "speedup": 2.1}
     assert cifar["hydra-local"]["claim"] is None
     markdown = results.to_markdown(table)
-    [line] = [line for line in markdown.splitlines() if "| RippleViT | not run" in line][:1]
-    assert line == "| RippleViT | not run | 85.3 % | not run | not run | 2.1× | not run |"
+    [line, _] = [line for line in markdown.splitlines() if "| RippleViT | not run" in line]
+    cells = [cell.strip() for cell in line.strip("|").split("|")]
+    assert cells == [
+        "RippleViT",
+        *("not run", "85.3 %", "not run", "not run", "O(N)"),
+        *("not run", "2.1×", "not run", "not run", "not run"),
+    ]
     assert results.make_table([])["datasets"][0]["status"] == "not run"
 
 
@@ -130,8 +151,8 @@ def test_a_repeated_run_counts_once_the_latest() -> None:
 def test_markdown_and_csv() -> None:
     table = results.make_table([*three_seeds(), run("hydra", 0, 0.8, 500)])
     markdown = results.to_markdown(table)
-    assert "| Baseline ViT | 1,008 | – | 91.0 ± 2.5 % | 800 | – | 1.00× |" in markdown
-    assert "| RippleViT | 1,006 | – | 95.0 ± 0.0 % | 1,200 | – | 1.50× |" in markdown
+    assert "| Baseline ViT | 1,008 | – | 91.0 ± 2.5 % | – | O(N²) | 800 | – | 1.00× |" in markdown
+    assert "| RippleViT | 1,006 | – | 95.0 ± 0.0 % | +4.0 ± 2.5 | O(N) | 1,200 | – |" in markdown
     assert "80.0 % (one seed)" in markdown
     assert "3 seeds; on Example 1, 2 threads, torch 9.9" in markdown
     assert results.CLAIMS["source"] in markdown
@@ -142,6 +163,150 @@ def test_markdown_and_csv() -> None:
     assert float(ripple["speedup_median"]) == pytest.approx(1.5)
     assert ripple["speedup_claimed"] == ""
     assert json.loads(json.dumps(table, allow_nan=False)) == table
+
+
+def test_time_to_the_baselines_final_accuracy() -> None:
+    """Interpolated between epochs, paired by seed, the baseline timed by its own first crossing."""
+    runs = []
+    for seed in (0, 1):
+        # Final 0.8; first reached half way between its epochs of 0.7 and 0.9.
+        curve = (0.6, 0.7, 0.9, 0.8)
+        runs.append(run("baseline", seed, 0.8, 100, curve=curve, epoch_seconds=10.0))
+        runs.append(run("hydra", seed, 0.8, 100, curve=(0.7, 0.75, 0.79), epoch_seconds=1.0))
+    runs.append(run("ripple", 0, 0.8, 100, curve=(0.6, 1.0), epoch_seconds=8.0))
+    runs.append(run("ripple", 1, 0.8, 100, curve=(0.85, 0.6), epoch_seconds=8.0))
+    found = {
+        model: row["time_to_baseline"] for model, row in rows(results.make_table(runs)).items()
+    }
+    assert found["baseline"]["seconds"] == pytest.approx(25)
+    assert found["baseline"]["speedup"]["values"] == pytest.approx([1, 1])
+    assert found["baseline"]["target_percent"] == pytest.approx(80)
+    assert found["ripple"]["speedup"]["values"] == pytest.approx([25 / 12, 25 / 8])
+    assert found["ripple"]["seconds"] == pytest.approx(10)
+    assert (found["hydra"]["reached"], found["hydra"]["speedup"]) == (0, None)
+    markdown = results.to_markdown(results.make_table(runs))
+    assert "not reached" in markdown
+    assert results.seconds_to(epochs(1.0, 0.1, 0.2), 0.3) is None
+
+
+FULL = {"preset": "full", "dataset": "cifar100"}
+
+
+@pytest.mark.parametrize(
+    ("accuracy", "rate", "changes", "verdict", "reason"),
+    [
+        (0.86, 220.0, FULL, "reproduced", "reach the claim"),
+        (0.80, 220.0, FULL, "not reproduced", "accuracy 80.0 % of 85.3 %"),
+        (0.86, 120.0, FULL, "not reproduced", "speed-up 1.20× of 2.1×"),
+        (0.86, 220.0, {**FULL, "epochs": 20}, "not run", "epochs 200 (here 20)"),
+        (0.86, 220.0, {"dataset": "fashion-mnist"}, "no claim", "states nothing"),
+    ],
+)
+def test_verdicts(
+    accuracy: float, rate: float, changes: dict[str, Any], verdict: str, reason: str
+) -> None:
+    runs = []
+    for seed, wobble in enumerate((0.999, 1.0, 1.001)):
+        runs.append(run("baseline", seed, 0.7, 100.0, **changes))
+        runs.append(run("ripple", seed, accuracy * wobble, rate * wobble, **changes))
+    dataset = changes["dataset"]
+    ripple = rows(results.make_table(runs), dataset)["ripple"]
+    assert ripple["verdict"] == verdict
+    assert reason in ripple["verdict_reason"]
+    if dataset == "cifar100":
+        assert rows(results.make_table(runs), dataset)["hydra"]["verdict"] == "not run"
+
+
+def test_an_interval_that_holds_the_claim_reproduces_it() -> None:
+    runs = [run("baseline", seed, 0.7, 100.0, **FULL) for seed in range(3)]
+    runs += [run("ripple", s, a, 220.0, **FULL) for s, a in enumerate((0.80, 0.84, 0.88))]
+    assert rows(results.make_table(runs), "cifar100")["ripple"]["verdict"] == "reproduced"
+
+
+def test_arithmetic() -> None:
+    """The figures worked out by hand for the claimed backbone: 64 tokens, dim 384."""
+    a = results.arithmetic(32, 4, 384, 1536)
+    assert a["tokens"] == 64
+    assert a["core_share"] == pytest.approx(64 / (6 * 384 + 64))
+    assert a["free_core"] == pytest.approx(1.03, abs=0.005)
+    assert a["pooled"] == pytest.approx(1.45, abs=0.01)
+    assert a["no_attention"] == pytest.approx(1.54, abs=0.005)
+
+
+HEADER = "machine,operation,pass,dtype,backend,exponent,low,high,reason\n"
+
+
+def test_exponents(tmp_path: Path) -> None:
+    """Of the runs' own processor, both passes, rows without a fit left out."""
+    path = tmp_path / "exponents.csv"
+    path.write_text(
+        HEADER
+        + "Other CPU,softmax_attention,forward+backward,float32,torch,1.5,1.4,1.6,\n"
+        + "Example 1,softmax_attention,forward,float32,torch,1.7,1.6,1.8,\n"
+        + "Example 1,softmax_attention,forward+backward,float32,torch,1.9,1.8,2.0,\n"
+        + "Example 1,linear_attention,forward+backward,float32,torch,,,,too few lengths\n"
+    )
+    table = results.make_table(three_seeds(), exponents=results.read_exponents(path))
+    found = {model: row["complexity"] for model, row in rows(table).items()}
+    assert found["baseline"]["exponent"] == 1.9
+    assert found["ripple"] == {
+        "order": "O(N)",
+        **dict.fromkeys(("exponent", "low", "high", "pass", "backend", "dtype", "machine")),
+    }
+    assert "O(N²), measured N^1.90 (1.80 to 2.00)" in results.to_markdown(table)
+    path.write_text("a,b\n1,2\n")
+    with pytest.raises(UserError, match=r"exponents\.csv .* lacks backend"):
+        results.read_exponents(path)
+    with pytest.raises(UserError, match=r"nowhere\.csv"):
+        results.read_exponents(tmp_path / "nowhere.csv")
+
+
+def test_ablation_chooses_by_validation_accuracy(tmp_path: Path) -> None:
+    configs, runs = [], []
+    for seed in (0, 1):
+        for value, val, test, rate in ((1, 0.6, 0.9, 100.0), (2, 0.8, 0.7, 150.0)):
+            runs.append(
+                run("ripple", seed, test, rate * (seed + 1), ripple_stages=value, curve=(val, 0.1))
+            )
+            configs.append(Config(**runs[-1]["config"]))
+    found = ablation.summarise("ripple_stages", configs, runs, MACHINE)
+    assert found["best"] == 2
+    assert found["claimed_best"] == 3
+    assert [row["value"] for row in found["rows"]] == [1, 2]
+    assert found["rows"][1]["speedup"]["values"] == pytest.approx([1.5, 1.5])
+    assert found["rows"][0]["accuracy"]["mean"] == pytest.approx(90)
+    assert "| 2 | 1,006 | 80.0 ± 0.0 % | 70.0 ± 0.0 % | 225 | 1.50× | 2 |" in ablation.to_markdown(
+        found
+    )
+    assert len(ablation.to_csv(found).splitlines()) == 3
+    write_json(tmp_path / "ablation-ripple_stages.json", found)
+    (tmp_path / "ablation-cut.json").write_text('{"schema":')
+    [read] = ablation.read(tmp_path)
+    text = results.to_markdown(results.make_table(runs, ablations=[read]))
+    assert "best 2 by validation accuracy" in text
+    assert "claimed: 3" in text
+    ablation.plot(found, tmp_path / "plot.svg")
+    assert "</svg>" in (tmp_path / "plot.svg").read_text()
+
+
+def test_step_speed_table() -> None:
+    @dataclass
+    class Timed:
+        median: float
+        relative_iqr: float = 0.01
+
+    configs = [resolve({"preset": "small", "dataset": "digits", **model_settings("hydra")})]
+    timings = {("hydra", "torch"): Timed(0.012), ("hydra", "cpu"): Timed(0.008)}
+    reasons = {("hydra", "cuda"): "no CUDA device"}
+    found = speed.summarise(configs, timings, reasons, torch.device("cpu"))
+    [row] = found["rows"]
+    assert row["own"] == "cpu"
+    assert row["speedup"] == pytest.approx(1.5)
+    assert row["backends"]["torch"]["images_per_second"] == pytest.approx(32 / 0.012)
+    markdown = speed.to_markdown(found)
+    assert "| Model | PyTorch time | C++ time | CUDA time | Speed-up |" in markdown
+    assert "| HydraViT | 12 ms | 8 ms | – | 1.50× | 2,667 | 4,000 |" in markdown
+    assert "cuda: no CUDA device (hydra)" in markdown
 
 
 def test_rows_are_models() -> None:

@@ -199,6 +199,27 @@ def test_an_empty_share_takes_part_at_no_weight() -> None:
     assert all(p.grad is not None and not p.grad.any() for p in model.parameters())
 
 
+def test_a_gradient_that_is_no_number_shows_in_the_loss() -> None:
+    """Finite loss, infinite gradient: a square root at zero."""
+
+    class Root(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.zeros(1))
+
+        def forward(self, images: Tensor) -> Tensor:
+            return F.pad(self.weight.sqrt().expand(len(images), 1), (0, 2))
+
+    model = Root()
+    loss, _ = training_step(
+        model,
+        torch.optim.SGD(model.parameters(), lr=0.1),
+        torch.zeros(2, 1, 1, 1),
+        torch.ones(2).long(),
+    )
+    assert loss.isnan()
+
+
 @pytest.mark.parametrize("amp", ["bf16", "fp16"])
 def test_mixed_precision_steps(amp: str) -> None:
     """The fp16 loss is scaled, and gradients are unscaled before they are clipped."""
