@@ -79,43 +79,75 @@ SPLITS = Splits(
     short_keys=1024,
 )
 
+# Products with one operand from shared memory, as long as a program lives; mma.sync takes both from
+# registers, so that the other architectures hold less of S at once.
 _WGMMA = ("sm_90", "sm_100", "interpreter")
-_STREAMED = _tile(8, 2, RESIDENT=0, BLOCK_N=32, BLOCK_F=16)
+_WIDE = range(65, 129)
+_STREAMED = (
+    Rule(_tile(8, 2, RESIDENT=0, BLOCK_N=32, BLOCK_F=16), dtypes=FLOAT32),
+    Rule(_tile(8, 2, RESIDENT=0, BLOCK_N=32, BLOCK_F=32)),
+)
+
+
+def _streamed(
+    dims: range | None = None,
+    *,
+    architectures: tuple[str, ...] | None = None,
+    dtypes: tuple[torch.dtype, ...] = HALF + FLOAT32,
+) -> tuple[Rule, ...]:
+    """The rules of ``triton_streamed``, for the head dims, architectures and dtypes given."""
+    return tuple(
+        Rule(rule.options, architectures, dims, kinds)
+        for rule, kinds in zip(_STREAMED, (FLOAT32, HALF), strict=True)
+        if set(kinds) & set(dtypes)
+    )
+
 
 TABLE: dict[str, tuple[Rule, ...]] = {
     "linear_attention.state": (
-        Rule(_STREAMED, dims=range(65, 129), dtypes=FLOAT32),
+        *_streamed(_WIDE, architectures=("sm_80", "sm_86")),
+        *_streamed(_WIDE, dtypes=FLOAT32),
         Rule(_tile(8, 2, BLOCK_N=32), dtypes=FLOAT32),
-        Rule(_tile(8, 3, BLOCK_N=64)),
+        Rule(_tile(16, 3, BLOCK_N=32), dims=_WIDE, architectures=("sm_90", "interpreter")),
+        Rule(_tile(8, 3, BLOCK_N=64), architectures=_WGMMA),
+        Rule(_tile(8, 3, BLOCK_N=32)),
     ),
     "linear_attention.reduce": (Rule(_tile(4, 2, BLOCK_E=32, BLOCK_S=64)),),
     "linear_attention.apply": (
-        Rule(_STREAMED, dims=range(65, 129), dtypes=FLOAT32),
+        *_streamed(_WIDE, architectures=("sm_80", "sm_86")),
+        *_streamed(_WIDE, dtypes=FLOAT32),
         Rule(_tile(8, 2, BLOCK_N=32), dtypes=FLOAT32),
-        Rule(_tile(8, 3, BLOCK_N=64)),
+        Rule(_tile(8, 2, BLOCK_N=64), dims=_WIDE),
+        Rule(_tile(8, 3, BLOCK_N=64), architectures=_WGMMA),
+        Rule(_tile(8, 3, BLOCK_N=32)),
     ),
     "linear_attention.query_gradient": (
-        Rule(_STREAMED, dims=range(33, 129), dtypes=FLOAT32),
-        Rule(_tile(8, 2, BLOCK_N=32), dtypes=FLOAT32),
-        Rule(_tile(8, 3, BLOCK_N=64)),
+        *_streamed(_WIDE),
+        *_streamed(range(33, 65), architectures=("sm_80", "sm_86")),
+        *_streamed(range(33, 65), dtypes=FLOAT32),
+        Rule(_tile(8, 2, BLOCK_N=16), dtypes=FLOAT32),
+        Rule(_tile(8, 3, BLOCK_N=64), architectures=("sm_90",), dtypes=(torch.bfloat16,)),
+        Rule(_tile(8, 3, BLOCK_N=32)),
     ),
-    "linear_attention.query_sums": (  # where query_gradient is streamed
-        Rule(_STREAMED),
-    ),
+    "linear_attention.query_sums": _streamed(),  # where query_gradient is streamed
     "linear_attention.key_value_gradient": (
-        Rule(_STREAMED, dims=range(65, 129), dtypes=FLOAT32),
-        Rule(_tile(8, 2, BLOCK_N=32), dtypes=FLOAT32),
-        Rule(_tile(8, 3, BLOCK_N=64)),
+        *_streamed(_WIDE),
+        Rule(_tile(8, 2, BLOCK_N=16), dtypes=FLOAT32),
+        Rule(_tile(8, 3, BLOCK_N=64), architectures=_WGMMA),
+        Rule(_tile(8, 3, BLOCK_N=32)),
     ),
     "linear_attention.short_forward": (
-        Rule(_STREAMED, dims=range(65, 129), dtypes=FLOAT32),
+        *_streamed(_WIDE),
         Rule(_tile(8, 2, BLOCK_N=32), dtypes=FLOAT32),
-        Rule(_tile(8, 3, BLOCK_N=64)),
+        Rule(_tile(8, 3, BLOCK_N=64), architectures=_WGMMA),
+        Rule(_tile(8, 3, BLOCK_N=32)),
     ),
     "linear_attention.short_backward": (
-        Rule(_STREAMED, dims=range(33, 129), dtypes=FLOAT32),
-        Rule(_tile(8, 2, BLOCK_N=32), dtypes=FLOAT32),
-        Rule(_tile(8, 3, BLOCK_N=64)),
+        *_streamed(_WIDE),
+        *_streamed(range(33, 65), architectures=("sm_80", "sm_86")),
+        *_streamed(range(33, 65), dtypes=FLOAT32),
+        Rule(_tile(8, 2, BLOCK_N=16), dtypes=FLOAT32),
+        Rule(_tile(8, 3, BLOCK_N=32)),
     ),
     "softmax_attention.forward": (
         Rule(_tile(8, 2, OWNED=32, PASSED=32), dtypes=FLOAT32),

@@ -25,6 +25,7 @@ class Mutation(NamedTuple):
 
 
 LINEAR, RIPPLE = (f"kernels/{room}/triton.py" for room in ("linear_attention", "ripple"))
+STREAMED = "kernels/linear_attention/triton_streamed.py"
 NAMED = "test_named_cases and {op} and N70-M77"
 LINEAR_NAMED = NAMED.format(op="linear_attention")
 
@@ -32,64 +33,83 @@ FAST = [
     Mutation(
         "the last tile of keys is dropped",
         LINEAR,
-        "    end = tl.minimum(begin + tokens_per_split, num_tokens)\n    columns",
-        "    end = tl.minimum(begin + tokens_per_split, num_tokens // 32 * 32)\n    columns",
+        "        k = load_rows(k_head, tokens, end, k_stride_n, columns, D).to(tl.float32)",
+        "        k = load_rows(k_head, tokens, end // 32 * 32, k_stride_n, columns, D)"
+        ".to(tl.float32)",
         LINEAR_NAMED,
     ),
     Mutation(
-        "φ's halves are swapped for keys",
+        "a split's partial sum is left out",
         LINEAR,
-        "            positive, negative = positive_part(x), negative_part(x)",
-        "            negative, positive = positive_part(x), negative_part(x)",
-        LINEAR_NAMED + " and float32",
+        "        total += load_rows(source, splits, num_splits, size, elements, size)",
+        "        total += load_rows(source, splits, num_splits - 1, size, elements, size)",
+        "split_over_programs and float32",
     ),
 ]
 SLOW = [
     Mutation(
-        "z's gradient is skipped",
+        "φ's halves are swapped for keys",
         LINEAR,
-        "        weight = -tl.sum(numerator * dout, axis=1) * inverse * inverse",
-        "        weight = -tl.sum(numerator * dout, axis=1) * inverse * 0.0",
+        "        positive, negative = positive_part(k), negative_part(k)",
+        "        negative, positive = positive_part(k), negative_part(k)",
         LINEAR_NAMED + " and float32",
     ),
     Mutation(
-        "the low term of a split operand is lost",
-        "kernels/triton_support.py",
-        "    return acc + dot(a, low, dot(a, high, tl.zeros_like(acc))) * inverse",
-        "    return acc + dot(a, high, tl.zeros_like(acc)) * inverse",
-        "cancel",
+        "z's gradient is skipped",
+        LINEAR,
+        "        dz_positive += tl.sum(positive * w[:, None], 0)",
+        "        dz_positive += tl.sum(positive * 0.0, 0)",
+        LINEAR_NAMED + " and float32",
+    ),
+    Mutation(
+        "z's gradient is skipped where S is streamed",
+        STREAMED,
+        "        weight = -tl.sum(numerator * dout, axis=1) * inverse * inverse",
+        "        weight = -tl.sum(numerator * dout, axis=1) * inverse * 0.0",
+        "triton_streamed and float32",
+    ),
+    Mutation(
+        "S is rounded without having been centred",
+        LINEAR,
+        " / tl.where(total == 0, 1.0, total)",
+        " * 0.0",
+        "cancel and linear",
+    ),
+    Mutation(
+        "a float16 sum keeps its operand's scale",
+        LINEAR,
+        "            dS_positive += dot(g, narrow(positive, operand), no_sum) * back",
+        "            dS_positive += dot(g, narrow(positive, operand), no_sum)",
+        LINEAR_NAMED + " and float16",
     ),
     Mutation(
         "rows of the last tile are not stored",
         LINEAR,
-        "        store_tile(out_head, tokens, end, out_stride_n",
-        "        store_tile(out_head, tokens, end - 1, out_stride_n",
+        "    store_tile(out_head, tokens, end, out_stride_n",
+        "    store_tile(out_head, tokens, end - 1, out_stride_n",
         LINEAR_NAMED + " and float32",
     ),
     Mutation(
         "the gradient at zero is not zero",
         LINEAR,
-        "            dk = tl.where(k <= 0, 0.0, d_positive) - tl.where(k >= 0, 0.0, d_negative)",
-        "            dk = tl.where(k < 0, 0.0, d_positive) - tl.where(k >= 0, 0.0, d_negative)",
-        "test_no_gradient_at_zero",
+        "    dk = tl.where(k == 0, 0.0, tl.where(k > 0, d_positive, -d_negative))",
+        "    dk = tl.where(k >= 0, d_positive, -d_negative)",
+        "test_no_gradient_at_zero and linear",
     ),
     Mutation(
         "NaN is dropped on the way in",
         "kernels/triton_support.py",
-        "    return tl.load(pointer + offsets, mask=mask, other=0.0).to(tl.float32)\n\n\n@",
-        "    x = tl.load(pointer + offsets, mask=mask, other=0.0).to(tl.float32)\n"
+        "    return tl.load(pointer + offsets, mask=mask, other=0.0)\n\n\n@",
+        "    x = tl.load(pointer + offsets, mask=mask, other=0.0)\n"
         "    return tl.where(x == x, x, 0.0)\n\n\n@",
         "test_nan_reaches and linear",
     ),
     Mutation(
         "grouped queries read the wrong head",
         LINEAR,
-        "    kv_head = b * (heads // GROUP) + h // GROUP\n    begin = part * tokens_per_program\n"
-        "    end = tl.minimum(begin + tokens_per_program, num_tokens)\n\n    state",
-        "    kv_head = b * (heads // GROUP) + h % (heads // GROUP)\n"
-        "    begin = part * tokens_per_program\n"
-        "    end = tl.minimum(begin + tokens_per_program, num_tokens)\n\n    state",
-        "test_grouped and linear",
+        "    kv_head = b * (heads // GROUP) + h // GROUP",
+        "    kv_head = b * (heads // GROUP) + h % (heads // GROUP)",
+        "split_grouped",
     ),
     Mutation(
         "the window is flipped",

@@ -47,7 +47,7 @@ def interpreter_reason() -> str | None:
     return None if said == "None" else said
 
 
-SUITE = ("cross_check", "identities", "operators")
+SUITE = ("cross_check", "identities", "operators", "triton_paths")
 
 
 @pytest.mark.parametrize(
@@ -58,6 +58,7 @@ SUITE = ("cross_check", "identities", "operators")
         ),
         pytest.param(("identities",), "nan or zero or empty or memory_order", id="edges"),
         pytest.param(("operators",), "opcheck and (linear or softmax) or fake", id="operators"),
+        pytest.param(("triton_paths",), "not split_in_every", id="paths"),
         pytest.param(SUITE, "triton", id="everything", marks=pytest.mark.slow),
     ],
 )

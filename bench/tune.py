@@ -1,0 +1,240 @@
+"""Measure tiles, warps and stages of the Triton kernels on this GPU; write what is fastest.
+
+    python -m bench.tune --out tuning.json          # then: export LINEAR_VIT_TUNING=tuning.json
+    python -m bench.tune --dry-run --arch sm_90a    # no GPU: list the candidates that compile well
+
+One kernel at a time, in the table's order: its options as they stand, and each of them changed by
+one step. A candidate counts if the operation still meets the accuracy rule; the fastest by device
+time stays, and is the starting point for the next step, until none is faster.
+"""
+
+import argparse
+import contextlib
+import json
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from unittest import mock
+
+import torch
+
+from bench import clock
+from bench.problems import (
+    FORWARD,
+    FORWARD_BACKWARD,
+    AttentionShape,
+    Expected,
+    Problem,
+    check,
+    expected_results,
+    make_problem,
+)
+from kernels import tuning
+
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+# A candidate has to win by this much: less is noise.
+_GAIN = 0.02
+_BUDGET_S = 0.2
+
+Options = dict[str, int]
+
+
+@dataclass(frozen=True)
+class Workload:
+    """What shows a kernel's time: an operation and pass, at a size that takes that kernel."""
+
+    operation: str
+    mode: str
+    B: int
+    H: int
+    N: int
+
+    def problem(self, head_dim: int, dtype: torch.dtype, device: torch.device) -> Problem:
+        shape = AttentionShape(self.B, self.H, self.H, self.N, self.N, head_dim)
+        return make_problem(self.operation, shape, dtype, device)
+
+
+WORKLOADS = {
+    "linear_attention.state": Workload("linear_attention_state", FORWARD, 1, 16, 65536),
+    "linear_attention.apply": Workload("linear_attention_apply", FORWARD, 1, 16, 65536),
+    "linear_attention.query_gradient": Workload(
+        "linear_attention_apply", FORWARD_BACKWARD, 1, 16, 65536
+    ),
+    "linear_attention.key_value_gradient": Workload(
+        "linear_attention_state", FORWARD_BACKWARD, 1, 16, 65536
+    ),
+    "linear_attention.reduce": Workload("linear_attention_state", FORWARD, 1, 1, 16384),
+    "linear_attention.short_forward": Workload("linear_attention", FORWARD, 128, 6, 256),
+    "linear_attention.short_backward": Workload("linear_attention", FORWARD_BACKWARD, 128, 6, 256),
+    "softmax_attention.forward": Workload("softmax_attention", FORWARD, 4, 16, 2048),
+    "softmax_attention.query_gradient": Workload(
+        "softmax_attention", FORWARD_BACKWARD, 4, 16, 2048
+    ),
+    "softmax_attention.key_value_gradient": Workload(
+        "softmax_attention", FORWARD_BACKWARD, 4, 16, 2048
+    ),
+}
+
+
+def neighbours(options: Options) -> list[Options]:
+    """The options, and each of them changed by one step: sizes by a factor of two."""
+    found = [options]
+    for name, value in options.items():
+        if name == "RESIDENT":
+            continue
+        if name == "num_stages":
+            steps = [s for s in (value - 1, value + 1) if 2 <= s <= 5]
+        elif name == "num_warps":
+            steps = [s for s in (value // 2, value * 2) if 2 <= s <= 16]
+        else:
+            steps = [s for s in (value // 2, value * 2) if 16 <= s <= 256]
+        found += [{**options, name: step} for step in steps]
+    return found
+
+
+@contextlib.contextmanager
+def trying(kernel: str, options: Options) -> Iterator[None]:
+    """The table with these options for a kernel, whatever the device, dimension and dtype."""
+    with mock.patch.dict(tuning.TABLE, {kernel: (tuning.Rule(options),)}):
+        tuning._options.cache_clear()
+        try:
+            yield
+        finally:
+            tuning._options.cache_clear()
+
+
+def tune(kernel: str, head_dim: int, dtype: torch.dtype, device: torch.device) -> Options | None:
+    """The fastest options found for a kernel; None where they are those of the table."""
+    workload = WORKLOADS[kernel]
+    problem = workload.problem(head_dim, dtype, device)
+    expected = expected_results(problem)
+    before = best = tuning.options(kernel, head_dim, dtype, device)
+    times: dict[tuple[tuple[str, int], ...], float] = {}
+
+    def seconds(options: Options) -> float:
+        key = tuple(sorted(options.items()))
+        if key not in times:
+            times[key] = _time(kernel, options, problem, workload.mode, expected, device)
+            print(f"  {_words(options)}: {1e6 * times[key]:.1f} µs", flush=True)
+        return times[key]
+
+    while True:
+        fastest = min(neighbours(best), key=seconds)
+        if not seconds(fastest) < seconds(best) * (1 - _GAIN):
+            return None if best == before else best
+        best = fastest
+
+
+def _time(
+    kernel: str,
+    options: Options,
+    problem: Problem,
+    mode: str,
+    expected: Expected,
+    device: torch.device,
+) -> float:
+    """Median seconds of a pass; infinite where the candidate does not launch or is inaccurate."""
+    from triton.runtime.errors import OutOfResources
+
+    with trying(kernel, options):
+        try:
+            verdicts = check(problem, "triton", mode, expected)
+        except OutOfResources:
+            return float("inf")
+        if not all(verdict.passed for verdict in verdicts.values()):
+            return float("inf")
+        call = problem.call("triton", mode)
+        return clock.measure(call, device, budget_s=_BUDGET_S).median
+
+
+def compiles_well(
+    kernel: str, options: Options, architecture: str, head_dim: int, dtype: torch.dtype
+) -> str:
+    """Compile a candidate with no GPU: "" where it spills nothing and fits, else what is wrong."""
+    from bench import launches, machine_code
+    from bench.compiled_triton import compile_room
+
+    room = kernel.partition(".")[0]
+    workload = WORKLOADS[kernel]
+    problem = workload.problem(head_dim, dtype, torch.device("cpu"))
+    exercise = launches.Exercise(problem, launches.ALIGNED)
+    with (
+        trying(kernel, options),
+        mock.patch.object(launches, "exercises", return_value=[exercise]),
+    ):
+        rows = compile_room(room, architecture, dtype, head_dim)
+    limit = machine_code.LIMITS[architecture].shared_memory_per_block
+    wrong = [
+        f"{row['kernel']} spills {row['spill_stores'] + row['spill_loads']} bytes"
+        for row in rows
+        if row["spill_stores"] + row["spill_loads"]
+    ]
+    wrong += [f"{r['kernel']} wants {r['dynamic_shared']} bytes of shared memory" for r in rows
+              if r["dynamic_shared"] > limit]  # fmt: skip
+    return "; ".join(wrong)
+
+
+def _words(options: Options) -> str:
+    return " ".join(f"{name}={value}" for name, value in options.items())
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.tune", description="Find the fastest launch options on this GPU."
+    )
+    parser.add_argument("--kernels", metavar="A,B", help="of the table; all by default")
+    parser.add_argument("--head-dims", default="64", metavar="A,B")
+    parser.add_argument("--dtypes", default="bfloat16", metavar="A,B")
+    parser.add_argument("--out", type=Path, default=Path("tuning.json"), metavar="FILE")
+    parser.add_argument("--dry-run", action="store_true", help="compile candidates, time nothing")
+    parser.add_argument("--arch", default="sm_90a", help="for --dry-run (default: sm_90a)")
+    parser.add_argument("--list", action="store_true", help="for --dry-run: don't compile either")
+    given = parser.parse_args(argv)
+    names = given.kernels.split(",") if given.kernels else list(WORKLOADS)
+    for name in names:
+        if name not in WORKLOADS:
+            parser.error(f"no workload for {name!r}; there are {', '.join(WORKLOADS)}")
+    cases = [
+        (name, int(head_dim), dtype)
+        for name in names
+        for head_dim in given.head_dims.split(",")
+        for dtype in given.dtypes.split(",")
+    ]
+    if given.dry_run:
+        for name, head_dim, dtype in cases:
+            print(f"{name} D={head_dim} {dtype} {given.arch}")
+            with tuning.assume(given.arch, 132):
+                start = tuning.options(name, head_dim, DTYPES[dtype], torch.device("cpu"))
+            for options in neighbours(start):
+                verdict = "" if given.list else compiles_well(
+                    name, options, given.arch, head_dim, DTYPES[dtype]
+                ) or "no spills"  # fmt: skip
+                print(f"  {_words(options)}  {verdict}".rstrip(), flush=True)
+        return 0
+    if not torch.cuda.is_available():
+        print("no GPU here: --dry-run lists and compiles the candidates", file=sys.stderr)
+        return 2
+
+    device = torch.device("cuda", torch.cuda.current_device())
+    rules = []
+    for name, head_dim, dtype in cases:
+        print(f"{name} D={head_dim} {dtype}", flush=True)
+        found = tune(name, head_dim, DTYPES[dtype], device)
+        if found is not None:
+            rules.append(
+                {
+                    "kernel": name,
+                    "architecture": tuning.architecture(device),
+                    "dim": head_dim,
+                    "dtype": dtype,
+                    "options": found,
+                }
+            )
+        given.out.write_text(json.dumps({"schema": 1, "rules": rules}, indent=1) + "\n")
+    print(f"{len(rules)} rules in {given.out}: export {tuning.OVERRIDES}={given.out}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
