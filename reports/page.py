@@ -16,6 +16,7 @@ from reports.runs import Runs
 
 HOW_TO_CHECK = "python -m bench.check --json reports/out/check.json"
 HOW_TO_COMPILE = "python -m bench.static --json reports/out/static.json"
+HOW_TO_COUNT = "python -m bench.traffic --json reports/out/traffic.json"
 HOW_TO_TRAIN = "python train_minimal.py table"
 _CHECK_SCHEMA = 1
 _PROOF_SCHEMA = 1
@@ -76,6 +77,7 @@ def write(paths: Sequence[Path], results: Path, out: Path) -> int:
         _training_steps(loaded),
         _correctness(check),
         _static(static),
+        _traffic(_own_or_saved("traffic", results, skipped)),
     ]
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
@@ -490,6 +492,24 @@ def _static(static: dict[str, Any] | None) -> Section:
         f"{row['dtype']}: {'; '.join(row['faults'])}"
         for row in wrong
     ]
+    return section
+
+
+def _traffic(traffic: dict[str, Any] | None) -> Section:
+    section = Section(
+        "traffic",
+        "Traffic",
+        "Bytes that the Triton kernels load and store, counted while Triton's interpreter runs "
+        "them: exact, and the same on any machine. Beside each tensor, how often the least traffic "
+        "that is; what is neither input nor result is workspace, as a share of the whole least "
+        "traffic. A byte loaded twice counts twice, though the second time may come from a cache.",
+    )
+    if traffic is None:
+        section.missing = HOW_TO_COUNT
+        return section
+    title = f"{len(traffic['rows']):,} tensors counted"
+    rows = proofs.traffic_rows(traffic["rows"])
+    section.tables.append(Table(title, list(proofs.TRAFFIC_COLUMNS), rows))
     return section
 
 

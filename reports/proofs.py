@@ -42,6 +42,45 @@ def static_rows(rows: list[dict[str, Any]]) -> list[list[str]]:
     return lines
 
 
+TRAFFIC_COLUMNS = (
+    "operation",
+    "pass",
+    "dtype",
+    "shape",
+    "launches",
+    "tensor",
+    "loaded",
+    "of them distinct",
+    "stored",
+    "× least",
+)
+
+
+def traffic_rows(rows: list[dict[str, Any]]) -> list[list[str]]:
+    """A line per operation, pass, dtype and tensor, as bench.traffic counted it."""
+    return [
+        [
+            str(row["operation"]),
+            str(row["pass"]),
+            str(row["dtype"]),
+            str(row["shape"]),
+            str(len(row["launches"].split())),
+            str(row["tensor"]),
+            f"{row['loaded']:,}",
+            f"{row['distinct']:,}",
+            f"{row['stored']:,}",
+            _times_least(row),
+        ]
+        for row in rows
+    ]
+
+
+def _times_least(row: dict[str, Any]) -> str:
+    if row["tensor"] == "workspace":  # beside the least traffic, not a part of it
+        return "–" if row["ratio"] is None else f"+{row['ratio']:.1%}"
+    return "not needed" if row["ratio"] is None else f"{row['ratio']:.2f}"
+
+
 def _range(values: pd.Series) -> str:
     if values.empty:
         return "–"

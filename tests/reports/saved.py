@@ -151,6 +151,24 @@ def save(path: Path, document: Any) -> Path:
     return path
 
 
+def traffic() -> dict[str, Any]:
+    """As bench.traffic writes it: an input that is read twice, and workspace."""
+    row = {
+        "operation": "linear_attention",
+        "pass": "forward",
+        "dtype": "bfloat16",
+        "shape": "B1 H2 Hk2 N512 M512 D64",
+        "launches": "_state _reduce _apply",
+        "tensor": "q",
+        "loaded": 262_144,
+        "distinct": 131_072,
+        "stored": 0,
+        "ratio": 2.0,
+    }
+    workspace = row | {"tensor": "workspace", "loaded": 4096, "stored": 4096, "ratio": 0.0123}
+    return {"kind": "traffic", "schema": 1, "rows": [row, workspace]}
+
+
 def static() -> dict[str, Any]:
     """As bench.static writes it: a kernel in two configurations, and one that spills."""
 

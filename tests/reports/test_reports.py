@@ -170,6 +170,7 @@ def test_page_is_self_contained_and_complete(tmp_path: Path) -> None:
     saved.save(tmp_path / "check.json", saved.check())
     saved.save(tmp_path / "training" / "table.json", saved.table())
     saved.save(tmp_path / "static.json", saved.static())
+    saved.save(tmp_path / "traffic.json", saved.traffic())
     out = tmp_path / "pages" / "index.html"
     assert main(["page", "--results", str(tmp_path), "--out", str(out)]) == 0
     html = out.read_text(encoding="utf-8")
@@ -199,6 +200,9 @@ def test_page_is_self_contained_and_complete(tmp_path: Path) -> None:
         "linear_attention: state",
         "96 – 168",
         "D=128 float32: spills 24 bytes",
+        "262,144",
+        "2.00",
+        "+1.2%",
         "Test CPU <3 GHz>",
     ):
         assert text in page.text, text
@@ -218,6 +222,7 @@ def test_page_without_data_says_which_commands_make_it(tmp_path: Path, monkeypat
         "python -m bench.check --json reports/out/check.json",
         "python train_minimal.py table",
         "python -m bench.static --json reports/out/static.json",
+        "python -m bench.traffic --json reports/out/traffic.json",
     ):
         assert command in page.text
     assert f"Skipped {tmp_path / 'check.json'}" in page.text
