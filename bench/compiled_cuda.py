@@ -15,6 +15,7 @@ import subprocess
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
@@ -163,7 +164,14 @@ def _reached(
     recorder = _Recorder(library, architecture)
     found: dict[str, Reached] = {}
     dims: tuple[int | None, ...] = head_dims if launches.has_head_dims(room) else (None,)
-    with launches.usable("cuda"), mock.patch.object(extension, "load"):
+    properties = SimpleNamespace(
+        multi_processor_count=machine_code.LIMITS[architecture].multiprocessors
+    )
+    with (
+        launches.usable("cuda"),
+        mock.patch.object(extension, "load"),
+        mock.patch.object(torch.cuda, "get_device_properties", return_value=properties),
+    ):
         torch.ops.load_library(library)
         for dtype in dtypes:
             for head_dim in dims:

@@ -85,10 +85,11 @@ def exercises(
 def _shapes(operation: str, head_dim: int | None, ragged: bool) -> tuple[Shape, ...]:
     if head_dim is None:
         if ragged:
-            return tuple(RippleShape(1, 7, 5, 33, axis) for axis in (0, 1))
-        # The grids of a ViT-S on 32x32 and 64x64 images, and one past any shared memory.
-        sides = (8, 16, 128)
-        return tuple(RippleShape(2, n, n, 384, axis) for n in sides for axis in (0, 1))
+            return tuple(RippleShape(b, 7, 5, 33, axis) for b in (1, 128) for axis in (0, 1))
+        # The grids of a ViT-S on 32x32 and 64x64 images, with images enough for a pyramid in one
+        # launch; and one past any shared memory.
+        grids = ((32, 8), (32, 16), (1, 128))
+        return tuple(RippleShape(b, n, n, 384, axis) for b, n in grids for axis in (0, 1))
     D = head_dim
     if ragged:
         return (AttentionShape(1, 2, 2, 197, 197, D), AttentionShape(1, 2, 2, 4099, 4099, D))
