@@ -87,9 +87,9 @@ SLOW = [
         FLOAT32,
     ),
     Mutation(
-        "queries past the end are read",
+        "a query past the end is read",
         "dout = _load(dout_rows, inside, D, BLOCK_D, True)",
-        "dout = _load(dout_rows, PASSED, D, BLOCK_D, True)",
+        "dout = _load(dout_rows, inside + 1, D, BLOCK_D, True)",
         "packed and float32",
     ),
     Mutation(
