@@ -56,14 +56,15 @@ struct Plan {
     z_size = states * 2 * p.head_dim;
     mean_size = states * p.head_dim;
     const int64_t queries = p.group * p.queries;
-    const int64_t blocks_each = half ? tile_of(kHalfTiles, p.head_dim).blocks : 2;
-    const int64_t blocks = blocks_each * p.multiprocessors;
+    const HalfTile tile = tile_of(kHalfTiles, p.head_dim);
+    const int64_t blocks = (half ? tile.blocks : 2) * p.multiprocessors;
+    const int64_t gradient_blocks = (half ? tile.gradient_blocks : 2) * p.multiprocessors;
     const int64_t most = half ? kMostTokensPerSplit : kMostFloatTokensPerSplit;
     // Partial sums are traffic: in half precision one block of k and v keeps a multiprocessor busy, and
     // so it does of q and dout where heads alone nearly fill the GPU.
     const bool nearly = half && 2 * states > p.multiprocessors;
     state = splits_of(p, p.keys, half ? p.multiprocessors : blocks, most);
-    query_gradient = splits_of(p, queries, nearly ? p.multiprocessors : blocks, most);
+    query_gradient = splits_of(p, queries, nearly ? p.multiprocessors : gradient_blocks, most);
     apply = splits_of(p, queries, blocks, INT64_MAX);
     key_value_gradient = splits_of(p, p.keys, blocks, INT64_MAX);
     rows = !half && p.head_dim > 64;
@@ -431,9 +432,9 @@ extern "C" const char* linear_attention_describe(int32_t element, int32_t head_d
   } else {
     const HalfTile tile = tile_of(kHalfTiles, head_dim);
     std::snprintf(line, sizeof(line),
-                  "D=%d half: %d tokens, 8 warps (sums %d x %d), %d stages, %d blocks, mma.sync",
+                  "D=%d half: %d tokens, 8 warps (sums %d x %d), %d stages, %d (%d) blocks, mma.sync",
                   tile.head_dim, tile.tokens, tile.feature_warps, tile.column_warps, tile.stages,
-                  tile.blocks);
+                  tile.blocks, tile.gradient_blocks);
   }
   return line;
 }

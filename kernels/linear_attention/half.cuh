@@ -735,21 +735,17 @@ __device__ inline int own_group() {
   return warp_index() / Half<D>::kRowWarps;
 }
 
-// product[2 b], product[2 b + 1] = (rows) times the state's half of phi, transposed: a = S' g.
+// product += rows (their columns of block `step` are a) times both halves of the state's block `block` of
+// features, transposed: a = S' g.
 template <typename T, int D>
-__device__ void multiply_state_columns(float (&product)[2][2 * Half<D>::kBlocks][4],
-                                       const State<T, D>& state, const unsigned (&a)[4], int step) {
-  using H = Half<D>;
+__device__ void multiply_state_columns(float (&product)[2][2][4], const State<T, D>& state,
+                                       const unsigned (&a)[4], int step, int block) {
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
-#pragma unroll
-    for (int block = 0; block < H::kBlocks; ++block) {
-      unsigned b[4];
-      const int feature = half * D + (own_group<D>() * H::kBlocks + block) * 16;
-      load_b_columns<D>(b, state.rows, feature, step);
-      multiply<T>(product[half][2 * block], a, b);
-      multiply<T>(product[half][2 * block + 1], a, b + 2);
-    }
+    unsigned b[4];
+    load_b_columns<D>(b, state.rows, half * D + block * 16, step);
+    multiply<T>(product[half][0], a, b);
+    multiply<T>(product[half][1], a, b + 2);
   }
 }
 
@@ -831,38 +827,39 @@ __device__ void query_gradient_tile(State<T, D>& state, Sums<D>& sums, TokenTile
                                     bool wide) {
   using H = Half<D>;
   const int group = own_group<D>(), rows = own_rows<D>();
-  float a[2][2 * H::kBlocks][4] = {}, mean_dot[2] = {};
-#pragma unroll
-  for (int step = 0; step < D / 16; ++step) {
-    unsigned of_g[4];
-    load_rows<D>(of_g, g.rows, rows, step);
-    multiply_state_columns(a, state, of_g, step);
-    if (step % H::kGroups == group) {
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        const float2 x = ptx::unpack2<T>(of_g[i]);
-        const float* const m = state.mean + step * 16 + i / 2 * 8 + lane_pair();
-        mean_dot[i % 2] += x.x * m[0] + x.y * m[1];
-      }
-    }
-  }
-  // Of a's two halves a feature needs the one of q's sign. Kept in a[0].
-  float a_dot[2] = {}, z_dot[2] = {};
+  // Sixteen features at a time: of a's two halves a feature needs the one of q's sign, so that half of
+  // the registers are free again for the next sixteen.
+  float a[2 * H::kBlocks][4], a_dot[2] = {}, z_dot[2] = {}, mean_dot[2] = {};
 #pragma unroll
   for (int block = 0; block < H::kBlocks; ++block) {
+    float both[2][2][4] = {};
+#pragma unroll
+    for (int step = 0; step < D / 16; ++step) {
+      unsigned of_g[4];
+      load_rows<D>(of_g, g.rows, rows, step);
+      multiply_state_columns(both, state, of_g, step, group * H::kBlocks + block);
+      if (block == 0 && step % H::kGroups == group) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          const float2 x = ptx::unpack2<T>(of_g[i]);
+          const float2 m = two(state.mean + step * 16 + i / 2 * 8 + lane_pair());
+          mean_dot[i % 2] += x.x * m.x + x.y * m.y;
+        }
+      }
+    }
     unsigned packed[4];
     load_rows<D>(packed, q.rows, rows, group * H::kBlocks + block);
 #pragma unroll
-    for (int i = 0; i < 4; ++i) {
+    for (int i = 0; i < 4; ++i) {  // row lane_group() + 8 (i % 2), columns + 8 (i / 2)
       const float2 x = ptx::unpack2<T>(packed[i]);
-      float* const positive = &a[0][2 * block + i / 2][i % 2 * 2];
-      const float* const negative = &a[1][2 * block + i / 2][i % 2 * 2];
-      positive[0] = x.x > 0.0f ? positive[0] : negative[0];
-      positive[1] = x.y > 0.0f ? positive[1] : negative[1];
-      a_dot[i % 2] += fabsf(x.x) * positive[0] + fabsf(x.y) * positive[1];
+      float* const kept = &a[2 * block + i / 2][i % 2 * 2];
+      const float* const positive = &both[0][i / 2][i % 2 * 2];
+      const float* const negative = &both[1][i / 2][i % 2 * 2];
+      kept[0] = x.x > 0.0f ? positive[0] : negative[0];
+      kept[1] = x.y > 0.0f ? positive[1] : negative[1];
+      a_dot[i % 2] += fabsf(x.x) * kept[0] + fabsf(x.y) * kept[1];
       const float* const z = state.z + (group * H::kBlocks + block) * 16 + i / 2 * 8 + lane_pair();
-      weigh(z_dot[i % 2], x, two(z),
-            two(z + D));
+      weigh(z_dot[i % 2], x, two(z), two(z + D));
     }
   }
 #pragma unroll
@@ -898,7 +895,7 @@ __device__ void query_gradient_tile(State<T, D>& state, Sums<D>& sums, TokenTile
     for (int i = 0; i < 4; ++i) {
       const float2 x = ptx::unpack2<T>(packed[i]);
       const float* const z = state.z + (group * H::kBlocks + block) * 16 + i / 2 * 8 + lane_pair();
-      float* const d = &a[0][2 * block + i / 2][i % 2 * 2];
+      float* const d = &a[2 * block + i / 2][i % 2 * 2];
 #pragma unroll
       for (int e = 0; e < 2; ++e) {
         const float value = e ? x.y : x.x;
@@ -907,8 +904,8 @@ __device__ void query_gradient_tile(State<T, D>& state, Sums<D>& sums, TokenTile
       }
     }
     const int column = (group * H::kBlocks + block) * 16;
-    store_block<T>(dq + rows * stride + column, stride, valid - rows, wide, a[0][2 * block],
-                   a[0][2 * block + 1]);
+    store_block<T>(dq + rows * stride + column, stride, valid - rows, wide, a[2 * block],
+                   a[2 * block + 1]);
   }
 
   unsigned of_q[Sums<D>::kSteps][H::kM][4];
@@ -966,34 +963,32 @@ __device__ void key_value_gradient_tile(const State<T, D>& state, const TokenTil
                                         int valid) {
   using H = Half<D>;
   const int group = own_group<D>(), rows = own_rows<D>();
-  {
-    float product[2][2 * H::kBlocks][4] = {};
+#pragma unroll
+  for (int block = 0; block < H::kBlocks; ++block) {
+    float both[2][2][4] = {};
 #pragma unroll
     for (int step = 0; step < D / 16; ++step) {
       unsigned of_v[4];
       load_rows<D>(of_v, v.rows, rows, step);
-      multiply_state_columns(product, state, of_v, step);
+      multiply_state_columns(both, state, of_v, step, group * H::kBlocks + block);
     }
+    unsigned packed[4];
+    load_rows<D>(packed, k.rows, rows, group * H::kBlocks + block);
+    const int column = (group * H::kBlocks + block) * 16;
 #pragma unroll
-    for (int block = 0; block < H::kBlocks; ++block) {
-      unsigned packed[4];
-      load_rows<D>(packed, k.rows, rows, group * H::kBlocks + block);
-      const int column = (group * H::kBlocks + block) * 16;
+    for (int i = 0; i < 4; ++i) {
+      const float2 x = ptx::unpack2<T>(packed[i]);
+      const float* const bias = state.z + column + i / 2 * 8 + lane_pair();
+      float* const positive = &both[0][i / 2][i % 2 * 2];
+      const float* const negative = &both[1][i / 2][i % 2 * 2];
 #pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        const float2 x = ptx::unpack2<T>(packed[i]);
-        const float* const bias = state.z + column + i / 2 * 8 + lane_pair();
-        float* const positive = &product[0][2 * block + i / 2][i % 2 * 2];
-        const float* const negative = &product[1][2 * block + i / 2][i % 2 * 2];
-#pragma unroll
-        for (int e = 0; e < 2; ++e) {
-          positive[e] = feature_gradient(e ? x.y : x.x, positive[e] * state.unscale + bias[e],
-                                         negative[e] * state.unscale + bias[D + e]);
-        }
+      for (int e = 0; e < 2; ++e) {
+        positive[e] = feature_gradient(e ? x.y : x.x, positive[e] * state.unscale + bias[e],
+                                       negative[e] * state.unscale + bias[D + e]);
       }
-      store_block<T>(dk + rows * dk_stride + column, dk_stride, valid - rows, dk_wide,
-                     product[0][2 * block], product[0][2 * block + 1]);
     }
+    store_block<T>(dk + rows * dk_stride + column, dk_stride, valid - rows, dk_wide, both[0][0],
+                   both[0][1]);
   }
   float product[2 * H::kBlocks][4] = {};
 #pragma unroll

@@ -209,7 +209,7 @@ __global__ void __launch_bounds__(kThreads, Half<D>::kTile.blocks)
 // ---- backward, by steps --------------------------------------------------------------------------------
 
 template <int D, typename T>
-__global__ void __launch_bounds__(kThreads, Half<D>::kTile.blocks)
+__global__ void __launch_bounds__(kThreads, Half<D>::kTile.gradient_blocks)
     half_query_gradient_kernel(Problem<T> p) {
   using Shared = GradientShared<T, D>;
   Shared& s = shared<Shared>();
@@ -255,7 +255,7 @@ __global__ void __launch_bounds__(kThreads, Half<D>::kTile.blocks)
 // ---- backward in one launch ----------------------------------------------------------------------------
 
 template <int D, bool kStay, typename T>
-__global__ void __launch_bounds__(kThreads, Half<D>::kTile.blocks)
+__global__ void __launch_bounds__(kThreads, Half<D>::kTile.gradient_blocks)
     half_backward_kernel(Problem<T> p) {
   using Shared = BackwardShared<T, D, kStay>;
   using H = Half<D>;

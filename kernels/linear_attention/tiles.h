@@ -9,6 +9,7 @@
 //   stages          tiles in shared memory of a kernel that reads two tensors and holds the state
 //   blocks          a multiprocessor is to hold at once: caps registers at 65536 / (256 blocks). Not of
 //                   the state's kernel, of which there is one, so that there are few partial sums
+//   gradient_blocks likewise of the kernels that have dq and dS in one
 //
 // float32 (FMA), blocks of 16 x 16 threads:
 //   tokens          of a tile that meets the state, a multiple of 16
@@ -17,7 +18,7 @@
 #pragma once
 
 struct HalfTile {
-  int head_dim, tokens, feature_warps, column_warps, stages, blocks;
+  int head_dim, tokens, feature_warps, column_warps, stages, blocks, gradient_blocks;
 };
 
 struct FloatTile {
@@ -25,13 +26,13 @@ struct FloatTile {
 };
 
 constexpr HalfTile kHalfTiles[] = {
-    // D, tokens, feature_warps, column_warps, stages, blocks
-    {16, 128, 1, 1, 3, 2},
-    {32, 64, 2, 2, 3, 2},
-    {48, 128, 1, 2, 2, 1},  // three 16-feature tiles: no grid of eight warps fits them better
-    {64, 64, 4, 2, 3, 2},   // 16 x 32 x 2 of S a warp: 32 registers a thread
-    {96, 64, 2, 4, 2, 1},   // the state is 40 KB of shared memory
-    {128, 32, 4, 2, 2, 1},  // the state is 64 KB, and 128 registers a thread
+    // D, tokens, feature_warps, column_warps, stages, blocks, gradient_blocks
+    {16, 128, 1, 1, 3, 2, 2},
+    {32, 64, 2, 2, 3, 2, 2},
+    {48, 128, 1, 2, 2, 1, 1},  // three 16-feature tiles: no grid of eight warps fits them better
+    {64, 64, 4, 2, 3, 2, 1},   // 16 x 32 x 2 of S a warp: 32 registers a thread
+    {96, 64, 2, 4, 2, 1, 1},   // the state is 40 KB of shared memory
+    {128, 32, 4, 2, 2, 1, 1},  // the state is 64 KB, and 128 registers a thread
 };
 
 constexpr FloatTile kFloatTiles[] = {
