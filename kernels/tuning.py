@@ -126,12 +126,12 @@ TABLE: dict[str, tuple[Rule, ...]] = {
         *_streamed(range(33, 65), architectures=("sm_80", "sm_86")),
         *_streamed(range(33, 65), dtypes=FLOAT32),
         Rule(_tile(8, 2, BLOCK_N=16), dtypes=FLOAT32),
-        Rule(_tile(8, 3, BLOCK_N=64), architectures=("sm_90",), dtypes=(torch.bfloat16,)),
+        Rule(_tile(8, 3, BLOCK_N=64), architectures=("sm_90", "interpreter")),
         Rule(_tile(8, 3, BLOCK_N=32)),
     ),
     "linear_attention.query_sums": _streamed(),  # where query_gradient is streamed
     "linear_attention.key_value_gradient": (
-        *_streamed(_WIDE),
+        Rule(_tile(8, 2, RESIDENT=0, BLOCK_N=16, BLOCK_F=16), dims=_WIDE),
         Rule(_tile(8, 2, BLOCK_N=16), dtypes=FLOAT32),
         Rule(_tile(8, 3, BLOCK_N=64), architectures=_WGMMA),
         Rule(_tile(8, 3, BLOCK_N=32)),
@@ -147,6 +147,7 @@ TABLE: dict[str, tuple[Rule, ...]] = {
         *_streamed(range(33, 65), architectures=("sm_80", "sm_86")),
         *_streamed(range(33, 65), dtypes=FLOAT32),
         Rule(_tile(8, 2, BLOCK_N=16), dtypes=FLOAT32),
+        Rule(_tile(8, 3, BLOCK_N=64), architectures=("sm_90", "interpreter")),
         Rule(_tile(8, 3, BLOCK_N=32)),
     ),
     "softmax_attention.forward": (
