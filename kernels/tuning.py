@@ -109,6 +109,7 @@ TABLE: dict[str, tuple[Rule, ...]] = {
         *_streamed(_WIDE, dtypes=FLOAT32),
         Rule(_tile(8, 2, BLOCK_N=32), dtypes=FLOAT32),
         Rule(_tile(16, 3, BLOCK_N=32), dims=_WIDE, architectures=("sm_90", "interpreter")),
+        Rule(_tile(8, 2, BLOCK_N=64), dims=_WIDE),
         Rule(_tile(8, 3, BLOCK_N=64), architectures=_WGMMA),
         Rule(_tile(8, 3, BLOCK_N=32)),
     ),
@@ -131,13 +132,14 @@ TABLE: dict[str, tuple[Rule, ...]] = {
     ),
     "linear_attention.query_sums": _streamed(),  # where query_gradient is streamed
     "linear_attention.key_value_gradient": (
-        Rule(_tile(8, 2, BLOCK_N=32), ("sm_90", "interpreter"), _WIDE, HALF),
+        Rule(_tile(8, 2, BLOCK_N=32), ("sm_80", *_WGMMA), _WIDE, HALF),
         Rule(_tile(8, 2, RESIDENT=0, BLOCK_N=16, BLOCK_F=16), dims=_WIDE),
         Rule(_tile(8, 2, BLOCK_N=16), dtypes=FLOAT32),
         Rule(_tile(8, 3, BLOCK_N=64), architectures=_WGMMA),
         Rule(_tile(8, 3, BLOCK_N=32)),
     ),
     "linear_attention.short_forward": (
+        Rule(_tile(8, 2, BLOCK_N=64), ("sm_100",), _WIDE, HALF),
         Rule(_tile(8, 2, BLOCK_N=32), ("sm_90", "interpreter"), _WIDE, HALF),
         *_streamed(_WIDE),
         Rule(_tile(8, 2, BLOCK_N=32), dtypes=FLOAT32),
