@@ -9,6 +9,7 @@ plus what rounding the exact result to the dtype costs, where that alone is more
 subnormals). Tests, cross-checks and benchmarks all ask this file, so that one rule decides.
 """
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -56,6 +57,7 @@ def compare(
     *,
     gradient: bool,
     dtype: torch.dtype | None = None,
+    roundings: int = 1,
 ) -> Comparison:
     """Compare a result with its float64 reference by the accuracy rule.
 
@@ -65,6 +67,8 @@ def compare(
         gradient: whether the gradient tolerances apply.
         dtype: whose tolerances apply; defaults to ``actual.dtype`` (a float32 state computed from
             bfloat16 inputs is still held to float32: its inputs are exact).
+        roundings: operations in a row, each of which may round its result to the dtype: their
+            errors add up as squares.
 
     Returns:
         The errors, the tolerances and the verdict. A NaN or an infinity in ``actual`` where the
@@ -80,8 +84,9 @@ def compare(
         raise ValueError(f"expected must be float64, got {expected.dtype}")
     dtype = actual.dtype if dtype is None else dtype
     tolerance = TOLERANCES[dtype]
-    rms_tolerance = tolerance.rms_gradient if gradient else tolerance.rms_forward
-    max_tolerance = tolerance.max_gradient if gradient else tolerance.max_forward
+    slack = math.sqrt(roundings)
+    rms_tolerance = slack * (tolerance.rms_gradient if gradient else tolerance.rms_forward)
+    max_tolerance = slack * (tolerance.max_gradient if gradient else tolerance.max_forward)
     if expected.numel() == 0:
         return Comparison(0.0, 0.0, rms_tolerance, max_tolerance, True)
 
