@@ -4,8 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from attention.layers import Grid, LocalBranch, check_tokens, head_count
-from kernels import linear_attention
-from kernels.ripple import ripple_expand_stages, ripple_pool_stages
+from kernels import linear_attention_packed, ripple_expand_stages, ripple_pool_stages
 
 
 def halving_axes(grid: Grid, stages: int) -> list[int]:
@@ -110,13 +109,10 @@ class RippleAttention(nn.Module):
 
     def _attend(self, level: Tensor) -> Tensor:
         """Multi-head linear attention on the compressed grid (B, rows, cols, C)."""
-        batch, rows, cols, dim = level.shape
+        batch, rows, cols, _ = level.shape
         x = level.flatten(1, 2)
-        packed = self.qkv(x).view(batch, rows * cols, 3, self.heads, -1)
-        q, k, v = packed.permute(2, 0, 3, 1, 4).unbind(0)
-        out = linear_attention(q, k, v, backend=self.backend)
-        # The kernels keep q's (B, N, H, D) memory order, so this reshape is a view.
-        out = out.transpose(1, 2).reshape(batch, rows * cols, dim)
+        qkv = self.qkv(x).view(batch, rows * cols, 3, self.heads, -1)
+        out = linear_attention_packed(qkv, backend=self.backend).flatten(2)
         if self.local is not None:
             out = out + self.local(x, (rows, cols))
         return self.projection(out).unflatten(1, (rows, cols))
