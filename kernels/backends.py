@@ -219,8 +219,6 @@ def _reason(
             f"head dim {head_dim} is not one of the kernels' {', '.join(map(str, HEAD_DIMS))}: "
             "use backend='torch'"
         )
-    if name == "cpu" and _ROOMS[op] == "ripple":
-        return "the C++ kernels of ripple are not written yet: use backend='torch'"
     if name == "cpu" and _ROOMS[op] == "softmax_attention":
         return "on the CPU PyTorch's own softmax attention is the fast one: use backend='torch'"
     if (

@@ -6,6 +6,7 @@
 #pragma once
 
 #include <cstdint>
+#include <type_traits>
 #include <utility>
 #if defined(__SSE2__)
 #include <immintrin.h>
@@ -28,6 +29,7 @@ namespace {  // each instruction set's copy is its own: no symbol of one may be 
 
 typedef float Floats __attribute__((vector_size(4 * kLanes)));
 typedef int32_t Ints __attribute__((vector_size(4 * kLanes)));
+typedef uint32_t Words __attribute__((vector_size(4 * kLanes)));
 typedef uint16_t Shorts __attribute__((vector_size(2 * kLanes)));
 typedef Floats UnalignedFloats __attribute__((aligned(4), may_alias));
 typedef Shorts UnalignedShorts __attribute__((aligned(2), may_alias));
@@ -47,6 +49,16 @@ INLINE Floats where_negative(Floats x, Floats negative, Floats otherwise) {
 }
 INLINE Floats where_zero(Floats x, Floats zero, Floats otherwise) {
   return x == 0.0f ? zero : otherwise;
+}
+
+// Keeps x in a register: the compiler would rather load it again for each use, and loads are what
+// the kernels run out of.
+INLINE void keep(Floats& x) {
+#if defined(__x86_64__)
+  asm("" : "+v"(x));
+#elif defined(__aarch64__)
+  asm("" : "+w"(x));
+#endif
 }
 
 INLINE float sum(Floats x) {
@@ -83,9 +95,9 @@ INLINE Floats load(const BFloat16* p) {
 }
 
 INLINE void store(BFloat16* p, Floats x) {
-  const Ints bits = (Ints)x;
-  Ints rounded = bits + 0x7fff + ((bits >> 16) & 1);  // to nearest, ties to even
-  rounded = x == x ? rounded : (bits | 0x400000);     // a NaN stays one
+  const Words bits = (Words)x;
+  Words rounded = bits + 0x7fff + ((bits >> 16) & 1);  // to nearest, ties to even
+  rounded = x == x ? rounded : (bits | 0x400000);      // a NaN stays one
   *(UnalignedShorts*)p = __builtin_convertvector(rounded >> 16, Shorts);
 }
 

@@ -333,6 +333,16 @@ Triple apply_backward(const Tensor& dout, const Tensor& q, const Tensor& S_any,
 
 std::string instruction_set() { return kernels().name; }
 
+// FLOP of the roofline's probe, which ran on every thread.
+double probe(bool loading, int64_t repeats) {
+  const int64_t threads = at::get_num_threads();
+  std::vector<double> flop(threads);
+  parallel(threads, kernels().scratch_floats(64), [&](int64_t item, float* scratch) {
+    flop[item] = kernels().probe(loading, repeats, scratch);
+  });
+  return std::accumulate(flop.begin(), flop.end(), 0.0);
+}
+
 }  // namespace
 
 TORCH_LIBRARY_FRAGMENT(linear_vit, m) {
@@ -364,6 +374,7 @@ TORCH_LIBRARY_FRAGMENT(linear_vit, m) {
       " -> (Tensor, Tensor, Tensor)",
       tags);
   m.def("cpu_linear_attention_instruction_set() -> str", instruction_set);
+  m.def("cpu_linear_attention_probe(bool loading, int repeats) -> float", probe);
 }
 
 TORCH_LIBRARY_IMPL(linear_vit, CPU, m) {

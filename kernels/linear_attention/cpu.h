@@ -33,6 +33,10 @@ struct LinearAttentionKernels {
   // dk and dv from dS and dz.
   void (*key_gradient)(ElementType, int64_t head_dim, int64_t tokens, Rows k, Rows v, Rows dk,
                        Rows dv, const float* gradient, float* scratch);
+
+  // For the roofline: `repeats` times a few FMAs on registers, or each with a load from the L1
+  // cache. Returns their FLOP.
+  double (*probe)(bool loading, int64_t repeats, float* scratch);
 };
 
 // Tokens of a block: ranges that start at multiples of it have the same sums however they are cut.

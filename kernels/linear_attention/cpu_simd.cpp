@@ -217,7 +217,8 @@ INLINE void add_listed(uint64_t listed, const float* x, int64_t features, const 
     const float a = x[n * features], b = x[n * features + 1];
     const float* row = rows + n * kWidth * kLanes;
     for (int w = 0; w < kWidth; ++w) {
-      const Floats value = load(row + w * kLanes);
+      Floats value = load(row + w * kLanes);
+      keep(value);
       first[w] += a * value;
       second[w] += b * value;
     }
@@ -274,7 +275,17 @@ constexpr int64_t kFeatures = 2048 / (16 * kWidth * kLanes) * 16;
 // The j-th feature's row, from S on, of the sign that bit j tells.
 template <int kPiece>
 INLINE const float* signed_row(const float* S, int j, uint32_t signs) {
-  return S + 2 * kPiece * j + ((signs >> j) & 1) * kPiece;
+  constexpr uint32_t kBytes = kPiece * sizeof(float);
+  uint32_t offset;
+  if constexpr ((kBytes & (kBytes - 1)) == 0) {  // the bit turned to where it is worth a row's bytes
+    constexpr int kPlace = __builtin_ctz(kBytes);
+    offset = ((signs >> ((j - kPlace) & 31)) | (signs << ((kPlace - j) & 31))) & kBytes;
+  } else {
+    offset = -((signs >> j) & 1) & kBytes;
+  }
+  const char* row = (const char*)S + offset;
+  asm("" : "+r"(row));  // one register and a constant: indexed loads don't fuse with their FMA
+  return (const float*)row + 2 * kPiece * j;
 }
 
 INLINE uint32_t signs_from(const Block& b, int64_t n, int64_t f) {
@@ -358,7 +369,8 @@ void dots_block(const Shape& s, int64_t tokens, const Block& b, const float* S_a
               const float* row = signed_row<kPiece>(S + 2 * kPiece * f, j, signs);
               Floats lanes = {};
               for (int w = 0; w < kWidth; ++w) {
-                const Floats part = load(row + w * kLanes);
+                Floats part = load(row + w * kLanes);
+                if (kGather) keep(part);
                 lanes = w == 0 ? part * value[w] : lanes + part * value[w];
                 if (kGather) total[w] += x[j] * part;
               }
@@ -533,6 +545,28 @@ void key_gradient(ElementType element, int64_t head_dim, int64_t tokens, Rows k,
   });
 }
 
+double probe(bool loading, int64_t repeats, float* scratch) {
+  constexpr int kChains = 10;  // two FMAs a cycle, four or five cycles each
+  const auto run = [&](auto load_too) INLINE_LAMBDA {
+    Floats sums[kChains] = {}, x = load(scratch);
+    for (int64_t i = 0; i < repeats; ++i) {
+#pragma GCC unroll 10
+      for (int j = 0; j < kChains; ++j) {
+        sums[j] += x * (load_too ? load(scratch + j * kLanes) : x);
+      }
+      asm volatile("" : : : "memory");
+    }
+    for (Floats& one : sums) keep(one);
+  };
+  __builtin_memset(scratch, 0, kChains * sizeof(Floats));
+  if (loading) {
+    run(std::true_type());
+  } else {
+    run(std::false_type());
+  }
+  return 2.0 * kChains * kLanes * repeats;
+}
+
 }  // namespace
 
 #if defined(LINEAR_VIT_AVX512)
@@ -545,6 +579,6 @@ extern const LinearAttentionKernels linear_attention_avx2 = {
 extern const LinearAttentionKernels linear_attention_portable = {
     "portable code",
 #endif
-    state_floats, scratch_floats, accumulate, add,            spread_nan,
-    load_state,   store_state,    apply,      query_gradient, key_gradient,
+    state_floats, scratch_floats, accumulate,     add,          spread_nan, load_state,
+    store_state,  apply,          query_gradient, key_gradient, probe,
 };

@@ -1,0 +1,304 @@
+// Ripple pooling and expansion for the CPU: the arithmetic, a line (grid row) of tokens at a time.
+//
+// Vectors run over channels, the last axis. A line of results is made from left to right, four
+// vectors of channels (a few cache lines of every token) at a time: each token of the window's lines
+// is loaded and converted once and serves the three results it is a neighbour of, whose sums wait in
+// registers. Per result and vector that is 3 loads of tokens, 9 of weights (from the L1 cache) and 9
+// FMAs: a grid that is not in cache comes no faster than memory brings it, which is the limit.
+//
+// Backward is the same walk: the gradient of a 3×3 correlation is one with reversed weights, over
+// the lines that exist; the weights' gradients keep their nine sums in registers along a line.
+#include "cpu.h"
+
+#include "../cpu/simd.h"
+
+namespace {
+
+// function(an Element)
+template <typename Function>
+INLINE void with_element(ElementType element, const Function& function) {
+  if (element == kFloat32) return function(float{});
+  if (element == kFloat16) return function(Float16{});
+  return function(BFloat16{});
+}
+
+// kWidth vectors of channels of one token; the last of all may be partial.
+template <typename Element, int kWidth, bool kPartial>
+struct Channels {
+  static constexpr int width = kWidth;
+  int64_t first, count;  // count: of a partial vector
+
+  INLINE Floats get(Rows line, int64_t j, int w) const {
+    const Element* p = (const Element*)line.data + j * line.stride + first + w * kLanes;
+    if (!kPartial) return load(p);
+    Element some[kLanes] = {};
+    for (int64_t i = 0; i < count; ++i) some[i] = p[i];
+    return load(some);
+  }
+  INLINE void put(Rows line, int64_t j, int w, Floats x) const {
+    Element* p = (Element*)line.data + j * line.stride + first + w * kLanes;
+    if (!kPartial) return store(p, x);
+    Element some[kLanes];
+    store(some, x);
+    for (int64_t i = 0; i < count; ++i) p[i] = some[i];
+  }
+  // Weights are padded: never partial.
+  INLINE Floats weight(const float* taps, int w) const { return load(taps + first + w * kLanes); }
+  INLINE void add(float* taps, int w, Floats x) const {
+    store(taps + first + w * kLanes, weight(taps, w) + x);
+  }
+};
+
+// function(Channels) over all channels.
+template <typename Function>
+INLINE void for_channels(ElementType element, int64_t channels, const Function& function) {
+  with_element(element, [&](auto example) {
+    using Element = decltype(example);
+    int64_t c = 0;
+    for (; c + 4 * kLanes <= channels; c += 4 * kLanes) function(Channels<Element, 4, false>{c, 0});
+    for (; c + kLanes <= channels; c += kLanes) function(Channels<Element, 1, false>{c, 0});
+    if (c < channels) function(Channels<Element, 1, true>{c, channels - c});
+  });
+}
+
+// function(std::integral_constant<int, lines>)
+template <typename Function>
+INLINE void with_lines(int lines, const Function& function) {
+  if (lines == 3) return function(std::integral_constant<int, 3>());
+  if (lines == 2) return function(std::integral_constant<int, 2>());
+  return function(std::integral_constant<int, 1>());
+}
+
+// Σ over the window's lines of one token's share at one tap.
+template <int kLines, typename C>
+INLINE Floats share(const C& c, const Window& window, const Floats* x, int tap, int64_t pad, int w) {
+  Floats total = x[0] * c.weight(window.taps[0] + tap * pad, w);
+  for (int r = 1; r < kLines; ++r) total += x[r] * c.weight(window.taps[r] + tap * pad, w);
+  return total;
+}
+
+void same(ElementType element, int64_t channels, int64_t cols, const Window& window, Rows out,
+          const Spread* spread) {
+  const int64_t pad = padded(channels);
+  with_lines(window.lines, [&](auto lines) {
+    constexpr int kLines = lines;
+    for_channels(element, channels, [&](const auto& c) {
+      constexpr int kWidth = std::decay_t<decltype(c)>::width;
+      Floats waiting[kWidth] = {}, next[kWidth] = {};
+      const auto emit = [&](int64_t j, int w, Floats x) INLINE_LAMBDA {
+        if (spread != nullptr) {
+          const int64_t at = spread->along ? j / 2 : j;
+          x += c.get(spread->z, at, w) * c.weight(spread->pair[spread->along ? j % 2 : 0], w);
+        }
+        c.put(out, j, w, x);
+      };
+      for (int64_t j = 0; j < cols; ++j) {
+        for (int w = 0; w < kWidth; ++w) {
+          Floats x[kLines];
+          for (int r = 0; r < kLines; ++r) x[r] = c.get(window.line[r], j, w);
+          if (j > 0) emit(j - 1, w, waiting[w] + share<kLines>(c, window, x, 2, pad, w));
+          waiting[w] = next[w] + share<kLines>(c, window, x, 1, pad, w);
+          next[w] = share<kLines>(c, window, x, 0, pad, w);
+        }
+      }
+      for (int w = 0; w < kWidth; ++w) emit(cols - 1, w, waiting[w]);
+    });
+  });
+}
+
+void halve(ElementType element, int64_t channels, int64_t fine_cols, const Window& window,
+           Rows out) {
+  const int64_t pad = padded(channels);
+  with_lines(window.lines, [&](auto lines) {
+    constexpr int kLines = lines;
+    for_channels(element, channels, [&](const auto& c) {
+      constexpr int kWidth = std::decay_t<decltype(c)>::width;
+      Floats waiting[kWidth] = {};
+      for (int64_t j = 0; j < fine_cols; j += 2) {
+        for (int w = 0; w < kWidth; ++w) {
+          Floats x[kLines];
+          for (int r = 0; r < kLines; ++r) x[r] = c.get(window.line[r], j, w);
+          Floats result = waiting[w] + share<kLines>(c, window, x, 1, pad, w);
+          if (j + 1 < fine_cols) {
+            for (int r = 0; r < kLines; ++r) x[r] = c.get(window.line[r], j + 1, w);
+            result += share<kLines>(c, window, x, 2, pad, w);
+            waiting[w] = share<kLines>(c, window, x, 0, pad, w);
+          }
+          c.put(out, j / 2, w, result);
+        }
+      }
+    });
+  });
+}
+
+void twice(ElementType element, int64_t channels, int64_t fine_cols, const Window& window,
+           Rows out) {
+  const int64_t pad = padded(channels);
+  with_lines(window.lines, [&](auto lines) {
+    constexpr int kLines = lines;
+    for_channels(element, channels, [&](const auto& c) {
+      constexpr int kWidth = std::decay_t<decltype(c)>::width;
+      Floats waiting[kWidth] = {};
+      for (int64_t j = 0; j < fine_cols; j += 2) {
+        for (int w = 0; w < kWidth; ++w) {
+          Floats x[kLines];
+          for (int r = 0; r < kLines; ++r) x[r] = c.get(window.line[r], j / 2, w);
+          if (j > 0) c.put(out, j - 1, w, waiting[w] + share<kLines>(c, window, x, 2, pad, w));
+          c.put(out, j, w, share<kLines>(c, window, x, 1, pad, w));
+          waiting[w] = share<kLines>(c, window, x, 0, pad, w);
+        }
+      }
+      for (int w = 0; fine_cols % 2 == 0 && w < kWidth; ++w) {
+        c.put(out, fine_cols - 1, w, waiting[w]);
+      }
+    });
+  });
+}
+
+void weight_gradient(ElementType element, int64_t channels, int64_t cols, int64_t stride,
+                     const Window& window, Rows dout) {
+  const int64_t pad = padded(channels), last = (cols - 1) / stride;
+  with_lines(window.lines, [&](auto lines) {
+    constexpr int kLines = lines;
+    for_channels(element, channels, [&](const auto& c) {
+      for (int w = 0; w < std::decay_t<decltype(c)>::width; ++w) {
+        Floats total[kLines][3] = {};
+        const auto add = [&](int tap, Floats g, const Floats* x) INLINE_LAMBDA {
+          for (int r = 0; r < kLines; ++r) total[r][tap] += g * x[r];
+        };
+        Floats before = {}, here = c.get(dout, 0, w);
+        for (int64_t j = 0; j <= last; ++j) {
+          const Floats after = j < last ? c.get(dout, j + 1, w) : Floats{};
+          Floats x[kLines];
+          for (int r = 0; r < kLines; ++r) x[r] = c.get(window.line[r], stride * j, w);
+          add(1, here, x);
+          if (stride == 1) {
+            add(0, after, x);
+            add(2, before, x);
+          } else if (2 * j + 1 < cols) {
+            for (int r = 0; r < kLines; ++r) x[r] = c.get(window.line[r], 2 * j + 1, w);
+            add(0, after, x);
+            add(2, here, x);
+          }
+          before = here;
+          here = after;
+        }
+        for (int r = 0; r < kLines; ++r) {
+          for (int tap = 0; tap < 3; ++tap) c.add(window.taps[r] + tap * pad, w, total[r][tap]);
+        }
+      }
+    });
+  });
+}
+
+void spread_gradient(ElementType element, int64_t channels, int64_t fine_cols, Rows dout,
+                     const Spread& spread, float* const dpair[2]) {
+  for_channels(element, channels, [&](const auto& c) {
+    for (int w = 0; w < std::decay_t<decltype(c)>::width; ++w) {
+      Floats total[2] = {};
+      for (int64_t j = 0; j < fine_cols; ++j) {
+        const Floats g = c.get(dout, j, w);
+        if (spread.along) {
+          const Floats share = g * c.get(spread.z, j / 2, w);
+          if (j % 2 == 0) total[0] += share; else total[1] += share;
+        } else {
+          total[0] += g * c.get(spread.z, j, w);
+        }
+      }
+      c.add(dpair[0], w, total[0]);
+      if (spread.along) c.add(dpair[1], w, total[1]);
+    }
+  });
+}
+
+void coarse_gradient(ElementType element, int64_t channels, int64_t fine_cols, int64_t lines,
+                     const Rows* dout, const Spread& spread) {
+  for_channels(element, channels, [&](const auto& c) {
+    constexpr int kWidth = std::decay_t<decltype(c)>::width;
+    const int64_t coarse_cols = spread.along ? (fine_cols + 1) / 2 : fine_cols;
+    for (int64_t j = 0; j < coarse_cols; ++j) {
+      for (int w = 0; w < kWidth; ++w) {
+        const int64_t at = spread.along ? 2 * j : j;
+        Floats total = c.get(dout[0], at, w) * c.weight(spread.pair[0], w);
+        if (spread.along && at + 1 < fine_cols) {
+          total += c.get(dout[0], at + 1, w) * c.weight(spread.pair[1], w);
+        } else if (!spread.along && lines == 2) {
+          total += c.get(dout[1], at, w) * c.weight(spread.pair[1], w);
+        }
+        c.put(spread.z, j, w, total);
+      }
+    }
+  });
+}
+
+// ---- weights -------------------------------------------------------------------------------------
+
+template <typename Element>
+INLINE float to_float(Element x) {
+  Element all[kLanes] = {x};
+  return load(all)[0];
+}
+template <typename Element>
+INLINE Element from_float(float x) {
+  Element all[kLanes];
+  store(all, Floats{} + x);
+  return all[0];
+}
+
+void load_weight(ElementType element, int64_t channels, const void* weight, bool reversed,
+                 float* taps) {
+  const int64_t pad = padded(channels);
+  with_element(element, [&](auto example) {
+    for (int tap = 0; tap < 9; ++tap) {
+      const auto* from = (const decltype(example)*)weight + (reversed ? 8 - tap : tap);
+      float* to = taps + tap * pad;
+      for (int64_t c = 0; c < pad; ++c) to[c] = c < channels ? to_float(from[9 * c]) : 0.0f;
+    }
+  });
+}
+
+void load_pair(ElementType element, int64_t channels, const void* pair, float* to) {
+  const int64_t pad = padded(channels);
+  with_element(element, [&](auto example) {
+    const auto* from = (const decltype(example)*)pair;
+    load_row(from, channels, to, pad);
+    load_row(from + channels, channels, to + pad, pad);
+  });
+}
+
+void store_gradients(ElementType element, int64_t channels, int64_t parts, float* sums,
+                     void* weight, void* pair) {
+  const int64_t pad = padded(channels), floats = 11 * pad;
+  for (int64_t p = 1; p < parts; ++p) {
+    for (int64_t i = 0; i < floats; i += kLanes) {
+      store(sums + i, load(sums + i) + load(sums + p * floats + i));
+    }
+  }
+  with_element(element, [&](auto example) {
+    using Element = decltype(example);
+    for (int64_t c = 0; c < channels; ++c) {
+      for (int tap = 0; tap < 9; ++tap) {
+        ((Element*)weight)[9 * c + tap] = from_float<Element>(sums[tap * pad + c]);
+      }
+    }
+    for (int64_t p = 0; pair != nullptr && p < 2; ++p) {
+      store_row((Element*)pair + p * channels, channels, sums + (9 + p) * pad);
+    }
+  });
+}
+
+}  // namespace
+
+#if defined(LINEAR_VIT_AVX512)
+extern const RippleKernels ripple_avx512 = {
+    "AVX-512",
+#elif defined(LINEAR_VIT_AVX2)
+extern const RippleKernels ripple_avx2 = {
+    "AVX2",
+#else
+extern const RippleKernels ripple_portable = {
+    "portable code",
+#endif
+    load_weight, load_pair,       store_gradients, same,            halve,
+    twice,       weight_gradient, spread_gradient, coarse_gradient,
+};

@@ -1,0 +1,152 @@
+"""The C++ sources for the CPU build once, say so, fail with a reason, and pass the sanitizers."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from kernels import extension
+
+ROOT = Path(__file__).resolve().parent.parent
+CPU = torch.device("cpu")
+needs_toolchain = pytest.mark.skipif(
+    extension._no_cpp_toolchain("CPU") is not None, reason=str(extension._no_cpp_toolchain("CPU"))
+)
+
+
+def python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=ROOT,
+        env=os.environ | environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def test_a_missing_compiler_is_a_reason_and_the_others_go_on(tmp_path: Path) -> None:
+    done = python(
+        "import kernels, torch\n"
+        "print(kernels.backends('linear_attention', 'cpu')['cpu'])\n"
+        "q = torch.randn(1, 2, 5, 16); print(kernels.linear_attention(q, q, q).shape)\n"
+        "kernels.linear_attention(q, q, q, backend='cpu')",
+        TORCH_EXTENSIONS_DIR=str(tmp_path),
+        CXX="no-such-compiler",
+    )
+    assert "building the CPU extension needs a C++ compiler, no no-such-compiler" in done.stdout
+    assert "torch.Size([1, 2, 5, 16])" in done.stdout
+    assert "ValueError: backend 'cpu' can't run linear_attention on cpu: building" in done.stderr
+
+
+def test_it_is_for_the_cpu() -> None:
+    reason = extension.unavailable("cpu", torch.device("cuda"))
+    assert reason is not None
+    assert "C++ kernels run on the CPU, not on cuda" in reason
+
+
+@needs_toolchain
+def test_a_failed_build_is_remembered_with_its_reason(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
+    monkeypatch.setattr(extension, "_failures", {})
+    monkeypatch.setattr(extension, "_loaded", set())
+    flags = ("-include", "no_such_header.h")
+    with pytest.raises(extension.BuildError, match=r"no_such_header\.h: No such file") as caught:
+        extension.load("cpu", "ripple", flags=flags)
+    message = str(caught.value)
+    assert message.startswith("building the CPU extension failed: ")
+    assert "\n" not in message
+    log = re.search(r"all of it in (\S+);", message)
+    assert log is not None
+    assert "error" in Path(log.group(1)).read_text()
+    assert extension.unavailable("cpu", CPU) == message
+    folder = extension._folder("cpu", "ripple", (), flags)
+    assert extension._earlier_failure(folder) == message  # in a later process too
+
+
+@needs_toolchain
+@pytest.mark.slow
+def test_it_builds_once(tmp_path: Path) -> None:
+    code = (
+        "import kernels, torch; x = torch.randn(1, 4, 4, 8); w = torch.randn(8, 3, 3)\n"
+        "print(kernels.ripple_pool(x, w, axis=0).shape)"
+    )
+    first = python(code, TORCH_EXTENSIONS_DIR=str(tmp_path))
+    assert first.returncode == 0, first.stderr[-4000:]
+    assert "building ripple's CPU extension (once, seconds) ..." in first.stderr
+    assert "built ripple's CPU extension in" in first.stderr
+    second = python(code, TORCH_EXTENSIONS_DIR=str(tmp_path))
+    assert second.returncode == 0, second.stderr[-4000:]
+    assert "building" not in second.stderr
+    assert second.stdout == first.stdout
+
+
+# Every kernel of every instruction set, on sizes that end inside a block and inside a vector.
+SANITIZED = """
+import os, sys
+import torch
+from kernels import extension
+
+flags = ("-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-g", "-O1")
+for room in ("linear_attention", "ripple"):
+    extension.load("cpu", room, flags=flags)
+ops = torch.ops.linear_vit
+torch.set_num_threads(2)
+ran = []
+for name in ("avx512", "avx2", "portable"):
+    os.environ["LINEAR_VIT_CPU"] = name
+    try:
+        ran.append(ops.cpu_linear_attention_instruction_set())
+    except RuntimeError:
+        continue
+    for dtype in (torch.float32, torch.float16, torch.bfloat16):
+        for n, m, d in ((1, 2, 1), (65, 70, 7), (67, 33, 40), (300, 600, 64), (5, 3, 200)):
+            q, g = (torch.randn(2, 4, n, d).to(dtype) for _ in range(2))
+            k, v = (torch.randn(2, 2, m, d).to(dtype) for _ in range(2))
+            out, S, z = ops.cpu_linear_attention(q, k, v, 1e-6, True)
+            ops.cpu_linear_attention_backward(g, q, k, v, S, z, 1e-6)
+            dq, dS, dz = ops.cpu_linear_attention_apply_backward(g, q, S, z, 1e-6)
+            ops.cpu_linear_attention_state_backward(dS, dz, k, v)
+        qkv = torch.randn(2, 65, 3, 2, 24).to(dtype)
+        out, S, z = ops.cpu_linear_attention_packed(qkv, 1e-6, False)
+        ops.cpu_linear_attention_packed_backward(out, qkv, S, z, 1e-6)
+        for rows, cols, channels in ((1, 1, 1), (5, 4, 70), (2, 7, 64)):
+            for axis in (0, 1):
+                x, w = torch.randn(2, rows, cols, channels), torch.randn(channels, 3, 3)
+                x, w, pair = x.to(dtype), w.to(dtype), torch.randn(2, channels).to(dtype)
+                pooled = ops.cpu_ripple_pool(x, w, axis)
+                ops.cpu_ripple_pool_backward(pooled, x, w, axis)
+                out = ops.cpu_ripple_expand(pooled, x, pair, w, axis)
+                ops.cpu_ripple_expand_backward(out, pooled, x, pair, w, axis)
+print(ran)
+"""
+
+
+@needs_toolchain
+@pytest.mark.slow
+def test_sanitizers_find_nothing(tmp_path: Path) -> None:
+    gcc = shutil.which("g++")
+    if gcc is None:
+        pytest.skip("the sanitizers' libraries are found by asking g++, which is not here")
+    command = [gcc, "-print-file-name=libasan.so"]
+    library = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    if not Path(library).is_absolute():
+        pytest.skip("no libasan on this machine: install it with the compiler")
+    done = python(
+        SANITIZED,
+        TORCH_EXTENSIONS_DIR=str(tmp_path),
+        CXX="g++",
+        LD_PRELOAD=library,
+        ASAN_OPTIONS="detect_leaks=0",  # Python's own
+    )
+    assert done.returncode == 0, done.stderr[-6000:]
+    assert "runtime error" not in done.stderr
+    assert "AddressSanitizer" not in done.stderr
+    assert "portable code" in done.stdout
