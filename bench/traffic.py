@@ -208,7 +208,7 @@ def _rows(
     for name, x in {**read, **written}.items():
         traffic = left.pop(x.untyped_storage().data_ptr(), None)
         size = x.numel() * x.element_size()
-        row = {
+        row: Row = {
             "launches": launches,
             "tensor": name,
             "loaded": traffic.loaded if traffic else 0,

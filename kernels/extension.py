@@ -38,7 +38,10 @@ _ROOMS = {
     "cuda": ("linear_attention", "softmax_attention", "ripple"),
     "cpu": ("linear_attention", "ripple"),
 }
-_SOURCES = {"cuda": ("cuda.cpp", "cuda.cu"), "cpu": ("cpu.cpp", "cpu_simd.cpp")}
+_SOURCES: dict[str, tuple[str, ...]] = {
+    "cuda": ("cuda.cpp", "cuda.cu"),
+    "cpu": ("cpu.cpp", "cpu_simd.cpp"),
+}
 _HEADERS = {"cuda": ("cuda.h", "../cuda/*"), "cpu": ("cpu.h", "../cpu/*")}
 _LABELS = {"cuda": "CUDA", "cpu": "CPU"}
 _CXX_FLAGS = ("-O2",)

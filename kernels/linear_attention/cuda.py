@@ -9,8 +9,8 @@ from torch import Tensor
 from kernels import extension
 from kernels.linear_attention.operators import attach
 
-# In half precision at D = 64 the state of one head is as large as so many tokens' k and v: up to there
-# it is worked out again, in the backward's one launch, from keys and values it holds anyway.
+# In half precision at D = 64 the state of one head is as large as so many tokens' k and v: up to
+# there it is worked out again, in the backward's one launch, from keys and values it holds anyway.
 RECOMPUTE_TOKENS = 256
 
 extension.load("cuda", "linear_attention")
