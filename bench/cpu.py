@@ -15,7 +15,7 @@ the L1 cache, and the memory's copy rate.
 import argparse
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from statistics import geometric_mean
 from typing import Any
@@ -75,7 +75,7 @@ def main(arguments: list[str] | None = None) -> int:
     return 0
 
 
-def medians(calls: dict[str, Callable[[], object]], budget: float) -> dict[str, float]:
+def medians(calls: Mapping[str, Callable[[], object]], budget: float) -> dict[str, float]:
     timings = measure_interleaved(calls, CPU, budget_s=budget)
     return {name: timing.median for name, timing in timings.items()}
 
@@ -87,7 +87,7 @@ def attention_table(
     name = str(dtype).removeprefix("torch.")
     print(f"\nlinear attention, {mode}, {name}")
     print(f"{'N':>7} {'cpu':>8} {against:>9} {'ratio':>7} {'sgemm':>7} {'ratio':>7} {'softmax':>9}")
-    rows = []
+    rows: list[dict[str, Any]] = []
     matrix = torch.randn(2048, 2048)
     for n in tokens:
         shape = AttentionShape(max(1, TOTAL_TOKENS // n), HEADS, HEADS, n, n, HEAD_DIM)
@@ -120,7 +120,7 @@ def attention_table(
 
 def ripple_table(budget: float) -> list[dict[str, Any]]:
     print(f"\nripple, {CHANNELS} channels, float32, forward+backward, against torch")
-    rows = []
+    rows: list[dict[str, Any]] = []
     for operation in ("ripple_pool", "ripple_expand"):
         for side in GRIDS:
             shape = RippleShape(max(1, 8192 // side**2), side, side, CHANNELS)
