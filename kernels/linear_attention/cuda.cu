@@ -31,6 +31,8 @@ using Arguments = LinearAttentionArguments;
 
 // ---- what is launched ------------------------------------------------------------------------------
 
+constexpr int64_t kAnyNumber = int64_t{1} << 60;  // of tokens
+
 // Blocks that share `tokens` tokens of each of `states` states: at most `blocks` in all, which is what
 // the GPU runs at once, but so that none takes more than `most` tokens, nor is hardly worth it.
 int64_t splits_of(const Arguments& p, int64_t tokens, int64_t blocks, int64_t most) {
@@ -65,8 +67,8 @@ struct Plan {
     const bool nearly = half && 2 * states > p.multiprocessors;
     state = splits_of(p, p.keys, half ? p.multiprocessors : blocks, most);
     query_gradient = splits_of(p, queries, nearly ? p.multiprocessors : gradient_blocks, most);
-    apply = splits_of(p, queries, blocks, INT64_MAX);
-    key_value_gradient = splits_of(p, p.keys, blocks, INT64_MAX);
+    apply = splits_of(p, queries, blocks, kAnyNumber);
+    key_value_gradient = splits_of(p, p.keys, blocks, kAnyNumber);
     rows = !half && p.head_dim > 64;
 
     // A block a key/value head: of short sequences, where there are enough heads, or so short ones that

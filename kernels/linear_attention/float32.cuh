@@ -506,7 +506,7 @@ __global__ void __launch_bounds__(kThreads, 1)
                                         a[1][i][j] * scale[i] + weight * shared.z[D + feature]);
         }
       }
-      __syncthreads();  // g has been read: g / E takes its place
+      __syncwarp();  // a row is one half-warp's, which has read g: g / E takes its place
 #pragma unroll
       for (int i = 0; i < kPerThread; ++i) {
         const int row = ty + kSide * i;
@@ -519,7 +519,7 @@ __global__ void __launch_bounds__(kThreads, 1)
           }
         }
       }
-      __syncthreads();
+      __syncthreads();  // g / E and the weights are there
 
 #pragma unroll 2
       for (int t = 0; t < kRows; ++t) {

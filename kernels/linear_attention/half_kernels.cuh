@@ -293,7 +293,6 @@ __global__ void __launch_bounds__(kThreads, Half<D>::kTile.gradient_blocks)
   queries.run([&](int stage, int tile) {
     query_gradient_one(p, part, s.state, s.tile[stage], sums, tile);
   });
-  __syncthreads();  // the last tile of queries has been read
   const auto keys = stream<Shared::kStages>(0, key_tiles, [&](int stage, int tile) {
     copy(s.tile[stage][0], p.k, part, part.kv_head, p.keys, tile);
     copy(s.tile[stage][1], p.v, part, part.kv_head, p.keys, tile);
