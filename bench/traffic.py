@@ -263,7 +263,7 @@ def shapes(operation: str, head_dim: int) -> list["Shape"]:
     short = AttentionShape(2, 2, 2, 64, 64, head_dim)
     if room == "softmax_attention":
         return [short, AttentionShape(1, 1, 1, 512, 512, head_dim)]
-    return [short, AttentionShape(1, 2, 2, 8192, 8192, head_dim)]
+    return [short, AttentionShape(1, 2, 2, 4096, 4096, head_dim)]
 
 
 # ---- python -m bench.traffic ---------------------------------------------------------------------

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import pytest
 
-from tests.kernels.test_triton import ROOT, interpreter_reason, pytestmark, run_interpreted
+from tests.kernels.test_triton import ROOT, SUITE, interpreter_reason, pytestmark, run_interpreted
 
 __all__ = ["pytestmark"]
 
@@ -167,7 +167,8 @@ def test_broken_kernel_is_noticed(mutation: Mutation, tmp_path: Path) -> None:
     assert source.count(mutation.old) == 1, f"{mutation.file} no longer has {mutation.old!r} once"
     (tmp_path / mutation.file).write_text(source.replace(mutation.old, mutation.new))
 
-    done = run_interpreted("tests/kernels", "-k", f"({mutation.tests}) and triton", root=tmp_path)
+    files = [f"tests/kernels/test_{name}.py" for name in SUITE]
+    done = run_interpreted(*files, "-k", f"({mutation.tests}) and triton", root=tmp_path)
     failed = re.search(r"(\d+) failed", done.stdout)
     assert done.returncode == 1, f"not noticed:\n{done.stdout[-2000:]}{done.stderr[-2000:]}"
     assert failed, done.stdout
