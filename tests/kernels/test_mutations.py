@@ -59,7 +59,7 @@ SLOW = [
         LINEAR,
         "        dz_positive += tl.sum(positive * w[:, None], 0)",
         "        dz_positive += tl.sum(positive * 0.0, 0)",
-        LINEAR_NAMED + " and float32",
+        LINEAR_NAMED + " and float16",
     ),
     Mutation(
         "z's gradient is skipped where S is streamed",

@@ -44,7 +44,7 @@ def streamed(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     tuning._options.cache_clear()
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_triton_split_over_programs(dtype: torch.dtype, split: None) -> None:
     assert_accurate(Attention(dtype=dtype, head_dim=32, **LONG), "triton")
 
@@ -67,13 +67,13 @@ def test_triton_split_repeats_bit_for_bit(split: None) -> None:
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_triton_state_kept_for_one_launch(dtype: torch.dtype) -> None:
     """More keys than are read twice, few enough for one program: S comes from the forward."""
     assert_accurate(Attention(dtype=dtype, head_dim=16, queries=65, keys=300), "triton")
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_triton_streamed(dtype: torch.dtype, streamed: None) -> None:
     case = Attention(dtype=dtype, head_dim=48, queries=90, keys=80, heads=4, kv_heads=2)
     assert_accurate(case, "triton")
