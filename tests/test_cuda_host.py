@@ -79,6 +79,7 @@ __global__ void copy(Arguments p) {{
   ptx::cp_async_commit();
   __syncthreads();
   p.out[192 + i] = *at(63 - i);
+  __syncthreads();
   ptx::cp_async_wait<0>();
 }}
 __global__ void leave_early(Arguments p) {{
