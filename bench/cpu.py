@@ -1,7 +1,7 @@
 """The CPU kernels against their targets, and how far each is from what limits it.
 
     python -m bench.cpu                          # the tables below, in some minutes
-    python -m bench.cpu --tokens 64,1024 --budget 0.5 --json cpu.json
+    python -m bench.cpu --only linear_attention --dtypes float32 --tokens 64,1024 --json cpu.json
 
 All backends of a row take turns in one process (medians). Linear attention: 6 heads of 64,
 batch · N = 65,536 tokens, against ``compiled``, PyTorch's softmax attention and the machine's own
@@ -48,6 +48,8 @@ LOADS = {
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.cpu", description=__doc__.split("\n")[0])
     parser.add_argument("--tokens", default=",".join(map(str, TOKENS)), help="N, e.g. 64,1024")
+    parser.add_argument("--dtypes", default="float32,bfloat16", help="of linear attention")
+    parser.add_argument("--only", choices=("linear_attention", "ripple", "roofline"))
     parser.add_argument("--budget", type=float, default=1.0, help="seconds per timed call")
     parser.add_argument("--against", default="compiled", help="backend to compare with")
     parser.add_argument("--threads", type=int, help="PyTorch threads (default: its own choice)")
@@ -65,11 +67,16 @@ def main(arguments: list[str] | None = None) -> int:
     print(kernels.implementation("linear_attention", "cpu"))
     tokens = [int(n) for n in options.tokens.split(",")]
     rows = []
-    for dtype in (torch.float32, torch.bfloat16):
-        for mode in (FORWARD, FORWARD_BACKWARD):
-            rows += attention_table(tokens, dtype, mode, options.against, options.budget)
-    rows += ripple_table(options.budget)
-    rows += roofline(options.budget)
+    if options.only in (None, "linear_attention"):
+        for dtype in options.dtypes.split(","):
+            for mode in (FORWARD, FORWARD_BACKWARD):
+                rows += attention_table(
+                    tokens, getattr(torch, dtype), mode, options.against, options.budget
+                )
+    if options.only in (None, "ripple"):
+        rows += ripple_table(options.budget)
+    if options.only in (None, "roofline"):
+        rows += roofline(options.budget)
     if options.json is not None:
         options.json.write_text(json.dumps({"machine": machine, "rows": rows}, indent=1) + "\n")
     return 0

@@ -300,9 +300,10 @@ def _compile(
     try:
         sources, cxx_flags, linked = _SOURCES[backend], [*_CXX_FLAGS, *flags], []
         if not cuda:
-            # at::parallel_for is PyTorch's own threads only where OpenMP is on.
+            # at::parallel_for is PyTorch's own threads only where OpenMP is on. -O1: cpu.cpp shares
+            # the work out, and optimising PyTorch's headers would be most of the build.
             sources, openmp = sources[:1], "-fopenmp"
-            cxx_flags += [openmp, *(["-DLINEAR_VIT_X86"] if _X86 else [])]
+            cxx_flags += ["-O1", openmp, *(["-DLINEAR_VIT_X86"] if _X86 else [])]
             linked = [*_compile_simd(room, folder, flags), openmp, *flags]
         cpp_extension.load(
             folder.name.rpartition("_")[0],
