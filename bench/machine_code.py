@@ -141,8 +141,9 @@ class Instructions:
     """Counts of a kernel's instructions, as they stand in the code (a loop's body counts once).
 
     ``wide`` accesses to global memory are of 16 bytes a thread or more, bulk copies among them;
-    ``narrow`` are all others. ``tf32`` are those of ``tensor_core`` that round to TF32, ``fma``
-    multiply-adds outside of the tensor cores, ``local`` accesses to the stack, and
+    ``narrow`` those of less than 8. (8 are what a tensor core leaves a thread of a float32 row:
+    four threads of them fill a sector.) ``tf32`` are those of ``tensor_core`` that round to TF32,
+    ``fma`` multiply-adds outside of the tensor cores, ``local`` accesses to the stack, and
     ``float_atomics`` additions whose order the hardware chooses.
     """
 
@@ -164,6 +165,7 @@ _LOAD = re.compile(r"^(LDG|LDGSTS|LD|UTMALDG|UBLKCP)\b")
 _STORE = re.compile(r"^(STG|ST|UTMASTG|UTMAREDG)\b")
 _BULK = re.compile(r"^(UTMALDG|UBLKCP|UTMASTG|UTMAREDG)\b")
 _WIDE = re.compile(r"\.(128|256)\b")
+_HALF_WIDE = re.compile(r"\.64\b")
 _FMA = re.compile(r"^(FFMA2?|HFMA2|DFMA)\b")
 _LOCAL = re.compile(r"^(LDL|STL)\b")
 _FLOAT_ATOMIC = re.compile(r"^(RED|REDG|ATOM|ATOMG|REDAS|UTMAREDG)\b.*\.(F16|F32|F64|BF16)")
@@ -186,6 +188,8 @@ def count(mnemonics: Iterable[str]) -> Instructions:
             counts["fma"] += 1
         elif (load := _LOAD.match(word)) or _STORE.match(word):
             wide = _BULK.match(word) or _WIDE.search(word)
+            if not wide and _HALF_WIDE.search(word):
+                continue
             counts[f"{'wide' if wide else 'narrow'}_{'loads' if load else 'stores'}"] += 1
     return Instructions(**counts)
 

@@ -55,6 +55,7 @@ SASS = """\
         /*0130*/                   HMMA.1688.F32.TF32 R4, R8, R12, R4 ;
         /*0140*/                   STG.E.128 [R2.64], R4 ;
         /*0150*/                   STG.E [R2.64], R4 ;
+        /*0158*/                   STG.E.64 [R2.64], R4 ;
         /*0160*/                   STL.64 [R1], R4 ;
         /*0170*/                   FFMA R4, R4, R5, R6 ;
         /*0180*/                   RED.E.ADD.F32.FTZ.RN.STRONG.GPU [R2.64], R4 ;
@@ -70,8 +71,11 @@ def test_instructions_are_counted_by_kind() -> None:
     first = found["first"]
     assert (first.tensor_core, first.tf32, first.fma) == (4, 1, 1)
     assert (first.wide_loads, first.narrow_loads) == (4, 1)  # 128, LDGSTS, a bulk copy, 256
-    assert (first.wide_stores, first.narrow_stores) == (1, 1)  # shared memory is none of either
-    assert (first.local, first.float_atomics, first.total) == (1, 1, 16)
+    assert (first.wide_stores, first.narrow_stores) == (
+        1,
+        1,
+    )  # shared memory and 8 bytes are neither
+    assert (first.local, first.float_atomics, first.total) == (1, 1, 17)
     assert found["second"].total == 1
 
 

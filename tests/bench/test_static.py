@@ -97,6 +97,7 @@ SOUND: static.Row = {
     "room": "linear_attention",
     "dtype": "bfloat16",
     "layout": "aligned",
+    "configuration": "64, __nv_bfloat16",
     "products": True,
     "spill_stores": 0,
     "spill_loads": 0,
@@ -138,6 +139,11 @@ def test_each_fault_is_found(case: tuple[dict[str, Any], str]) -> None:
 def test_rows_that_cannot_be_16_bytes_apart_may_be_read_narrowly() -> None:
     ragged = {**SOUND, "layout": "ragged", "wide_loads": 0, "narrow_loads": 9}
     assert static.faults(ragged) == []
+
+
+def test_kernels_of_no_element_type_add_up_float32_states() -> None:
+    states = {**SOUND, "configuration": "", "wide_loads": 0, "narrow_loads": 9}
+    assert static.faults(states) == []
 
 
 # ---- the table -----------------------------------------------------------------------------------
