@@ -9,6 +9,7 @@ import gc
 import random
 import statistics
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -150,7 +151,7 @@ def _rounds_of(call: Callable[[], object], device: torch.device, min_rounds: int
     return kind(call, device, estimate, min_rounds)
 
 
-class _Rounds:
+class _Rounds(ABC):
     """The rounds of one call so far, and what they cost."""
 
     clock: str
@@ -183,9 +184,11 @@ class _Rounds:
             self._judge_at = max(done + 1, int(1.4 * done))
         return not self.stop
 
+    @abstractmethod
     def start(self) -> None:
-        raise NotImplementedError
+        """Begin a round of the call, or a batch of them; on a CPU also end it."""
 
+    @abstractmethod
     def finish(self) -> None:
         """Called when the device has nothing left to do."""
 
@@ -208,6 +211,9 @@ class _CpuRounds(_Rounds):
         seconds = (time.perf_counter_ns() - start) * 1e-9
         self.spent += seconds
         self.seconds.append(seconds / calls)
+
+    def finish(self) -> None:
+        """Nothing: a CPU call is over when it returns."""
 
 
 class _CudaRounds(_Rounds):

@@ -223,7 +223,7 @@ class Benchmarks:
         if case not in self._step_timings:
             steps = {}
             for one in item.session.items:
-                parameters = getattr(getattr(one, "callspec", None), "params", {})
+                parameters = _parameters(one)
                 if "step_backend" not in parameters:
                     continue
                 other = (parameters["model"], parameters["step_backend"])
@@ -399,9 +399,13 @@ def _cases_of(items: Iterable[pytest.Item]) -> Iterator[Case]:
     """The kernel cases that run: those of the sweep that no -k has deselected."""
     names = [field.name for field in dataclasses.fields(Case)]
     for item in items:
-        parameters = getattr(getattr(item, "callspec", None), "params", {})
+        parameters = _parameters(item)
         if all(name in parameters for name in names):
             yield Case(*(parameters[name] for name in names))
+
+
+def _parameters(item: pytest.Item) -> dict[str, Any]:
+    return getattr(getattr(item, "callspec", None), "params", {})
 
 
 def _implementation(problem: Problem, case: Case) -> str:

@@ -42,7 +42,10 @@ _SOURCES: dict[str, tuple[str, ...]] = {
     "cuda": ("cuda.cpp", "cuda.cu"),
     "cpu": ("cpu.cpp", "cpu_simd.cpp"),
 }
-_HEADERS = {"cuda": ("cuda.h", "tiles.h", "*.cuh", "../cuda/*"), "cpu": ("cpu.h", "../cpu/*")}
+_HEADERS = {
+    "cuda": ("cuda.h", "tiles.h", "*.cuh", "../cuda/*", "../*.h"),
+    "cpu": ("cpu.h", "../cpu/*", "../*.h"),
+}
 _LABELS = {"cuda": "CUDA", "cpu": "CPU"}
 _CXX_FLAGS = ("-O2",)
 _NVCC_FLAGS = ("-O3",)

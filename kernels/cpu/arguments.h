@@ -4,7 +4,7 @@
 
 #include <cstdint>
 
-enum ElementType : int32_t { kFloat32 = 0, kFloat16 = 1, kBFloat16 = 2 };
+#include "../element_type.h"
 
 // The rows (tokens) of one head: the first one's first element, and elements from row to row.
 struct Rows {

@@ -5,65 +5,21 @@
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
-#include <ATen/ops/empty_like.h>
 
 #include <algorithm>
 #include <atomic>
 #include <cstdlib>
-#include <numeric>
 #include <string>
 #include <tuple>
 #include <vector>
 
+#include "../tensors.h"
 #include "arguments.h"
-
-inline ElementType element_type(const at::Tensor& x) {
-  switch (x.scalar_type()) {
-    case at::kFloat:
-      return kFloat32;
-    case at::kHalf:
-      return kFloat16;
-    case at::kBFloat16:
-      return kBFloat16;
-    default:
-      TORCH_CHECK(false, "linear_vit: the dtype must be float32, float16 or bfloat16, got ",
-                  x.scalar_type());
-  }
-}
 
 // x[i][j][k:], a tensor of four axes, row by row along axis 2.
 inline Rows rows(const at::Tensor& x, int64_t i, int64_t j, int64_t k) {
   const int64_t at = i * x.stride(0) + j * x.stride(1) + k * x.stride(2);
   return {static_cast<char*>(x.data_ptr()) + at * x.element_size(), x.stride(2)};
-}
-
-// x with a contiguous last axis: an incoming gradient may be expanded or transposed.
-inline at::Tensor readable(const at::Tensor& x) {
-  return x.stride(-1) == 1 || x.size(-1) == 1 ? x : x.contiguous();
-}
-
-inline at::Tensor empty_floats(const at::Tensor& x, at::IntArrayRef sizes) {
-  return at::empty(sizes, x.options().dtype(at::kFloat));
-}
-
-// Uninitialised, in x's memory order; the last axis is contiguous whatever x is.
-inline at::Tensor empty_in_order(const at::Tensor& x) {
-  at::Tensor out = at::empty_like(x);
-  return out.stride(-1) == 1 ? out : at::empty_like(x, at::MemoryFormat::Contiguous);
-}
-
-// The same with other sizes: the axes nest as x's do, densely.
-inline at::Tensor empty_in_order(const at::Tensor& x, at::IntArrayRef sizes) {
-  const int64_t last = x.dim() - 1;
-  std::vector<int64_t> order(x.dim()), dense(x.dim()), inverse(x.dim());
-  std::iota(order.begin(), order.end(), 0);
-  std::stable_sort(order.begin(), order.begin() + last,
-                   [&](int64_t a, int64_t b) { return x.stride(a) > x.stride(b); });
-  for (int64_t i = 0; i <= last; ++i) {
-    dense[i] = sizes[order[i]];
-    inverse[order[i]] = i;
-  }
-  return at::empty(dense, x.options()).permute(inverse);
 }
 
 // The kernels of the widest instruction set that this processor has, or of the one that

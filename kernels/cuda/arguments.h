@@ -6,7 +6,7 @@
 
 #include <cstdint>
 
-enum ElementType : int32_t { kFloat32 = 0, kFloat16 = 1, kBFloat16 = 2 };
+#include "../element_type.h"
 
 // A four-axis tensor whose last axis is contiguous. stride[i] is that of axis i, in elements; 0 for
 // an expanded axis.
