@@ -227,6 +227,7 @@ def train(
                         "epoch": done // epoch_steps,
                         "lr": lr,
                         **summary,
+                        "images": sum(of_epoch["images"]),
                         "val_accuracy": accuracy(predictions, val.labels),
                         "seconds": sum(of_epoch["seconds"]),
                     }

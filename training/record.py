@@ -10,9 +10,10 @@
     started       ISO time, UTC;  resumed: how often the run was taken up again
     train_accuracy_is  "plain", or "lambda-weighted" where the recipe mixes images: an image of two
                   labels counts by the weight of the predicted one. For watching, not for comparing
-    epochs        list of {epoch, lr, loss, train_accuracy, val_accuracy, seconds,
-                  images_per_second}; accuracies in [0, 1]; seconds and images/s of the training
-                  steps, waiting for the loader included, evaluation apart
+    epochs        list of {epoch, lr, loss, train_accuracy, val_accuracy, images, seconds,
+                  images_per_second}; accuracies in [0, 1]; images trained on; seconds (their sum)
+                  and images/s (of the median) of the training steps, waiting for the loader
+                  included, evaluation apart
     images_per_second  median over the steps of the run, its first steps left out
     best_epoch    the epoch of the best validation accuracy, whose weights are tested
     test_accuracy of those weights, on the test set, read once, at the end

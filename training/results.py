@@ -206,7 +206,7 @@ def _row(
             row["time_to_baseline"] = _time_to_baseline(
                 {seed: runs[seed] for seed in pairs}, baseline
             )
-        epochs = [entry["seconds"] for run in runs.values() for entry in run["epochs"]]
+        epochs = [epoch_seconds(entry) for run in runs.values() for entry in run["epochs"]]
         row["hours_200_epochs"] = 200 * statistics.median(epochs) / 3600
         peaks = [run["peak_memory"] for run in runs.values() if run.get("peak_memory")]
         row["peak_memory"] = max(peaks, default=None)
@@ -230,6 +230,17 @@ def _time_to_baseline(
     }
 
 
+def epoch_seconds(entry: dict[str, Any]) -> float:
+    """Training seconds of an epoch: its images over the rate of its median step.
+
+    So a pause of the machine in the middle of it is nobody's merit or fault. Records from before
+    ``images`` was in them give the sum over their steps.
+    """
+    if "images" not in entry:
+        return float(entry["seconds"])
+    return float(entry["images"] / entry["images_per_second"])
+
+
 def seconds_to(epochs: list[dict[str, Any]], target: float) -> float | None:
     """Training seconds until the validation accuracy of a run first reached ``target``.
 
@@ -238,7 +249,7 @@ def seconds_to(epochs: list[dict[str, Any]], target: float) -> float | None:
     """
     elapsed, before = 0.0, None
     for entry in epochs:
-        seconds, value = entry["seconds"], entry["val_accuracy"]
+        seconds, value = epoch_seconds(entry), entry["val_accuracy"]
         if value >= target:
             share = 1.0 if before is None else (target - before) / (value - before)
             return elapsed + share * seconds

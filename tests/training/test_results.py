@@ -189,6 +189,15 @@ def test_time_to_the_baselines_final_accuracy() -> None:
     assert results.seconds_to(epochs(1.0, 0.1, 0.2), 0.3) is None
 
 
+def test_a_pause_of_the_machine_counts_for_no_model():
+    # 1000 images at 100/s by the median step are 10 s, whatever the steps of one epoch sum up to.
+    paused = [
+        {"val_accuracy": 0.2, "seconds": 500.0, "images": 1000, "images_per_second": 100.0},
+        {"val_accuracy": 0.4, "seconds": 10.1, "images": 1000, "images_per_second": 100.0},
+    ]
+    assert results.seconds_to(paused, 0.3) == pytest.approx(15)
+
+
 FULL = {"preset": "full", "dataset": "cifar100"}
 
 
