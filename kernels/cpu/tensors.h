@@ -8,10 +8,15 @@
 
 #include <algorithm>
 #include <atomic>
+#include <cstdint>
 #include <cstdlib>
 #include <string>
 #include <tuple>
 #include <vector>
+
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
 
 #include "../tensors.h"
 #include "arguments.h"
@@ -20,6 +25,27 @@
 inline Rows rows(const at::Tensor& x, int64_t i, int64_t j, int64_t k) {
   const int64_t at = i * x.stride(0) + j * x.stride(1) + k * x.stride(2);
   return {static_cast<char*>(x.data_ptr()) + at * x.element_size(), x.stride(2)};
+}
+
+// Asks for pages of 2 MB inside a large new tensor. The allocator gives such memory back to the system
+// each time it is freed, and touching 100 MB anew in pages of 4 KB takes about as long as computing
+// what goes there.
+inline at::Tensor in_large_pages(at::Tensor x) {
+#if defined(MADV_HUGEPAGE)
+  constexpr uintptr_t kPage = uintptr_t{1} << 21;
+  const auto begin = reinterpret_cast<uintptr_t>(x.data_ptr());
+  const uintptr_t first = (begin + kPage - 1) / kPage * kPage;
+  const uintptr_t end = (begin + x.nbytes()) / kPage * kPage;
+  // A refusal (an old kernel, pages turned off) costs speed only.
+  if (first < end) madvise(reinterpret_cast<void*>(first), end - first, MADV_HUGEPAGE);
+#endif
+  return x;
+}
+
+// What a kernel writes: uninitialised, in x's memory order, of its sizes or of others.
+inline at::Tensor output_like(const at::Tensor& x) { return in_large_pages(empty_in_order(x)); }
+inline at::Tensor output_like(const at::Tensor& x, at::IntArrayRef sizes) {
+  return in_large_pages(empty_in_order(x, sizes));
 }
 
 // The kernels of the widest instruction set that this processor has, or of the one that

@@ -265,14 +265,14 @@ void backward_into(const Tensor& dout, const Tensor& q, const Tensor& k, const T
 // ---- operators -----------------------------------------------------------------------------------
 
 Triple forward(const Tensor& q, const Tensor& k, const Tensor& v, double eps, bool save_state) {
-  const Tensor out = empty_in_order(q);
+  const Tensor out = output_like(q);
   const auto [S, z] = forward_into(q, k, v, out, static_cast<float>(eps), save_state);
   return {out, S, z};
 }
 
 Triple backward(const Tensor& dout, const Tensor& q, const Tensor& k, const Tensor& v,
                 const Tensor& S, const Tensor& z, double eps) {
-  const Tensor dq = empty_in_order(q), dk = empty_in_order(k), dv = empty_in_order(v);
+  const Tensor dq = output_like(q), dk = output_like(k), dv = output_like(v);
   backward_into(readable(dout), q, k, v, S, z, static_cast<float>(eps), dq, dk, dv);
   return {dq, dk, dv};
 }
@@ -281,7 +281,7 @@ Triple backward(const Tensor& dout, const Tensor& q, const Tensor& k, const Tens
 Tensor unpacked(const Tensor& qkv, int64_t i) { return qkv.select(2, i).transpose(1, 2); }
 
 Triple forward_packed(const Tensor& qkv, double eps, bool save_state) {
-  const Tensor out = empty_in_order(qkv.select(2, 0));
+  const Tensor out = output_like(qkv.select(2, 0));
   const auto [S, z] =
       forward_into(unpacked(qkv, 0), unpacked(qkv, 1), unpacked(qkv, 2), out.transpose(1, 2),
                    static_cast<float>(eps), save_state);
@@ -290,7 +290,7 @@ Triple forward_packed(const Tensor& qkv, double eps, bool save_state) {
 
 Tensor backward_packed(const Tensor& dout, const Tensor& qkv, const Tensor& S, const Tensor& z,
                        double eps) {
-  const Tensor dqkv = empty_in_order(qkv);
+  const Tensor dqkv = output_like(qkv);
   backward_into(readable(dout).transpose(1, 2), unpacked(qkv, 0), unpacked(qkv, 1),
                 unpacked(qkv, 2), S, z, static_cast<float>(eps), unpacked(dqkv, 0),
                 unpacked(dqkv, 1), unpacked(dqkv, 2));
@@ -306,14 +306,14 @@ Pair state(const Tensor& k, const Tensor& v) {
 
 Pair state_backward(const Tensor& dS, const Tensor& dz, const Tensor& k, const Tensor& v) {
   const Call call(k, k.size(1), 1, k.size(2), 0);
-  const Tensor dk = empty_in_order(k), dv = empty_in_order(v);
+  const Tensor dk = output_like(k), dv = output_like(v);
   call.key_gradients(k, v, dk, dv, call.loaded_states(dS.contiguous(), dz.contiguous()));
   return {dk, dv};
 }
 
 Tensor apply(const Tensor& q, const Tensor& S, const Tensor& z, double eps) {
   const Call call(q, S.size(1), q.size(1) / S.size(1), 0, q.size(2));
-  const Tensor out = empty_in_order(q);
+  const Tensor out = output_like(q);
   call.apply_all(q, out, call.loaded_states(S.contiguous(), z.contiguous()),
                  static_cast<float>(eps));
   return out;
@@ -323,7 +323,7 @@ Triple apply_backward(const Tensor& dout, const Tensor& q, const Tensor& S_any,
                       const Tensor& z_any, double eps) {
   const Tensor S = S_any.contiguous(), z = z_any.contiguous();
   const Call call(q, S.size(1), q.size(1) / S.size(1), 0, q.size(2));
-  const Tensor dq = empty_in_order(q), dS = empty_floats(q, S.sizes()),
+  const Tensor dq = output_like(q), dS = empty_floats(q, S.sizes()),
                dz = empty_floats(q, z.sizes());
   call.store_all(call.query_gradients(readable(dout), q, dq, call.loaded_states(S, z),
                                       static_cast<float>(eps)),

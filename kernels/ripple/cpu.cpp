@@ -116,7 +116,7 @@ Tensor pool(const Tensor& x, const Tensor& weight, int64_t axis) {
   const ElementType element = element_type(x);
   std::vector<int64_t> sizes = x.sizes().vec();
   sizes[axis + 1] = (sizes[axis + 1] + 1) / 2;
-  const Tensor out = empty_in_order(x, sizes);
+  const Tensor out = output_like(x, sizes);
   if (out.numel() == 0) return out;
   const Tensor taps = load_weight(kernel, weight, false);
   const int64_t channels = x.size(3), pad = padded(channels);
@@ -138,7 +138,7 @@ std::tuple<Tensor, Tensor> pool_backward(const Tensor& dout_any, const Tensor& x
   const RippleKernels& kernel = kernels();
   const ElementType element = element_type(x);
   const Tensor dout = readable(dout_any);
-  const Tensor dx = empty_in_order(x), dweight = at::empty(weight.sizes(), weight.options());
+  const Tensor dx = output_like(x), dweight = at::empty(weight.sizes(), weight.options());
   const Tensor taps = load_weight(kernel, weight, true);
   const int64_t channels = x.size(3), pad = padded(channels), cols = x.size(2);
   const Runs runs(x.numel() == 0 ? 0 : x.size(0) * x.size(1));
@@ -170,7 +170,7 @@ Tensor expand(const Tensor& z, const Tensor& x, const Tensor& weight, const Tens
               int64_t axis) {
   const RippleKernels& kernel = kernels();
   const ElementType element = element_type(x);
-  const Tensor out = empty_in_order(x);
+  const Tensor out = output_like(x);
   if (out.numel() == 0) return out;
   const Tensor taps = load_weight(kernel, lateral_weight, false), pair = load_pair(kernel, weight);
   const int64_t channels = x.size(3), pad = padded(channels);
@@ -190,7 +190,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> expand_backward(const Tensor& dout_an
   const RippleKernels& kernel = kernels();
   const ElementType element = element_type(x);
   const Tensor dout = readable(dout_any);
-  const Tensor dz = empty_in_order(z), dx = empty_in_order(x);
+  const Tensor dz = output_like(z), dx = output_like(x);
   const Tensor dweight = at::empty(weight.sizes(), weight.options());
   const Tensor dlateral_weight = at::empty(lateral_weight.sizes(), lateral_weight.options());
   const Tensor taps = load_weight(kernel, lateral_weight, true), pair = load_pair(kernel, weight);
