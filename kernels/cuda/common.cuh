@@ -2,8 +2,8 @@
 // and launch.
 //
 // Global memory is read and written through load_global and store_global (and ptx::cp_async_16)
-// only: built for the host they count the bytes, on a GPU they are plain accesses. 16 bytes a thread
-// where the tensor allows, one element otherwise.
+// only: built for the host they count the bytes, on a GPU they are one instruction each. 16 bytes a
+// thread where the tensor allows, one element otherwise.
 //
 // Float tiles (load_tile, store_tile, write_tile) lie in shared memory as float32. Their block is 256
 // threads seen as 16 x 16: thread (x, y) owns rows y, y + 16, ... and columns x, x + 16, ... of a
@@ -17,10 +17,12 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <cstring>
 #include <type_traits>
 #include <utility>
 
 #include "arguments.h"
+#include "ptx.cuh"
 
 // Narrowed by builds that want one kernel in a second (-DLINEAR_VIT_HEAD_DIMS=32).
 #ifndef LINEAR_VIT_HEAD_DIMS
@@ -74,7 +76,17 @@ __device__ inline void store_global(Value* target, Value value) {
 #ifdef LINEAR_VIT_CUDA_HOST
   cuda_host::count_store(target, sizeof(Value));
 #endif
-  *target = value;
+  if constexpr (sizeof(Value) == 16 || sizeof(Value) == 8) {
+    unsigned words[sizeof(Value) / 4];
+    memcpy(words, &value, sizeof(Value));
+    if constexpr (sizeof(Value) == 16) {
+      ptx::store_16(target, words);
+    } else {
+      ptx::store_8(target, words);
+    }
+  } else {
+    *target = value;
+  }
 }
 
 // ---- tensors -------------------------------------------------------------------------------------

@@ -1,5 +1,5 @@
 // The PTX of this project, and all of it: tensor-core products, matrix loads, asynchronous copies,
-// packed half-precision arithmetic, exponentials. Compute capability 8.0 and up.
+// vector stores, packed half-precision arithmetic, exponentials. Compute capability 8.0 and up.
 //
 // Registers hold two half-precision elements, the lower one first. Fragments are as in the PTX
 // manual, with group = lane / 4 and pair = 2 (lane % 4):
@@ -102,6 +102,25 @@ __device__ inline void cp_async_commit() { asm volatile("cp.async.commit_group;"
 template <int kPending>
 __device__ inline void cp_async_wait() {
   asm volatile("cp.async.wait_group %0;" : : "n"(kPending) : "memory");
+}
+
+// ---- stores to global memory of 16 and of 8 bytes, to addresses that are multiples of that ----------
+// Left to itself the compiler takes a vector whose elements come from a product or a shuffle apart,
+// and stores them one by one, in some kernels and not in others.
+
+__device__ inline void store_16(void* global, const unsigned (&words)[4]) {
+  asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};"
+               :
+               : "l"(__cvta_generic_to_global(global)), "r"(words[0]), "r"(words[1]), "r"(words[2]),
+                 "r"(words[3])
+               : "memory");
+}
+
+__device__ inline void store_8(void* global, const unsigned (&words)[2]) {
+  asm volatile("st.global.v2.b32 [%0], {%1, %2};"
+               :
+               : "l"(__cvta_generic_to_global(global)), "r"(words[0]), "r"(words[1])
+               : "memory");
 }
 
 // ---- pairs of half-precision elements --------------------------------------------------------------

@@ -492,18 +492,25 @@ struct Sums {
     }
   }
 
-  // After combine: to global memory.
+  // After combine: to global memory. A lane has two columns of two rows, and its neighbour the next two:
+  // they exchange, so that each stores four of one row.
   __device__ void store(float* S_out, float* z_out) const {
+    const bool odd = threadIdx.x % 2 == 1;
     for_features([&](int half, int m) {
 #pragma unroll
-      for (int i = 0; i < 4; i += 2) {
-        const int f = row(half, m, i);
+      for (int n = 0; n < H::kN; ++n) {
+        const float(&d)[4] = S[half][m][n];
+        const float x = __shfl_xor_sync(kFullWarp, odd ? d[0] : d[2], 1);
+        const float y = __shfl_xor_sync(kFullWarp, odd ? d[1] : d[3], 1);
+        float* const to = S_out + row(half, m, odd ? 2 : 0) * D + column(n, 0) - (odd ? 2 : 0);
+        store_global(reinterpret_cast<float4*>(to), odd ? make_float4(x, y, d[2], d[3])
+                                                        : make_float4(d[0], d[1], x, y));
+      }
 #pragma unroll
-        for (int n = 0; n < H::kN; ++n) {
-          store_global(reinterpret_cast<float2*>(S_out + f * D + column(n, 0)),
-                       make_float2(S[half][m][n][i], S[half][m][n][i + 1]));
+      for (int i = 0; i < 4; i += 2) {
+        if (column_warp() == 0 && lane_pair() == 0) {
+          store_global(z_out + row(half, m, i), z[half][m][i]);
         }
-        if (column_warp() == 0 && lane_pair() == 0) store_global(z_out + f, z[half][m][i]);
       }
     });
   }
