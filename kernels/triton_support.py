@@ -16,6 +16,17 @@ def operator(op: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     return torch.library.custom_op(f"{NAMESPACE}::triton_{op}", mutates_args=())
 
 
+def launch_options(
+    kernel: str, dim: int, dtype: torch.dtype, device: torch.device
+) -> dict[str, int]:
+    """What the tuning table has for a kernel, and what holds for every one.
+
+    a * b + c is one instruction, rounded once, whichever way Triton's default goes: off from 3.10
+    on, which would double the float32 kernels' work.
+    """
+    return {**tuning.options(kernel, dim, dtype, device), "enable_fp_fusion": True}
+
+
 def multiprocessors(device: torch.device) -> int:
     """Multiprocessors to fill; 1 in the interpreter, which runs programs one after the other."""
     return tuning.device(device).multiprocessors

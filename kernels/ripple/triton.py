@@ -38,7 +38,7 @@ from kernels import tuning
 from kernels.operators import empty_like, readable
 from kernels.ripple.operators import attach, attach_stages
 from kernels.ripple.stages import compose, fused_where_it_fits, level_shapes
-from kernels.triton_support import multiprocessors, narrow, operator
+from kernels.triton_support import launch_options, multiprocessors, narrow, operator
 
 # Tiles that one float32 sum takes at most: of more, it would lose too much.
 _MOST_TILES = 512
@@ -544,7 +544,7 @@ class _Pyramid:
         self.x, self.axes, self.batch = x, tuple(axes), batch
         self.shapes = level_shapes(x.shape, axes)
         key = _tuning_key(name, len(axes) > 1, backward)
-        self.tile = tuning.options(key, self.C, x.dtype, x.device)
+        self.tile = launch_options(key, self.C, x.dtype, x.device)
         channel_blocks = triton.cdiv(self.C, self.tile["BLOCK_C"])
         # About 8 programs a multiprocessor, of as many tokens as one float32 sum takes at most.
         wanted = max(1, 8 * multiprocessors(x.device) // channel_blocks)
@@ -589,7 +589,7 @@ class _Pyramid:
     def sum_partials(
         self, partials: Tensor, dweights: Sequence[Tensor], dpairs: Sequence[Tensor] = ()
     ) -> None:
-        options = tuning.options("ripple.sum_partials", self.C, self.x.dtype, self.x.device)
+        options = launch_options("ripple.sum_partials", self.C, self.x.dtype, self.x.device)
         _sum_partials[(triton.cdiv(self.C, options["BLOCK_C"]), 11 if dpairs else 9)](
             partials,
             tuple(dweights),

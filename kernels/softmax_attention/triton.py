@@ -41,7 +41,7 @@ from kernels import tuning
 from kernels.layout import unpack_qkv
 from kernels.operators import empty_like, readable
 from kernels.softmax_attention.operators import attach
-from kernels.triton_support import dot, narrow, operator
+from kernels.triton_support import dot, launch_options, narrow, operator
 
 _LOG2_E = tl.constexpr(1.4426950408889634)
 
@@ -435,7 +435,7 @@ def _options(
     kernel: str, head_dim: int, dtype: torch.dtype, device: torch.device
 ) -> dict[str, int]:
     """A kernel's constants that the head dim decides, and what the tuning table has for it."""
-    chosen = tuning.options(f"softmax_attention.{kernel}", head_dim, dtype, device)
+    chosen = launch_options(f"softmax_attention.{kernel}", head_dim, dtype, device)
     return {"D": head_dim, "BLOCK_D": triton.next_power_of_2(head_dim)} | chosen
 
 
