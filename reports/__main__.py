@@ -24,8 +24,11 @@ def main(argv: list[str] | None = None) -> int:
     )
     compare = commands.add_parser(
         "compare",
-        help="backends against one of them, case by case",
-        description="Speed-up of every backend over one, with intervals, geometric mean and worst.",
+        help="two runs: what became faster or slower; or the backends of one, with --baseline",
+        description=(
+            "BEFORE AFTER: per case faster, slower, same or undecided; with one run, BEFORE is "
+            "reports/measurements. With --baseline: every backend of a run over that one."
+        ),
     )
     for command in (scaling, compare, page):
         command.add_argument(
@@ -40,9 +43,37 @@ def main(argv: list[str] | None = None) -> int:
     )
     scaling.add_argument("--op", action="append", default=[], metavar="NAME", help="only this one")
     scaling.add_argument("--dtype", action="append", default=[], metavar="NAME", help="likewise")
-    compare.add_argument("--baseline", required=True, metavar="NAME", help="a backend")
+    compare.add_argument("--baseline", metavar="NAME", help="compare backends with this one")
     compare.add_argument(
-        "--backend", action="append", default=[], metavar="NAME", help="only this one over it"
+        "--backend",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="with --baseline: only this one over it",
+    )
+    compare.add_argument(
+        "--fail-on",
+        action="append",
+        default=[],
+        choices=("slower", "faster", "undecided", "same"),
+        help="exit with 1 where a case of two runs is that",
+    )
+    compare.add_argument(
+        "--margin",
+        type=_percent,
+        default=0.03,
+        metavar="PERCENT",
+        help="a change of two runs that is surely smaller is none (3)",
+    )
+    compare.add_argument(
+        "--control",
+        default="torch",
+        metavar="NAME",
+        help="backend whose code did not change, which shows the machine's drift; none: no drift "
+        "is taken off (%(default)s)",
+    )
+    compare.add_argument(
+        "--anyway", action="store_true", help="compare runs of different environments"
     )
     compare.add_argument("--csv", type=Path, metavar="FILE", help="write the cases there, too")
     page.add_argument(
@@ -73,9 +104,7 @@ def main(argv: list[str] | None = None) -> int:
 def _scaling(arguments: argparse.Namespace) -> int:
     from reports import scaling
 
-    loaded = runs.load(arguments.paths or runs.default_paths())
-    for line in loaded.skipped:
-        print(f"skipped {line}", file=sys.stderr)
+    loaded = _load(arguments.paths or runs.default_paths())
     found = scaling.groups(loaded, arguments.op, arguments.dtype)
     if not found:
         raise runs.NoRuns(
@@ -89,16 +118,53 @@ def _scaling(arguments: argparse.Namespace) -> int:
 
 
 def _compare(arguments: argparse.Namespace) -> int:
+    if arguments.baseline is None:
+        return _compare_runs(arguments)
     from reports import compare
 
-    loaded = runs.load(arguments.paths or runs.default_paths())
-    for line in loaded.skipped:
-        print(f"skipped {line}", file=sys.stderr)
+    loaded = _load(arguments.paths or runs.default_paths())
     cases = compare.speedups(loaded, arguments.baseline, arguments.backend)
     if arguments.csv:
         cases.to_csv(arguments.csv, index=False)
     print(compare.render(cases, arguments.baseline))
     return 0
+
+
+def _compare_runs(arguments: argparse.Namespace) -> int:
+    from reports import changes
+
+    if not 1 <= len(arguments.paths) <= 2:
+        raise runs.NoRuns(
+            "compare takes two runs, BEFORE and AFTER (or one, held against reports/measurements); "
+            "to compare the backends of one run add --baseline NAME"
+        )
+    before, after = [runs.MEASUREMENTS, *arguments.paths][-2:]
+    control = None if arguments.control == "none" else arguments.control
+    found = changes.changes(
+        _load([before]),
+        _load([after]),
+        control=control,
+        margin=arguments.margin,
+        anyway=arguments.anyway,
+    )
+    if arguments.csv:
+        found.cases.to_csv(arguments.csv, index=False)
+    print(changes.render(found))
+    return 1 if found.cases["verdict"].isin(arguments.fail_on).any() else 0
+
+
+def _load(paths: list[Path]) -> runs.Runs:
+    loaded = runs.load(paths)
+    for line in loaded.skipped:
+        print(f"skipped {line}", file=sys.stderr)
+    return loaded
+
+
+def _percent(text: str) -> float:
+    value = float(text) / 100
+    if not 0 <= value < 1:
+        raise argparse.ArgumentTypeError(f"a percentage from 0 to 100, got {text}")
+    return value
 
 
 def _page(arguments: argparse.Namespace) -> int:

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 
 # The version of a case's extra_info that this file reads.
@@ -28,6 +29,7 @@ _KERNEL_COLUMNS = {
     "least_bytes": "least_bytes",
     "clock": "clock",
 }
+_FEWEST_FOR_DEPENDENCE = 8
 _CASE = ["machine", "total_tokens", "operation", "pass", "dtype", "N", "backend"]
 
 
@@ -40,8 +42,9 @@ class Runs:
     """Measured cases of one or several saved runs.
 
     ``kernels``: a row per case, with the columns of ``_KERNEL_COLUMNS``, ``machine`` (a label),
-    ``median_s``, its standard ``error`` over itself, ``q1_s``, ``q3_s``, ``rounds``, ``file`` and
-    ``total_tokens``: 0 where a call is one sequence of N tokens, else how many tokens the sequences
+    ``median_s``, its standard ``error`` over itself, ``q1_s``, ``q3_s``, ``rounds``, how many
+    ``independent_rounds`` these are worth, ``file`` and ``total_tokens``: 0 where a call is one
+    sequence of N tokens, else how many tokens the sequences
     of a call have together. ``training``: a row per training step. ``skipped``: a line per file
     that could not be used. ``heads``: per file, where and when.
     """
@@ -168,6 +171,9 @@ def _rows(
                 "rounds": int(stats["rounds"]),
             }
             row["error"] = _relative_error(row, info.get("median_interval_s"))
+            dependence = _dependence(stats.get("data") or ())
+            row["error"] *= dependence
+            row["independent_rounds"] = row["rounds"] / dependence**2
             if info["operation"] == "training_step":
                 names = ("model", "model_title", "backend", "dtype", "images_per_s")
                 row.update({name: info[name] for name in names})
@@ -214,6 +220,26 @@ def _relative_error(row: dict[str, Any], interval: list[float] | None) -> float:
         return (float(interval[1]) - float(interval[0])) / (2 * 1.96) / row["median_s"]
     spread = (row["q3_s"] - row["q1_s"]) / row["median_s"]
     return 1.2533 / 1.349 * spread / row["rounds"] ** 0.5
+
+
+def _dependence(seconds: Sequence[float]) -> float:
+    """By how much rounds that follow one another in drift widen the error of their median, ≥ 1.
+
+    The variance of a median is that of independent rounds times 1 + 2·Σ ρₖ, with ρₖ the
+    autocorrelation of the signs of their deviations; here of an AR(1) process, whose φ follows from
+    ρ₁ (Gaussian: ρₖ = 2/π·asin φᵏ) and is corrected for the bias (1 + 4φ)/n of few rounds.
+    """
+    n = len(seconds)
+    if n < _FEWEST_FOR_DEPENDENCE:
+        return 1.0
+    rounds = np.asarray(seconds, float)
+    signs = np.sign(rounds - np.median(rounds))
+    power = float(signs @ signs)
+    if power == 0:
+        return 1.0
+    phi = np.sin(np.pi / 2 * float(signs[1:] @ signs[:-1]) / power)
+    phi = np.clip(phi + (1 + 4 * max(phi, 0.0)) / n, 0.0, 0.95)
+    return float(np.sqrt(1 + 4 / np.pi * np.arcsin(phi ** np.arange(1, n)).sum()))
 
 
 def machine_label(facts: dict[str, Any]) -> str:

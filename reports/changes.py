@@ -1,0 +1,327 @@
+"""``python -m reports compare BEFORE AFTER``: what became faster or slower between two runs.
+
+A case's change is d = log(median after / median before); its standard error follows from the
+rounds of both medians. Three things other than the code move d, and each is dealt with by name:
+
+- *Drift of the machine*, common to all backends of a case since their rounds took turns. It is read
+  off the control: a backend whose code is the same in both runs (``torch`` unless told otherwise).
+  Drifts of single cases scatter about that of the whole run, and a control's own d is noisy; the
+  two are weighed as their variances say (the best linear prediction of a random effect).
+- *Luck of a process* (where its memory lies): the scatter of the changes beyond what their rounds
+  explain, by their median absolute deviation, so that a few true changes do not count as scatter.
+- *Many chances*: the intervals are simultaneous (Šidák), so that of two runs of the same code 95 %
+  have no false alarm at all, however many cases there are.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from scipy import stats
+
+from reports import plots
+from reports.runs import NoRuns, Runs
+
+SLOWER, FASTER, SAME, UNDECIDED = "slower", "faster", "same", "undecided"
+VERDICTS = (SLOWER, FASTER, UNDECIDED, SAME)
+DEFAULT_CONTROL = "torch"
+MARGIN = 0.03  # a change that is surely smaller is called none
+_LEVEL = 0.95
+# Of fewer values a scatter is a guess.
+_FEWEST_FOR_SCATTER = 6
+_SIGMA_PER_MAD = 1.4826
+_MAD_EFFICIENCY = 0.37  # of a scatter from n values, against their standard deviation
+# Where one of these differs, so does what was measured.
+_FINGERPRINT = {
+    "device": "kind of device",
+    "device_name": "device",
+    "cpu": "CPU",
+    "cores": "cores",
+    "threads": "threads",
+    "cpu_capability": "instruction set",
+    "driver": "driver",
+    "cuda": "CUDA version",
+    "compute_capability": "compute capability",
+    "multiprocessors": "multiprocessors",
+    "torch": "PyTorch",
+}
+_WHEN = ("before", "after")
+_PLACE = ["total_tokens", "operation", "pass", "dtype", "N"]
+
+
+@dataclass
+class Changes:
+    """What two runs say about each other.
+
+    ``cases``: a row per case that both have, with ``case`` (words), the columns of a place,
+    ``backend``, ``before_s``, ``after_s``, ``ratio`` (of times, drift taken off), ``low``, ``high``
+    and ``verdict``. ``drift``: ratio of times of the control between the runs, None without one.
+    ``scatter``: standard deviation from run to run that the rounds do not explain, None where there
+    are too few cases to tell. ``notes``: what a reader has to know besides.
+    """
+
+    cases: pd.DataFrame
+    control: str | None
+    drift: float | None
+    scatter: float | None
+    notes: list[str] = field(default_factory=list)
+
+
+def obstacles(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str]:
+    """Why times of two machines' fingerprints may not be compared; empty where they may."""
+    return [
+        f"{words}: {before.get(key)} against {after.get(key)}"
+        for key, words in _FINGERPRINT.items()
+        if before.get(key) != after.get(key)
+    ]
+
+
+def changes(
+    before: Runs,
+    after: Runs,
+    *,
+    control: str | None = DEFAULT_CONTROL,
+    margin: float = MARGIN,
+    anyway: bool = False,
+) -> Changes:
+    """Compare every case that both runs have.
+
+    Args:
+        before, after: saved runs; of several machines in ``before`` those that match are taken.
+        control: the backend whose code is taken to be the same in both; None takes no drift off.
+        margin: the relative change that is too small to matter.
+        anyway: compare although the machines' fingerprints differ.
+
+    Raises:
+        NoRuns: the runs may not be compared, or have no case in common; the message says why.
+    """
+    notes: list[str] = []
+    kept, why = _comparable(before, after)
+    if not kept:
+        if not anyway:
+            raise NoRuns(
+                "these runs may not be compared: "
+                + "; ".join(why)
+                + " (--anyway compares them all the same)"
+            )
+        notes.append("compared although they differ in " + "; ".join(why))
+        kept = {head["file"] for head in before.heads}
+    elif len(kept) < len(before.heads):
+        notes.append(f"of {len(before.heads)} earlier runs, those of the same environment")
+
+    one, other = _cases(before), _cases(after)
+    one = one[one["file"].isin(kept)].drop_duplicates("case", keep="last")
+    both = one.merge(other, on="case", suffixes=("_before", "_after"))
+    for frame, where in ((one, "earlier"), (other, "later")):
+        if alone := len(set(frame["case"]) - set(both["case"])):
+            notes.append(f"{alone} cases only in the {where} run")
+    both = _same_method(both, notes)
+    if both.empty:
+        raise NoRuns("the two runs have no case in common")
+
+    d = np.log(both["median_s_after"].to_numpy() / both["median_s_before"].to_numpy())
+    variance, freedom = _sum_of_errors(both)
+    control = _usable_control(both, control, why, notes)
+    is_control = (both["backend"] == control).to_numpy()
+    drift, drift_variance = _drift(both, d, variance, is_control)
+    scatter = _excess(d[~is_control] - drift[~is_control], (variance + drift_variance)[~is_control])
+    if scatter is None and not is_control.all():
+        notes.append("too few cases to see how much runs of the same code differ from one another")
+    tests = max(1, int((~is_control).sum()))
+    between = (scatter or 0.0) ** 2
+    total = variance + drift_variance + between
+    # Welch and Satterthwaite: each variance counts with what it is known from.
+    unsure = variance**2 / freedom
+    unsure += (drift_variance**2 + between**2) / (_MAD_EFFICIENCY * tests)
+    freedom = total**2 / unsure
+    tail = (1 - _LEVEL ** (1 / tests)) / 2
+    half = stats.t.isf(tail, freedom) * np.sqrt(total)
+    change = d - drift
+    low, high = change - half, change + half
+    edge = np.log1p(margin)
+    verdict = np.full(len(both), UNDECIDED, dtype=object)
+    verdict[(low > 0) & (high > edge)] = SLOWER
+    verdict[(high < 0) & (low < -edge)] = FASTER
+    verdict[(low >= -edge) & (high <= edge)] = SAME
+    cases = both[["case", *_PLACE, "backend"]].assign(
+        before_s=both["median_s_before"],
+        after_s=both["median_s_after"],
+        ratio=np.exp(change),
+        low=np.exp(low),
+        high=np.exp(high),
+        verdict=verdict,
+    )
+    shift = float(np.exp(np.median(d[is_control]))) if is_control.any() else None
+    return Changes(cases[~is_control].reset_index(drop=True), control, shift, scatter, notes)
+
+
+def render(found: Changes) -> str:
+    """The comparison as text: verdicts that matter first, then the count of each."""
+    lines = []
+    for row in found.cases.to_dict("records"):
+        times = f"{plots.duration(row['before_s']):>8} → {plots.duration(row['after_s']):>8}"
+        lines.append(
+            (
+                VERDICTS.index(row["verdict"]),
+                f"{row['verdict']:9}  {row['case']:64} {times}  {row['ratio']:.3f}× the time "
+                f"({row['low']:.3f} to {row['high']:.3f})",
+            )
+        )
+    text = [line for _, line in sorted(lines, key=lambda item: item[0])]
+    if found.drift is not None:
+        text.append(
+            f"control {found.control}: {found.drift:.3f}× the time between the runs, taken off"
+        )
+    if found.scatter is not None:
+        text.append(f"scatter from run to run beyond that of the rounds: {found.scatter:.1%}")
+    text += [f"note: {note}" for note in found.notes]
+    counts = found.cases["verdict"].value_counts()
+    text.append(", ".join(f"{counts.get(verdict, 0)} {verdict}" for verdict in VERDICTS))
+    return "\n".join(text)
+
+
+def _comparable(before: Runs, after: Runs) -> tuple[set[str], list[str]]:
+    """Files of ``before`` that match a run of ``after``; if none, what the nearest differs in."""
+    matches: set[str] = set()
+    nearest: list[str] | None = None
+    for old in before.heads:
+        for new in after.heads:
+            why = obstacles(old["facts"], new["facts"])
+            if not why:
+                matches.add(old["file"])
+            elif nearest is None or len(why) < len(nearest):
+                nearest = why
+    return matches, [] if matches else nearest or []
+
+
+def _cases(runs: Runs) -> pd.DataFrame:
+    """Kernels and training steps in one table, each case named in words."""
+    columns = [
+        "case",
+        *_PLACE,
+        "backend",
+        "file",
+        "median_s",
+        "error",
+        "independent_rounds",
+        "clock",
+    ]
+    columns += ["least_bytes", "settings"]
+    parts = []
+    if not runs.kernels.empty:
+        kernels = runs.kernels.copy()
+        kernels["case"] = [
+            f"{op} {mode} {dtype} {f'{total:,} tokens ' if total else ''}N = {n:,} {backend}"
+            for op, mode, dtype, total, n, backend in zip(
+                *(kernels[c] for c in ("operation", "pass", "dtype", "total_tokens", "N")),
+                kernels["backend"],
+                strict=True,
+            )
+        ]
+        parts.append(kernels)
+    if not runs.training.empty:
+        steps = runs.training.assign(operation="training_step", total_tokens=0, N=0, clock="")
+        steps["pass"] = "step"
+        # The settings are part of what a step is: two presets are two cases.
+        steps["case"] = [
+            f"training_step {model} ({backend}), dim {s.get('dim')}, depth {s.get('depth')}, "
+            f"batch {s.get('batch_size')}, {s.get('dataset')}, {dtype}"
+            for model, backend, s, dtype in zip(
+                *(steps[c] for c in ("model", "backend", "settings", "dtype")), strict=True
+            )
+        ]
+        # A model's step has no control of its own; its backend names no control either.
+        steps["backend"] = steps["model"] + " with " + steps["backend"]
+        parts.append(steps)
+    table = pd.concat([part.reindex(columns=columns) for part in parts], ignore_index=True)
+    # A step of one name and other settings (heads, dropout) does not pass for the same one.
+    table["settings"] = table["settings"].map(lambda s: s if isinstance(s, dict) else None)
+    return table
+
+
+def _same_method(both: pd.DataFrame, notes: list[str]) -> pd.DataFrame:
+    """Without the cases that are of the same name and not of the same thing."""
+    for column, words in (
+        ("clock", "timed by different clocks"),
+        ("least_bytes", "of different shapes"),
+        ("settings", "of different settings"),
+    ):
+        one, other = both[f"{column}_before"], both[f"{column}_after"]
+        alike = (one == other) | (one.isna() & other.isna())
+        if not alike.all():
+            notes.append(f"{int((~alike).sum())} cases left out: {words}")
+        both = both[alike]
+    both = both.reset_index(drop=True)
+    renamed = {f"{name}_after": name for name in (*_PLACE, "backend")}
+    return both.rename(columns=renamed)
+
+
+def _sum_of_errors(both: pd.DataFrame) -> tuple[np.ndarray, np.ndarray]:
+    """Variance of the log ratio of the medians, and its degrees of freedom (Welch)."""
+    # Rounds that are all alike to the clock's last digit do not make a median exact.
+    a, b = (np.maximum(both[f"error_{when}"].to_numpy(float) ** 2, 1e-8) for when in _WHEN)
+    df_a, df_b = (
+        np.maximum(both[f"independent_rounds_{when}"].to_numpy(float) - 1, 1.0) for when in _WHEN
+    )
+    return a + b, (a + b) ** 2 / (a**2 / df_a + b**2 / df_b)
+
+
+def _usable_control(
+    both: pd.DataFrame, control: str | None, differ: Sequence[str], notes: list[str]
+) -> str | None:
+    """The control's name if both runs have it, and with the same PyTorch; else None and a note."""
+    if control is None:
+        return None
+    if differ:
+        notes.append("of different environments no backend is a control")
+        return None
+    timed = set(both["backend"])
+    if control not in timed:
+        if control != DEFAULT_CONTROL:
+            raise NoRuns(f"no common case of the control {control!r}; there are {sorted(timed)}")
+        notes.append(
+            f"no common case of a control ({control}): a drift of the machine between the runs "
+            "counts as a change"
+        )
+        return None
+    if timed == {control}:
+        notes.append(f"nothing but {control} in common, so that it is compared and no control")
+        return None
+    return control
+
+
+def _drift(
+    both: pd.DataFrame, d: np.ndarray, variance: np.ndarray, is_control: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Per case the predicted drift of the machine while it ran, and the prediction's variance."""
+    if not is_control.any():
+        return np.zeros(len(d)), np.zeros(len(d))
+    shifts, noise = d[is_control], variance[is_control]
+    centre = float(np.median(shifts))
+    excess = _excess(shifts, noise)
+    # Too few controls to tell drift from their noise: each is all drift for its own place.
+    spread = np.inf if excess is None else excess**2
+    # A case with no control of its place: the run's, give or take how much controls differ.
+    drift = np.full(len(d), centre)
+    of_centre = np.median(noise) / len(shifts)
+    apart = np.var(shifts) + np.median(noise) if excess is None else spread
+    uncertain = np.full(len(d), apart + of_centre)
+    place = pd.MultiIndex.from_frame(both[_PLACE])
+    of_place = dict(zip(place[is_control], zip(shifts, noise, strict=True), strict=True))
+    for i, where in enumerate(place):
+        if where in of_place:
+            shift, own = of_place[where]
+            weight = 1.0 if np.isinf(spread) else spread / (spread + own)
+            drift[i] = centre + weight * (shift - centre)
+            uncertain[i] = weight * own + (1 - weight) * of_centre
+    return drift, uncertain
+
+
+def _excess(values: np.ndarray, variance: np.ndarray) -> float | None:
+    """Standard deviation of the values beyond their own errors; None of too few."""
+    if len(values) < _FEWEST_FOR_SCATTER:
+        return None
+    deviation = _SIGMA_PER_MAD * np.median(np.abs(values - np.median(values)))
+    return float(np.sqrt(max(0.0, deviation**2 - np.median(variance))))

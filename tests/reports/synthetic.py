@@ -1,0 +1,54 @@
+"""Pairs of runs whose truth is known: rounds drawn with the noise that machines have."""
+
+from typing import Any
+
+import numpy as np
+
+from tests.reports import saved
+
+BACKENDS = ("torch", "compiled", "reference")
+LENGTHS = tuple(2**i for i in range(6, 12))
+ROUNDS = 60
+NOISES = ("independent", "dependent", "spikes", "drift", "process")
+
+
+def run(
+    rng: np.random.Generator,
+    noise: str,
+    slower: dict[str, float] | None = None,
+    backends: tuple[str, ...] = BACKENDS,
+) -> dict[str, Any]:
+    """A run of linear attention; ``slower`` multiplies the times of the cases it names.
+
+    Args:
+        rng: draws everything.
+        noise: ``independent``: 2 % a round; ``dependent``: each round much like the last;
+            ``spikes``: one round in ten up to five times as long; ``drift``: the machine is up to 6 % slower as
+            a whole, differently for each length, and wanders while the rounds take turns;
+            ``process``: each case is 1 % off for as long as its process lives.
+    """
+    benchmarks = []
+    whole = 0.04 * rng.standard_normal()
+    for tokens in LENGTHS:
+        place = whole + 0.02 * rng.standard_normal()
+        wander = np.cumsum(0.004 * rng.standard_normal(ROUNDS))
+        for backend in backends:
+            case = saved.case("linear_attention", backend, "forward", tokens)
+            logs = 0.02 * rng.standard_normal(ROUNDS)
+            if noise == "dependent":
+                for i in range(1, ROUNDS):
+                    logs[i] = 0.7 * logs[i - 1] + 0.7 * logs[i]
+            elif noise == "spikes":
+                hit = rng.random(ROUNDS) < 0.1
+                logs[hit] += np.log(rng.uniform(1, 5, hit.sum()))
+            elif noise == "drift":
+                logs += place + wander
+            elif noise == "process":
+                logs += 0.01 * rng.standard_normal()
+            truth = case["stats"]["median"] * (slower or {}).get(case["name"], 1.0)
+            seconds = truth * np.exp(logs)
+            q1, median, q3 = (float(x) for x in np.quantile(seconds, (0.25, 0.5, 0.75)))
+            stats = {"median": median, "q1": q1, "q3": q3, "rounds": ROUNDS}
+            case["stats"] = stats | {"data": seconds.tolist()}
+            benchmarks.append(case)
+    return {"datetime": "2030-01-02T03:04:05+00:00", "benchmarks": benchmarks}
