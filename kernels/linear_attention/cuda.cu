@@ -416,8 +416,8 @@ extern "C" int64_t linear_attention_workspace_bytes(const Arguments* arguments,
       return 4 * ((p.S ? 0 : state) + queries + keys + plan.key_value_gradient * plan.mean_size);
     case kState:
       return 4 * state;
-    case kStateBackward:
-      return 4 * keys;
+    case kStateBackward:  // dS twice, the second time to tell how far off it is rounded
+      return 4 * (keys + plan.key_value_gradient * plan.S_size);
     case kApply:
       return 4 * apply;
     default:  // dz' is read and written again, with dS and m

@@ -15,6 +15,8 @@
 //                    float32 composition has. By c, the same for every key, the key's gradient is centred:
 //                      dS = sum phi(q) (g / E)^T,  dz' = - sum phi(q) c = dz + dS m
 //   dS               once, as it is:   dphi(k) = dS v + (dz' - dS m)   with m against the rounded dS
+//                    Of a dS and dz from elsewhere (linear_attention_state_backward), m is the mean of a
+//                    block's first values, and dz' = dz + dS m with the exact dS.
 //
 // A high and a low term of S and dS, instead, would cost twice in every product that has them: at D = 64
 // 96 FLOP a byte of least traffic forward and 146 backward, and here it is 64 and 91, where a byte takes
@@ -619,7 +621,19 @@ struct State : StateTile<T, D> {
     choose_gradient_scales(z_total);
   }
 
-  // dS as it is, and the bias of dphi(k): dz, or dz' - dS m.
+  // The mean of a tile's columns, a NaN aside, which has no say in other rows' gradients.
+  __device__ void take_mean(const TokenTile<T, D>& tile, int valid) {
+    if (threadIdx.x >= D) return;
+    float sum = 0.0f;
+    for (int row = 0; row < valid; ++row) {
+      const float x = to_float(tile.rows[H::at(row, threadIdx.x / 8) + threadIdx.x % 8]);
+      sum += x == x ? x : 0.0f;
+    }
+    this->mean[threadIdx.x] = valid > 0 ? sum / valid : 0.0f;
+  }
+
+  // dS as it is, and the bias of dphi(k): of dz', with m in global memory; or, without, of dz, with the
+  // m of take_mean.
   __device__ void load_gradient(const float* dS, const float* dz, const float* m) {
     float4 value[kPerThread];
     read(value, dS);
@@ -627,13 +641,13 @@ struct State : StateTile<T, D> {
 #pragma unroll
     for (int i = 0; i < kPerThread; ++i) most = fmaxf(most, largest(value[i]));
     write(value, choose_scale(most));
-    if (threadIdx.x < D) this->mean[threadIdx.x] = m ? load_global(m + threadIdx.x) : 0.0f;
+    if (m && threadIdx.x < D) this->mean[threadIdx.x] = load_global(m + threadIdx.x);
     if (threadIdx.x < 2 * D) this->z[threadIdx.x] = load_global(dz + threadIdx.x);
-    subtract_mean();
+    subtract_mean(m ? nullptr : dS);
   }
 
-  // z -= dS m, with dS as it was rounded.
-  __device__ void subtract_mean() {
+  // z -= dS m, with dS as it was rounded; or only by how much that is off the exact dS.
+  __device__ void subtract_mean(const float* exact = nullptr) {
     __syncthreads();
     if (threadIdx.x < 2 * D) {
       float sum = 0.0f;
@@ -642,9 +656,13 @@ struct State : StateTile<T, D> {
         const auto values =
             *reinterpret_cast<const Vector<T, 8>*>(this->rows + H::at(threadIdx.x, chunk));
 #pragma unroll
-        for (int e = 0; e < 8; ++e) sum += to_float(values.value[e]) * this->mean[chunk * 8 + e];
+        for (int e = 0; e < 8; ++e) {
+          float x = to_float(values.value[e]) * this->unscale;
+          if (exact) x -= load_global(exact + threadIdx.x * D + chunk * 8 + e);
+          sum += x * this->mean[chunk * 8 + e];
+        }
       }
-      this->z[threadIdx.x] -= sum * this->unscale;
+      this->z[threadIdx.x] -= sum;
     }
   }
 

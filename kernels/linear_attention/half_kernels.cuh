@@ -245,6 +245,13 @@ __global__ void __launch_bounds__(kThreads, Half<D>::kTile.blocks)
     copy(s.tile[stage][1], p.v, part, part.kv_head, p.keys, tile);
   });
   tiles.start();
+  if (!p.mean) {
+    const bool any = part.begin < part.end;
+    ptx::cp_async_wait<Shared::kStages - 2>();
+    __syncthreads();  // the first tile is here
+    const TilePlace first(any ? part.begin : 0, part.kv_head, p.keys, Half<D>::kTokens);
+    s.state.take_mean(s.tile[0][1], any ? first.valid : 0);
+  }
   s.state.load_gradient(p.dS + part.state * 2 * D * D, p.dz + part.state * 2 * D,
                         p.mean ? p.mean + part.state * D : nullptr);
   tiles.run([&](int stage, int tile) {

@@ -163,15 +163,21 @@ def test_results_repeat_bit_for_bit_whatever_the_thread_order(libraries: dict[st
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize(("scale", "mean"), [(1e-2, 0.0), (1.0, 1.0), (1e-2, 1.0), (30.0, 1.0)])
-@pytest.mark.parametrize("num_splits", [1, None])
+@pytest.mark.parametrize(
+    ("num_splits", "parts"), [(1, False), (None, False), (2, True)], ids=["1", "None", "parts"]
+)
 def test_no_worse_than_composition_where_gradients_cancel(
     libraries: dict[str, Path],
     dtype: torch.dtype,
     scale: float,
     mean: float,
     num_splits: int | None,
+    parts: bool,
 ) -> None:
-    """The bound of tests/kernels/test_cross_check.py: 1.5 × the float32 composition's error."""
+    """The bound of tests/kernels/test_cross_check.py: 1.5 × the float32 composition's error.
+
+    In parts, by the operators that stream, each is given what another wrote to memory.
+    """
     random = torch.Generator().manual_seed(0)
     q, k, v, gradient = (
         torch.randn((1, 2, tokens, 32), generator=random).to(dtype) for tokens in (64, 96, 96, 64)
@@ -183,9 +189,11 @@ def test_no_worse_than_composition_where_gradients_cancel(
     composed = [x.clone().requires_grad_() for x in (q, k, v)]
     composition = torch_backend.linear_attention(*composed, 1e-6)
     composition.backward(gradient)
-    actual = run(
-        LinearAttention(libraries, num_splits=num_splits), q, k, v, gradient, 1e-6, save_state=False
-    )
+    emulated = LinearAttention(libraries, num_splits=num_splits)
+    if parts:
+        actual = run_parts(emulated, q, k, v, gradient, 1e-6)
+    else:
+        actual = run(emulated, q, k, v, gradient, 1e-6, save_state=False)
     wanted = [expected.detach(), *(grad(x) for x in exact)]
     bounds = [composition.detach(), *(grad(x) for x in composed)]
     for name, exact_one, bound in zip(("out", "dq", "dk", "dv"), wanted, bounds, strict=True):
@@ -458,6 +466,12 @@ MORE_MUTATIONS = (
         "for (int warp = 1; warp < H::kTokenWarps; ++warp) {",
         "for (int warp = 2; warp < H::kTokenWarps; ++warp) {",
     ),
+    Mutation(
+        "the rounding of dS is not corrected for the mean",
+        HALF,
+        "if (exact) x -= load_global(exact",
+        "if (exact) x -= 0.0f * load_global(exact",
+    ),
     Mutation("no mean in out", HALF, "+ dot[i / 2] * state.mean[column + i % 2]) *", ") *"),
     Mutation(
         "no eps in the gradient",
@@ -571,7 +585,7 @@ def narrow_checks(libraries: dict[str, Path], dtype: torch.dtype) -> list[Callab
         partial(check, libraries, replace(case, order=order), save_state=save_state)
         for order in ("forward", "reverse")
         for case, save_state in cases
-    ]
+    ] + [partial(check, libraries, several, parts=True)]
 
 
 half_checks = partial(narrow_checks, dtype=torch.float16)
