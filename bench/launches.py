@@ -94,6 +94,9 @@ def _shapes(operation: str, head_dim: int | None, ragged: bool) -> tuple[Shape, 
     if ragged:
         return (AttentionShape(1, 2, 2, 197, 197, D), AttentionShape(1, 2, 2, 4099, 4099, D))
     shapes = [AttentionShape(1, 2, 2, 8192, 8192, D), AttentionShape(8, 6, 6, 64, 64, D)]
+    if operation == "linear_attention":
+        # One launch, of several tiles that are read again for the state; and of a kept state.
+        shapes += [AttentionShape(1, 2, 2, 200, 200, D), AttentionShape(26, 6, 6, 260, 260, D)]
     if operation not in PACKED and D in _GROUPED:
         shapes += [AttentionShape(1, 4, 1, 8192, 8192, D), AttentionShape(8, 4, 1, 64, 64, D)]
     return tuple(shapes)

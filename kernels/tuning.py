@@ -83,6 +83,8 @@ SPLITS = Splits(
 # registers, so that the other architectures hold less of S at once.
 _WGMMA = ("sm_90", "sm_100", "interpreter")
 _WIDE = range(65, 129)
+# Of narrow heads a tile has 16 bytes for each of 128 threads, and no more.
+_NARROW = (Rule(_tile(4, 3, BLOCK_N=64), dims=range(1, 33), dtypes=HALF),)
 _STREAMED = (
     Rule(_tile(8, 2, RESIDENT=0, BLOCK_N=32, BLOCK_F=16), dtypes=FLOAT32),
     Rule(_tile(8, 2, RESIDENT=0, BLOCK_N=32, BLOCK_F=32)),
@@ -105,6 +107,7 @@ def _streamed(
 
 TABLE: dict[str, tuple[Rule, ...]] = {
     "linear_attention.state": (
+        *_NARROW,
         *_streamed(_WIDE, architectures=("sm_80", "sm_86")),
         *_streamed(_WIDE, dtypes=FLOAT32),
         Rule(_tile(8, 2, BLOCK_N=32), dtypes=FLOAT32),
@@ -115,6 +118,7 @@ TABLE: dict[str, tuple[Rule, ...]] = {
     ),
     "linear_attention.reduce": (Rule(_tile(4, 2, BLOCK_E=32, BLOCK_S=64)),),
     "linear_attention.apply": (
+        *_NARROW,
         *_streamed(_WIDE, dtypes=FLOAT32),
         Rule(_tile(8, 2, BLOCK_N=32), dtypes=FLOAT32),
         Rule(_tile(8, 2, BLOCK_N=64), dims=_WIDE, architectures=_WGMMA),
@@ -123,6 +127,7 @@ TABLE: dict[str, tuple[Rule, ...]] = {
         Rule(_tile(8, 3, BLOCK_N=32)),
     ),
     "linear_attention.query_gradient": (
+        *_NARROW,
         *_streamed(_WIDE),
         *_streamed(range(33, 65), architectures=("sm_80", "sm_86")),
         *_streamed(range(33, 65), dtypes=FLOAT32),
@@ -132,6 +137,7 @@ TABLE: dict[str, tuple[Rule, ...]] = {
     ),
     "linear_attention.query_sums": _streamed(),  # where query_gradient is streamed
     "linear_attention.key_value_gradient": (
+        *_NARROW,
         Rule(_tile(8, 2, BLOCK_N=32), ("sm_80", *_WGMMA), _WIDE, HALF),
         Rule(_tile(8, 2, RESIDENT=0, BLOCK_N=16, BLOCK_F=16), dims=_WIDE),
         Rule(_tile(8, 2, BLOCK_N=16), dtypes=FLOAT32),
@@ -139,6 +145,7 @@ TABLE: dict[str, tuple[Rule, ...]] = {
         Rule(_tile(8, 3, BLOCK_N=32)),
     ),
     "linear_attention.short_forward": (
+        *_NARROW,
         Rule(_tile(8, 2, BLOCK_N=64), ("sm_100",), _WIDE, HALF),
         Rule(_tile(8, 2, BLOCK_N=32), ("sm_90", "interpreter"), _WIDE, HALF),
         *_streamed(_WIDE),
@@ -147,6 +154,7 @@ TABLE: dict[str, tuple[Rule, ...]] = {
         Rule(_tile(8, 3, BLOCK_N=32)),
     ),
     "linear_attention.short_backward": (
+        *_NARROW,
         *_streamed(_WIDE),
         *_streamed(range(33, 65), architectures=("sm_80", "sm_86")),
         *_streamed(range(33, 65), dtypes=FLOAT32),

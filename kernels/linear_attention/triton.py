@@ -7,6 +7,10 @@ _short_forward           S and z of the head in registers, then out of its query
 _short_backward          S (kept, or worked out again), dq and dS of its queries, then dk and dv
 =======================  ==========================================================================
 
+A backward that works S out again has k and v in registers to the end where they are one tile (64
+tokens at D = 64). Of more tiles no register can outlive the loop over queries, so that up to
+RECOMPUTE_TOKENS they are read twice, the second time from cache: as many bytes as S would be.
+
 Many: the tokens of a head are split over programs, so that one head of one sequence fills the GPU.
 
 =======================  ==================================  ======================================
@@ -24,7 +28,9 @@ tensor-core operand in shared memory for the whole of a program's tokens. Groupe
 over by the program that owns their key/value head, in one loop so that loads stay in flight from
 one head to the next. Where registers do not reach for that (wide heads, float32, mma.sync with its
 operands in registers: the rules of ``kernels.tuning`` that say RESIDENT=0), the kernels of
-``triton_streamed`` read S a few features at a time instead, and q and dout a second time.
+``triton_streamed`` read S a few features at a time instead, and tokens more than once: backward at
+D = 96 and 128, and on sm_80 and sm_86 from D = 48; float32 from D = 48. How often, ``python -m
+bench.traffic`` counts; CUDA C++ (``cuda.cu``) reads them once in half precision at every D.
 
 Numerics. Sums are float32, of tiles first and then over tiles and splits: a plain float32 sum of n
 terms is off by about 3e-8·√(n/2), past 1e-6 from 4,000 tokens on. φ, q, k, v and dout are exact
@@ -54,6 +60,7 @@ from kernels.operators import empty_like, readable
 from kernels.triton_support import (
     balanced_splits,
     dot,
+    launch_options,
     load_rows,
     multiprocessors,
     narrow,
@@ -105,6 +112,16 @@ def _sum_state(
         z_positive += positive
         z_negative += negative
     return S_positive, S_negative, tl.sum(z_positive, 0), tl.sum(z_negative, 0)
+
+
+@triton.jit
+def _state_of_tile(k, v):
+    """The same of one tile, (feature, column): S of either sign, and z."""
+    positive, negative = positive_part(k.to(tl.float32)), negative_part(k.to(tl.float32))
+    nothing = tl.zeros((k.shape[1], k.shape[1]), dtype=tl.float32)
+    S_positive = dot(tl.trans(narrow(positive, k.dtype)), v, nothing)
+    S_negative = dot(tl.trans(narrow(negative, k.dtype)), v, nothing)
+    return S_positive, S_negative, tl.sum(positive, 0), tl.sum(negative, 0)
 
 
 @triton.jit
@@ -654,12 +671,17 @@ def _short_backward(
     dv_stride_n,
     eps,
     SAVED: tl.constexpr,
+    ONE_TILE: tl.constexpr,  # not SAVED, and BLOCK_N tokens are all there are
     GROUP: tl.constexpr,
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """The whole backward of one key/value head. Without SAVED, k and v are read again for S."""
+    """The whole backward of one key/value head.
+
+    Without SAVED, S comes from k and v: with ONE_TILE they stay in registers until dk and dv, else
+    they are read again.
+    """
     head = tl.program_id(0).to(tl.int64)
     b, hk = head // kv_heads, head % kv_heads
     columns = tl.arange(0, BLOCK_D)
@@ -671,6 +693,11 @@ def _short_backward(
     if SAVED:
         S_positive, S_negative = _load_pair(state_pointer + head * 2 * D * D, D, BLOCK_D)
         z_positive, z_negative = _load_vectors(normaliser_pointer + head * 2 * D, D, BLOCK_D)
+    elif ONE_TILE:
+        first_tokens = tl.arange(0, BLOCK_N).to(tl.int64)
+        k_tile = load_rows(k_head, first_tokens, num_keys, k_stride_n, columns, D)
+        v_tile = load_rows(v_head, first_tokens, num_keys, v_stride_n, columns, D)
+        S_positive, S_negative, z_positive, z_negative = _state_of_tile(k_tile, v_tile)
     else:
         S_positive, S_negative, z_positive, z_negative = _sum_state(
             k_head, v_head, k_stride_n, v_stride_n, 0, num_keys, D, BLOCK_D, BLOCK_N
@@ -693,16 +720,24 @@ def _short_backward(
         dS_positive, dS_negative, operand
     )
     high_positive, high_negative = tl.trans(high_positive_t), tl.trans(high_negative_t)
-    for start in range(0, num_keys, BLOCK_N):
-        tokens = start + tl.arange(0, BLOCK_N).to(tl.int64)
-        k = load_rows(k_head, tokens, num_keys, k_stride_n, columns, D)
-        v = load_rows(v_head, tokens, num_keys, v_stride_n, columns, D)
+    if ONE_TILE:
         _differentiate_keys(
-            k, v, dk_head, dv_head, dk_stride_n, dv_stride_n, tokens, num_keys,
+            k_tile, v_tile, dk_head, dv_head, dk_stride_n, dv_stride_n, first_tokens, num_keys,
             high_positive, high_negative, high_positive_t, low_positive_t,
             high_negative_t, low_negative_t, unscale, dz_positive, dz_negative,
             D, BLOCK_D, BLOCK_N,
         )  # fmt: skip
+    else:
+        for start in range(0, num_keys, BLOCK_N):
+            tokens = start + tl.arange(0, BLOCK_N).to(tl.int64)
+            k = load_rows(k_head, tokens, num_keys, k_stride_n, columns, D)
+            v = load_rows(v_head, tokens, num_keys, v_stride_n, columns, D)
+            _differentiate_keys(
+                k, v, dk_head, dv_head, dk_stride_n, dv_stride_n, tokens, num_keys,
+                high_positive, high_negative, high_positive_t, low_positive_t,
+                high_negative_t, low_negative_t, unscale, dz_positive, dz_negative,
+                D, BLOCK_D, BLOCK_N,
+            )  # fmt: skip
 
 
 # ---- launchers -----------------------------------------------------------------------------------
@@ -711,7 +746,7 @@ def _short_backward(
 def _options(kernel: str, x: Tensor) -> dict[str, int]:
     """Launch options of a kernel; RESIDENT says which file's kernel it is."""
     head_dim = x.shape[-1]
-    options = tuning.options(f"linear_attention.{kernel}", head_dim, x.dtype, x.device)
+    options = launch_options(f"linear_attention.{kernel}", head_dim, x.dtype, x.device)
     padded = {"D": head_dim, "BLOCK_D": triton.next_power_of_2(head_dim)}
     return {"RESIDENT": 1, **padded, **options}
 
@@ -744,7 +779,7 @@ def _sum_partials(matrix: Tensor, vector: Tensor) -> tuple[Tensor, Tensor]:
         return matrix[0], vector[0]
     S, z = torch.empty_like(matrix[0]), torch.empty_like(vector[0])
     if S.numel():
-        options = tuning.options(
+        options = launch_options(
             "linear_attention.reduce", matrix.shape[-1], torch.float32, matrix.device
         )
         blocks = sum(triton.cdiv(x.numel(), options["BLOCK_E"]) for x in (S, z))
@@ -865,6 +900,7 @@ def _backward_into(
             dout, q, k, v, S, z, dq, dk, dv, q.shape[2], num_keys, kv_heads,
             *dout.stride()[:3], *q.stride()[:3], *k.stride()[:3], *v.stride()[:3],
             *dq.stride()[:3], *dk.stride()[:3], *dv.stride()[:3], eps, SAVED=saved,
+            ONE_TILE=not saved and num_keys <= options["BLOCK_N"],
             GROUP=q.shape[1] // kv_heads, **options,
         )  # fmt: skip
 

@@ -340,16 +340,17 @@ def _key_value_gradient(
         for first in range(0, D, BLOCK_F):
             features = first + tl.arange(0, BLOCK_F)
             k = load_tile(k_head, tokens, end, k_stride_n, features, D)
-            dS = load_tile(dstate, features, D, D, columns, D)
-            dz = tl.load(dnormaliser + features, mask=features < D, other=0.0)
-            dv = exact_dot(narrow(positive_part(k), operand), dS, dv)
-            d_positive = exact_dot(v, tl.trans(dS), zeros + dz[None, :])
-            dS = load_tile(dstate + D * D, features, D, D, columns, D)
-            dz = tl.load(dnormaliser + D + features, mask=features < D, other=0.0)
-            dv = exact_dot(narrow(negative_part(k), operand), dS, dv)
-            d_negative = exact_dot(v, tl.trans(dS), zeros + dz[None, :])
-            # Written so that a NaN in k passes both branches.
-            dk = tl.where(k <= 0, 0.0, d_positive) - tl.where(k >= 0, 0.0, d_negative)
+            dk = zeros
+            # One half of φ after the other, by a loop that stays one: side by side, the operands of
+            # both would not fit the registers.
+            for half in tl.range(0, 2, loop_unroll_factor=1):
+                sign = 1.0 - 2.0 * half
+                dS = load_tile(dstate + half * D * D, features, D, D, columns, D)
+                dz = tl.load(dnormaliser + half * D + features, mask=features < D, other=0.0)
+                dv = exact_dot(narrow(positive_part(sign * k), operand), dS, dv)
+                dphi = exact_dot(v, tl.trans(dS), zeros + dz[None, :])
+                # Written so that a NaN in k passes both halves.
+                dk += tl.where(sign * k <= 0, 0.0, sign * dphi)
             store_tile(dk_head, tokens, end, dk_stride_n, features, D, dk)
         store_tile(dv_head, tokens, end, dv_stride_n, columns, D, dv)
 

@@ -59,7 +59,9 @@ SUITE = ("cross_check", "identities", "operators", "triton_paths")
         pytest.param(("identities",), "nan or zero or empty or memory_order", id="edges"),
         pytest.param(("operators",), "opcheck and (linear or softmax) or fake", id="operators"),
         pytest.param(
-            ("triton_paths",), "over_programs or streamed or choice or workspace", id="paths"
+            ("triton_paths",),
+            "over_programs or one_tile or streamed or choice or workspace",
+            id="paths",
         ),
         pytest.param(SUITE, "triton", id="everything", marks=pytest.mark.slow),
     ],

@@ -74,6 +74,13 @@ def test_triton_state_kept_for_one_launch(dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_triton_one_tile_of_keys(dtype: torch.dtype) -> None:
+    """The state comes from keys and values that stay in registers until their own gradient."""
+    case = Attention(dtype=dtype, head_dim=16, queries=65, keys=15, heads=4, kv_heads=2)
+    assert_accurate(case, "triton")
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_triton_streamed(dtype: torch.dtype, streamed: None) -> None:
     case = Attention(dtype=dtype, head_dim=48, queries=90, keys=80, heads=4, kv_heads=2)
     assert_accurate(case, "triton")
