@@ -25,6 +25,7 @@ from bench import launches, machine_code
 from kernels import extension
 
 HERE = Path(__file__).resolve().parent
+_KERNELS = HERE.parent / "kernels"
 _ELEMENTS = {"float32": "float", "float16": "__half", "bfloat16": "__nv_bfloat16"}
 # cudaDeviceAttr, of the CUDA runtime API.
 _MULTIPROCESSORS, _MAJOR, _MINOR = 16, 75, 76
@@ -57,14 +58,13 @@ def compile_room(
         room: the operation's folder.
         architecture: as ``sm_90a``.
         dtypes, head_dims: what the kernels are compiled for.
-        folder: for the compiler's results; must exist, and be this process's own, since a library
-            is loaded from it.
-        cache: a folder for what does not depend on the architecture.
+        folder: for the library that is loaded; must exist, and be this process's own.
+        cache: a folder; what was compiled before, from the same sources, is taken from there.
 
     Raises:
         RuntimeError: a compiler's error, with its output.
     """
-    listed, log = _nvcc(room, architecture, dtypes, head_dims, folder)
+    listed, log = _nvcc(room, architecture, dtypes, head_dims, cache)
     usage = {name: u for (_, name), u in machine_code.read_ptxas(log).items()}
     code = machine_code.disassemble(listed)
     readable = _demangle(usage)
@@ -114,24 +114,43 @@ def _only(values: Iterable[Any]) -> Any:
 
 
 def _nvcc(
-    room: str, architecture: str, dtypes: Iterable[str], head_dims: Iterable[int], folder: Path
+    room: str, architecture: str, dtypes: Iterable[str], head_dims: Iterable[int], cache: Path
 ) -> tuple[Path, str]:
-    """Compile ``cuda.cu``: the object, and what ptxas reported."""
+    """Compile ``cuda.cu``: the object, and what ptxas reported. It takes minutes: both are kept."""
     root = extension.cuda_root()
     if root is None:
         raise FileNotFoundError("no nvcc: install the CUDA toolkit, or set CUDA_HOME to its folder")
-    target = folder / f"{room}-{architecture}.o"
     command = [str(root / "bin" / "nvcc"), "-std=c++17", *extension._NVCC_FLAGS]
+    command += [f"-arch={architecture}", "-Xptxas=-v", "-Xcompiler=-fPIC", "-c"]
     # In a file, since nvcc takes the commas of a -D for its own.
-    wanted = folder / "wanted.h"
-    wanted.write_text(
+    wanted = (
         f"#define LINEAR_VIT_HEAD_DIMS {', '.join(map(str, head_dims))}\n"
         f"#define LINEAR_VIT_ELEMENT_TYPES {', '.join(_ELEMENTS[d] for d in dtypes)}\n"
     )
-    command += ["-include", str(wanted)]
-    command += [f"-arch={architecture}", "-Xptxas=-v", "-Xcompiler=-fPIC", "-c"]
-    command += [str(HERE.parent / "kernels" / room / "cuda.cu"), "-o", str(target)]
-    return target, _run(command)
+    asked = repr((command, wanted, extension._nvcc_version()))
+    sources = [path for path in _sources(room) if path.suffix != ".cpp"]
+    name = f"{room}-{architecture}-{_digest(asked, sources)}"
+    target, log = cache / f"{name}.o", cache / f"{name}.log"
+    if not (target.exists() and log.exists()):
+        included, partial = cache / f"{name}.h", cache / f"{name}.{os.getpid()}.o"
+        included.write_text(wanted)
+        command += ["-include", str(included), str(_KERNELS / room / "cuda.cu")]
+        log.write_text(_run([*command, "-o", str(partial)]))
+        partial.replace(target)
+    return target, log.read_text()
+
+
+def _sources(room: str) -> list[Path]:
+    """All that a room's operators and kernels are made of, as the extension's build has it."""
+    patterns = (*extension._SOURCES["cuda"], *extension._HEADERS["cuda"])
+    return sorted({p for pattern in patterns for p in (_KERNELS / room).glob(pattern)})
+
+
+def _digest(asked: str, sources: Iterable[Path]) -> str:
+    digest = hashlib.sha256(asked.encode())
+    for path in sources:
+        digest.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
+    return digest.hexdigest()[:24]
 
 
 def _demangle(names: Iterable[str]) -> dict[str, str]:
@@ -221,9 +240,8 @@ class _Recorder:
 def _link_recorder(room: str, kernels_object: Path, folder: Path, cache: Path) -> Path:
     """cuda.cpp for CPU tensors, the kernels' host code, and the recording runtime: a library."""
     prelude = HERE / "launch_recorder.h"
-    headers = [*(HERE.parent / "kernels").glob("cuda/*"), prelude]
-    headers += (HERE.parent / "kernels" / room).glob("cuda.*")
-    operators = _host_object(HERE.parent / "kernels" / room / "cuda.cpp", prelude, headers, cache)
+    headers = [*_sources(room), prelude]
+    operators = _host_object(_KERNELS / room / "cuda.cpp", prelude, headers, cache)
     runtime = _host_object(HERE / "launch_recorder.cpp", None, (), cache)
     library = folder / f"{room}-recorder.so"
     libraries = [f"-L{Path(torch.__file__).parent / 'lib'}", "-lc10", "-ltorch_cpu", "-ltorch"]
@@ -239,10 +257,8 @@ def _host_object(source: Path, prelude: Path | None, headers: Iterable[Path], ca
 
     root = extension.cuda_root()
     assert root is not None
-    digest = hashlib.sha256(f"{torch.__version__} {root}".encode())
-    for path in (source, *sorted(headers)):
-        digest.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
-    target = cache / f"{source.stem}-{digest.hexdigest()[:24]}.o"
+    digest = _digest(f"{torch.__version__} {root}", (source, *headers))
+    target = cache / f"{source.stem}-{digest}.o"
     if target.exists():
         return target
     # What these would declare is in launch_recorder.h.

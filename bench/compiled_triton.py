@@ -6,9 +6,12 @@ for the target that its driver names. Here the driver is one of ours, and every 
 """
 
 import contextlib
+import hashlib
 import importlib
 import inspect
 import io
+import json
+import os
 import re
 import tempfile
 from collections.abc import Iterable, Iterator
@@ -25,6 +28,12 @@ from triton.runtime.jit import JITFunction
 from bench import launches, machine_code
 from kernels import tuning
 
+# What a kept row depends on beside its kernel: how it was compiled and read.
+_READER = hashlib.sha256(
+    b"".join(
+        (Path(__file__).parent / f).read_bytes() for f in ("compiled_triton.py", "machine_code.py")
+    )
+).hexdigest()
 _NAMES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 
 
@@ -49,29 +58,58 @@ def compile_room(
     architecture: str,
     dtype: torch.dtype,
     head_dim: int | None,
+    cache: Path,
     *,
     ragged: bool = False,
 ) -> list[dict[str, Any]]:
-    """Compile what a room launches for a dtype and head dim; a row (``bench.static``) a kernel."""
-    rows: dict[tuple[Any, ...], dict[str, Any]] = {}
-    run = JITFunction.run
+    """Compile what a room launches for a dtype and head dim; a row (``bench.static``) a kernel.
+
+    Args:
+        cache: a folder; a kernel that was compiled before, from the same source and for the same
+            launch, is read from there, whatever else has changed since.
+    """
+    launched: set[tuple[Any, ...]] = set()
+    rows: dict[str, dict[str, Any]] = {}
+    run, compile_now = JITFunction.run, JITFunction._do_compile
 
     def compile_only(function: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
         # Launches that differ in sizes alone run the same code but for a constant or two (an
         # integer that is 1, or no multiple of 16): the first stands for them.
         dtypes = (x.dtype for x in (*args, *kwargs.values()) if isinstance(x, torch.Tensor))
         key = (function.__name__, *dtypes, *_constants(function, args, kwargs))
-        if key in rows:
-            return
-        log = io.StringIO()
-        with contextlib.redirect_stdout(log):
-            compiled = run(function, *args, grid=grid, warmup=True, **kwargs)
-        if not log.getvalue():  # compiled before, for a launch that differs in nothing that counts
-            return
-        row = _row(function, compiled, architecture, log.getvalue(), head_dim)
-        rows[key] = {**row, "layout": exercise.layout}
+        if key not in launched:
+            launched.add(key)
+            run(function, *args, grid=grid, warmup=True, **kwargs)
 
-    with _target(architecture), mock.patch.object(JITFunction, "run", compile_only):
+    def compile_kept(
+        function: Any, key: Any, signature: Any, device: Any, constants: Any, options: Any,
+        attributes: Any, warmup: bool,
+    ) -> None:  # fmt: skip
+        source = function.ASTSource(function, signature, constants, attributes)
+        asked = (source.hash(), options.hash(), architecture, triton.__version__, _READER)
+        name = hashlib.sha256(repr(asked).encode()).hexdigest()[:24]
+        if name in rows:
+            return
+        kept = cache / f"kernel-{name}.json"
+        if not kept.exists():
+            log = io.StringIO()
+            with contextlib.redirect_stdout(log):
+                compiled = compile_now(
+                    function, key, signature, device, constants, options, attributes, warmup
+                )
+            partial = kept.with_suffix(f".{os.getpid()}")
+            partial.write_text(json.dumps(_row(function, compiled, architecture, log.getvalue())))
+            partial.replace(kept)
+        row = json.loads(kept.read_text())
+        of_head_dim = f"D={head_dim}" in row["configuration"].split()  # else of every one
+        own = {"head_dim": head_dim if of_head_dim else None, "layout": exercise.layout}
+        rows[name] = row | own
+
+    with (
+        _target(architecture),
+        mock.patch.object(JITFunction, "run", compile_only),
+        mock.patch.object(JITFunction, "_do_compile", compile_kept),
+    ):
         for exercise in launches.exercises(room, dtype, head_dim, ragged=ragged):
             exercise.run("triton")
     return [{"backend": "triton", "room": room, **row} for row in rows.values()]
@@ -123,9 +161,7 @@ def _constants(
             yield name, value
 
 
-def _row(
-    function: Any, compiled: Any, architecture: str, log: str, head_dim: int | None
-) -> dict[str, Any]:
+def _row(function: Any, compiled: Any, architecture: str, log: str) -> dict[str, Any]:
     (usage,) = machine_code.read_ptxas(log).values()
     with tempfile.TemporaryDirectory() as folder:
         cubin = Path(folder) / "kernel.cubin"
@@ -140,7 +176,6 @@ def _row(
     options = {name: v for name, v in constants.items() if name.isupper() or name.startswith("BLO")}
     return {
         "kernel": function.__name__,
-        "head_dim": head_dim if head_dim in constants.values() else None,
         "dtype": _NAMES[halves[0]] if halves else "float32",
         "products": "tt.dot" in compiled.asm["ttir"],
         "architecture": architecture,

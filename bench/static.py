@@ -250,6 +250,7 @@ def _compile(unit: Unit) -> list[Row]:
         unit.architecture,
         DTYPES[unit.dtypes[0]],
         unit.head_dims[0] if unit.head_dims else None,
+        _cache(),
         ragged=unit.ragged,
     )
 
@@ -264,7 +265,7 @@ def _finish(row: Row) -> Row:
         asked = (threads, row["registers"], row["static_shared"] + row["dynamic_shared"])
         fits = {
             "blocks_per_multiprocessor": machine_code.resident_blocks(row["architecture"], *asked),
-            "occupancy": machine_code.occupancy(row["architecture"], *asked),
+            "occupancy": round(machine_code.occupancy(row["architecture"], *asked), 4),
         }
     row = {**row, **fits}
     return {**row, "faults": faults(row)}
@@ -276,7 +277,8 @@ def _kept(unit: Unit) -> Path:
     kernels = _ROOT / "kernels"
     patterns = ["*.py", f"{unit.room}/*.py"]
     if unit.backend == "cuda":
-        patterns += [f"{unit.room}/cuda.*", "cuda/*"]
+        patterns += [f"{unit.room}/{name}" for name in ("cuda.*", "*.cuh", "*.h")]
+        patterns += ["cuda/*", "*.h"]
     sources = [p for pattern in patterns for p in kernels.glob(pattern)]
     own = ("static.py", "machine_code.py", "launches.py", "problems.py")
     sources += [Path(__file__).parent / name for name in own]
@@ -355,8 +357,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if options.csv:
         write_csv(rows, options.csv)
     if options.json:
-        options.json.parent.mkdir(parents=True, exist_ok=True)
-        options.json.write_text(json.dumps(document(rows), indent=1) + "\n")
+        write_json(document(rows), options.json)
     print(render(rows, every=options.all), end="")
     if failure:
         print(f"does not compile:\n{failure}", file=sys.stderr)
@@ -373,6 +374,14 @@ def document(rows: list[Row]) -> dict[str, Any]:
         "limits": {name: vars(limits) for name, limits in machine_code.LIMITS.items()},
         "rows": [{name: row[name] for name in COLUMNS} for row in rows],
     }
+
+
+def write_json(document: dict[str, Any], path: Path) -> None:
+    """Write a document as JSON, a row a line: small, and a diff shows the rows that changed."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    head = json.dumps({name: x for name, x in document.items() if name != "rows"}, indent=1)
+    rows = ",\n".join(json.dumps(row, separators=(",", ":")) for row in document["rows"])
+    path.write_text(f'{head[:-2]},\n "rows": [\n{rows}\n ]\n}}\n')
 
 
 def write_csv(rows: list[Row], path: Path) -> None:
