@@ -18,6 +18,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from bench.telemetry import Watch
+
 # A CPU round lasts at least this, so that the clock's own cost (some 50 ns) stays under 0.1 %.
 _SHORTEST_ROUND_S = 1e-3
 # A call this long is its own warm-up, and is timed three times rather than five.
@@ -26,6 +28,8 @@ _LONG_CALL_S = 0.2
 # driver's queue of about 1,000 launches. Calls as long as a turn take one round.
 _ENQUEUED_ROUNDS = 16
 _TURN_S = 0.01
+# Turns of a throttled machine that are thrown away and taken again, at most.
+_MOST_RETRIES = 20
 # A median known to this, from end to end of its interval, is known well enough.
 TARGET = 0.02
 
@@ -38,6 +42,8 @@ class Timing:
     calls_per_round: int
     clock: str
     stop: str = "asked for"  # why there are no more rounds: see measure_interleaved
+    cache: str = "hot"  # or "cold": overwritten before every round
+    dropped: int = 0  # rounds that a throttled machine spoilt, thrown away
 
     @functools.cached_property
     def interval(self) -> tuple[float, float]:
@@ -97,6 +103,7 @@ def measure_interleaved(
     target: float = TARGET,
     min_rounds: int = 5,
     max_rounds: int = 200,
+    watch: Watch | None = None,
 ) -> dict[str, Timing]:
     """Time calls that are to be compared: they take turns, so that drift hits all of them alike.
 
@@ -110,12 +117,15 @@ def measure_interleaved(
         target: width of the median's 95 % interval, over the median, that is narrow enough.
         min_rounds: however long a call is (three for one of more than 0.2 s).
         max_rounds: however short it is.
+        watch: looks at the machine once a turn. A turn in which it throttled is thrown away and
+            counted; after 20 of them, what comes counts, and ``watch.gave_up`` says so.
 
     Returns:
         A :class:`Timing` for each name.
     """
     rounds = {name: _rounds_of(call, device, min_rounds) for name, call in calls.items()}
     order = random.Random(0)
+    watch, retries = watch or Watch(None), 0
     with _no_garbage_collection():
         while True:
             turn = [r for r in rounds.values() if r.wants_more(budget_s, target, max_rounds)]
@@ -124,9 +134,15 @@ def measure_interleaved(
             order.shuffle(turn)
             for one in turn:
                 one.start()
+            throttled = watch.look()
             _wait_for(device)
             for one in turn:
                 one.finish()
+            if throttled and retries < _MOST_RETRIES:
+                retries += 1
+                for one in turn:
+                    one.drop_turn()
+            watch.gave_up |= throttled and retries == _MOST_RETRIES
     return {name: one.timing() for name, one in rounds.items()}
 
 
@@ -155,6 +171,7 @@ class _Rounds(ABC):
     """The rounds of one call so far, and what they cost."""
 
     clock: str
+    cache = "hot"
     calls_per_round = 1
 
     def __init__(
@@ -163,6 +180,8 @@ class _Rounds(ABC):
         self.call, self.device, self.estimate = call, device, estimate
         self.min_rounds = min_rounds
         self.seconds: list[float] = []
+        self.dropped = 0
+        self._before_turn = 0
         self.spent = 0.0
         self.stop = ""
         self._judge_at = 2 * min_rounds  # of fewer rounds the interval is luck
@@ -192,8 +211,20 @@ class _Rounds(ABC):
     def finish(self) -> None:
         """Called when the device has nothing left to do."""
 
+    def drop_turn(self) -> None:
+        """Forget the rounds since the last ``start``; the time they took stays spent."""
+        self.dropped += len(self.seconds) - self._before_turn
+        del self.seconds[self._before_turn :]
+
     def timing(self) -> Timing:
-        return Timing(tuple(self.seconds), self.calls_per_round, self.clock, self.stop)
+        return Timing(
+            tuple(self.seconds),
+            self.calls_per_round,
+            self.clock,
+            self.stop,
+            self.cache,
+            self.dropped,
+        )
 
 
 class _CpuRounds(_Rounds):
@@ -204,6 +235,7 @@ class _CpuRounds(_Rounds):
         self.calls_per_round = max(1, round(_SHORTEST_ROUND_S / self.estimate))
 
     def start(self) -> None:
+        self._before_turn = len(self.seconds)
         call, calls = self.call, self.calls_per_round
         start = time.perf_counter_ns()
         for _ in range(calls):
@@ -225,6 +257,7 @@ class _CudaRounds(_Rounds):
     """
 
     clock = "device time (CUDA events, L2 flushed)"
+    cache = "cold"
 
     def __init__(self, *arguments: Any) -> None:
         super().__init__(*arguments)
@@ -236,6 +269,7 @@ class _CudaRounds(_Rounds):
         self._events: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
 
     def start(self) -> None:
+        self._before_turn = len(self.seconds)
         # A batch of rounds a turn: waiting for the device costs more than a short call.
         rounds = int(min(_ENQUEUED_ROUNDS, max(1.0, _TURN_S / max(self.estimate, 1e-6))))
         before = time.perf_counter()

@@ -44,9 +44,9 @@ class Runs:
     ``kernels``: a row per case, with the columns of ``_KERNEL_COLUMNS``, ``machine`` (a label),
     ``median_s``, its standard ``error`` over itself, ``q1_s``, ``q3_s``, ``rounds``, how many
     ``independent_rounds`` these are worth, ``file`` and ``total_tokens``: 0 where a call is one
-    sequence of N tokens, else how many tokens the sequences
-    of a call have together. ``training``: a row per training step. ``skipped``: a line per file
-    that could not be used. ``heads``: per file, where and when.
+    sequence of N tokens, else how many tokens the sequences of a call have together. ``training``:
+    a row per training step. ``skipped``: a line per file that could not be used. ``heads``: per
+    file, where and when.
     """
 
     kernels: pd.DataFrame

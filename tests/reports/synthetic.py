@@ -23,8 +23,8 @@ def run(
     Args:
         rng: draws everything.
         noise: ``independent``: 2 % a round; ``dependent``: each round much like the last;
-            ``spikes``: one round in ten up to five times as long; ``drift``: the machine is up to 6 % slower as
-            a whole, differently for each length, and wanders while the rounds take turns;
+            ``spikes``: one round in ten up to five times as long; ``drift``: the machine is some
+            4 % off as a whole, differently for each length, and wanders while rounds take turns;
             ``process``: each case is 1 % off for as long as its process lives.
     """
     benchmarks = []

@@ -27,7 +27,7 @@ def test_two_draws_of_the_same_give_no_alarm(tmp_path: Path, noise: str) -> None
         rng = np.random.default_rng(seed)
         runs = (synthetic.run(rng, noise), synthetic.run(rng, noise))
         before, after = (load([path]) for path in pair(tmp_path, *runs))
-        alarms += changes(before, after).cases["verdict"].isin([SLOWER, FASTER]).any()
+        alarms += bool(changes(before, after).cases["verdict"].isin([SLOWER, FASTER]).any())
     # 5 % of draws in the long run, and two standard deviations for there being 40 of them.
     assert alarms <= 0.05 * DRAWS + 2 * (0.05 * 0.95 * DRAWS) ** 0.5
 

@@ -1,0 +1,177 @@
+"""Telemetry from a made-up NVML and a made-up /proc; a clock that throws throttled rounds away."""
+
+import itertools
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from bench import clock
+from bench.telemetry import Linux, Nvml, Reading, Watch, source_for
+
+CPU = torch.device("cpu")
+
+
+class NVMLError(Exception):
+    pass
+
+
+def fake_nvml(**answers: Any) -> SimpleNamespace:
+    """A module like pynvml. An answer that is an exception is raised."""
+
+    def query(name: str) -> Any:
+        def ask(handle: str, *_: Any) -> Any:
+            assert handle == "handle of GPU-1234"
+            answer = answers[name]
+            if isinstance(answer, Exception):
+                raise answer
+            return answer
+
+        return ask
+
+    return SimpleNamespace(
+        NVMLError=NVMLError,
+        NVML_CLOCK_SM=1,
+        NVML_CLOCK_MEM=2,
+        NVML_TEMPERATURE_GPU=0,
+        nvmlInit=lambda: None,
+        nvmlDeviceGetHandleByUUID=lambda uuid: f"handle of {uuid}",
+        nvmlDeviceGetClockInfo=lambda handle, kind: answers["clocks"][kind],
+        nvmlDeviceGetPowerUsage=query("power"),
+        nvmlDeviceGetTemperature=query("temperature"),
+        nvmlDeviceGetCurrentClocksThrottleReasons=query("reasons"),
+    )
+
+
+def test_nvml_values_have_their_units() -> None:
+    nvml = fake_nvml(clocks={1: 1980, 2: 3201}, power=612_345, temperature=61, reasons=0)
+    reading = Nvml(nvml, "1234").read()
+    assert reading == Reading(
+        {
+            "clock_mhz": 1980.0,
+            "memory_clock_mhz": 3201.0,
+            "power_w": 612.345,
+            "temperature_c": 61.0,
+        }
+    )
+
+
+@pytest.mark.parametrize(
+    ("bits", "throttled", "remarks"),
+    [
+        (0x1, (), ()),  # idle
+        (0x4, (), ("software power cap",)),
+        (0x8, ("hardware slowdown",), ()),
+        (0x20 | 0x4, ("software thermal slowdown",), ("software power cap",)),
+        (0x40, ("hardware thermal slowdown",), ()),
+        (0x80, ("hardware power brake",), ()),
+    ],
+)
+def test_only_faults_are_throttling(bits: int, throttled: tuple, remarks: tuple) -> None:
+    nvml = fake_nvml(clocks={1: 1, 2: 1}, power=1, temperature=1, reasons=bits)
+    reading = Nvml(nvml, "1234").read()
+    assert (reading.throttled, reading.remarks) == (throttled, remarks)
+
+
+def test_what_a_card_lacks_is_left_out() -> None:
+    lacking = NVMLError("not supported")
+    nvml = fake_nvml(clocks={1: 1, 2: 2}, power=lacking, temperature=50, reasons=lacking)
+    reading = Nvml(nvml, "1234").read()
+    assert set(reading.values) == {"clock_mhz", "memory_clock_mhz", "temperature_c"}
+    assert reading.throttled == ()
+
+
+@pytest.fixture
+def machine(tmp_path: Path) -> Path:
+    """A root folder of a two-core machine that offers everything."""
+    import os
+
+    files = {
+        "proc/stat": "cpu  100 0 50 800 10 0 5 35 0 0\ncpu0 1 2 3\n",
+        "proc/loadavg": "1.25 0.50 0.20 2/300 4242\n",
+        "sys/class/thermal/thermal_zone0/type": "x86_pkg_temp\n",
+        "sys/class/thermal/thermal_zone0/temp": "71500\n",
+        "sys/class/thermal/thermal_zone1/type": "iwlwifi_1\n",
+        "sys/class/thermal/thermal_zone1/temp": "99000\n",
+    }
+    for core in os.sched_getaffinity(0):
+        folder = f"sys/devices/system/cpu/cpu{core}"
+        files[f"{folder}/cpufreq/scaling_cur_freq"] = "2500000\n"
+        files[f"{folder}/thermal_throttle/package_throttle_count"] = "7\n"
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text)
+    return tmp_path
+
+
+def test_linux_tells_what_it_has(machine: Path) -> None:
+    linux = Linux(machine)
+    (machine / "proc/stat").write_text("cpu  150 0 60 810 10 0 5 65 0 0\n")
+    first = linux.read()
+    assert first.values == {
+        "clock_mhz": 2500.0,
+        "temperature_c": 71.5,
+        "load": 1.25,
+        "steal_share": 30 / 100,
+    }
+    assert first.throttled == ()
+    for path in machine.rglob("package_throttle_count"):
+        path.write_text("8\n")
+    assert linux.read().throttled == ("CPU package thermal throttling",)
+    assert linux.read().throttled == ()  # counted once
+
+
+def test_a_machine_that_offers_nothing_is_no_error(tmp_path: Path) -> None:
+    assert Linux(tmp_path).read() == Reading({})
+    watch = Watch(None)
+    assert not watch.look()
+    assert watch.summary(0) is None
+
+
+def test_this_machine_has_a_source() -> None:
+    source = source_for(CPU)
+    assert source is not None
+    assert "load" in source.read().values
+
+
+class Script:
+    """A source whose turns throttle as told; then never again."""
+
+    name = "script"
+
+    def __init__(self, *throttled: bool) -> None:
+        self._script = itertools.chain(throttled, itertools.repeat(False))
+        self._values = itertools.count(1000.0)
+
+    def read(self) -> Reading:
+        reasons = ("too hot",) if next(self._script) else ()
+        return Reading({"clock_mhz": next(self._values)}, reasons)
+
+
+def test_throttled_rounds_are_dropped_and_counted() -> None:
+    watch = Watch(Script(False, True, True))
+    calls = {"a": lambda: None, "b": lambda: None}
+    timings = clock.measure_interleaved(
+        calls, CPU, budget_s=60, target=0, max_rounds=6, watch=watch
+    )
+    for timing in timings.values():
+        assert (len(timing.seconds), timing.dropped, timing.stop) == (6, 2, "rounds")
+    found = watch.summary(2)
+    assert found is not None
+    assert found["samples"] == 8
+    assert found["clock_mhz"] == [1000.0, 1003.5, 1007.0]
+    assert found["throttle_reasons"] == ["too hot"]
+    assert (found["throttled_rounds_dropped"], found["gave_up"]) == (2, False)
+    assert found["power_w"] is None
+
+
+def test_retries_end_and_the_row_says_so() -> None:
+    watch = Watch(Script(*[True] * 1000))
+    timings = clock.measure_interleaved(
+        {"a": lambda: None}, CPU, budget_s=60, target=0, max_rounds=5, watch=watch
+    )
+    assert len(timings["a"].seconds) == 5
+    assert timings["a"].dropped == 20
+    assert watch.gave_up
