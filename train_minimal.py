@@ -68,7 +68,7 @@ from training.record import (
     write_json,
     write_text,
 )
-from training.step import make_optimizer, make_scaler, training_step
+from training.step import make_optimizer, make_scaler, step_of, training_step
 from training.streams import stream
 
 WARMUP_STEPS = 5  # steps left out of images/s: they allocate, compile and fill caches
@@ -421,10 +421,15 @@ def table_command(args: argparse.Namespace) -> None:
             for name in args.models[:: 1 if seed % 2 == 0 else -1]
         ]
         run_missing(args, configs, folder, device)
+        compare_speeds(args, folder, device)
     elif not folder.is_dir():
         raise UserError(f"no folder {folder} of run records; leave out --no-run to train them")
+    speeds, skipped = speed.read_models(folder)
+    for line in skipped:
+        board.notice(line)
     table = results.make_table(
         finished_runs(folder),
+        speeds=speeds,
         exponents=results.read_exponents(Path(args.exponents) if args.exponents else None),
         ablations=ablation.read(Path(args.ablations)),
     )
@@ -493,6 +498,30 @@ def run_missing(
         out = folder / config.run_name
         resume = not finished_record(out, config)
         train(config, data, out, device, resume=resume, workers=args.workers)
+
+
+def compare_speeds(args: argparse.Namespace, folder: Path, device: torch.device) -> None:
+    """Training steps of the table's models by turns, in a record beside the runs, if it is missing.
+
+    Runs are minutes apart, so what their own images/s say of two models is also what the machine
+    did meanwhile.
+    """
+    configs = [chosen_config(args, seed=0, **model_settings(name)) for name in args.models]
+    names, machine = [config.model for config in configs], environment(device)
+    path = speed.models_path(folder, configs[0])
+    for known in speed.read_models(folder)[0]:
+        of_models = {"attention_type": None, "local_branch": None, "seed": None}
+        same_setting = {**known["config"], **of_models} == {
+            **dataclasses.asdict(configs[0]),
+            **of_models,
+        }
+        same_machine = all(known["environment"].get(k) == machine[k] for k in results.MACHINE)
+        if same_setting and same_machine and set(names) <= set(known["models"]):
+            return
+    print(f"training steps of {', '.join(names)}, by turns")
+    steps = {config.model: step_of(config, device) for config in configs}
+    timings = measure_interleaved(steps, device, budget_s=args.seconds)
+    write_json(path, speed.summarise_models(configs, timings, device))
 
 
 def finished_runs(folder: Path) -> list[dict[str, Any]]:
@@ -710,6 +739,8 @@ def make_parser() -> argparse.ArgumentParser:
     add(made, "exponents", metavar="FILE", help=text)
     text = "folder of ablation-*.json (reports/out/ablation)"
     add(made, "ablations", default="reports/out/ablation", metavar="DIR", help=text)
+    text = "to spend on each model where their training steps are timed by turns (5)"
+    add(made, "seconds", type=float, default=5.0, metavar="X", help=text)
     add_data_options(made)
     add_workers(made)
 

@@ -7,21 +7,33 @@
     rows         one per model: model, title, backends {name: {seconds, relative_iqr,
                  images_per_second} or {reason}}, own (the fastest own backend), speedup (over
                  PyTorch's)
+
+and of the models of a results table among each other, ``speed-SETTING.json`` beside the runs::
+
+    schema       "linear-vit-model-speed/1"
+    created      ISO time, UTC;  environment: as in a run record
+    config       a run's configuration, of any model and seed
+    models       {model: {images_per_second, low, high, seconds, rounds}}: the median over rounds in
+                 which all models take turns, its 95 % bootstrap interval, and how many rounds
 """
 
+import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
+from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 
 from kernels import BACKENDS
-from training.config import MODELS, Config
+from training.config import MODELS, Config, digest
 from training.errors import UserError
 from training.record import environment
 from training.step import step_of
 
 SCHEMA = "linear-vit-step-speed/1"
+MODELS_SCHEMA = "linear-vit-model-speed/1"
 PYTORCH = "torch"
 # "reference" is no one's choice, and "compiled" is PyTorch's code again: taken by name.
 OWN = tuple(name for name in BACKENDS if name not in ("reference", "torch", "compiled"))
@@ -35,6 +47,12 @@ class Timed(Protocol):
 
     @property
     def relative_iqr(self) -> float: ...
+
+    @property
+    def interval(self) -> tuple[float, float]: ...
+
+    @property
+    def seconds(self) -> Sequence[float]: ...
 
 
 def prepare(
@@ -130,3 +148,50 @@ def to_markdown(found: dict[str, Any]) -> str:
                 why.setdefault(f"{name}: {cell['reason']}", []).append(row["model"])
     lines += ["", *(f"- {text} ({', '.join(models)})" for text, models in why.items())]
     return "\n".join(lines).rstrip() + "\n"
+
+
+def models_path(folder: Path, config: Config) -> Path:
+    """Where the models' speed at a setting is kept."""
+    return folder / f"speed-{digest(config.setting)}.json"
+
+
+def summarise_models(
+    configs: Sequence[Config], timings: Mapping[str, Timed], device: torch.device
+) -> dict[str, Any]:
+    """The content of speed-SETTING.json; timings by model."""
+    models = {}
+    for config in configs:
+        timing = timings[config.model]
+        models[config.model] = {
+            "images_per_second": config.batch_size / timing.median,
+            "low": config.batch_size / timing.interval[1],
+            "high": config.batch_size / timing.interval[0],
+            "seconds": timing.median,
+            "rounds": len(timing.seconds),
+        }
+    return {
+        "schema": MODELS_SCHEMA,
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        "environment": environment(device),
+        "config": asdict(configs[0]),
+        "models": models,
+    }
+
+
+def read_models(folder: Path) -> tuple[list[dict[str, Any]], list[str]]:
+    """Every speed-SETTING.json in ``folder``, and one line for each that could not be used."""
+    found: list[dict[str, Any]] = []
+    skipped: list[str] = []
+    for path in sorted(folder.glob("speed-*.json")):
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"))
+            if not isinstance(content, dict) or content.get("schema") != MODELS_SCHEMA:
+                raise ValueError(f"not of schema {MODELS_SCHEMA!r}")
+            missing = {"created", "environment", "config", "models"} - set(content)
+            if missing:
+                raise ValueError(f"lacks {', '.join(sorted(missing))}")
+        except (OSError, ValueError) as error:
+            skipped.append(f"skipped {path}: {error}")
+            continue
+        found.append(content)
+    return found, skipped

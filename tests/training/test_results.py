@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -87,6 +88,40 @@ def test_speedup_is_paired_by_seed() -> None:
     assert hydra["images_per_second"]["median"] == 600
     no_pair = rows(results.make_table(runs[3:]))["hydra"]
     assert no_pair["speedup"] is None
+
+
+def test_speeds_by_turns_come_before_those_of_the_runs() -> None:
+    """Of the same setting and machine only; epochs are then counted at that rate, too."""
+    runs = three_seeds()
+    for record in runs:
+        for entry in record["epochs"]:
+            entry |= {"images": 1000, "images_per_second": 1.0}
+    models = {
+        "baseline": {"images_per_second": 500.0, "low": 495.0, "high": 505.0},
+        "ripple": {"images_per_second": 1000.0, "low": 980.0, "high": 1020.0},
+    }
+    known = {
+        "created": "2026-01-01",
+        "environment": runs[0]["environment"],
+        "config": runs[0]["config"],
+        "models": models,
+    }
+    found = rows(results.make_table(runs, speeds=[known]))
+    ripple, baseline = found["ripple"], found["baseline"]
+    assert ripple["speedup"]["how"] == ripple["images_per_second"]["how"] == "by turns"
+    assert ripple["images_per_second"]["median"] == 1000
+    assert ripple["speedup"]["median"] == 2
+    half = (math.log(1020 / 980) ** 2 + math.log(505 / 495) ** 2) ** 0.5 / 2
+    assert ripple["speedup"]["low"] == pytest.approx(2 * math.exp(-half))
+    assert ripple["speedup"]["high"] == pytest.approx(2 * math.exp(half))
+    assert (baseline["speedup"]["low"], baseline["speedup"]["high"]) == (1, 1)
+    assert baseline["time_to_baseline"]["seconds"] == pytest.approx(
+        len(runs[0]["epochs"]) * 1000 / 500
+    )
+    for changes in ({"environment": {"threads": 99}}, {"config": {"epochs": 99}}):
+        other = {**known, **{key: {**known[key], **new} for key, new in changes.items()}}
+        kept = rows(results.make_table(runs, speeds=[other]))["ripple"]["speedup"]
+        assert (kept["how"], kept["median"]) == ("in the runs", 1.5)
 
 
 def test_what_was_not_run_says_so() -> None:

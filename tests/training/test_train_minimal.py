@@ -123,9 +123,14 @@ def test_table_trains_what_is_missing_once(
 ) -> None:
     where = ["--runs", tmp_path / "runs", "--out", tmp_path / "out"]
     command = ["table", *TINY, "--epochs", 1, "--models", "baseline", "ripple", *where]
+    command += ["--seconds", 0.1]
     assert main(*command, "--seeds", 1) == 0
     assert len(list((tmp_path / "runs").rglob("run.json"))) == 2
-    times = {path: path.stat().st_mtime_ns for path in (tmp_path / "runs").rglob("run.json")}
+    [speeds] = (tmp_path / "runs").glob("speed-*.json")
+    assert set(json.loads(speeds.read_text())["models"]) == {"baseline", "ripple"}
+    times = {
+        path: path.stat().st_mtime_ns for path in [*(tmp_path / "runs").rglob("run.json"), speeds]
+    }
     capsys.readouterr()
     assert main(*command, "--seeds", 2) == 0
     text = capsys.readouterr().out
@@ -143,6 +148,7 @@ def test_table_trains_what_is_missing_once(
         "not run",
     ]
     assert digits["rows"][2]["seeds"] == [0, 1]
+    assert digits["rows"][2]["speedup"]["how"] == "by turns"
     assert (tmp_path / "out" / "table.md").read_text() in text
     assert main("table", "--no-run", *where) == 0
     assert "RippleViT" in capsys.readouterr().out
