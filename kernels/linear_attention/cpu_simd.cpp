@@ -16,8 +16,10 @@
 // `dots` load the row that a sign bit addresses: no branch, 5 loads for 4 FMAs (gather), so load
 // ports are the limit. `accumulate` holds two features' sums in registers and visits the tokens of
 // each pair of signs in turn, as the masks list them: 6 loads for 8 FMAs, and a mispredicted branch
-// at the end of each list, which is what keeps it from the FMA rate. S is 2·D² floats; 16 KB of it at
-// a time are in the L1 cache while 64 tokens go by.
+// at the end of each list, which is what keeps it from the FMA rate. Lists of four features at a
+// time (half the loads, a quarter of the tokens each) or of blocks of 128 and 256 tokens (longer, but
+// v leaves the L1 cache) came out no faster. S is 2·D² floats; 16 KB of it at a time are in the L1
+// cache while 64 tokens go by, and the rows of the next 64 are prefetched meanwhile.
 //
 // Sums over tokens have two levels, 64 tokens in registers and then the state, and the caller adds a
 // third (partial states).
@@ -28,6 +30,9 @@
 namespace {
 
 // ---- where things are ----------------------------------------------------------------------------
+
+// Three vectors a piece are for head dim 48 of 16 lanes; of fewer lanes two or four fit as well.
+constexpr bool kThree = kLanes == 16;
 
 // A row of S or v is `chunks` pieces of `width` vectors. Pieces lie apart (all first pieces of a
 // block or a state, then all second ones), so that strides inside one are known to the compiler.
@@ -41,6 +46,7 @@ struct Shape {
     const int64_t vectors = (d + kLanes - 1) / kLanes;
     int64_t least = INT64_MAX;
     for (int w = vectors < 4 ? (int)vectors : 4; w >= (vectors > 1 ? 2 : 1); --w) {
+      if (w == 3 && !kThree) continue;
       const int64_t padded = (vectors + w - 1) / w * w;
       if (padded < least) least = padded, width = w;
     }
@@ -90,6 +96,26 @@ INLINE Rows from_row(ElementType element, Rows rows, int64_t token) {
   return {(char*)rows.data + token * rows.stride * size, rows.stride};
 }
 
+// The rows of the block to come, brought near while this one is worked on: the block's own loads come
+// in bursts, between which memory would have nothing to do.
+struct Ahead {
+  const char* first;
+  int64_t stride, bytes, tokens;
+
+  Ahead(ElementType element, int64_t head_dim, Rows rows, int64_t next, int64_t end)
+      : first((const char*)from_row(element, rows, next).data),
+        stride(rows.stride * (element == kFloat32 ? 4 : 2)),
+        bytes(head_dim * (element == kFloat32 ? 4 : 2)),
+        tokens(end - next < kBlock ? end - next : kBlock) {}
+
+  // The i-th of `of` equal shares.
+  INLINE void fetch(int64_t i, int64_t of) const {
+    for (int64_t n = kBlock * i / of; n < kBlock * (i + 1) / of && n < tokens; ++n) {
+      for (int64_t at = 0; at < bytes; at += 64) __builtin_prefetch(first + n * stride + at, 0, 2);
+    }
+  }
+};
+
 // function(an Element)
 template <typename Function>
 INLINE void with_element(ElementType element, const Function& function) {
@@ -102,7 +128,9 @@ INLINE void with_element(ElementType element, const Function& function) {
 template <typename Function>
 INLINE void with_width(const Shape& s, const Function& function) {
   if (s.width == 4) return function(std::integral_constant<int, 4>());
-  if (s.width == 3) return function(std::integral_constant<int, 3>());
+  if constexpr (kThree) {
+    if (s.width == 3) return function(std::integral_constant<int, 3>());
+  }
   if (s.width == 2) return function(std::integral_constant<int, 2>());
   return function(std::integral_constant<int, 1>());
 }
@@ -177,17 +205,19 @@ INLINE Floats signed_z(const Shape& s, const float* z, int64_t f, Floats x) {
   return where_negative(x, load(z + s.features + f), load(z + f));
 }
 
-// 1 / (φ(q)·z + eps), 0 for 1 / 0.
+// 1 / (φ(q)·z + eps), 0 for 1 / 0; of whole vectors of tokens, past the last one of no meaning.
 void invert_normalisers(const Shape& s, int64_t tokens, const Block& b, const float* z, float eps,
                         float* inverse) {
-  for (int64_t n = 0; n < tokens; ++n) {
-    Floats total = {};
-    for (int64_t f = 0; f < s.features; f += kLanes) {
-      const Floats q = load(b.x + n * s.features + f);
-      total += q * signed_z(s, z, f, q);
-    }
-    const float normaliser = sum(total) + eps;
-    inverse[n] = normaliser == 0.0f ? 0.0f : 1.0f / normaliser;
+  for (int64_t n = 0; n < tokens; n += kLanes) {
+    const Floats normaliser = eps + sums_across([&](int j) INLINE_LAMBDA {
+      Floats total = {};
+      for (int64_t f = 0; f < s.features; f += kLanes) {
+        const Floats q = load(b.x + (n + j) * s.features + f);
+        total += q * signed_z(s, z, f, q);
+      }
+      return total;
+    });
+    store(inverse + n, where_zero(normaliser, Floats{}, 1.0f / normaliser));
   }
 }
 
@@ -234,7 +264,9 @@ INLINE void flush(Floats (&sums)[kWidth], float* row) {
 }
 
 // S[f][sign] += Σₙ x_nf rows_n, the sum over the tokens of that sign.
-void accumulate_block(const Shape& s, int64_t tokens, const Block& b, float* S_all) {
+template <typename... Aheads>
+void accumulate_block(const Shape& s, int64_t tokens, const Block& b, float* S_all,
+                      const Aheads&... ahead) {
   for (int64_t word = 0; word < b.words; ++word) {
     transpose_bits(b.signs + word, b.words, tokens, b.masks + 64 * word);
   }
@@ -246,6 +278,7 @@ void accumulate_block(const Shape& s, int64_t tokens, const Block& b, float* S_a
       const float* rows = b.rows + c * kBlock * kPiece;
       float* S = S_all + c * 2 * s.features * kPiece;
       for (int64_t f = 0; f < s.head_dim; f += 2) {
+        if (c == 0) (ahead.fetch(f / 2, (s.head_dim + 1) / 2), ...);
         const uint64_t negative = b.masks[f], negative_next = b.masks[f + 1];
         float* row = S + 2 * kPiece * f;
         float* next = row + 2 * kPiece;
@@ -320,8 +353,9 @@ INLINE void gather_tokens(const Shape& s, int64_t n, const Block& b, const float
   }
 }
 
-// b.sums_n = Σ_f x_nf S[f][sign]
-void gather_block(const Shape& s, int64_t tokens, const Block& b, const float* S_all) {
+// b.sums_n = Σ_f x_nf S[f][sign], for whole groups of tokens: those past the last have no meaning.
+void gather_block(const Shape& s, int64_t tokens, const Block& b, const float* S_all,
+                  const Ahead& ahead) {
   with_width(s, [&](auto width) {
     constexpr int kWidth = width;
     constexpr int kTokens = kWidth >= 3 ? 2 : 8 / kWidth;  // 6 or 8 sums hide the FMA's latency
@@ -332,19 +366,19 @@ void gather_block(const Shape& s, int64_t tokens, const Block& b, const float* S
       for (int64_t f = 0; f < s.features; f += kFeatures<kWidth>) {
         const int64_t end = f + kFeatures<kWidth>;
         const int64_t last = end < s.features ? end : s.features;
-        int64_t n = 0;
-        for (; n + kTokens <= tokens; n += kTokens) {
+        for (int64_t n = 0; n < tokens; n += kTokens) {
+          if (c == 0 && f == 0) ahead.fetch(n / kTokens, kBlock / kTokens);
           gather_tokens<kWidth, kTokens>(s, n, b, S, f, last, sums);
         }
-        for (; n < tokens; ++n) gather_tokens<kWidth, 1>(s, n, b, S, f, last, sums);
       }
     }
   });
 }
 
 // b.dots_nf = S[f][sign] · rows_n; and where kGather, b.sums_n = Σ_f x_nf S[f][sign] on the way.
-template <bool kGather>
-void dots_block(const Shape& s, int64_t tokens, const Block& b, const float* S_all) {
+template <bool kGather, typename... Aheads>
+void dots_block(const Shape& s, int64_t tokens, const Block& b, const float* S_all,
+                const Aheads&... ahead) {
   with_width(s, [&](auto width) {
     constexpr int kWidth = width;
     constexpr int64_t kPiece = kWidth * kLanes;
@@ -354,6 +388,7 @@ void dots_block(const Shape& s, int64_t tokens, const Block& b, const float* S_a
         const int64_t end = first + kFeatures<kWidth>;
         const int64_t last = end < s.features ? end : s.features;
         for (int64_t n = 0; n < tokens; ++n) {
+          if (c == 0 && first == 0) (ahead.fetch(n, kBlock), ...);
           const float* values = b.rows + (c * kBlock + n) * kPiece;
           float* sums_n = b.sums + (c * kBlock + n) * kPiece;
           Floats value[kWidth], total[kWidth];
@@ -405,7 +440,9 @@ void accumulate(ElementType element, int64_t head_dim, int64_t tokens, Rows k, R
     using Element = decltype(example);
     load_signed<Element>(s, count, from_row(element, k, n), b);
     load_rows<Element>(s, count, from_row(element, v, n), b.rows);
-    accumulate_block(s, count, b, state);
+    const Ahead next_k(element, head_dim, k, n + count, tokens);
+    const Ahead next_v(element, head_dim, v, n + count, tokens);
+    accumulate_block(s, count, b, state, next_k, next_v);
     accumulate_z(s, count, b, nullptr, state + s.s_floats());
   });
 }
@@ -484,7 +521,7 @@ void apply(ElementType element, int64_t head_dim, int64_t tokens, Rows q, Rows o
     float inverse[kBlock];
     load_signed<Element>(s, count, from_row(element, q, n), b);
     invert_normalisers(s, count, b, state + s.s_floats(), eps, inverse);
-    gather_block(s, count, b, state);
+    gather_block(s, count, b, state, Ahead(element, head_dim, q, n + count, tokens));
     scale_rows(s, count, inverse, b.sums);
     store_rows<Element>(s, count, b.sums, from_row(element, out, n));
   });
@@ -501,7 +538,9 @@ void query_gradient(ElementType element, int64_t head_dim, int64_t tokens, Rows 
     load_signed<Element>(s, count, from_row(element, q, n), b);
     load_rows<Element>(s, count, from_row(element, dout, n), b.rows);
     invert_normalisers(s, count, b, z, eps, inverse);
-    dots_block<false>(s, count, b, state);
+    const Ahead next_q(element, head_dim, q, n + count, tokens);
+    const Ahead next_dout(element, head_dim, dout, n + count, tokens);
+    dots_block<false>(s, count, b, state, next_q, next_dout);
     for (int64_t i = 0; i < count; ++i) {
       const float* x = b.x + i * s.features;
       float* dots = b.dots + i * s.features;
@@ -531,7 +570,9 @@ void key_gradient(ElementType element, int64_t head_dim, int64_t tokens, Rows k,
     using Element = decltype(example);
     load_signed<Element>(s, count, from_row(element, k, n), b);
     load_rows<Element>(s, count, from_row(element, v, n), b.rows);
-    dots_block<true>(s, count, b, gradient);
+    const Ahead next_k(element, head_dim, k, n + count, tokens);
+    const Ahead next_v(element, head_dim, v, n + count, tokens);
+    dots_block<true>(s, count, b, gradient, next_k, next_v);
     for (int64_t i = 0; i < count; ++i) {
       float* dots = b.dots + i * s.features;
       for (int64_t f = 0; f < s.features; f += kLanes) {
