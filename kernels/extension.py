@@ -4,13 +4,14 @@
     python -m kernels.extension --arch 8.0,9.0a     # ahead of time, for any GPU
 
 Each room (operation) with a ``cuda.cu`` is one extension, and each with a ``cpu.cpp`` another,
-built by ``torch.utils.cpp_extension`` at first use into PyTorch's extensions folder
+built with ``torch.utils.cpp_extension`` at first use into PyTorch's extensions folder
 (``TORCH_EXTENSIONS_DIR``, by default in the user's cache) under a name made of a hash of its
 sources, flags, architectures and PyTorch's version. So a rebuild happens when one of these changes,
 and never otherwise.
 
 A CPU extension holds its kernels (``cpu_simd.cpp``) once per instruction set, and chooses when it
-runs: what is built here is right on any machine of the same family.
+runs: what is built here is right on any machine of the same family. Its four sources compile side
+by side, and only one of them reads PyTorch's headers, which take longer than all the code in it.
 """
 
 import argparse
@@ -18,6 +19,7 @@ import contextlib
 import fcntl
 import functools
 import hashlib
+import logging
 import os
 import platform
 import re
@@ -29,6 +31,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -50,6 +53,7 @@ _LABELS = {"cuda": "CUDA", "cpu": "CPU"}
 _CXX_FLAGS = ("-O2",)
 _NVCC_FLAGS = ("-O3",)
 
+_X86 = platform.machine() in ("x86_64", "AMD64")
 # cpu_simd.cpp is C++ without PyTorch, compiled once per instruction set: a * b + c is one FMA.
 _SIMD_FLAGS = (
     "-std=c++17",
@@ -61,9 +65,13 @@ _SIMD_FLAGS = (
     "-Wno-psabi",
     "-Wno-maybe-uninitialized",
 )
+# cpu.cpp: at::parallel_for is PyTorch's own threads only where OpenMP is on. -O1: it shares the
+# work out, and optimising PyTorch's headers would be most of the build.
+_OPERATOR_FLAGS: tuple[str, ...] = ("-std=c++20", "-O1", "-fPIC", "-fopenmp")
+if _X86:
+    _OPERATOR_FLAGS += ("-DLINEAR_VIT_X86",)
 _AVX2 = ("-mavx2", "-mfma", "-mf16c", "-mbmi", "-mbmi2")
 _AVX512 = ("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mprefer-vector-width=512")
-_X86 = platform.machine() in ("x86_64", "AMD64")
 _INSTRUCTION_SETS: dict[str, tuple[str, ...]] = {"portable": ()}
 if _X86:
     _INSTRUCTION_SETS |= {"avx2": _AVX2, "avx512": _AVX2 + _AVX512}
@@ -139,10 +147,12 @@ def load(
         reason = _no_toolchain_for(backend)
         if reason is not None:
             raise BuildError(reason)
-        with _build_environment(backend, architectures), ThreadPoolExecutor(len(pending)) as pool:
+        cuda = backend == "cuda"
+        environment = _build_environment(architectures) if cuda else contextlib.nullcontext()
+        with environment, ThreadPoolExecutor(len(pending)) as pool:
             list(pool.map(lambda r: _build(backend, r, folders[r], architectures, flags), pending))
     for r, folder in folders.items():
-        torch.ops.load_library(folder / f"{folder.name.rpartition('_')[0]}.so")
+        torch.ops.load_library(_library(folder))
         _loaded.add((backend, r))
 
 
@@ -224,6 +234,8 @@ def _no_toolchain() -> str | None:
             f"nvcc is of CUDA {version[0]}.{version[1]} but this PyTorch of CUDA "
             f"{torch.version.cuda}: {wanted}"
         )
+    if shutil.which("ninja", path=_path_with_ninja()) is None:
+        return "building the CUDA extension needs ninja: pip install ninja"
     return _no_cpp_toolchain("CUDA")
 
 
@@ -234,8 +246,6 @@ def _no_cpp_toolchain(label: str) -> str | None:
             f"building the {label} extension needs a C++ compiler, no {' '.join(compiler)}: "
             "install g++"
         )
-    if shutil.which("ninja", path=_path_with_ninja()) is None:
-        return f"building the {label} extension needs ninja: pip install ninja"
     return None
 
 
@@ -260,8 +270,10 @@ def _folder(
     patterns = (*_SOURCES[backend], *_HEADERS[backend])
     for path in sorted(p for pattern in patterns for p in (_KERNELS / room).glob(pattern)):
         digest.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
-    own = _NVCC_FLAGS if backend == "cuda" else (*_SIMD_FLAGS, *_INSTRUCTION_SETS, *_compiler())
-    key = (torch.__version__, *_CXX_FLAGS, *own, *flags, *architectures)
+    own = (*_SIMD_FLAGS, *_OPERATOR_FLAGS, *_INSTRUCTION_SETS, *_compiler())
+    if backend == "cuda":
+        own = (*_CXX_FLAGS, *_NVCC_FLAGS)
+    key = (torch.__version__, *own, *flags, *architectures)
     digest.update("\0".join(key).encode())
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     root = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or cache / "torch_extensions")
@@ -292,31 +304,15 @@ def _build(
 def _compile(
     backend: str, room: str, folder: Path, architectures: Sequence[str], flags: Sequence[str]
 ) -> None:
-    from torch.utils import cpp_extension
-
-    # cpp_extension's own lock file outlives a killed build, and would be waited for for ever.
-    (folder / "lock").unlink(missing_ok=True)
-    cuda, what = backend == "cuda", f"{room}'s {_LABELS[backend]} extension"
-    target = f" for {', '.join(architectures)} (once, minutes)" if cuda else " (once, seconds)"
+    what = f"{room}'s {_LABELS[backend]} extension"
+    target = f" for {', '.join(architectures)} (once, minutes)" if architectures else " (once, seconds)"
     _say(f"building {what}{target} ...")
     start = time.perf_counter()
     try:
-        sources, cxx_flags, linked = _SOURCES[backend], [*_CXX_FLAGS, *flags], []
-        if not cuda:
-            # at::parallel_for is PyTorch's own threads only where OpenMP is on. -O1: cpu.cpp shares
-            # the work out, and optimising PyTorch's headers would be most of the build.
-            sources, openmp = sources[:1], "-fopenmp"
-            cxx_flags += ["-O1", openmp, *(["-DLINEAR_VIT_X86"] if _X86 else [])]
-            linked = [*_compile_simd(room, folder, flags), openmp, *flags]
-        cpp_extension.load(
-            folder.name.rpartition("_")[0],
-            [str(_KERNELS / room / source) for source in sources],
-            extra_cflags=cxx_flags,
-            extra_cuda_cflags=[*_NVCC_FLAGS, *flags],
-            extra_ldflags=linked,
-            build_directory=str(folder),
-            is_python_module=False,
-        )
+        if backend == "cuda":
+            _compile_cuda(room, folder, flags)
+        else:
+            _compile_cpu(room, folder, flags)
     except Exception as error:  # a compiler's message, or whatever linking and loading raised
         log = folder / "build.log"
         log.write_text(str(error))
@@ -325,20 +321,67 @@ def _compile(
     _say(f"built {what} in {time.perf_counter() - start:.0f} s")
 
 
-def _compile_simd(room: str, folder: Path, flags: Sequence[str]) -> list[str]:
-    """Compile the room's kernels, once per instruction set, side by side; the object files."""
+def _library(folder: Path) -> Path:
+    return folder / f"{folder.name.rpartition('_')[0]}.so"
 
-    def compile_one(instruction_set: str) -> str:
-        to = str(folder / f"{instruction_set}.o")
-        command = [*_compiler(), *_SIMD_FLAGS, *_INSTRUCTION_SETS[instruction_set], *flags]
-        command += ["-c", str(_KERNELS / room / "cpu_simd.cpp"), "-o", to]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        if done.returncode != 0:
-            raise RuntimeError(f"{done.stderr}\n{' '.join(command)} failed ({done.returncode})")
-        return to
 
-    with ThreadPoolExecutor(len(_INSTRUCTION_SETS)) as pool:
-        return list(pool.map(compile_one, _INSTRUCTION_SETS))
+def _compile_cuda(room: str, folder: Path, flags: Sequence[str]) -> None:
+    from torch.utils import cpp_extension
+
+    # cpp_extension's own lock file outlives a killed build, and would be waited for for ever.
+    (folder / "lock").unlink(missing_ok=True)
+    cpp_extension.load(
+        _library(folder).stem,
+        [str(_KERNELS / room / source) for source in _SOURCES["cuda"]],
+        extra_cflags=[*_CXX_FLAGS, *flags],
+        extra_cuda_cflags=[*_NVCC_FLAGS, *flags],
+        build_directory=str(folder),
+        is_python_module=False,
+    )
+
+
+def _compile_cpu(room: str, folder: Path, flags: Sequence[str]) -> None:
+    """Operators and, once per instruction set, kernels: side by side, then linked.
+
+    With cpp_extension's paths and flags but not its ninja, which knows one set of flags for all
+    sources, so that the kernels would have to be there before it begins.
+    """
+    cpp_extension = _quiet_cpp_extension()
+    operators, simd = (str(_KERNELS / room / source) for source in _SOURCES["cpu"])
+    compile_operators = [*_OPERATOR_FLAGS, operators]
+    compile_operators += [f"-I{path}" for path in cpp_extension.include_paths()]
+    compile_operators += [f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}"]
+    sources = {"operators": compile_operators}
+    sources |= {name: [*_SIMD_FLAGS, *own, simd] for name, own in _INSTRUCTION_SETS.items()}
+    objects = {name: str(folder / f"{name}.o") for name in sources}
+
+    with ThreadPoolExecutor(len(sources)) as pool:
+        commands = [[*own, *flags, "-c", "-o", objects[name]] for name, own in sources.items()]
+        list(pool.map(_run_compiler, commands))
+    libraries = [f"-L{path}" for path in cpp_extension.library_paths()]
+    libraries += ["-lc10", "-ltorch_cpu", "-ltorch"]
+    # A name of its own first: a killed link leaves no library that looks whole.
+    unfinished = str(folder / "unfinished.so")
+    _run_compiler(["-shared", "-fopenmp", *flags, *objects.values(), *libraries, "-o", unfinished])
+    os.replace(unfinished, _library(folder))
+
+
+def _run_compiler(arguments: Sequence[str]) -> None:
+    command = [*_compiler(), *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        raise RuntimeError(f"{done.stderr}\n{' '.join(command)} failed ({done.returncode})")
+
+
+def _quiet_cpp_extension() -> Any:
+    """The module, whose import warns where there is CUDA and no GPU: no concern of the CPU's."""
+    logger = logging.getLogger("torch.utils.cpp_extension")
+    before, logger.disabled = logger.disabled, True
+    try:
+        from torch.utils import cpp_extension
+    finally:
+        logger.disabled = before
+    return cpp_extension
 
 
 def _say(message: str) -> None:
@@ -364,17 +407,19 @@ def _describe_failure(log: Path) -> str:
 
 
 @contextlib.contextmanager
-def _build_environment(backend: str, architectures: Sequence[str]) -> Iterator[None]:
+def _build_environment(architectures: Sequence[str]) -> Iterator[None]:
     """What cpp_extension reads from the environment and from its own globals, for a while."""
-    root = str(cuda_root()) if backend == "cuda" else None
-    changed = {"PATH": _path_with_ninja()}
-    if root is not None:
-        changed |= {"CUDA_HOME": root, "TORCH_CUDA_ARCH_LIST": ";".join(architectures)}
+    root = str(cuda_root())
+    changed = {
+        "CUDA_HOME": root,
+        "PATH": _path_with_ninja(),
+        "TORCH_CUDA_ARCH_LIST": ";".join(architectures),
+    }
     saved = {name: os.environ.get(name) for name in changed}
     os.environ.update(changed)
     from torch.utils import cpp_extension
 
-    saved_home, cpp_extension.CUDA_HOME = cpp_extension.CUDA_HOME, root or cpp_extension.CUDA_HOME
+    saved_home, cpp_extension.CUDA_HOME = cpp_extension.CUDA_HOME, root
     try:
         yield
     finally:
