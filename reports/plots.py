@@ -31,6 +31,18 @@ _STYLES = {
     "cpu": ("#CC79A7", "P"),
 }
 _OTHER = (("#56B4E9", "v"), ("#F0E442", "*"), ("#000000", "h"))
+# matplotlib's marker by its name in Observable Plot.
+_SYMBOLS = {
+    "x": "times",
+    "o": "circle",
+    "s": "square",
+    "^": "triangle",
+    "D": "diamond",
+    "P": "cross",
+    "v": "wye",
+    "*": "star",
+    "h": "hexagon",
+}
 # Text and axes take this colour, which the page replaces by that of its theme.
 INK = "#222222"
 
@@ -75,11 +87,23 @@ def label(operation: str) -> str:
     return _SHORT.get(operation, operation.replace("_", " "))
 
 
+def operations_of(room: str) -> list[str]:
+    """The operations of a room of ``kernels``, by their common beginning."""
+    return [name for name in _SHORT if name.startswith(room)]
+
+
 def style(backend: str) -> tuple[str, str]:
     """Colour and marker of a backend; one that is not in the table gets its own, too."""
     if backend in _STYLES:
         return _STYLES[backend]
     return _OTHER[sum(map(ord, backend)) % len(_OTHER)]
+
+
+def page_style(backend: str) -> dict[str, str]:
+    """The same colour and marker, as the page's plotting library names them."""
+    colour, marker = style(backend)
+    # Black is the colour of text, which a dark page turns over.
+    return {"colour": "currentColor" if colour == "#000000" else colour, "symbol": _SYMBOLS[marker]}
 
 
 def title(operations: tuple[str, ...], picture: Picture) -> str:

@@ -49,6 +49,8 @@ def case(
             "device": "cpu",
             "clock": "made up",
             "machine": MACHINE,
+            "ran": ["aten::bmm", "aten::relu"],
+            "telemetry": {"clock_mhz": 1980},
         },
         "stats": {"median": median, "q1": 0.99 * median, "q3": 1.01 * median, "rounds": 9},
     }
@@ -85,6 +87,7 @@ def run(when: str = "2030-01-02T03:04:05+00:00", **changes: Any) -> dict[str, An
         "device": "cpu",
         "not_timed": {"backend cuda": "no CUDA device here"},
         "failed": {"linear_attention-forward-float32-N64-odd": "wrong result: out"},
+        "limits": {"copy_bytes_per_s": 2e10, "matmul_flop_per_s": {"float32": 2e11}},
     }
     return {"datetime": when, "benchmarks": benchmarks, "kernel_suite": suite, **changes}
 
@@ -101,9 +104,40 @@ def check() -> dict[str, Any]:
     return {"kind": "check", "schema": 1, "device": "cpu", "machine": MACHINE, "results": results}
 
 
+def interval(mean: float, half_width: float = 0.4) -> dict[str, Any]:
+    values = [mean - half_width, mean, mean + half_width]
+    return {"mean": mean, "half_width": half_width, "values": values}
+
+
+def ratio(median: float) -> dict[str, Any]:
+    return {"median": median, "low": 0.9 * median, "high": 1.1 * median, "values": [median]}
+
+
+SETTING = {
+    "dataset": "digits",
+    "dim": 64,
+    "depth": 4,
+    "epochs": 12,
+    "batch_size": 64,
+    "patch_size": 1,
+    "amp": "off",
+    "backend": "torch",
+}
+ENVIRONMENT = {
+    "device": "cpu",
+    "cpu": "Test CPU",
+    "threads": 2,
+    "torch": "2.99",
+    "revision": None,
+}
+
+
 def table() -> dict[str, Any]:
     def row(model: str, accuracy: float | None, claim: dict[str, float] | None) -> dict[str, Any]:
         ran = accuracy is not None
+        order = {"order": "O(N)", "exponent": 1.02, "low": 0.9, "high": 1.1, "pass": "forward"}
+        order |= {"backend": "torch", "dtype": "float32", "machine": "Test CPU"}
+        reached = {"target_percent": 95.0, "seconds": 12.5, "reached": 2, "seeds": 3}
         return {
             "model": model,
             "title": model.title(),
@@ -112,14 +146,21 @@ def table() -> dict[str, Any]:
             "status": "measured" if ran else "not run",
             "seeds": [0, 1, 2] if ran else [],
             "parameters": 123_456 if ran else None,
-            "accuracy": {"mean": accuracy, "half_width": 0.4, "values": []} if ran else None,
-            "images_per_second": {"median": 2000.0, "values": []} if ran else None,
-            "speedup": {"median": 1.25, "low": 1.2, "high": 1.3, "values": []} if ran else None,
+            "accuracy": interval(accuracy) if accuracy is not None else None,
+            "images_per_second": {"median": 2000.0, "values": [2000.0]} if ran else None,
+            "speedup": ratio(1.25) if ran else None,
             "claim": claim,
+            "gain": interval(1.75) if model == "ripple" and ran else None,
+            "time_to_baseline": reached | {"speedup": ratio(1.6)} if ran else None,
+            "complexity": order,
+            "hours_200_epochs": 0.25 if ran else None,
+            "peak_memory": None,
+            "verdict": "not run" if claim else "no claim",
+            "verdict_reason": "no record of it" if claim else "nothing was stated",
         }
 
-    setting = {"dim": 64, "depth": 4, "epochs": 12, "batch_size": 64}
-    where = {"device": "cpu", "cpu": "Test CPU", "threads": 2, "torch": "2.99", "revision": None}
+    arithmetic = {"tokens": 64, "dim": 64, "core_share": 0.027, "free_core": 1.03}
+    arithmetic |= {"pooled": 1.44, "no_attention": 1.54}
     return {
         "schema": "linear-vit-table/1",
         "created": "2030-01-02T03:04:05+00:00",
@@ -129,9 +170,10 @@ def table() -> dict[str, Any]:
                 "dataset": "digits",
                 "title": "scikit-learn digits",
                 "status": "measured",
-                "setting": setting,
-                "environment": where,
+                "setting": SETTING,
+                "environment": ENVIRONMENT,
                 "rows": [row("baseline", 95.5, None), row("ripple", 97.25, None)],
+                "arithmetic": arithmetic,
             },
             {
                 "dataset": "cifar100",
@@ -140,15 +182,100 @@ def table() -> dict[str, Any]:
                 "setting": None,
                 "environment": None,
                 "rows": [row("ripple", None, {"accuracy": 85.3, "speedup": 2.1})],
+                "arithmetic": arithmetic,
             },
         ],
+        "exponents": None,
+        "ablations": [],
     }
+
+
+def ablation() -> dict[str, Any]:
+    rows = [
+        {
+            "value": value,
+            "seeds": [0, 1, 2],
+            "parameters": 1000 * value,
+            "accuracy": interval(90.0 + value),
+            "val_accuracy": interval(91.0 + value),
+            "images_per_second": {"median": 500.0, "values": [500.0]},
+            "speedup": ratio(1.0 + value / 10),
+        }
+        for value in (1, 2)
+    ]
+    return {
+        "schema": "linear-vit-ablation/1",
+        "setting": "ripple_stages",
+        "model": "ripple",
+        "dataset": "digits",
+        "config": SETTING,
+        "environment": ENVIRONMENT,
+        "rows": rows,
+        "best": 2,
+        "claimed_best": 3,
+    }
+
+
+# Twice as fast with the compiled kernels, which stand in for own ones here.
+KERNEL_SPEEDUP = 2.0
+ATTENTION_SHARE = 0.25
+
+
+def step_speed() -> dict[str, Any]:
+    def timing(seconds: float) -> dict[str, float]:
+        return {"seconds": seconds, "relative_iqr": 0.02, "images_per_second": 64 / seconds}
+
+    backends = {"torch": timing(0.02), "compiled": timing(0.018), "cuda": {"reason": "no device"}}
+    row = {"title": "Hydra", "backends": backends, "own": "compiled", "speedup": 0.02 / 0.018}
+    return {
+        "schema": "linear-vit-step-speed/1",
+        "environment": ENVIRONMENT,
+        "setting": SETTING | {"backend": None},
+        "rows": [row | {"model": "hydra"}],
+    }
+
+
+def step_breakdown() -> dict[str, Any]:
+    shares = dict.fromkeys(("projections", "mlp", "optimizer", "augmentation", "loader"), 0.1)
+    shares |= {"attention": ATTENTION_SHARE, "other": 0.25}
+    row = {"model": "hydra", "title": "Hydra", "seconds": 0.02, "images_per_second": 3200.0}
+    return {
+        "schema": "linear-vit-step-breakdown/1",
+        "environment": ENVIRONMENT,
+        "setting": SETTING,
+        "rows": [row | {"shares": shares}],
+    }
+
+
+def cpu() -> dict[str, Any]:
+    """As bench.cpu writes it: a case, the limits, and a product beside them."""
+    timed = {"operation": "linear_attention", "pass": "forward", "dtype": "float32"}
+    timed |= {"tokens": 1024, "flop": 1e9, "ratio": 5.0, "over_matmul": 1.75}
+    timed |= {"seconds": {"cpu": 0.002, "compiled": 0.01, "matmul": 0.1}}
+    bounds = {"FMA rate": 0.001, "L1 loads": 0.002, "memory": 0.0005}
+    product = {"operation": "linear_attention_state", "tokens": 1024, "seconds": 0.0025}
+    product |= {"bounds": bounds, "limit": "L1 loads", "share": 0.8}
+    limits = {"fma": 2e11, "loading": 1.5e11, "copy": 1e10}
+    return {"machine": MACHINE, "rows": [timed, limits, product]}
 
 
 def save(path: Path, document: Any) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(document))
     return path
+
+
+def save_all(folder: Path) -> None:
+    """One document of every kind, where the commands put them."""
+    save(folder / "run.json", run())
+    save(folder / "check.json", check())
+    save(folder / "cpu.json", cpu())
+    save(folder / "static.json", static())
+    save(folder / "traffic.json", traffic())
+    save(folder / "training" / "table.json", table())
+    save(folder / "training" / "step-speed.json", step_speed())
+    save(folder / "training" / "step-breakdown.json", step_breakdown())
+    save(folder / "ablation" / "ablation-ripple_stages.json", ablation())
 
 
 def traffic() -> dict[str, Any]:

@@ -1,0 +1,184 @@
+"""The page's rooflines: what is done per second, beside what the machine allows for it."""
+
+import math
+from collections.abc import Iterable
+from typing import Any
+
+from reports import documents, plots, runs
+from reports.kernel_sections import Case, Extras, by, cases, rate, series, short
+from reports.parts import Cell, Figure, Row, Section, Table, columns, exact, number, word
+from reports.scaling import Group
+
+
+def section(found: list[Group], extra: Iterable[Table | Figure], extras: Extras) -> Section:
+    """Every case that was timed with its machine's limits; ``extra`` comes from :func:`cpu`."""
+    made = Section(
+        "roofline",
+        "Roofline",
+        "What a case does per second against what it must do per byte: FLOP of the operation's "
+        "least work over bytes of its least traffic. Under the slope the memory's copy rate binds, "
+        "under the roof the matmul rate; both were measured in the same run.",
+    )
+    for group in found:
+        for (file,), part in by(cases(group.frame), "file").items():
+            limits = extras.limits(file)
+            peak = (limits.get("matmul_flop_per_s") or {}).get(group.dtype)
+            copy = limits.get("copy_bytes_per_s")
+            if peak and copy:
+                made.figures.append(_of_group(group, part, float(copy), float(peak), extras))
+    for one in extra:
+        if isinstance(one, Figure):
+            made.figures.append(one)
+        else:
+            made.tables.append(one)
+    if not made.figures:
+        made.missing = runs.HOW_TO_MEASURE
+        if found:
+            made.notes.append("The runs shown here are older than the measuring of limits.")
+    return made
+
+
+def _of_group(group: Group, part: list[Case], copy: float, peak: float, extras: Extras) -> Figure:
+    ridge = peak / copy
+    for case in part:
+        case["x"] = case["tflop_per_s"] / case["gb_per_s"] * 1e3  # FLOP per byte
+        case["y"] = case["tflop_per_s"] * 1e3  # GFLOP/s
+        case["share"] = case["y"] * 1e9 / min(peak, case["x"] * copy)
+    lines = []
+    for (operation, backend), curve in by(part, "operation", "backend").items():
+        text = f"{backend}, {plots.label(operation)}"
+        points = [
+            {
+                "x": short(case["x"]),
+                "y": short(case["y"]),
+                "size": case["N"],
+                "tip": f"{text}, {case['pass']}\nN = {case['N']:,}\n"
+                f"{exact(case['y'], 'GFLOP/s')} at {exact(case['x'], 'FLOP/byte')}\n"
+                f"{case['share']:.1%} of its roof\n"
+                f"{extras.tip(case)}".strip(),
+            }
+            for case in curve
+        ]
+        lines.append(series(group, operation, backend, text, points))
+    best = max(part, key=lambda case: case["share"])
+    under = sum(case["x"] < ridge for case in part)
+    caption = (
+        f"{under} of {len(part)} cases lie left of the ridge at {ridge:.3g} FLOP/byte, where "
+        f"memory binds. Highest beside its roof: {plots.label(best['operation'])} "
+        f"({best['backend']}, {best['pass']}) at N = {best['N']:,}, {best['share']:.0%}. Larger "
+        "marks are longer sequences; a case above the roof reads from a cache, or does less than "
+        "the dense work that is counted."
+    )
+    names = " and ".join(plots.label(name) for name in group.operations)
+    return _figure(f"{names.capitalize()}; {group.where}", caption, lines, copy, {"matmul": peak})
+
+
+def _figure(
+    title: str, caption: str, lines: list[dict[str, Any]], copy: float, peaks: dict[str, float]
+) -> Figure:
+    """Cases beneath the copy rate's slope and one roof per rate (bytes/s, and FLOP/s by name)."""
+    top = max(peaks.values())
+    xs = [top / copy, *(point["x"] for one in lines for point in one["points"])]
+    left, right = min(xs) / 2, max(xs) * 2
+    roofs = [
+        {
+            "label": f"copy, {copy / 1e9:,.3g} GB/s",
+            "points": [{"x": left, "y": left * copy / 1e9}, {"x": top / copy, "y": top / 1e9}],
+        }
+    ]
+    for name, peak in peaks.items():
+        level = [{"x": peak / copy, "y": peak / 1e9}, {"x": right, "y": peak / 1e9}]
+        roofs.append({"label": f"{name}, {peak / 1e9:,.0f} GFLOP/s", "points": level})
+    axes = {
+        "x": {"label": "FLOP per byte (least work over least traffic)", "base": 10},
+        "y": {"label": "GFLOP/s", "base": 10},
+    }
+    data = {"series": lines, "lines": roofs, "dots": True, **axes}
+    return Figure("curves", f"Roofline: {title}", caption, data)
+
+
+# What bench.cpu measured.
+
+
+def cpu(saved: documents.Saved) -> list[Table | Figure]:
+    """Its cases against other backends, and each product beside what limits it."""
+    machine = runs.machine_label(saved.content["machine"])
+    rows = saved.content["rows"]
+    parts: list[Table | Figure] = []
+    timed = [row for row in rows if "ratio" in row and "seconds" in row]
+    if timed:
+        parts.append(_cpu_table(timed, machine))
+    limits = next((row for row in rows if "fma" in row), None)
+    bound = [row for row in rows if "bounds" in row]
+    if limits and bound:
+        parts += _cpu_roofline(limits, bound, machine)
+    return parts
+
+
+def _cpu_table(timed: list[dict[str, Any]], machine: str) -> Table:
+    rows = []
+    for row in timed:
+        own = row["seconds"]["cpu"]
+        others = {name: s for name, s in row["seconds"].items() if name != "cpu"}
+        against = next(iter(others))
+        size = row.get("tokens") or row["grid"] ** 2
+        tip = ", ".join(f"{name} {plots.duration(seconds)}" for name, seconds in others.items())
+        matmul = row.get("over_matmul")
+        cells = [
+            word(plots.label(row["operation"])),
+            word(row["pass"]),
+            word(row["dtype"]),
+            number(f"{size:,}", size),
+            number(plots.duration(own), own, exact(own * 1e3, "ms")),
+            number(f"{row['ratio']:.2f}×", row["ratio"], f"{exact(row['ratio'])}×; {tip}"),
+            word(against),
+            number(f"{matmul:.2f}×", matmul, exact(matmul)) if matmul else Cell("–"),
+        ]
+        facets = {"operation": row["operation"], "backend": "cpu", "dtype": row["dtype"]}
+        rows.append(Row(cells, facets))
+    ratios = [row["ratio"] for row in timed]
+    mean = math.exp(sum(map(math.log, ratios)) / len(ratios))
+    titles = ["operation", "pass", "dtype", "tokens", "cpu", "speed-up", "over", "over sgemm"]
+    words = ["operation", "pass", "dtype", "over"]
+    note = f"Geometric mean {mean:.2f}×, worst {min(ratios):.2f}×; backends of a row took turns."
+    return Table(f"The C++ kernels on batches; {machine}", columns(titles, words), rows, note)
+
+
+def _cpu_roofline(
+    limits: dict[str, float], bound: list[dict[str, Any]], machine: str
+) -> list[Table | Figure]:
+    rows = []
+    lines: dict[str, dict[str, Any]] = {}
+    for row in bound:
+        name, tokens = plots.label(row["operation"]), row["tokens"]
+        done = row["bounds"]["FMA rate"] * limits["fma"]  # FLOP
+        traffic = row["bounds"]["memory"] * limits["copy"]  # bytes
+        reached = done / row["seconds"] / 1e9
+        facets = {"operation": row["operation"], "backend": "cpu", "dtype": "float32"}
+        cells = [
+            word(name),
+            number(f"{tokens:,}", tokens),
+            number(rate(reached), reached, exact(reached, "GFLOP/s")),
+            word(row["limit"]),
+            number(f"{row['share']:.0%}", row["share"], exact(100 * row["share"], "%")),
+        ]
+        rows.append(Row(cells, facets))
+        tip = f"{name}, N = {tokens:,}\n{exact(reached, 'GFLOP/s')}\n"
+        tip += f"{row['share']:.1%} of {row['limit']}"
+        point = {"x": short(done / traffic), "y": short(reached), "size": tokens, "tip": tip}
+        new = facets | {"label": f"cpu, {name}", "points": [], "hollow": len(lines) % 2 == 1}
+        lines.setdefault(row["operation"], new)["points"].append(point)
+    best = max(bound, key=lambda row: row["share"])
+    caption = (
+        "FLOP that the C++ kernels really do, half of the dense work. Closest to its limit: "
+        f"{plots.label(best['operation'])} at N = {best['tokens']:,}, {best['share']:.0%} of "
+        f"{best['limit']}."
+    )
+    peaks = {"FMA on registers": limits["fma"], "FMA with a load each": limits["loading"]}
+    titles = ["product", "tokens", "GFLOP/s done", "limited by", "of it"]
+    table_columns = columns(titles, ["product", "limited by"])
+    what = f"the C++ products; {machine}"
+    return [
+        _figure(what, caption, list(lines.values()), limits["copy"], peaks),
+        Table(f"Limits of {what}", table_columns, rows),
+    ]
