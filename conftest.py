@@ -6,7 +6,19 @@ from typing import Any
 import pytest
 
 _ROOT = Path(__file__).parent
-_OPTIONS = ("device", "dtypes", "seq_lens", "total_tokens", "backends", "ops", "sweep")
+_OPTIONS = (
+    "device",
+    "dtypes",
+    "seq_lens",
+    "total_tokens",
+    "backends",
+    "ops",
+    "sweep",
+    "peers",
+    "dry_run",
+    "resume_bench",
+    "profile",
+)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -26,6 +38,32 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         "--sweep",
         choices=("quick", "full"),
         help="quick (default): minutes, also on two cores; full: every dtype, longer sequences",
+    )
+    group.addoption(
+        "--peers",
+        action="store_true",
+        default=None,
+        help="time other libraries' implementations, too: every SDPA kernel, and those of "
+        "pip install '.[peers]'",
+    )
+    group.addoption(
+        "--dry-run",
+        action="store_true",
+        default=None,
+        help="list the cases with what time and memory each is estimated to take, and time none",
+    )
+    group.addoption(
+        "--resume-bench",
+        action="store_true",
+        default=None,
+        help="go on with the killed or interrupted run of the same --benchmark-json",
+    )
+    group.addoption(
+        "--profile",
+        action="store_true",
+        default=None,
+        help="also write a trace of each case (Perfetto, chrome://tracing), its top kernels and, "
+        "where ncu is installed, its counters",
     )
 
 

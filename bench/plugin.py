@@ -7,8 +7,10 @@ those of :mod:`bench.clock`, since on CUDA a host timer around the call measures
 import dataclasses
 import functools
 import os
-import time
-from collections.abc import Callable, Iterable, Iterator
+import signal
+import statistics
+import threading
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -16,7 +18,19 @@ from typing import Any
 import pytest
 import torch
 
-from bench import clock, limits, machine, memory, summary
+from bench import (
+    clock,
+    energy,
+    estimate,
+    limits,
+    machine,
+    memory,
+    profiles,
+    proof,
+    summary,
+    telemetry,
+)
+from bench.journal import Journal, JournalError
 from bench.problems import (
     FORWARD,
     Expected,
@@ -27,10 +41,22 @@ from bench.problems import (
     make_problem,
     worst,
 )
-from bench.sweep import DTYPES, TRAINING_STEP, Case, Sweep, SweepError, make_sweep, shape_of
+from bench.progress import Progress
+from bench.progress import clock as minutes
+from bench.sweep import (
+    DTYPES,
+    TRAINING_STEP,
+    Case,
+    Sweep,
+    SweepError,
+    make_sweep,
+    memory_of,
+    shape_of,
+)
 
 SCHEMA = 1
 _BUDGET_S = {"quick": 0.25, "full": 2.0}
+_OUT_OF_MEMORY = "out of memory: "
 # A training step is sized for the device: a model that learns within a minute, or the ViT-S.
 _TRAINING: dict[str, dict[str, Any]] = {
     "cpu": {"preset": "small", "dataset": "digits", "amp": "off"},
@@ -67,16 +93,41 @@ class Benchmarks:
         except SweepError as error:
             raise pytest.UsageError(str(error)) from error
         self._config = config
-        self._started = time.monotonic()
-        self._done = 0
-        self._rows: list[summary.Row] = []
         self._failures: dict[str, str] = {}
+        self._rows: list[summary.Row] = []
         self._timed_group: Case | None = None
         self._timings: dict[str, clock.Timing] = {}
         self._step_timings: dict[str, clock.Timing] = {}
+        self._source = telemetry.source_for(self.sweep.device)
+        self._watch = self._step_watch = telemetry.Watch(self._source)
+        self._progress = Progress([], {}, None)
+        self._interrupted = False
         self._quieten(config)
-        if path := config.getoption("benchmark_json", default=None):
-            Path(str(path)).parent.mkdir(parents=True, exist_ok=True)
+        path = config.getoption("benchmark_json", default=None)
+        self._json = Path(str(path)) if path else None
+        self._journal = self._open_journal()
+        # Ctrl-C ends a run with a valid file; so does a polite kill.
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, signal.default_int_handler)
+
+    def _open_journal(self) -> Journal | None:
+        resume = bool(self._config.getoption("resume_bench"))
+        if self._json is None:
+            if resume:
+                raise pytest.UsageError("--resume-bench: name the run's file with --benchmark-json")
+            return None
+        if self._config.getoption("dry_run"):
+            return None
+        head = {
+            "machine": machine.describe(self.sweep.device),
+            "sweep": self.sweep.extent,
+            "cases": SCHEMA,
+        }
+        try:
+            path = self._json.with_name(self._json.name + ".journal")
+            return Journal(path, head, resume=resume)
+        except JournalError as error:
+            raise pytest.UsageError(str(error)) from error
 
     # What runs.
 
@@ -96,14 +147,50 @@ class Benchmarks:
     def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
         # An empty parameter list (--ops without a training step) is no case, not a skipped one.
         items[:] = [item for item in items if "NOTSET" not in item.nodeid]
-        self._total = len(items)
-        terminal = self._config.pluginmanager.get_plugin("terminalreporter")
-        if terminal is not None:
-            terminal.showfspath = False  # a line per case says more than the file's name
+        if self._terminal is not None:
+            self._terminal.showfspath = False  # a line per case says more than the file's name
+
+    def pytest_runtestloop(self, session: pytest.Session) -> bool | None:
+        if session.config.option.collectonly:
+            return None
+        cases = {_case_of(item): self._estimate(item) for item in session.items}
+        if self._config.getoption("dry_run"):
+            self._show_plan(cases)
+            return True
+        seconds = {name: time_s for name, (time_s, _) in cases.items()}
+        self._progress = Progress(list(cases), seconds, self._terminal)
+        return None
+
+    @property
+    def _terminal(self) -> Any:
+        return self._config.pluginmanager.get_plugin("terminalreporter")
+
+    def _estimate(self, item: pytest.Item) -> tuple[float, int | None]:
+        """About how many seconds a case takes, and about how many bytes (None: not estimated)."""
+        budget = _BUDGET_S[self.sweep.extent]
+        case = next(_cases_of([item]), None)
+        if case is None:
+            return 6 * budget, None
+        shape = shape_of(case.operation, case.tokens, case.batch)
+        work = least_work(case.operation, case.mode, shape, DTYPES[case.dtype].itemsize)
+        measured = self._limits()
+        _, least_s = measured.binding(work, case.dtype)
+        call_s = estimate.call_seconds(case.backend, least_s)
+        rate = measured.matmul_flop_per_s[case.dtype]
+        return estimate.case_seconds(case.backend, call_s, work, rate, budget), memory_of(case)
+
+    def _show_plan(self, cases: dict[str, tuple[float, int | None]]) -> None:
+        for name, (seconds, need) in cases.items():
+            size = "–" if need is None else f"{need / 2**20:,.0f} MiB"
+            self._terminal.write_line(f"{name:72} {seconds:6.1f} s {size:>12}")
+        total = minutes(sum(seconds for seconds, _ in cases.values()))
+        self._terminal.write_line(f"{len(cases)} cases, estimated to take {total}; none was timed")
 
     def time_kernel(self, case: Case, benchmark: Any, item: pytest.Item) -> None:
         """Check one case, then measure its memory and its time for pytest-benchmark."""
         device = self.sweep.device
+        if self._finished_before(str(case), benchmark, item):
+            return
         with _failures_named():
             problem, expected = self._shared(case.operation, case.dtype, case.tokens, case.batch)
             verdicts = check(problem, case.backend, case.mode, expected)
@@ -111,9 +198,14 @@ class Benchmarks:
             if not verdict.passed:
                 pytest.fail(f"wrong result: {name}: {verdict}", pytrace=False)
             call = problem.call(case.backend, case.mode)
+            operators, on_device = proof.names_of(call, device)
+            if wrong := proof.fallback(case.backend, operators, on_device, device.type):
+                pytest.fail(f"another implementation ran: {wrong}", pytrace=False)
             peak, how = memory.peak_beyond_outputs(call, device)
             timing = self._timing(case, problem, item)
             runs = _implementation(problem, case)
+            joules, joules_how = energy.per_call(call, device, timing.median)
+            traced = self._profile(call, str(case))
 
         work = least_work(case.operation, case.mode, problem.shape, problem.dtype.itemsize)
         limit, least_s = self._limits().binding(work, case.dtype)
@@ -121,11 +213,16 @@ class Benchmarks:
             benchmark,
             item,
             timing,
+            watch=self._watch,
             group=f"{case.operation} {case.mode} {case.dtype} B={case.batch} N={case.tokens}",
             extra={
                 "operation": case.operation,
                 "backend": case.backend,
                 "implementation": runs,
+                "ran": proof.shown(case.backend, operators, on_device),
+                "energy_per_call_j": joules,
+                "energy_how": joules_how,
+                "profile": traced,
                 "pass": case.mode,
                 "dtype": case.dtype,
                 "N": case.tokens,
@@ -158,9 +255,10 @@ class Benchmarks:
             self._timed_group, self._timings = group, {}
             calls = {}
             for other in _cases_of(item.session.items):
-                if dataclasses.replace(other, backend="") != group:
+                if dataclasses.replace(other, backend="") != group or self._settled(str(other)):
                     continue
                 call = problem.call(other.backend, other.mode)
+                self._note_start(str(other))  # should its first call kill the process
                 try:
                     call()
                 except Exception:
@@ -168,8 +266,13 @@ class Benchmarks:
                         raise
                     continue  # its own test says what is wrong with it
                 calls[other.backend] = call
+            self._note_start(str(case))
+            self._watch = telemetry.Watch(self._source)
             self._timings = clock.measure_interleaved(
-                calls, self.sweep.device, budget_s=_BUDGET_S[self.sweep.extent]
+                calls,
+                self.sweep.device,
+                budget_s=_BUDGET_S[self.sweep.extent],
+                watch=self._watch,
             )
         if case.backend not in self._timings:  # its first call failed, and now it does not
             call = problem.call(case.backend, case.mode)
@@ -183,6 +286,8 @@ class Benchmarks:
         from training.config import MODELS, model_settings, resolve
 
         device = self.sweep.device
+        if self._finished_before(f"{model}-{backend or 'default'}", benchmark, item):
+            return
         config = resolve({**_TRAINING[device.type], **model_settings(model), "backend": backend})
         with _failures_named():
             step = self._training_step(model, backend)
@@ -192,6 +297,7 @@ class Benchmarks:
             benchmark,
             item,
             timing,
+            watch=self._step_watch,
             group=f"{TRAINING_STEP} {config.preset} {config.dataset} batch {config.batch_size}",
             extra={
                 "operation": TRAINING_STEP,
@@ -235,11 +341,20 @@ class Benchmarks:
                         raise
                     continue  # its own test says what is wrong with it
                 steps[f"{other[0]}-{other[1]}"] = step
-            budget = 4 * _BUDGET_S[self.sweep.extent]
+            self._step_watch = telemetry.Watch(self._source)
             self._step_timings |= clock.measure_interleaved(
-                steps, self.sweep.device, budget_s=budget
+                steps,
+                self.sweep.device,
+                budget_s=4 * _BUDGET_S[self.sweep.extent],
+                watch=self._step_watch,
             )
         return self._step_timings[case]
+
+    def _profile(self, call: Callable[[], object], name: str) -> dict[str, Any] | None:
+        if not self._config.getoption("profile"):
+            return None
+        folder = (self._json or Path("reports/out/benchmark.json")).parent / "profiles"
+        return profiles.write(call, self.sweep.device, folder, name)
 
     def _record(
         self,
@@ -247,26 +362,79 @@ class Benchmarks:
         item: pytest.Item,
         timing: clock.Timing,
         *,
+        watch: telemetry.Watch,
         group: str,
         extra: dict[str, Any],
     ) -> None:
-        benchmark.group = group
-        benchmark.extra_info.update(
-            schema=SCHEMA,
+        info = {
+            "schema": SCHEMA,
             **extra,
-            device=self.sweep.device.type,
-            clock=timing.clock,
-            calls_per_round=timing.calls_per_round,
-            relative_iqr=timing.relative_iqr,
-            median_interval_s=timing.interval,
-            stop=timing.stop,
-            machine=machine.describe(self.sweep.device),
-        )
-        rounds = iter(timing.seconds)
-        benchmark.pedantic(_replay.advance, args=(rounds,), rounds=len(timing.seconds))
-        row = summary.Row(benchmark.extra_info, timing.median)
+            "device": self.sweep.device.type,
+            "clock": timing.clock,
+            "cache": timing.cache,
+            "calls_per_round": timing.calls_per_round,
+            "relative_iqr": timing.relative_iqr,
+            "median_interval_s": timing.interval,
+            "stop": timing.stop,
+            "telemetry": watch.summary(timing.dropped),
+            "machine": machine.describe(self.sweep.device),
+        }
+        if self._journal is not None:
+            self._journal.finish(_case_of(item), group=group, info=info, seconds=timing.seconds)
+        self._give(benchmark, item, group, info, timing.seconds)
+
+    def _give(
+        self,
+        benchmark: Any,
+        item: pytest.Item,
+        group: str,
+        info: dict[str, Any],
+        seconds: Sequence[float],
+    ) -> None:
+        """Hand a case's rounds to pytest-benchmark, and its row to the table."""
+        benchmark.group = group
+        benchmark.extra_info.update(info)
+        benchmark.pedantic(_replay.advance, args=(iter(seconds),), rounds=len(seconds))
+        row = summary.Row(benchmark.extra_info, statistics.median(seconds))
         self._rows.append(row)
         item.user_properties.append(("measured", row.line()))
+
+    # Killed runs.
+
+    def _finished_before(self, name: str, benchmark: Any, item: pytest.Item) -> bool:
+        """Whether an earlier, killed run measured the case; then its rounds are what counts."""
+        if self._journal is None:
+            return False
+        if found := self._journal.finished.get(name):
+            self._give(benchmark, item, found["group"], found["info"], found["seconds"])
+            self._progress.skip(name)
+            return True
+        if reason := self._journal.killer(name):
+            pytest.fail(reason, pytrace=False)
+        self._journal.start(name)
+        return False
+
+    def _settled(self, name: str) -> bool:
+        """Whether the case needs no timing (any more), or cannot have any."""
+        if self._journal is None:
+            return False
+        return name in self._journal.finished or self._journal.killer(name) is not None
+
+    def _note_start(self, name: str) -> None:
+        if self._journal is not None:
+            self._journal.start(name)
+
+    def pytest_keyboard_interrupt(self) -> None:
+        self._interrupted = True
+        if self._journal is not None:
+            self._journal.interrupt()
+
+    def pytest_sessionfinish(self) -> None:
+        # pytest-benchmark has written its file by now.
+        self._progress.close()
+        if self._journal is not None and self._json is not None:
+            done = self._progress.finished and not self._interrupted
+            self._journal.close(done=done)
 
     # What its cases share: those of one shape run one after another, so one entry is enough.
 
@@ -287,6 +455,11 @@ class Benchmarks:
             f"({facts['threads']} threads), torch {facts['torch']}"
         ]
         lines += [f"not timed: {what}: {why}" for what, why in self.sweep.left_out.items()]
+        if self._journal is not None and self._journal.set_aside:
+            aside = self._journal.set_aside
+            lines.append(f"an unfinished run is set aside as {aside} (--resume-bench goes on)")
+        if self._journal is not None and self._journal.resumed:
+            lines.append(f"resumed: {self._journal.resumed} finished cases are kept")
         return lines
 
     def pytest_report_teststatus(
@@ -294,6 +467,8 @@ class Benchmarks:
     ) -> tuple[str, str, str] | None:
         # Each case writes a line of its own instead of a dot.
         if isinstance(report, pytest.TestReport) and report.when == "call":
+            if report.failed and _last_line(report.longreprtext).startswith(_OUT_OF_MEMORY):
+                return "out of memory", "", "OUT OF MEMORY"
             return report.outcome, "", "FAILED" if report.failed else ""
         return None
 
@@ -302,22 +477,17 @@ class Benchmarks:
             return
         if report.when == "teardown" and report.passed:
             return
-        terminal = self._config.pluginmanager.get_plugin("terminalreporter")
         case = report.nodeid.partition("[")[2].removesuffix("]") or report.nodeid
-        self._done += report.when != "teardown"
-        seconds = int(time.monotonic() - self._started)
-        progress = f"[{self._done:>{len(str(self._total))}}/{self._total} "
-        progress += f"{seconds // 60}:{seconds % 60:02}]"
         measured = dict(report.user_properties).get("measured")
         if report.failed:
             reason = _last_line(report.longreprtext)
             self._failures[case] = reason
             measured = f"{case}: {reason}"
+            if self._journal is not None:
+                self._journal.fail(case, reason)
         elif report.skipped:
             measured = f"{case}: skipped"
-        if terminal is not None:
-            terminal.ensure_newline()
-            terminal.write_line(f"{progress} {measured}", red=report.failed)
+        self._progress.done(case, str(measured), red=report.failed)
 
     def pytest_terminal_summary(self, terminalreporter: Any) -> None:
         if not self._rows:
@@ -329,8 +499,13 @@ class Benchmarks:
             terminalreporter.write_line(f"not timed: {what}: {why}")
         for case, reason in self._failures.items():
             terminalreporter.write_line(f"failed: {case}: {reason}", red=True)
+        if self._journal is not None and not self._progress.finished:
+            terminalreporter.write_line(
+                "not finished: the same command with --resume-bench goes on"
+            )
 
     def pytest_benchmark_update_json(self, output_json: dict[str, Any]) -> None:
+        no_memory = {c: r for c, r in self._failures.items() if r.startswith(_OUT_OF_MEMORY)}
         output_json["kernel_suite"] = {
             "kind": "benchmarks",
             "schema": SCHEMA,
@@ -339,7 +514,10 @@ class Benchmarks:
             "machine": machine.describe(self.sweep.device),
             "limits": dataclasses.asdict(self._limits()) if self._rows else None,
             "not_timed": self.sweep.left_out,
-            "failed": self._failures,
+            "failed": {c: r for c, r in self._failures.items() if c not in no_memory},
+            "out_of_memory": no_memory,
+            "interrupted": self._interrupted,
+            "resumed": self._journal.resumed if self._journal is not None else 0,
         }
 
     @staticmethod
@@ -386,7 +564,7 @@ def _failures_named() -> Iterator[None]:
     except Exception as error:
         if not memory.is_out_of_memory(error):
             raise
-        message = f"out of memory: {str(error).splitlines()[0]}"
+        message = f"{_OUT_OF_MEMORY}{str(error).splitlines()[0]}"
     else:
         return
     # Outside the handler: the traceback would keep the case's tensors alive.
@@ -402,6 +580,11 @@ def _cases_of(items: Iterable[pytest.Item]) -> Iterator[Case]:
         parameters = _parameters(item)
         if all(name in parameters for name in names):
             yield Case(*(parameters[name] for name in names))
+
+
+def _case_of(item: pytest.Item) -> str:
+    """A case's name: what stands in brackets in the test's."""
+    return item.nodeid.partition("[")[2].removesuffix("]") or item.nodeid
 
 
 def _parameters(item: pytest.Item) -> dict[str, Any]:

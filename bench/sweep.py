@@ -1,13 +1,14 @@
 """Which cases a benchmark run consists of: options in, an ordered list of cases out."""
 
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 import torch
 
 import kernels
+from bench import estimate
 from bench.problems import (
-    FORWARD_BACKWARD,
     PASSES,
     AttentionShape,
     RippleShape,
@@ -28,8 +29,6 @@ HEADS, HEAD_DIM, CHANNELS = 6, 64, 384
 # TFLOP/s on a GPU. This, not a hard-coded length, is what stops a quadratic operation.
 _MOST_FLOP = {"cpu": {"quick": 1e11, "full": 2e12}, "cuda": {"quick": 5e13, "full": 1e16}}
 _LONGEST = {"cpu": {"quick": 16_384, "full": 1_048_576}, "cuda": {"quick": 1_048_576}}
-# The softmax reference stores its N×M matrix, in float32 and several times over.
-_MOST_REFERENCE_BYTES = 4 * 2**30
 _QUICK_DTYPES = {"cpu": ("float32",), "cuda": ("bfloat16", "float32")}
 # Made of the same kernels as the operations themselves, so a quick sweep leaves them out.
 _FULL_ONLY = (
@@ -67,6 +66,15 @@ class Case:
     def __str__(self) -> str:
         size = f"B{self.batch}-N{self.tokens}" if self.batch > 1 else f"N{self.tokens}"
         return f"{self.operation}-{self.mode}-{self.dtype}-{size}-{self.backend}"
+
+
+def parse_case(name: str) -> Case:
+    """The case of this name, as :class:`Case` writes it."""
+    match = re.fullmatch(r"(\w+)-([\w+]+)-(\w+)-(?:B(\d+)-)?N(\d+)-(\w+)", name)
+    if match is None:
+        raise ValueError(f"{name!r} is no case's name")
+    operation, mode, dtype, batch, tokens, backend = match.groups()
+    return Case(operation, mode, dtype, int(tokens), int(batch or 1), backend)
 
 
 @dataclass(frozen=True)
@@ -118,6 +126,7 @@ def make_sweep(
     )
     chosen_dtypes = dtypes or (tuple(DTYPES) if extent == "full" else _QUICK_DTYPES[kind])
     left_out: dict[str, str] = {}
+    available = estimate.available_bytes(where)
     cases: list[Case] = []
     for operation in chosen_operations:
         if operation == TRAINING_STEP:
@@ -142,7 +151,7 @@ def make_sweep(
                         reason = _too_much_work(case, kind, limit)
                         what = f"{operation} {mode} {dtype}"
                         if reason is None:
-                            reason = _too_much_memory(case)
+                            reason = _too_much_memory(case, available)
                             what += f" on {backend}"
                         if reason is None:
                             cases.append(case)
@@ -239,11 +248,12 @@ def _too_much_work(case: Case, kind: str, extent: str) -> str | None:
     return f"one call is {flop:.1e} FLOP, past the {extent} limit of {limit:.0e}{further}"
 
 
-def _too_much_memory(case: Case) -> str | None:
-    if not case.operation.startswith("softmax_attention") or case.backend != "reference":
-        return None
-    copies = 5 if case.mode == FORWARD_BACKWARD else 3
-    need = copies * 4 * case.batch * HEADS * case.tokens**2
-    if need <= _MOST_REFERENCE_BYTES:
-        return None
-    return f"its N×M matrices would take {need / 2**30:.0f} GiB"
+def memory_of(case: Case) -> int:
+    """Bytes that the case is estimated to take at once."""
+    shape = shape_of(case.operation, case.tokens, case.batch)
+    size = DTYPES[case.dtype].itemsize
+    return estimate.memory_bytes(case.operation, case.mode, case.backend, shape, size)
+
+
+def _too_much_memory(case: Case, available: int | None) -> str | None:
+    return estimate.does_not_fit(memory_of(case), available)

@@ -1,7 +1,7 @@
-"""What the machine was doing while rounds were timed: clocks, power, heat, and whether it throttled.
+"""What the machine did while rounds were timed: clocks, power, heat, and whether it throttled.
 
 On CUDA NVML answers, on a CPU Linux does, each with what it has; what is not offered is None. A
-reading is taken once a turn of rounds (see :mod:`bench.clock`), on CUDA while the device is at work:
+reading is taken once a turn of rounds (see :mod:`bench.clock`), on CUDA while the device works:
 afterwards it would be idle, and its clock with it.
 """
 
