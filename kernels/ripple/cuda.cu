@@ -736,22 +736,31 @@ __global__ void __launch_bounds__(kThreads, 1) expand_stages_backward_kernel(Sta
 
 // ---- 7 reduce --------------------------------------------------------------------------------------
 
-template <typename T>
 struct Reduce {
   const float* partials;  // [num_splits][num_stages][kSums][channels]
   int64_t num_splits, num_stages, channels;
-  T* dweight[kMostStages];       // (channels, kTaps)
-  T* dpair_weight[kMostStages];  // (kPairTaps, channels), or null
+  int32_t element;                  // of the weights
+  void* dweight[kMostStages];       // (channels, kTaps)
+  void* dpair_weight[kMostStages];  // (kPairTaps, channels), or null
 };
 
-template <typename T>
-__global__ void __launch_bounds__(kThreads) reduce_kernel(Reduce<T> p) {
+__device__ inline void store_element(void* target, int64_t index, float x, int32_t element) {
+  if (element == kFloat32) {
+    store_global(static_cast<float*>(target) + index, x);
+  } else if (element == kFloat16) {
+    store_global(static_cast<__half*>(target) + index, from_float<__half>(x));
+  } else {
+    store_global(static_cast<__nv_bfloat16*>(target) + index, from_float<__nv_bfloat16>(x));
+  }
+}
+
+__global__ void __launch_bounds__(kThreads) reduce_kernel(Reduce p) {
   const int64_t size = kSums * p.channels;
   const unsigned blocks_per_stage = static_cast<unsigned>((size + kThreads - 1) / kThreads);
   const int s = blockIdx.x / blocks_per_stage;
   const int64_t i = blockIdx.x % blocks_per_stage * static_cast<int64_t>(kThreads) + threadIdx.x;
   const int64_t tap = i / p.channels, channel = i % p.channels;
-  T *dweight = nullptr, *dpair_weight = nullptr;
+  void *dweight = nullptr, *dpair_weight = nullptr;
 #pragma unroll
   for (int stage = 0; stage < kMostStages; ++stage) {  // an index would put the struct in memory
     if (stage == s) dweight = p.dweight[stage], dpair_weight = p.dpair_weight[stage];
@@ -764,15 +773,14 @@ __global__ void __launch_bounds__(kThreads) reduce_kernel(Reduce<T> p) {
     sum += load_global(partials + split * p.num_stages * size);
   }
   if (tap < kTaps) {
-    store_global(dweight + channel * kTaps + tap, from_float<T>(sum));
+    store_element(dweight, channel * kTaps + tap, sum, p.element);
   } else {
-    store_global(dpair_weight + (tap - kTaps) * p.channels + channel, from_float<T>(sum));
+    store_element(dpair_weight, (tap - kTaps) * p.channels + channel, sum, p.element);
   }
 }
 
-template <typename T>
-cudaError_t launch_reduce(const Reduce<T>& p, cudaStream_t stream) {
-  return launch(reduce_kernel<T>, p.num_stages * ceil_div(kSums * p.channels, kThreads), 0, stream,
+cudaError_t launch_reduce(const Reduce& p, cudaStream_t stream) {
+  return launch(reduce_kernel, p.num_stages * ceil_div(kSums * p.channels, kThreads), 0, stream,
                 p);
 }
 
@@ -913,11 +921,11 @@ int64_t image_splits(int64_t batch, int64_t blocks_of_channels, int64_t multipro
 }
 
 template <typename T>
-Reduce<T> reduction(const RippleStagesArguments& a, const Stages<T>& p) {
-  Reduce<T> r{p.workspace, p.num_splits, p.num_stages, p.channels, {}, {}};
+Reduce reduction(const RippleStagesArguments& a, const Stages<T>& p) {
+  Reduce r{p.workspace, p.num_splits, p.num_stages, p.channels, a.element, {}, {}};
   for (int s = 0; s < p.num_stages; ++s) {
-    r.dweight[s] = static_cast<T*>(a.dweight[s]);
-    r.dpair_weight[s] = static_cast<T*>(a.dpair_weight[s]);
+    r.dweight[s] = a.dweight[s];
+    r.dpair_weight[s] = a.dpair_weight[s];
   }
   return r;
 }
@@ -962,12 +970,13 @@ extern "C" cudaError_t ripple_backward(const RippleArguments* arguments, cudaStr
         p.pair_weight ? launch(backward_kernel<T, kSize, true>, blocks, shared, stream, p)
                       : launch(backward_kernel<T, kSize, false>, blocks, shared, stream, p);
     if (error != cudaSuccess) return error;
-    return launch_reduce(Reduce<T>{p.workspace,
-                                   p.num_splits,
-                                   1,
-                                   p.channels,
-                                   {static_cast<T*>(arguments->dweight)},
-                                   {static_cast<T*>(arguments->dpair_weight)}},
+    return launch_reduce(Reduce{p.workspace,
+                                p.num_splits,
+                                1,
+                                p.channels,
+                                arguments->element,
+                                {arguments->dweight},
+                                {arguments->dpair_weight}},
                          stream);
   });
 }
