@@ -336,6 +336,10 @@ def _training_case(
     from training.config import model_settings, resolve
     from training.step import make_step
 
+    if model == "baseline":
+        reason = kernels.backends("softmax_attention_packed", device)[backend]
+        if reason is not None:
+            raise NotHere(reason)
     settings: dict[str, Any] = {"preset": preset, "dataset": dataset, "amp": amp}
     config = resolve({**settings, **model_settings(model), "backend": backend})
     step = make_step(model, device=device, backend=backend, **settings)
