@@ -1,6 +1,7 @@
 # make demo      cross-check, benchmark, plot, train, and write reports/out/index.html
 # make test      the tests that take seconds (under 10 minutes on 2 cores)
 # make test-all  those, the slow ones, the linter and the type checker
+# The tests of the page need a browser (Debian: apt-get install chromium) and are skipped without one.
 # Each creates .venv and installs into it first. PYTHON=... picks another interpreter (3.11 or newer).
 
 PYTHON ?= python3
@@ -13,6 +14,8 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfil
 ifdef SHORT
 SWEEP := --seq-lens 64,256 --dtypes float32
 TABLE := --seeds 1 --epochs 2
+BENCH := --seconds 0.3
+PROFILE := --steps 2
 endif
 
 .PHONY: demo test test-all lint install clean
@@ -33,6 +36,8 @@ demo: install
 	$(BIN)/python -m pytest --benchmark-only $(SWEEP) --benchmark-json=$(OUT)/benchmark.json
 	$(BIN)/python -m reports scaling $(OUT)/benchmark.json --out $(OUT)
 	$(BIN)/python train_minimal.py table --runs $(OUT)/runs --out $(OUT)/training $(TABLE)
+	$(BIN)/python train_minimal.py bench --dataset digits --out $(OUT)/training $(BENCH)
+	$(BIN)/python train_minimal.py profile --dataset digits --backend torch --out $(OUT)/training $(PROFILE)
 	$(BIN)/python -m reports page --out $(OUT)/index.html
 	@echo "Open $(OUT)/index.html"
 
