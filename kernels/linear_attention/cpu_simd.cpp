@@ -593,11 +593,14 @@ double probe(bool loading, int64_t repeats, float* scratch) {
     for (int64_t i = 0; i < repeats; ++i) {
 #pragma GCC unroll 10
       for (int j = 0; j < kChains; ++j) {
-        sums[j] += x * (load_too ? load(scratch + j * kLanes) : x);
+        if (load_too) sums[j] += x * load(scratch + j * kLanes);
+        if (!load_too) sums[j] = sums[j] * x + x;
+        keep(sums[j]);  // or the compiler sees that all chains are one
       }
-      asm volatile("" : : : "memory");
+      asm volatile("" : : : "memory");  // and loads each time
     }
-    for (Floats& one : sums) keep(one);
+#pragma GCC unroll 10
+    for (int j = 0; j < kChains; ++j) store(scratch + j * kLanes, sums[j]);
   };
   __builtin_memset(scratch, 0, kChains * sizeof(Floats));
   if (loading) {

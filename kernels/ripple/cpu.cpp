@@ -1,9 +1,10 @@
 // Ripple's CPU operators: which lines of the grid make which, and how they are shared out;
 // cpu_simd.cpp does the work. Shapes and dtypes have been checked by the public functions.
 //
-// Lines are the items of work, a few at a time. Gradients of weights are summed over at most 32
-// runs of lines, cut by the grid's size alone, and added in order: the same for any number of
-// threads. Memory beyond tensors: 11 float32 weights per channel and run.
+// At most 32 runs of neighbouring lines, which share what they read in one core's cache, are the
+// items of work, cut by the grid's size alone; each sums its own share of the weights' gradients,
+// and these are added in order: the same for any number of threads. Memory beyond tensors: 11
+// float32 weights per channel and run.
 #include <torch/library.h>
 
 #include <cstring>
@@ -120,15 +121,18 @@ Tensor pool(const Tensor& x, const Tensor& weight, int64_t axis) {
   if (out.numel() == 0) return out;
   const Tensor taps = load_weight(kernel, weight, false);
   const int64_t channels = x.size(3), pad = padded(channels);
-  parallel(sizes[0] * sizes[1], 0, [&](int64_t line, float*) {
-    const int64_t image = line / sizes[1], row = line % sizes[1];
-    const Window w =
-        window(x, image, (axis == 0 ? 2 * row : row) - 1, taps.data_ptr<float>(), pad);
-    if (axis == 0) {
-      kernel.same(element, channels, x.size(2), w, line_of(out, line), nullptr);
-    } else {
-      kernel.halve(element, channels, x.size(2), w, line_of(out, line));
-    }
+  const Runs runs(sizes[0] * sizes[1]);
+  parallel(runs.runs, 0, [&](int64_t run, float*) {
+    runs.each(run, runs.lines, [&](int64_t line) {
+      const int64_t image = line / sizes[1], row = line % sizes[1];
+      const Window w =
+          window(x, image, (axis == 0 ? 2 * row : row) - 1, taps.data_ptr<float>(), pad);
+      if (axis == 0) {
+        kernel.same(element, channels, x.size(2), w, line_of(out, line), nullptr);
+      } else {
+        kernel.halve(element, channels, x.size(2), w, line_of(out, line));
+      }
+    });
   });
   return out;
 }
@@ -174,11 +178,14 @@ Tensor expand(const Tensor& z, const Tensor& x, const Tensor& weight, const Tens
   if (out.numel() == 0) return out;
   const Tensor taps = load_weight(kernel, lateral_weight, false), pair = load_pair(kernel, weight);
   const int64_t channels = x.size(3), pad = padded(channels);
-  parallel(x.size(0) * x.size(1), 0, [&](int64_t line, float*) {
-    const int64_t image = line / x.size(1), row = line % x.size(1);
-    const Window w = window(x, image, row - 1, taps.data_ptr<float>(), pad);
-    const Spread s = spread_of(z, pair, axis, image, row);
-    kernel.same(element, channels, x.size(2), w, line_of(out, line), &s);
+  const Runs runs(x.size(0) * x.size(1));
+  parallel(runs.runs, 0, [&](int64_t run, float*) {
+    runs.each(run, runs.lines, [&](int64_t line) {
+      const int64_t image = line / x.size(1), row = line % x.size(1);
+      const Window w = window(x, image, row - 1, taps.data_ptr<float>(), pad);
+      const Spread s = spread_of(z, pair, axis, image, row);
+      kernel.same(element, channels, x.size(2), w, line_of(out, line), &s);
+    });
   });
   return out;
 }

@@ -42,6 +42,17 @@ struct Channels {
     store(some, x);
     for (int64_t i = 0; i < count; ++i) p[i] = some[i];
   }
+  // The same channels of a token some way ahead in a line of `cols`; past its end, the next
+  // channels of its first ones. A walk over 256 bytes of every token is none that hardware follows.
+  INLINE void fetch(Rows line, int64_t j, int64_t cols) const {
+    constexpr int64_t kAhead = 6, kBytes = kWidth * kLanes * sizeof(Element);
+    const bool past = j + kAhead >= cols;
+    const int64_t token = past ? j + kAhead - cols : j + kAhead;
+    if (kPartial || token >= cols) return;
+    const char* p = (const char*)line.data +
+                    (token * line.stride + first + (past ? kWidth * kLanes : 0)) * sizeof(Element);
+    for (int64_t at = 0; at < kBytes; at += 64) __builtin_prefetch(p + at);
+  }
   // Weights are padded: never partial.
   INLINE Floats weight(const float* taps, int w) const { return load(taps + first + w * kLanes); }
   INLINE void add(float* taps, int w, Floats x) const {
@@ -93,6 +104,7 @@ void same(ElementType element, int64_t channels, int64_t cols, const Window& win
         c.put(out, j, w, x);
       };
       for (int64_t j = 0; j < cols; ++j) {
+        for (int r = 0; r < kLines; ++r) c.fetch(window.line[r], j, cols);
         for (int w = 0; w < kWidth; ++w) {
           Floats x[kLines];
           for (int r = 0; r < kLines; ++r) x[r] = c.get(window.line[r], j, w);
@@ -115,6 +127,10 @@ void halve(ElementType element, int64_t channels, int64_t fine_cols, const Windo
       constexpr int kWidth = std::decay_t<decltype(c)>::width;
       Floats waiting[kWidth] = {};
       for (int64_t j = 0; j < fine_cols; j += 2) {
+        for (int r = 0; r < kLines; ++r) {
+          c.fetch(window.line[r], j, fine_cols);
+          if (j + 1 < fine_cols) c.fetch(window.line[r], j + 1, fine_cols);
+        }
         for (int w = 0; w < kWidth; ++w) {
           Floats x[kLines];
           for (int r = 0; r < kLines; ++r) x[r] = c.get(window.line[r], j, w);
@@ -140,6 +156,7 @@ void twice(ElementType element, int64_t channels, int64_t fine_cols, const Windo
       constexpr int kWidth = std::decay_t<decltype(c)>::width;
       Floats waiting[kWidth] = {};
       for (int64_t j = 0; j < fine_cols; j += 2) {
+        for (int r = 0; r < kLines; ++r) c.fetch(window.line[r], j / 2, (fine_cols + 1) / 2);
         for (int w = 0; w < kWidth; ++w) {
           Floats x[kLines];
           for (int r = 0; r < kLines; ++r) x[r] = c.get(window.line[r], j / 2, w);
@@ -168,6 +185,13 @@ void weight_gradient(ElementType element, int64_t channels, int64_t cols, int64_
         };
         Floats before = {}, here = c.get(dout, 0, w);
         for (int64_t j = 0; j <= last; ++j) {
+          if (w == 0) {  // the first vector of four brings the others
+            c.fetch(dout, j, last + 1);
+            for (int r = 0; r < kLines; ++r) {
+              c.fetch(window.line[r], stride * j, cols);
+              if (stride == 2) c.fetch(window.line[r], 2 * j + 1, cols);
+            }
+          }
           const Floats after = j < last ? c.get(dout, j + 1, w) : Floats{};
           Floats x[kLines];
           for (int r = 0; r < kLines; ++r) x[r] = c.get(window.line[r], stride * j, w);
