@@ -160,12 +160,19 @@ def _lines(info: Content) -> str:
         names = ", ".join(map(str, ran[:4])) + (f" and {len(ran) - 4} more" if ran[4:] else "")
         lines.append(f"ran: {names}")
     telemetry = info.get("telemetry")
-    if isinstance(telemetry, dict):
-        lines += [
-            f"{name.replace('_', ' ')}: {value}"
-            for name, value in telemetry.items()
-            if isinstance(value, int | float | str | bool)
-        ]
+    for name, value in (telemetry if isinstance(telemetry, dict) else {}).items():
+        if isinstance(value, list) and value and all(isinstance(v, int | float) for v in value):
+            value = " / ".join(f"{v:.4g}" for v in value)  # least, median, greatest
+        elif isinstance(value, list):
+            value = ", ".join(map(str, value))
+        if value not in (None, "", False):
+            lines.append(f"{name.replace('_', ' ')}: {value}")
+    if info.get("energy_per_call_j") is not None:
+        lines.append(f"{info['energy_per_call_j']:.4g} J a call")
+    if info.get("cache"):
+        lines.append(f"{info['cache']} cache")
+    if info.get("other_function"):
+        lines.append(f"computes another function: {info['other_function']}")
     if info.get("stop"):
         lines.append(f"stopped: {info['stop']}")
     return "\n".join(lines)

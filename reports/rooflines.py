@@ -5,6 +5,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from reports import documents, plots, runs
+from reports.fits import fit_scaling
 from reports.kernel_sections import Case, Extras, by, cases, rate, series, short
 from reports.parts import Cell, Figure, Row, Section, Table, columns, exact, number, word
 from reports.scaling import Group
@@ -101,47 +102,85 @@ def _figure(
 
 
 def cpu(saved: documents.Saved) -> list[Table | Figure]:
-    """Its cases against other backends, and each product beside what limits it."""
+    """Its cases against other backends, time against N, and each product beside its limits."""
     machine = runs.machine_label(saved.content["machine"])
     rows = saved.content["rows"]
     parts: list[Table | Figure] = []
-    timed = [row for row in rows if "ratio" in row and "seconds" in row]
-    if timed:
-        parts.append(_cpu_table(timed, machine))
-    limits = next((row for row in rows if "fma" in row), None)
+    limits = next((row["limits"] for row in rows if "limits" in row), None)
     bound = [row for row in rows if "bounds" in row]
     if limits and bound:
         parts += _cpu_roofline(limits, bound, machine)
+    scaling = [row for row in rows if row["name"].startswith("scaling")]
+    if scaling:
+        parts.append(_cpu_scaling(scaling, machine))
+    timed = [row for row in rows if "ratio" in row]
+    if timed:
+        parts.append(_cpu_table(timed, machine))
     return parts
+
+
+def _cpu_facets(row: dict[str, Any], dtype: str) -> dict[str, str]:
+    operation = str(row.get("operation", "linear_attention"))
+    return {"operation": operation, "backend": "cpu", "dtype": dtype}
 
 
 def _cpu_table(timed: list[dict[str, Any]], machine: str) -> Table:
     rows = []
     for row in timed:
+        _, mode, dtype = row["table"].rsplit(", ", 2)
+        facets = _cpu_facets(row, dtype)
         own = row["seconds"]["cpu"]
         others = {name: s for name, s in row["seconds"].items() if name != "cpu"}
-        against = next(iter(others))
         size = row.get("tokens") or row["grid"] ** 2
         tip = ", ".join(f"{name} {plots.duration(seconds)}" for name, seconds in others.items())
-        matmul = row.get("over_matmul")
         cells = [
-            word(plots.label(row["operation"])),
-            word(row["pass"]),
-            word(row["dtype"]),
+            word(plots.label(facets["operation"])),
+            word(mode),
+            word(dtype),
             number(f"{size:,}", size),
-            number(plots.duration(own), own, exact(own * 1e3, "ms")),
-            number(f"{row['ratio']:.2f}×", row["ratio"], f"{exact(row['ratio'])}×; {tip}"),
-            word(against),
-            number(f"{matmul:.2f}×", matmul, exact(matmul)) if matmul else Cell("–"),
+            number(plots.duration(own), own, f"{exact(own * 1e3, 'ms')}; {tip}"),
+            number(f"{row['ratio']:.2f}×", row["ratio"], f"{exact(row['ratio'])}×"),
+            word(row.get("against", "torch")),
+            *(
+                number(f"{row[key]:.2f}×", row[key], f"{exact(row[key])}×")
+                if row.get(key)
+                else Cell("–")
+                for key in ("over_softmax", "over_matmul")
+            ),
         ]
-        facets = {"operation": row["operation"], "backend": "cpu", "dtype": row["dtype"]}
         rows.append(Row(cells, facets))
     ratios = [row["ratio"] for row in timed]
     mean = math.exp(sum(map(math.log, ratios)) / len(ratios))
-    titles = ["operation", "pass", "dtype", "tokens", "cpu", "speed-up", "over", "over sgemm"]
+    titles = ["operation", "pass", "dtype", "tokens", "cpu", "speed-up", "over", "over SDPA"]
+    titles.append("over float32 matmul")
     words = ["operation", "pass", "dtype", "over"]
     note = f"Geometric mean {mean:.2f}×, worst {min(ratios):.2f}×; backends of a row took turns."
     return Table(f"The C++ kernels on batches; {machine}", columns(titles, words), rows, note)
+
+
+def _cpu_scaling(rows: list[dict[str, Any]], machine: str) -> Figure:
+    rows = sorted(rows, key=lambda row: row["tokens"])
+    fit = fit_scaling([row["tokens"] for row in rows], [row["seconds"]["cpu"] for row in rows])
+    points = [
+        {
+            "x": row["tokens"],
+            "y": short(row["seconds"]["cpu"]),
+            "tip": f"cpu, N = {row['tokens']:,}\n{exact(row['seconds']['cpu'] * 1e3, 'ms')}",
+        }
+        for row in rows
+    ]
+    label = "cpu, linear attention" + ("" if fit.reason else f": {fit}")
+    line = {"label": label, "points": points, "hollow": False}
+    return Figure(
+        "curves",
+        f"C++ linear attention: time per call, forward, one sequence; {machine}",
+        f"From {rows[0]['tokens']:,} to {rows[-1]['tokens']:,} tokens the time grows as {fit}.",
+        {
+            "series": [_cpu_facets({}, "float32") | line],
+            "x": {"label": "tokens N", "base": 2, "unit": "tokens"},
+            "y": {"label": "time per call", "base": 10, "unit": "seconds"},
+        },
+    )
 
 
 def _cpu_roofline(
@@ -149,33 +188,40 @@ def _cpu_roofline(
 ) -> list[Table | Figure]:
     rows = []
     lines: dict[str, dict[str, Any]] = {}
+    shares = []
     for row in bound:
-        name, tokens = plots.label(row["operation"]), row["tokens"]
-        done = row["bounds"]["FMA rate"] * limits["fma"]  # FLOP
+        name, tokens, seconds = plots.label(row["operation"]), row["tokens"], row["seconds"]["cpu"]
+        limit = max(row["bounds"], key=row["bounds"].__getitem__)
+        share = row["bounds"][limit] / seconds
         traffic = row["bounds"]["memory"] * limits["copy"]  # bytes
-        reached = done / row["seconds"] / 1e9
-        facets = {"operation": row["operation"], "backend": "cpu", "dtype": "float32"}
+        reached = row["flop_done"] / seconds / 1e9
+        facets = _cpu_facets(row, "float32")
+        bounds = "\n".join(f"{k}: {plots.duration(v)}" for k, v in row["bounds"].items() if v)
         cells = [
             word(name),
             number(f"{tokens:,}", tokens),
+            number(plots.duration(seconds), seconds, exact(seconds * 1e3, "ms")),
             number(rate(reached), reached, exact(reached, "GFLOP/s")),
-            word(row["limit"]),
-            number(f"{row['share']:.0%}", row["share"], exact(100 * row["share"], "%")),
+            word(limit, f"each limit alone allows\n{bounds}"),
+            number(f"{share:.0%}", share, exact(100 * share, "%")),
         ]
         rows.append(Row(cells, facets))
-        tip = f"{name}, N = {tokens:,}\n{exact(reached, 'GFLOP/s')}\n"
-        tip += f"{row['share']:.1%} of {row['limit']}"
-        point = {"x": short(done / traffic), "y": short(reached), "size": tokens, "tip": tip}
+        shares.append((share, f"{name} at N = {tokens:,}, {share:.0%} of {limit}"))
+        tip = f"{name}, N = {tokens:,}\n{exact(reached, 'GFLOP/s')}\n{share:.1%} of {limit}"
+        point = {
+            "x": short(row["flop_done"] / traffic),
+            "y": short(reached),
+            "size": tokens,
+            "tip": tip,
+        }
         new = facets | {"label": f"cpu, {name}", "points": [], "hollow": len(lines) % 2 == 1}
         lines.setdefault(row["operation"], new)["points"].append(point)
-    best = max(bound, key=lambda row: row["share"])
     caption = (
         "FLOP that the C++ kernels really do, half of the dense work. Closest to its limit: "
-        f"{plots.label(best['operation'])} at N = {best['tokens']:,}, {best['share']:.0%} of "
-        f"{best['limit']}."
+        f"{max(shares)[1]}."
     )
-    peaks = {"FMA on registers": limits["fma"], "FMA with a load each": limits["loading"]}
-    titles = ["product", "tokens", "GFLOP/s done", "limited by", "of it"]
+    peaks = {"FMA on registers": limits["fma"], "FMA with a load each": limits["load"]}
+    titles = ["product", "tokens", "time", "GFLOP/s done", "limited by", "of it"]
     table_columns = columns(titles, ["product", "limited by"])
     what = f"the C++ products; {machine}"
     return [

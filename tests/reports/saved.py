@@ -50,7 +50,8 @@ def case(
             "clock": "made up",
             "machine": MACHINE,
             "ran": ["aten::bmm", "aten::relu"],
-            "telemetry": {"clock_mhz": 1980},
+            "telemetry": {"source": "NVML", "clock_mhz": [1900, 1980, 1985], "steal_share": None},
+            "cache": "hot",
         },
         "stats": {"median": median, "q1": 0.99 * median, "q3": 1.01 * median, "rounds": 9},
     }
@@ -248,15 +249,21 @@ def step_breakdown() -> dict[str, Any]:
 
 
 def cpu() -> dict[str, Any]:
-    """As bench.cpu writes it: a case, the limits, and a product beside them."""
-    timed = {"operation": "linear_attention", "pass": "forward", "dtype": "float32"}
-    timed |= {"tokens": 1024, "flop": 1e9, "ratio": 5.0, "over_matmul": 1.75}
-    timed |= {"seconds": {"cpu": 0.002, "compiled": 0.01, "matmul": 0.1}}
-    bounds = {"FMA rate": 0.001, "L1 loads": 0.002, "memory": 0.0005}
-    product = {"operation": "linear_attention_state", "tokens": 1024, "seconds": 0.0025}
-    product |= {"bounds": bounds, "limit": "L1 loads", "share": 0.8}
-    limits = {"fma": 2e11, "loading": 1.5e11, "copy": 1e10}
-    return {"machine": MACHINE, "rows": [timed, limits, product]}
+    """As bench.cpu writes it: a case, a sweep over N, the limits, and a product beside them."""
+    timed = {"name": "attention, float32, forward, N = 1024", "tokens": 1024, "against": "compiled"}
+    timed |= {"table": "Linear attention, forward, float32", "flop": 10**9, "ratio": 5.0}
+    timed |= {"over_matmul": 1.75, "over_softmax": 8.5}
+    timed |= {"seconds": {"cpu": 0.002, "compiled": 0.01, "matmul": 0.1, "softmax": 0.017}}
+    scaling = [
+        {"name": f"scaling, N = {2**i}", "tokens": 2**i, "seconds": {"cpu": 1e-7 * 2**i}}
+        for i in range(10, 16)
+    ]
+    rates = {"fma": 2e11, "load": 1.5e11, "copy": 1e10}
+    limits = {"name": "limits", "limits": rates}
+    bounds = {"FMA rate": 0.001, "L1 loads": 0.002, "memory": 0.0005, "fresh pages": 0.0}
+    product = {"name": "roofline", "operation": "linear_attention_state", "tokens": 1024}
+    product |= {"seconds": {"cpu": 0.0025}, "bounds": bounds, "flop_done": 2e8}
+    return {"machine": MACHINE, "rows": [timed, *scaling, limits, product]}
 
 
 def save(path: Path, document: Any) -> Path:

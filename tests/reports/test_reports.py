@@ -199,8 +199,8 @@ def test_page_is_self_contained_and_complete(tmp_path: Path) -> None:
     assert len(page.ids) == len(set(page.ids))
     figures = json.loads(page.data)["figures"]
     kinds = Counter(figure["kind"] for figure in figures)
-    # 7 pictures less the speed-up over torch, of 2 passes each, and 3 rooflines.
-    assert kinds == {"curves": 10 + 3, "heat": 3, "intervals": 1, "bars": 1}
+    # 7 pictures less the speed-up over torch, of 2 passes each, 3 rooflines, and time of the C++.
+    assert kinds == {"curves": 10 + 3 + 1, "heat": 3, "intervals": 1, "bars": 1}
     assert html.count("<figure") == len(figures)
     for text in (
         "95.5 % ± 0.4",
@@ -233,13 +233,15 @@ def test_page_is_self_contained_and_complete(tmp_path: Path) -> None:
         "Linear attention of 4,096 tokens takes 1.64 ms at best (compiled, 2.0× as fast as torch)",
         "The attention core takes 25% of a step of Hydra",
         "80% of L1 loads",
+        "From 1,024 to 32,768 tokens the time grows as N^1.00",
     ):
         assert text in page.text, text
     for text in (
         "no record of it",
         "not usable here: no device",
         "ran: aten::bmm, aten::relu",
-        "clock mhz: 1980",
+        "clock mhz: 1900 / 1980 / 1985",
+        "hot cache",
         "to 95 % validation accuracy, reached by 2 of 3 seeds",
     ):
         assert text in page.tips, text
