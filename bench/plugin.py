@@ -25,6 +25,7 @@ from bench import (
     limits,
     machine,
     memory,
+    peers,
     profiles,
     proof,
     summary,
@@ -36,6 +37,7 @@ from bench.problems import (
     Expected,
     Problem,
     check,
+    expected_of_peer,
     expected_results,
     least_work,
     make_problem,
@@ -193,6 +195,8 @@ class Benchmarks:
             return
         with _failures_named():
             problem, expected = self._shared(case.operation, case.dtype, case.tokens, case.batch)
+            if peers.other_function(case.backend):
+                expected = expected_of_peer(problem, case.backend)
             verdicts = check(problem, case.backend, case.mode, expected)
             name, verdict = worst(verdicts)
             if not verdict.passed:
@@ -208,6 +212,7 @@ class Benchmarks:
             traced = self._profile(call, str(case))
 
         work = least_work(case.operation, case.mode, problem.shape, problem.dtype.itemsize)
+        work = dataclasses.replace(work, flop=int(work.flop * peers.flop_share(case.backend)))
         limit, least_s = self._limits().binding(work, case.dtype)
         self._record(
             benchmark,
@@ -219,6 +224,7 @@ class Benchmarks:
                 "operation": case.operation,
                 "backend": case.backend,
                 "implementation": runs,
+                "other_function": peers.other_function(case.backend),
                 "ran": proof.shown(case.backend, operators, on_device),
                 "energy_per_call_j": joules,
                 "energy_how": joules_how,
@@ -553,6 +559,7 @@ def sweep_from(config: pytest.Config) -> Sweep:
         operations=words("ops"),
         total_tokens=config.getoption("total_tokens"),
         extent=config.getoption("sweep") or "quick",
+        with_peers=bool(config.getoption("peers")),
     )
 
 
@@ -594,6 +601,8 @@ def _parameters(item: pytest.Item) -> dict[str, Any]:
 def _implementation(problem: Problem, case: Case) -> str:
     import kernels
 
+    if case.backend in peers.NAMES:
+        return peers.other_function(case.backend) or f"peer: {case.backend}"
     tensors: Callable[..., Any] = (lambda x: x.detach()) if case.mode == FORWARD else (lambda x: x)
     arguments = tuple(tensors(x) for x in problem.inputs.values())
     return kernels.implementation(case.operation, case.backend, *arguments)

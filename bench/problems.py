@@ -13,6 +13,7 @@ from torch import Tensor
 
 import kernels
 from attention.ripple import halving_axes
+from bench import peers
 from kernels.accuracy import Comparison, compare
 from kernels.layout import unpack_qkv
 
@@ -271,7 +272,13 @@ def make_problem(
             raise ValueError(f"unknown operation {operation!r}; there are {known}")
     for x in inputs.values():
         x.requires_grad_()
-    return Problem(operation, shape, dtype, inputs, output_names, cotangents, run)
+
+    def run_any(tensors: dict[str, Tensor], backend: str) -> tuple[Tensor, ...]:
+        if backend in peers.NAMES:
+            return peers.run(backend, operation, tensors)
+        return run(tensors, backend)
+
+    return Problem(operation, shape, dtype, inputs, output_names, cotangents, run_any)
 
 
 def _numbered(name: str, tensors: list[Tensor]) -> dict[str, Tensor]:
@@ -356,6 +363,15 @@ def expected_results(problem: Problem) -> Expected:
     gradients = torch.autograd.grad(outputs, tuple(leaves.values()), cotangents)
     results = (*(x.detach() for x in outputs), *gradients)
     values = dict(zip(problem.names(FORWARD_BACKWARD), results, strict=True))
+    return Expected(values, dict.fromkeys(values), problem.cotangents)
+
+
+def expected_of_peer(problem: Problem, name: str) -> Expected:
+    """Float64 results of the function that a peer computes instead of the operation's."""
+    leaves = [x.detach().double().requires_grad_() for x in problem.inputs.values()]
+    out = peers.expected(name)(*leaves)
+    gradients = torch.autograd.grad(out, leaves, [g.double() for g in problem.cotangents])
+    values = dict(zip(problem.names(FORWARD_BACKWARD), (out.detach(), *gradients), strict=True))
     return Expected(values, dict.fromkeys(values), problem.cotangents)
 
 

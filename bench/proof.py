@@ -9,6 +9,7 @@ from collections.abc import Callable
 
 import torch
 
+from bench import peers
 from kernels.operators import NAMESPACE
 
 _OWN = ("cpu", "triton", "cuda")
@@ -42,7 +43,7 @@ def fallback(backend: str, operators: tuple[str, ...], kernels: tuple[str, ...],
     """What is wrong with these names for this backend, in words; "" where nothing is.
 
     Args:
-        backend: one of ``kernels.BACKENDS``, or a peer's name (its own adapter looks after it).
+        backend: one of ``kernels.BACKENDS``, or a peer's name.
         operators, kernels: as from :func:`names_of`.
         on: the device's type, "cpu" or "cuda".
     """
@@ -60,6 +61,9 @@ def fallback(backend: str, operators: tuple[str, ...], kernels: tuple[str, ...],
             return "a compiled graph ran, where eager PyTorch was asked for"
         if not _has(operators, "aten::"):
             return "no operator of PyTorch ran"
+    part = peers.signature(backend)
+    if part is not None and not any(part in name for name in (*operators, *kernels)):
+        return f"no …{part}… ran, but {_some(operators)}"
     if own:
         return f"kernels of {', '.join(sorted(own))} ran, where {backend} was asked for"
     if on == "cuda" and not kernels:

@@ -39,6 +39,10 @@ def render(rows: list[Row], width: int, colour: bool) -> str:
         "the time that the measured copy or matmul rate allows for the least traffic or work, over "
         "the time taken.\n"
     )
+    others = {r.info["backend"]: r.info.get("other_function") for r in kernels}
+    note += "".join(
+        f"† {name}: another function, {what}\n" for name, what in others.items() if what
+    )
     return "".join(draw(*block, width, colour) for block in blocks) + note
 
 
@@ -64,7 +68,9 @@ def _kernel_block(title: str, rows: list[Row]) -> _Block:
     table = []
     for tokens in sorted({row.info["N"] for row in rows}):
         at = {row.info["backend"]: row for row in rows if row.info["N"] == tokens}
-        fastest = min(at.values(), key=lambda row: row.median)
+        # What computes another function does not compete.
+        alike = [r for r in at.values() if not r.info.get("other_function")] or [*at.values()]
+        fastest = min(alike, key=lambda row: row.median)
         cells = [f"{tokens:,}"]
         for backend in backends:
             if backend not in at:
@@ -72,6 +78,7 @@ def _kernel_block(title: str, rows: list[Row]) -> _Block:
                 continue
             row = at[backend]
             mark = "*" if row is fastest and len(at) > 1 else " "
+            mark = "†" if row.info.get("other_function") else mark
             half = row.info["relative_iqr"] / 2
             cells.append(f"{format_seconds(row.median)} ±{half:3.0%}{mark}")
         cells.append(f"{fastest.info['tflop_per_s'] * 1e3:.3g}")

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 import torch
 
 import kernels
-from bench import estimate
+from bench import estimate, peers
 from bench.problems import (
     PASSES,
     AttentionShape,
@@ -98,11 +98,13 @@ def make_sweep(
     operations: Sequence[str] = (),
     total_tokens: int | None = None,
     extent: str = "quick",
+    with_peers: bool = False,
 ) -> Sweep:
     """Enumerate the cases; an empty sequence takes what the extent ("quick", "full") has.
 
     A case is one sequence, or, with ``total_tokens``, as many of its length as make that many
     tokens: then a call does the same work at every length, and its time says what length costs.
+    ``with_peers`` adds other libraries' implementations, of which ``backends`` may name some, too.
 
     Raises:
         SweepError: an unknown or unusable device, dtype, backend or operation, or nothing left to
@@ -116,7 +118,7 @@ def make_sweep(
         raise SweepError(f"--seq-lens: lengths are positive, got {min(seq_lens)}")
     if total_tokens is not None and total_tokens < 1:
         raise SweepError(f"--total-tokens: a positive number, got {total_tokens}")
-    unknown = [name for name in backends if name not in kernels.BACKENDS]
+    unknown = [name for name in backends if name not in (*kernels.BACKENDS, *peers.NAMES)]
     if unknown:
         there_are = _list_backends("linear_attention", where)
         raise SweepError(f"--backends: unknown backend {unknown[0]!r}; there are {there_are}")
@@ -136,6 +138,7 @@ def make_sweep(
             usable = tuple(name for name in usable if name not in _FULL_ONLY_BACKENDS)
             left_out |= {f"backend {name}": _SPARED for name in _FULL_ONLY_BACKENDS}
         for dtype in chosen_dtypes:
+            others = _peers(operation, where, DTYPES[dtype], backends, with_peers, left_out)
             lengths = seq_lens or _lengths(operation, kind, extent)
             for tokens in sorted(set(lengths)):
                 batch = total_tokens // tokens if total_tokens else 1
@@ -144,7 +147,7 @@ def make_sweep(
                     left_out.setdefault(what, f"longer than --total-tokens {total_tokens}")
                     continue
                 for mode in PASSES:
-                    for backend in usable:
+                    for backend in (*usable, *others):
                         case = Case(operation, mode, dtype, tokens, batch, backend)
                         # A length that was asked for is only held to the larger limit.
                         limit = "full" if seq_lens else extent
@@ -221,6 +224,27 @@ def _timeable(
             )
         else:
             left_out[f"backend {name}"] = reason
+    return tuple(usable)
+
+
+def _peers(
+    operation: str,
+    device: torch.device,
+    dtype: torch.dtype,
+    asked: Sequence[str],
+    wanted: bool,
+    left_out: dict[str, str],
+) -> tuple[str, ...]:
+    """Peers to time: all that are usable if wanted, or those asked for by name."""
+    usable = []
+    for name, reason in peers.backends(operation, device, dtype).items():
+        if not wanted and name not in asked:
+            continue
+        if reason is None:
+            usable.append(name)
+        else:
+            kind = str(dtype).removeprefix("torch.")
+            left_out[f"{name}, {operation} {kind}"] = reason
     return tuple(usable)
 
 

@@ -44,9 +44,9 @@ class Runs:
     ``kernels``: a row per case, with the columns of ``_KERNEL_COLUMNS``, ``machine`` (a label),
     ``median_s``, its standard ``error`` over itself, ``q1_s``, ``q3_s``, ``rounds``, how many
     ``independent_rounds`` these are worth, ``file`` and ``total_tokens``: 0 where a call is one
-    sequence of N tokens, else how many tokens the sequences of a call have together. ``training``:
-    a row per training step. ``skipped``: a line per file that could not be used. ``heads``: per
-    file, where and when.
+    sequence of N tokens, else how many tokens the sequences of a call have together;
+    ``other_function`` says what a peer computes instead. ``training``: a row per training step.
+    ``skipped``: a line per file that could not be used. ``heads``: per file, where and when.
     """
 
     kernels: pd.DataFrame
@@ -183,6 +183,7 @@ def _rows(
             else:
                 row.update({column: info[name] for column, name in _KERNEL_COLUMNS.items()})
                 row["total_tokens"] = int(info.get("total_tokens") or 0)
+                row["other_function"] = info.get("other_function")
                 row["limit"] = info.get("limit")
                 row["share_of_limit"] = info.get("share_of_limit")
                 row["worst_rms_error"] = max(

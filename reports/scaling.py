@@ -155,6 +155,8 @@ def crossovers(found: Sequence[Group]) -> Iterator[tuple[Group, str, str, Crosso
                 (here["operation"] == "softmax_attention") & (here["backend"] == "torch")
             ]
             linear = here[here["operation"] == "linear_attention"]
+            if "other_function" in linear:  # a peer's; its crossover would be of another function
+                linear = linear[linear["other_function"].isna()]
             for backend, curve in linear.groupby("backend", sort=False):
                 both = softmax.merge(curve, on="N", suffixes=("_softmax", "_linear"))
                 if len(both) < 2:

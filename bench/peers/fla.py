@@ -1,0 +1,39 @@
+"""flash-linear-attention (fla-core), which has causal linear attention and no other.
+
+What its users do for the non-causal one: φ outside, the causal kernel for its final state (its
+output is not needed, and is not avoided), then the state applied to the queries.
+"""
+
+import importlib.util
+
+import torch
+from torch import Tensor
+
+from bench.peers.features import phi, through_state
+
+OPERATION = "linear_attention"
+NAMES = {"fla": "chunk_"}
+
+
+def unusable(name: str, device: torch.device, dtype: torch.dtype | None) -> str | None:
+    if importlib.util.find_spec("fla") is None:
+        return "fla-core is not installed: pip install fla-core"
+    if device.type != "cuda":
+        return f"its kernels are Triton's, which run on CUDA devices, not on {device.type}"
+    return None
+
+
+def run(name: str, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    from fla.ops.linear_attn import chunk_linear_attn
+
+    features = phi(k)
+    # (B, N, H, features) there.
+    _, state = chunk_linear_attn(
+        phi(q).transpose(1, 2),
+        features.transpose(1, 2),
+        v.transpose(1, 2),
+        scale=1.0,
+        output_final_state=True,
+        normalize=False,
+    )
+    return through_state(phi(q), state.float(), features.float().sum(2)).to(q.dtype)

@@ -1,0 +1,32 @@
+"""flash-bidirectional-linear-attention (fla-org), where the user has it: it is on no package index.
+
+Its normaliser is a mean over the keys, so that its eps is N times ours: no difference here.
+"""
+
+import importlib.util
+
+import torch
+from torch import Tensor
+
+from bench.peers.features import phi
+
+OPERATION = "linear_attention"
+NAMES = {"flash_bla": "fwd_kernel"}
+
+
+def unusable(name: str, device: torch.device, dtype: torch.dtype | None) -> str | None:
+    if importlib.util.find_spec("flash_bla") is None:
+        return (
+            "flash-bidirectional-linear-attention is not installed: it is fla-org's repository of "
+            "that name"
+        )
+    if device.type != "cuda":
+        return f"its kernels are Triton's, which run on CUDA devices, not on {device.type}"
+    return None
+
+
+def run(name: str, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    from flash_bla.ops.linear_attn.fused import linear_attention
+
+    out: Tensor = linear_attention(phi(q), phi(k), v)
+    return out

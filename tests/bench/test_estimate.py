@@ -1,0 +1,90 @@
+"""Estimates against what is measured: memory is never under it, and not wildly over it."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+import kernels
+from bench import estimate
+from bench.memory import peak_beyond_outputs
+from bench.problems import PASSES, make_problem
+from bench.progress import Progress, clock
+from bench.sweep import Case, make_sweep, memory_of, parse_case, shape_of
+
+CPU = torch.device("cpu")
+MIB = 2**20
+
+
+@pytest.mark.parametrize("mode", PASSES)
+@pytest.mark.parametrize("operation", ["linear_attention", "softmax_attention", "ripple_expand"])
+@pytest.mark.parametrize("backend", ["reference", "torch", "cpu"])
+def test_working_set_bounds_what_is_measured(operation: str, mode: str, backend: str) -> None:
+    if kernels.backends(operation, CPU, head_dim=64)[backend] is not None:
+        pytest.skip("not usable here")
+    shape = shape_of(operation, 1024)
+    call = make_problem(operation, shape, torch.float32, CPU).call(backend, mode)
+    call()
+    peak, _ = peak_beyond_outputs(call, CPU)
+    assert peak is not None
+    bound = estimate.working_set(operation, mode, backend, shape)
+    assert peak <= bound + MIB
+    assert bound <= 12 * peak + 64 * MIB
+
+
+def test_cases_that_do_not_fit_are_left_out_with_the_estimate(monkeypatch) -> None:
+    monkeypatch.setattr(estimate, "available_bytes", lambda device: 400 * MIB)
+    sweep = make_sweep(
+        device="cpu", operations=["linear_attention"], backends=["torch"], seq_lens=[64, 2**18]
+    )
+    assert {case.tokens for case in sweep.cases} == {64}
+    reasons = [why for what, why in sweep.left_out.items() if "N from 262144" in what]
+    assert len(reasons) == 2
+    assert all("GiB, 0.4 GiB are free" in why for why in reasons)
+
+
+def test_matrices_count(monkeypatch) -> None:
+    """Softmax attention that stores them needs N × M, the fused one does not."""
+    case = Case("softmax_attention", "forward", "float32", 32_768, 1, "reference")
+    assert memory_of(case) > 6 * 32_768**2 * 4
+    fused = Case("softmax_attention", "forward", "float32", 32_768, 1, "torch")
+    assert memory_of(fused) < 6 * 32_768**2 * 4
+
+
+def test_memory_that_is_free(tmp_path: Path) -> None:
+    assert estimate.does_not_fit(90, 100) is None
+    assert estimate.does_not_fit(91, 100)
+    assert estimate.does_not_fit(10**18, None) is None
+    available = estimate.available_bytes(CPU)
+    assert available is not None
+    assert MIB < available < 2**45
+    (tmp_path / "memory.max").write_text("1000\n")
+    (tmp_path / "memory.current").write_text("400\n")
+    assert estimate._of_cgroup(tmp_path) == 600
+    (tmp_path / "memory.max").write_text("max\n")
+    assert estimate._of_cgroup(tmp_path) is None
+
+
+def test_names_of_cases_can_be_read_back() -> None:
+    for batch in (1, 4):
+        case = Case("linear_attention", "forward+backward", "bfloat16", 128, batch, "sdpa_math")
+        assert parse_case(str(case)) == case
+    with pytest.raises(ValueError, match="is no case's name"):
+        parse_case("linear_attention")
+
+
+def test_time_left_is_scaled_by_what_was_seen(monkeypatch) -> None:
+    now = [0.0]
+    monkeypatch.setattr("bench.progress.time.monotonic", lambda: now[0])
+    progress = Progress(["a", "b", "c"], {"a": 1.0, "b": 2.0, "c": 4.0}, None)
+    assert progress.times() == (0.0, 7.0)
+    now[0] = 3.0  # three times as long as estimated
+    progress.done("a", "")
+    assert progress.times() == (3.0, 18.0)
+    progress.skip("b")
+    progress.done("b", "")
+    assert progress.times() == (3.0, 12.0)
+    assert not progress.finished
+    progress.done("c", "")
+    assert progress.finished
+    assert (clock(59.9), clock(3723)) == ("0:59", "1:02:03")

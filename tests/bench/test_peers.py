@@ -1,0 +1,117 @@
+"""Other libraries' implementations, on what is installed here and on stand-ins of what is not."""
+
+import importlib.util
+import sys
+from types import ModuleType
+
+import pytest
+import torch
+
+from bench import peers
+from bench.peers.features import phi
+from bench.problems import (
+    FORWARD_BACKWARD,
+    AttentionShape,
+    check,
+    expected_of_peer,
+    expected_results,
+    make_problem,
+)
+from bench.sweep import make_sweep
+from kernels.accuracy import compare
+
+CPU = torch.device("cpu")
+SHAPE = AttentionShape(B=2, H=3, Hk=3, N=37, M=37, D=16)
+
+
+@pytest.mark.parametrize("name", ["sdpa_math", "sdpa_flash"])
+def test_sdpa_kernels_are_right(name: str) -> None:
+    problem = make_problem("softmax_attention", SHAPE, torch.float32, CPU)
+    for verdict in check(problem, name, FORWARD_BACKWARD, expected_results(problem)).values():
+        assert verdict.passed, verdict
+
+
+def causal_stand_in(q, k, v, scale, output_final_state, normalize):
+    """What fla's causal kernel returns, (B, N, H, ·) in and out, by its definition."""
+    assert (scale, output_final_state, normalize) == (1.0, True, False)
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    scores = (q @ k.mT).tril()
+    return (scores @ v).transpose(1, 2), k.mT @ v
+
+
+def bidirectional_stand_in(q, k, v):
+    """What flash_bla's operation is defined as: a mean normaliser."""
+    normaliser = q @ k.mean(-2, keepdim=True).mT
+    return q @ (k.mT @ v) / k.shape[-2] / (normaliser + 1e-6)
+
+
+@pytest.mark.parametrize(
+    ("name", "module", "attribute", "function"),
+    [
+        ("fla", "fla.ops.linear_attn", "chunk_linear_attn", causal_stand_in),
+        (
+            "flash_bla",
+            "flash_bla.ops.linear_attn.fused",
+            "linear_attention",
+            bidirectional_stand_in,
+        ),
+    ],
+)
+def test_adapters_make_our_function_of_theirs(
+    monkeypatch, name: str, module: str, attribute: str, function
+) -> None:
+    parts = module.split(".")
+    for i in range(1, len(parts) + 1):
+        made = ModuleType(".".join(parts[:i]))
+        made.__path__ = []  # type: ignore[attr-defined]
+        monkeypatch.setitem(sys.modules, ".".join(parts[:i]), made)
+    setattr(sys.modules[module], attribute, function)
+    problem = make_problem("linear_attention", SHAPE, torch.float32, CPU)
+    for verdict in check(problem, name, FORWARD_BACKWARD, expected_results(problem)).values():
+        assert verdict.passed, verdict
+
+
+def test_litemla_is_checked_against_its_own_function_and_marked(monkeypatch) -> None:
+    from bench.peers import litemla
+
+    class StandIn:
+        """timm's LiteMLA._attn by its definition: the last column of v is ones."""
+
+        def _attn(self, q, k, v):
+            out = q @ (k.mT @ v)
+            return out[..., :-1] / (out[..., -1:] + 1e-6)
+
+    if importlib.util.find_spec("timm") is None:
+        monkeypatch.setattr(litemla, "_module", StandIn)
+    problem = make_problem("linear_attention", SHAPE, torch.float32, CPU)
+    theirs = expected_of_peer(problem, "litemla")
+    for verdict in check(problem, "litemla", FORWARD_BACKWARD, theirs).values():
+        assert verdict.passed, verdict
+    ours = expected_results(problem)
+    assert not compare(theirs.values["out"].float(), ours.values["out"], gradient=False).passed
+    assert "one-sided" in str(peers.other_function("litemla"))
+    assert peers.other_function("fla") is None
+
+
+def test_what_is_missing_says_how_to_get_it(monkeypatch) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    reasons = peers.backends("linear_attention", CPU)
+    assert reasons["fla"] == "fla-core is not installed: pip install fla-core"
+    assert reasons["litemla"] == "timm is not installed: pip install timm"
+    assert "fla-org's repository" in str(reasons["flash_bla"])
+
+
+def test_peers_are_timed_when_asked_for() -> None:
+    common = {"device": "cpu", "operations": ["softmax_attention"], "seq_lens": [64]}
+    plain = make_sweep(**common)
+    assert not {case.backend for case in plain.cases} & set(peers.NAMES)
+    named = make_sweep(**common, backends=["torch", "sdpa_math"])
+    assert {case.backend for case in named.cases} == {"torch", "sdpa_math"}
+    all_of_them = make_sweep(**common, with_peers=True)
+    assert {"torch", "sdpa_math", "sdpa_flash"} <= {case.backend for case in all_of_them.cases}
+    assert "no cudnn kernel" in all_of_them.left_out["sdpa_cudnn, softmax_attention float32"]
+
+
+def test_features_are_those_of_the_kernels() -> None:
+    x = torch.tensor([[-2.0, 0.0, 3.0]])
+    assert phi(x).tolist() == [[0.0, 0.0, 3.0, 2.0, 0.0, 0.0]]
