@@ -1,7 +1,8 @@
 """Measure tiles, warps and stages of the Triton kernels on this GPU; write what is fastest.
 
     python -m bench.tune --out tuning.json          # then: export LINEAR_VIT_TUNING=tuning.json
-    python -m bench.tune --dry-run --arch sm_90a    # no GPU: list the candidates that compile well
+    python -m bench.tune --dry-run --arch sm_90a    # no GPU: compile the candidates instead
+    python -m bench.tune --dry-run --list           # nor that: only name them
 
 One kernel at a time, in the table's order: its options as they stand, and each of them changed by
 one step. A candidate counts if the operation still meets the accuracy rule; the fastest by device
@@ -13,19 +14,21 @@ import contextlib
 import json
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from unittest import mock
 
 import torch
 
 from bench import clock
+from bench.machine_code import LIMITS
 from bench.problems import (
     FORWARD,
     FORWARD_BACKWARD,
     AttentionShape,
     Expected,
     Problem,
+    RippleShape,
     check,
     expected_results,
     make_problem,
@@ -37,6 +40,8 @@ DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.
 _GAIN = 0.02
 _BUDGET_S = 0.2
 
+_DIMENSIONS = ("head_dims", "channels")
+
 Options = dict[str, int]
 
 
@@ -47,24 +52,35 @@ class Workload:
     operation: str
     mode: str
     B: int
-    H: int
-    N: int
+    H: int = 0  # heads; 0 for a grid
+    N: int = 0  # tokens of a sequence, or of a side of a square grid
 
-    def problem(self, head_dim: int, dtype: torch.dtype, device: torch.device) -> Problem:
-        shape = AttentionShape(self.B, self.H, self.H, self.N, self.N, head_dim)
+    def problem(self, dim: int, dtype: torch.dtype, device: torch.device) -> Problem:
+        shape = (
+            AttentionShape(self.B, self.H, self.H, self.N, self.N, dim)
+            if self.H
+            else RippleShape(self.B, self.N, self.N, dim)
+        )
         return make_problem(self.operation, shape, dtype, device)
+
+    def smaller(self) -> "Workload":
+        """One that launches the same kernels and fits any machine."""
+        return replace(self, B=min(self.B, 16), H=min(self.H, 6), N=min(self.N, 8192))
 
 
 WORKLOADS = {
     "linear_attention.state": Workload("linear_attention_state", FORWARD, 1, 16, 65536),
+    "linear_attention.reduce": Workload("linear_attention_state", FORWARD, 1, 1, 16384),
     "linear_attention.apply": Workload("linear_attention_apply", FORWARD, 1, 16, 65536),
     "linear_attention.query_gradient": Workload(
+        "linear_attention_apply", FORWARD_BACKWARD, 1, 16, 65536
+    ),
+    "linear_attention.query_sums": Workload(
         "linear_attention_apply", FORWARD_BACKWARD, 1, 16, 65536
     ),
     "linear_attention.key_value_gradient": Workload(
         "linear_attention_state", FORWARD_BACKWARD, 1, 16, 65536
     ),
-    "linear_attention.reduce": Workload("linear_attention_state", FORWARD, 1, 1, 16384),
     "linear_attention.short_forward": Workload("linear_attention", FORWARD, 128, 6, 256),
     "linear_attention.short_backward": Workload("linear_attention", FORWARD_BACKWARD, 128, 6, 256),
     "softmax_attention.forward": Workload("softmax_attention", FORWARD, 4, 16, 2048),
@@ -74,7 +90,29 @@ WORKLOADS = {
     "softmax_attention.key_value_gradient": Workload(
         "softmax_attention", FORWARD_BACKWARD, 4, 16, 2048
     ),
+    "ripple.pool": Workload("ripple_pool", FORWARD, 128, N=32),
+    "ripple.pool_backward": Workload("ripple_pool", FORWARD_BACKWARD, 128, N=32),
+    "ripple.expand": Workload("ripple_expand", FORWARD, 128, N=32),
+    "ripple.expand_backward": Workload("ripple_expand", FORWARD_BACKWARD, 128, N=32),
+    "ripple.pool_stages": Workload("ripple_pool_stages", FORWARD, 128, N=8),
+    "ripple.pool_stages_backward": Workload("ripple_pool_stages", FORWARD_BACKWARD, 128, N=8),
+    "ripple.expand_stages": Workload("ripple_expand_stages", FORWARD, 128, N=8),
+    "ripple.expand_stages_backward": Workload("ripple_expand_stages", FORWARD_BACKWARD, 128, N=8),
+    "ripple.sum_partials": Workload("ripple_pool", FORWARD_BACKWARD, 128, N=32),
 }
+
+
+def functions(kernel: str) -> tuple[str, ...]:
+    """The Triton functions that a kernel of the table is, whichever of them its options choose."""
+    name = kernel.partition(".")[2]
+    if name in ("state", "query_sums"):
+        return ("_state", "_feature_outer") if name == "state" else ("_feature_outer",)
+    return (f"_{name.replace('_stages', '')}",)
+
+
+def dtype_of(kernel: str, dtype: torch.dtype) -> torch.dtype:
+    """The dtype that a kernel's rules are asked for: partial sums are float32 always."""
+    return torch.float32 if kernel == "linear_attention.reduce" else dtype
 
 
 def neighbours(options: Options) -> list[Options]:
@@ -84,7 +122,8 @@ def neighbours(options: Options) -> list[Options]:
         if name == "RESIDENT":
             continue
         if name == "num_stages":
-            steps = [s for s in (value - 1, value + 1) if 2 <= s <= 5]
+            # Of a kernel that has one, none of the loops is of a kind that is pipelined.
+            steps = [s for s in (value - 1, value + 1) if 2 <= s <= 5 and value > 1]
         elif name == "num_warps":
             steps = [s for s in (value // 2, value * 2) if 2 <= s <= 16]
         else:
@@ -104,12 +143,16 @@ def trying(kernel: str, options: Options) -> Iterator[None]:
             tuning._options.cache_clear()
 
 
-def tune(kernel: str, head_dim: int, dtype: torch.dtype, device: torch.device) -> Options | None:
-    """The fastest options found for a kernel; None where they are those of the table."""
+def tune(kernel: str, dim: int, dtype: torch.dtype, device: torch.device) -> Options | None:
+    """The fastest options found for a kernel; None where they are those of the table.
+
+    Args:
+        dim: the head dim, or the channels.
+    """
     workload = WORKLOADS[kernel]
-    problem = workload.problem(head_dim, dtype, device)
+    problem = workload.problem(dim, dtype, device)
     expected = expected_results(problem)
-    before = best = tuning.options(kernel, head_dim, dtype, device)
+    before = best = tuning.options(kernel, dim, dtype_of(kernel, dtype), device)
     times: dict[tuple[tuple[str, int], ...], float] = {}
 
     def seconds(options: Options) -> float:
@@ -149,30 +192,31 @@ def _time(
 
 
 def compiles_well(
-    kernel: str, options: Options, architecture: str, head_dim: int, dtype: torch.dtype
+    kernel: str, options: Options, architecture: str, dim: int, dtype: torch.dtype
 ) -> str:
-    """Compile a candidate with no GPU: "" where it spills nothing and fits, else what is wrong."""
-    from bench import launches, machine_code
+    """Compile a candidate with no GPU, and say what became of it, in a few words."""
+    from bench import launches, static
     from bench.compiled_triton import compile_room
 
     room = kernel.partition(".")[0]
-    workload = WORKLOADS[kernel]
-    problem = workload.problem(head_dim, dtype, torch.device("cpu"))
+    problem = WORKLOADS[kernel].smaller().problem(dim, dtype, torch.device("cpu"))
     exercise = launches.Exercise(problem, launches.ALIGNED)
+    head_dim = dim if launches.has_head_dims(room) else None
+    static._cache().mkdir(parents=True, exist_ok=True)
     with (
         trying(kernel, options),
         mock.patch.object(launches, "exercises", return_value=[exercise]),
     ):
-        rows = compile_room(room, architecture, dtype, head_dim)
-    limit = machine_code.LIMITS[architecture].shared_memory_per_block
-    wrong = [
-        f"{row['kernel']} spills {row['spill_stores'] + row['spill_loads']} bytes"
-        for row in rows
-        if row["spill_stores"] + row["spill_loads"]
-    ]
-    wrong += [f"{r['kernel']} wants {r['dynamic_shared']} bytes of shared memory" for r in rows
-              if r["dynamic_shared"] > limit]  # fmt: skip
-    return "; ".join(wrong)
+        rows = compile_room(room, architecture, dtype, head_dim, static._cache())
+    own = [static._finish(row) for row in rows if row["kernel"] in functions(kernel)]
+    if not own:
+        return "not launched at this size"
+    registers = max(row["registers"] for row in own)
+    shared = max(row["dynamic_shared"] for row in own) / 1024
+    occupancy = min(row["occupancy"] for row in own)
+    wrong = dict.fromkeys(fault for row in own for fault in row["faults"])
+    usage = f"{registers} registers, {shared:.0f} KiB, {100 * occupancy:.0f} %"
+    return "; ".join([usage, *wrong])
 
 
 def _words(options: Options) -> str:
@@ -184,8 +228,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         prog="python -m bench.tune", description="Find the fastest launch options on this GPU."
     )
     parser.add_argument("--kernels", metavar="A,B", help="of the table; all by default")
-    parser.add_argument("--head-dims", default="64", metavar="A,B")
-    parser.add_argument("--dtypes", default="bfloat16", metavar="A,B")
+    parser.add_argument("--head-dims", default="64", metavar="A,B", help="default: 64")
+    parser.add_argument("--channels", default="384", metavar="A,B", help="ripple's; default: 384")
+    parser.add_argument("--dtypes", default="bfloat16", metavar="A,B", help="default: bfloat16")
     parser.add_argument("--out", type=Path, default=Path("tuning.json"), metavar="FILE")
     parser.add_argument("--dry-run", action="store_true", help="compile candidates, time nothing")
     parser.add_argument("--arch", default="sm_90a", help="for --dry-run (default: sm_90a)")
@@ -195,21 +240,33 @@ def main(argv: Sequence[str] | None = None) -> int:
     for name in names:
         if name not in WORKLOADS:
             parser.error(f"no workload for {name!r}; there are {', '.join(WORKLOADS)}")
+    for dtype in given.dtypes.split(","):
+        if dtype not in DTYPES:
+            parser.error(f"no dtype {dtype!r}; there are {', '.join(DTYPES)}")
+    if given.arch not in LIMITS:
+        parser.error(f"no {given.arch!r}; there are {', '.join(LIMITS)}")
+    try:
+        dims = {of: [int(d) for d in getattr(given, of).split(",")] for of in _DIMENSIONS}
+    except ValueError:
+        parser.error("head dims and channels are numbers with commas between them")
     cases = [
-        (name, int(head_dim), dtype)
+        (name, dim, dtype)
         for name in names
-        for head_dim in given.head_dims.split(",")
+        for dim in dims["channels" if name.startswith("ripple.") else "head_dims"]
         for dtype in given.dtypes.split(",")
     ]
     if given.dry_run:
-        for name, head_dim, dtype in cases:
-            print(f"{name} D={head_dim} {dtype} {given.arch}")
-            with tuning.assume(given.arch, 132):
-                start = tuning.options(name, head_dim, DTYPES[dtype], torch.device("cpu"))
+        for name, dim, dtype in cases:
+            print(f"{name} {dim} {dtype} {given.arch}")
+            with tuning.assume(given.arch, LIMITS[given.arch].multiprocessors):
+                asked = dtype_of(name, DTYPES[dtype])
+                start = tuning.options(name, dim, asked, torch.device("cpu"))
             for options in neighbours(start):
-                verdict = "" if given.list else compiles_well(
-                    name, options, given.arch, head_dim, DTYPES[dtype]
-                ) or "no spills"  # fmt: skip
+                verdict = (
+                    ""
+                    if given.list
+                    else compiles_well(name, options, given.arch, dim, DTYPES[dtype])
+                )
                 print(f"  {_words(options)}  {verdict}".rstrip(), flush=True)
         return 0
     if not torch.cuda.is_available():
@@ -218,16 +275,16 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     device = torch.device("cuda", torch.cuda.current_device())
     rules = []
-    for name, head_dim, dtype in cases:
-        print(f"{name} D={head_dim} {dtype}", flush=True)
-        found = tune(name, head_dim, DTYPES[dtype], device)
+    for name, dim, dtype in cases:
+        print(f"{name} {dim} {dtype}", flush=True)
+        found = tune(name, dim, DTYPES[dtype], device)
         if found is not None:
             rules.append(
                 {
                     "kernel": name,
                     "architecture": tuning.architecture(device),
-                    "dim": head_dim,
-                    "dtype": dtype,
+                    "dim": dim,
+                    "dtype": str(dtype_of(name, DTYPES[dtype])).removeprefix("torch."),
                     "options": found,
                 }
             )
