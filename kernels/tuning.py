@@ -16,7 +16,7 @@ import contextlib
 import functools
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -33,7 +33,7 @@ class Rule:
 
     options: dict[str, int]
     architectures: tuple[str, ...] | None = None  # "sm_86"
-    dims: range | tuple[int, ...] | None = None
+    dims: Container[int] | None = None
     dtypes: tuple[torch.dtype, ...] | None = None
 
     def fits(self, architecture: str, dim: int, dtype: torch.dtype) -> bool:
@@ -48,12 +48,18 @@ def _tile(num_warps: int, num_stages: int, **tile: int) -> dict[str, int]:
     return {**tile, "num_warps": num_warps, "num_stages": num_stages}
 
 
+# Half-precision channels whose tokens can't be 16 bytes apart: every element is an access, with its
+# own address, so that a thread takes fewer.
+_UNEVEN = frozenset(channels for channels in range(33, 4096) if channels % 8)
+
+
 def _ripple_rules(num_warps: int, tokens: int = 16) -> tuple[Rule, ...]:
     """A tile of 64 channels, of fewer where there are not so many; float32 at 16 bytes a thread."""
     return (
         Rule(_tile(num_warps, 1, BLOCK_P=4 * tokens, BLOCK_C=16), dims=range(1, 17)),
         Rule(_tile(num_warps, 1, BLOCK_P=2 * tokens, BLOCK_C=32), dims=range(17, 33)),
         Rule(_tile(8, 1, BLOCK_P=16, BLOCK_C=64), dtypes=FLOAT32),
+        Rule(_tile(8, 1, BLOCK_P=8, BLOCK_C=64), dims=_UNEVEN),
         Rule(_tile(num_warps, 1, BLOCK_P=tokens, BLOCK_C=64)),
     )
 
@@ -128,6 +134,7 @@ TABLE: dict[str, tuple[Rule, ...]] = {
     ),
     "linear_attention.query_gradient": (
         *_NARROW,
+        Rule(_tile(8, 2, RESIDENT=0, BLOCK_N=32, BLOCK_F=32), None, range(65, 97), FLOAT32),
         *_streamed(_WIDE),
         *_streamed(range(33, 65), architectures=("sm_80", "sm_86")),
         *_streamed(range(33, 65), dtypes=FLOAT32),
@@ -166,6 +173,7 @@ TABLE: dict[str, tuple[Rule, ...]] = {
         Rule(_tile(8, 2, OWNED=32, PASSED=32), dtypes=FLOAT32),
         Rule(_tile(4, 3, OWNED=128, PASSED=64), dims=range(33)),
         Rule(_tile(8, 3, OWNED=128, PASSED=64), architectures=("sm_90", "sm_100")),
+        Rule(_tile(8, 2, OWNED=128, PASSED=32), dims=range(65, 97)),  # padded: more addresses
         Rule(_tile(8, 3, OWNED=128, PASSED=32), dims=range(65, 129)),
         Rule(_tile(8, 3, OWNED=128, PASSED=64)),
     ),
@@ -184,6 +192,7 @@ TABLE: dict[str, tuple[Rule, ...]] = {
         Rule(_tile(8, 2, OWNED=32, PASSED=16), dtypes=FLOAT32),
         Rule(_tile(4, 2, OWNED=64, PASSED=32), dims=range(33)),
         Rule(_tile(8, 2, OWNED=128, PASSED=32), architectures=("sm_90", "sm_100")),
+        Rule(_tile(8, 2, OWNED=64, PASSED=32), dims=range(65, 97)),
         Rule(_tile(4, 2, OWNED=64, PASSED=32), dims=range(65, 129)),
         Rule(_tile(8, 2, OWNED=128, PASSED=32)),
     ),

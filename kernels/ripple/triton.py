@@ -497,36 +497,35 @@ def _expand_backward(
 def _sum_partials(
     partial_pointer,  # (programs, STAGES, 11, C)
     weight_pointers,  # gradients (C, 3, 3), contiguous
-    pair_pointers,  # gradients (2, C), contiguous; any without PAIRS
+    pair_pointers,  # gradients (2, C), contiguous, of sums 9 and 10; any where there are but 9
     programs,
     C,
     STAGES: tl.constexpr,
-    PAIRS: tl.constexpr,
     BLOCK_P: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
     """Each weight's gradient: its partial sums, added in the order of the programs."""
     channels = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
-    tap = tl.program_id(1)
-    for s in tl.static_range(STAGES):
-        total = tl.zeros((BLOCK_P, BLOCK_C), dtype=tl.float32)
-        for start in range(0, programs, BLOCK_P):
-            program = start + tl.arange(0, BLOCK_P)
-            rows = (program.to(tl.int64) * STAGES + s) * 11 + tap
-            mask = (program < programs)[:, None] & (channels < C)[None, :]
-            total += tl.load(
-                partial_pointer + rows[:, None] * C + channels[None, :], mask=mask, other=0.0
-            )
-        gradient = tl.sum(total, axis=0)
-        if tap < 9:
-            dweight = weight_pointers[s]
-            rounded = narrow(gradient, dweight.dtype.element_ty)
-            tl.store(dweight + channels * 9 + tap, rounded, mask=channels < C)
-        else:
-            if PAIRS:
-                dpair = pair_pointers[s]
-                rounded = narrow(gradient, dpair.dtype.element_ty)
-                tl.store(dpair + (tap - 9) * C + channels, rounded, mask=channels < C)
+    tap, stage = tl.program_id(1), tl.program_id(2)
+    total = tl.zeros((BLOCK_P, BLOCK_C), dtype=tl.float32)
+    for start in range(0, programs, BLOCK_P):
+        program = start + tl.arange(0, BLOCK_P)
+        rows = (program.to(tl.int64) * STAGES + stage) * 11 + tap
+        mask = (program < programs)[:, None] & (channels < C)[None, :]
+        total += tl.load(
+            partial_pointer + rows[:, None] * C + channels[None, :], mask=mask, other=0.0
+        )
+    gradient, pair_gradient = weight_pointers[0], pair_pointers[0]
+    for s in tl.static_range(1, STAGES):
+        if stage == s:
+            gradient = weight_pointers[s]
+            pair_gradient = pair_pointers[s]
+    offsets = channels * 9 + tap
+    if tap >= 9:
+        gradient = pair_gradient
+        offsets = (tap - 9) * C + channels
+    rounded = narrow(tl.sum(total, axis=0), gradient.dtype.element_ty)
+    tl.store(gradient + offsets, rounded, mask=channels < C)
 
 
 # ---- launchers -----------------------------------------------------------------------------------
@@ -590,14 +589,14 @@ class _Pyramid:
         self, partials: Tensor, dweights: Sequence[Tensor], dpairs: Sequence[Tensor] = ()
     ) -> None:
         options = launch_options("ripple.sum_partials", self.C, self.x.dtype, self.x.device)
-        _sum_partials[(triton.cdiv(self.C, options["BLOCK_C"]), 11 if dpairs else 9)](
+        sums, stages = 11 if dpairs else 9, len(self.axes)
+        _sum_partials[(triton.cdiv(self.C, options["BLOCK_C"]), sums, stages)](
             partials,
             tuple(dweights),
             tuple(dpairs or dweights),
             self.parts,
             self.C,
-            STAGES=len(self.axes),
-            PAIRS=bool(dpairs),
+            STAGES=stages,
             **options,
         )
 
