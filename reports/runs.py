@@ -54,6 +54,12 @@ class Runs:
     heads: list[dict[str, Any]]
     skipped: list[str] = field(default_factory=list)
 
+    def _repr_html_(self) -> str:
+        """What a notebook shows: a table and plots."""
+        from reports import notebook
+
+        return notebook.show(self)
+
 
 def load(paths: Sequence[Path]) -> Runs:
     """Read saved runs from files and folders (searched with their sub-folders).

@@ -361,3 +361,16 @@ def test_page_draws_a_backend_as_the_papers_plots_do() -> None:
     names = ("reference", "torch", "compiled", "triton", "cuda", "cpu")
     assert {page_style(name)["colour"] for name in names} == {style(name)[0] for name in names}
     assert len({page_style(name)["symbol"] for name in names}) == len(names)
+
+
+def test_a_notebook_shows_a_run_as_table_and_plots(tmp_path: Path) -> None:
+    run = saved.run()
+    run["benchmarks"] = [b for b in run["benchmarks"] if "ripple_pool" in b["name"]]
+    html = load([saved.save(tmp_path / "run.json", run)])._repr_html_()
+    page = _page(html)
+    assert html.count("<svg") == 3  # time, memory and speed-up
+    assert len(page.ids) == len(set(page.ids))
+    # A case of the table, and the machine's name as text.
+    assert "51.2 µs" in page.text
+    assert "Test CPU <3 GHz>" in page.text
+    assert "<script" not in html
