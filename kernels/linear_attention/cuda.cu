@@ -78,7 +78,9 @@ struct Plan {
     const bool tiny = p.keys <= 256 && queries <= 1024;
     stay = p.S == nullptr;
     one_launch = half && p.num_splits == 0 && (shorter || tiny);
-    if (pass == kBackward && stay) one_launch = one_launch && p.keys <= staying(p);
+    if (pass == kBackward) {
+      one_launch = one_launch && backward_in_one(p.head_dim) && (!stay || p.keys <= staying(p));
+    }
     if (pass != kForward && pass != kBackward) one_launch = false;
   }
 
@@ -252,7 +254,7 @@ cudaError_t run_forward(const Arguments& p, cudaStream_t stream) {
 template <int D, typename T>
 cudaError_t run_backward(const Arguments& p, cudaStream_t stream) {
   const Plan plan(p, kBackward);
-  if constexpr (!std::is_same_v<T, float>) {
+  if constexpr (!std::is_same_v<T, float> && backward_in_one(D)) {
     if (plan.one_launch) {
       Problem<T> problem = problem_of<T>(p);
       problem.num_splits = 1;

@@ -2,8 +2,8 @@
 // works for one key/value head: its state is put into shared memory once, and meets tile after tile.
 //
 //   forward              one launch: state of all keys, then out of all queries of the group
-//   backward             one launch: the state (given, or made again from keys and values that stay in
-//                        shared memory), dq and dS of all queries, then dk and dv
+//   backward             one launch, up to D = 96: the state (given, or made again from keys and values
+//                        that stay in shared memory), dq and dS of all queries, then dk and dv
 //   state                S and z of a split's keys and values
 //   apply                out of a split's queries
 //   query_gradient       dq, and dS and dz' of a split's queries
@@ -63,10 +63,13 @@ struct BackwardShared {
   }
 };
 
-// How many key tokens can stay. At D = 128 there is room for 32, and they would cost registers.
+// One launch for a backward: at D = 128 it would spill, in float16 on compute capability 9.0.
+constexpr bool backward_in_one(int64_t head_dim) { return head_dim <= 96; }
+
+// How many key tokens can stay.
 template <typename T, int D>
 constexpr int64_t staying_keys() {
-  if (D > 96) return 0;
+  if (!backward_in_one(D)) return 0;
   return (kSharedLimit - sizeof(BackwardShared<T, D, true>)) / (2 * sizeof(TokenTile<T, D>)) *
          Half<D>::kTokens;
 }
