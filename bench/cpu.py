@@ -1,21 +1,30 @@
 """The CPU kernels against their targets, and how far each is from what limits it.
 
     python -m bench.cpu                          # the tables below, in some minutes
-    python -m bench.cpu --only linear_attention --dtypes float32 --tokens 64,1024 --json cpu.json
+    python -m bench.cpu --only attention --dtypes float32 --tokens 64,1024 --json cpu.json
+    python -m bench.cpu --only none --json cpu.json --markdown cpu.md
 
 All backends of a row take turns in one process (medians). Linear attention: 6 heads of 64,
 batch · N = 65,536 tokens, against ``compiled``, PyTorch's softmax attention and the machine's own
-matmul; ripple: 384 channels, against the depthwise ``conv2d`` path. GFLOP/s are of the dense work,
-8·N·D² a head forward and three times that with backward, of which the kernels do half.
+matmul; ripple: 384 channels, against the depthwise ``conv2d`` path; the exponent of time against N:
+one sequence of 6 heads. GFLOP/s are of the dense work, 8·N·D² a head forward and three times that
+with backward, of which the kernels do half.
 
-The roofline holds three limits, measured here: FMAs on registers, FMAs that each load a vector from
-the L1 cache, and the memory's copy rate.
+``--json`` adds to what the file holds, so that a long measurement can be taken in pieces: a row
+measured again replaces the one before. ``--markdown`` writes all rows of that file, beside the
+targets, as tables.
+
+The roofline holds what limits the kernels, measured here: FMAs on registers, FMAs that each load a
+vector from the L1 cache, the memory's copy rate, and how fast fresh pages can be written at all.
 """
 
 import argparse
+import functools
 import json
+import mmap
+import os
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from statistics import geometric_mean
 from typing import Any
@@ -33,27 +42,43 @@ from bench.problems import (
     least_work,
     make_problem,
 )
+from reports.fits import fit_scaling
 
 CPU = torch.device("cpu")
 TOTAL_TOKENS, HEADS, HEAD_DIM = 65_536, 6, 64
-TOKENS = (64, 256, 1024, 4096, 16_384, 65_536)
+TOKENS = (64, 256, 1024, 4096, 16_384, 65_536)  # of the targets
+FASTER_THAN_SOFTMAX_FROM = 128
+LENGTHS = tuple(1024 << i for i in range(11))
+LONGEST_SOFTMAX = 1024  # a quadratic operation: seconds a call beyond
 GRIDS, CHANNELS = (8, 16, 32, 64), 384
 # Loads from the L1 cache per FMA, as cpu_simd.cpp's header counts them.
 LOADS = {
     "linear_attention_state": 6 / 8,
     "linear_attention_apply": 5 / 4,
 }
+TABLES = ("attention", "ripple", "scaling", "roofline")
+KIND = "cpu kernels"  # what reports take the file for
+Row = dict[str, Any]
+WHAT_LIMITS = """\
+What keeps the kernels from the matmul's rate. They do half of the dense work, but a row that a
+sign picks is loaded for one token and used once: 5 loads from the L1 cache for 4 FMAs where a query
+reads the state, 6 for 8 where keys make it; a matmul's register tile uses each load several times.
+So they are held by the rate of FMAs with loads, the lower of the two under Roofline, and where a
+core's loads are slowed by other programs the matmul loses less. Lists of tokens by sign end in a
+mispredicted branch every 16 tokens. And an output of 100 MB is memory fresh from the system at
+every call: the column "fresh pages" is the time to have that cleared, whoever computes."""
 
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.cpu", description=__doc__.split("\n")[0])
-    parser.add_argument("--tokens", default=",".join(map(str, TOKENS)), help="N, e.g. 64,1024")
+    parser.add_argument("--only", choices=(*TABLES, "none"), help="one table, or none")
+    parser.add_argument("--tokens", default=_every(TOKENS), help="N, e.g. 64,1024")
     parser.add_argument("--dtypes", default="float32,bfloat16", help="of linear attention")
-    parser.add_argument("--only", choices=("linear_attention", "ripple", "roofline"))
     parser.add_argument("--budget", type=float, default=1.0, help="seconds per timed call")
     parser.add_argument("--against", default="compiled", help="backend to compare with")
     parser.add_argument("--threads", type=int, help="PyTorch threads (default: its own choice)")
-    parser.add_argument("--json", type=Path, help="write every median there too")
+    parser.add_argument("--json", type=Path, help="add every median to this file")
+    parser.add_argument("--markdown", type=Path, help="write all rows, the file's too, as tables")
     options = parser.parse_args(arguments)
     reason = kernels.backends("linear_attention", CPU)["cpu"]
     if reason is not None:
@@ -62,24 +87,83 @@ def main(arguments: list[str] | None = None) -> int:
     if options.threads is not None:
         torch.set_num_threads(options.threads)
 
-    machine = describe(CPU)
-    print(f"{machine['cpu']}, {machine['threads']} threads, PyTorch {machine['torch']}")
-    print(kernels.implementation("linear_attention", "cpu"))
+    machine = describe(CPU) | {"kernels": kernels.implementation("linear_attention", "cpu")}
+    try:
+        rows = earlier_rows(options.json, machine)
+    except ValueError as error:
+        print(error, file=sys.stderr)
+        return 1
     tokens = [int(n) for n in options.tokens.split(",")]
-    rows = []
-    if options.only in (None, "linear_attention"):
-        for dtype in options.dtypes.split(","):
-            for mode in (FORWARD, FORWARD_BACKWARD):
-                rows += attention_table(
-                    tokens, getattr(torch, dtype), mode, options.against, options.budget
-                )
-    if options.only in (None, "ripple"):
-        rows += ripple_table(options.budget)
-    if options.only in (None, "roofline"):
-        rows += roofline(options.budget)
-    if options.json is not None:
-        options.json.write_text(json.dumps({"machine": machine, "rows": rows}, indent=1) + "\n")
+    budget = options.budget
+    tables: dict[str, Callable[[], list[Row]]] = {}
+    for dtype in options.dtypes.split(","):
+        for mode in (FORWARD, FORWARD_BACKWARD):
+            tables[f"attention, {dtype}, {mode}"] = functools.partial(
+                attention_rows, tokens, getattr(torch, dtype), mode, options.against, budget
+            )
+    for name, rows_of in zip(TABLES[1:], (ripple_rows, scaling_rows, roofline_rows), strict=True):
+        tables[name] = functools.partial(rows_of, budget)
+    print(heading(machine))
+    for name, measure in tables.items():
+        if options.only not in (None, name.partition(",")[0]):
+            continue
+        new = measure()
+        rows = merged(rows, new)
+        print("\n" + "\n".join(as_tables(new)), flush=True)
+        if options.json is not None:  # after each table: a killed run has lost only its last one
+            save(options.json, {"kind": KIND, "machine": machine, "rows": rows})
+    if options.markdown is not None:
+        text = [f"# The CPU kernels, measured\n\n{heading(machine)}\n", *targets_met(rows), ""]
+        text += [WHAT_LIMITS, ""]
+        options.markdown.write_text("\n".join([*text, *as_tables(rows)]).rstrip() + "\n")
     return 0
+
+
+def _every(tokens: Sequence[int]) -> str:
+    return ",".join(map(str, sorted({*tokens, FASTER_THAN_SOFTMAX_FROM})))
+
+
+def heading(machine: Mapping[str, Any]) -> str:
+    return (
+        f"{machine['cpu']}, PyTorch {machine['torch']}, {machine['kernels']}. "
+        "Medians of interleaved runs in one process."
+    )
+
+
+# ---- rows kept in a file -------------------------------------------------------------------------
+
+
+def earlier_rows(path: Path | None, machine: Mapping[str, Any]) -> list[Row]:
+    """The file's rows, if there is one; ValueError if they are of another machine."""
+    if path is None or not path.exists():
+        return []
+    try:
+        saved = json.loads(path.read_text())
+        rows, before = saved["rows"], saved["machine"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} is not a file of bench.cpu: choose another name") from error
+    for fact in ("cpu", "threads", "torch", "kernels"):
+        if before.get(fact) != machine[fact]:
+            raise ValueError(
+                f"{path} was measured with {fact} {before.get(fact)!r}, this is {machine[fact]!r}: "
+                "choose another file"
+            )
+    return list(rows)
+
+
+def merged(rows: Sequence[Row], new: Sequence[Row]) -> list[Row]:
+    """All rows; of those with the same name the new one, in the old one's place."""
+    by_name = {row["name"]: row for row in rows} | {row["name"]: row for row in new}
+    return list(by_name.values())
+
+
+def save(path: Path, content: Mapping[str, Any]) -> None:
+    unfinished = path.with_name(path.name + ".part")
+    unfinished.write_text(json.dumps(content, indent=1) + "\n")
+    os.replace(unfinished, path)
+
+
+# ---- measuring -----------------------------------------------------------------------------------
 
 
 def medians(calls: Mapping[str, Callable[[], object]], budget: float) -> dict[str, float]:
@@ -87,90 +171,107 @@ def medians(calls: Mapping[str, Callable[[], object]], budget: float) -> dict[st
     return {name: timing.median for name, timing in timings.items()}
 
 
-def attention_table(
-    tokens: list[int], dtype: torch.dtype, mode: str, against: str, budget: float
-) -> list[dict[str, Any]]:
-    """One line per N: GFLOP/s of both, their ratio, the matmul's rate, softmax attention's time."""
-    name = str(dtype).removeprefix("torch.")
-    print(f"\nlinear attention, {mode}, {name}")
-    print(f"{'N':>7} {'cpu':>8} {against:>9} {'ratio':>7} {'sgemm':>7} {'ratio':>7} {'softmax':>9}")
-    rows: list[dict[str, Any]] = []
+def attention_rows(
+    tokens: Sequence[int], dtype: torch.dtype, mode: str, against: str, budget: float
+) -> list[Row]:
+    return [attention_row(n, dtype, mode, against, budget) for n in tokens]
+
+
+def attention_row(n: int, dtype: torch.dtype, mode: str, against: str, budget: float) -> Row:
+    """Seconds of the kernels, of ``against``, of a matmul and of softmax attention, at one N."""
+    shape = AttentionShape(max(1, TOTAL_TOKENS // n), HEADS, HEADS, n, n, HEAD_DIM)
+    problem = make_problem("linear_attention", shape, dtype, CPU)
+    calls: dict[str, Callable[[], object]] = {
+        backend: problem.call(backend, mode) for backend in ("cpu", against)
+    }
     matrix = torch.randn(2048, 2048)
-    for n in tokens:
-        shape = AttentionShape(max(1, TOTAL_TOKENS // n), HEADS, HEADS, n, n, HEAD_DIM)
-        problem = make_problem("linear_attention", shape, dtype, CPU)
-        calls: dict[str, Callable[[], object]] = {
-            backend: problem.call(backend, mode) for backend in ("cpu", against)
-        }
-        calls["matmul"] = lambda: matrix @ matrix
-        if n <= 1024:  # a quadratic operation: seconds a call beyond
-            softmax = make_problem("softmax_attention", shape, dtype, CPU)
-            calls["softmax"] = softmax.call("torch", mode)
-        times = medians(calls, budget)
-        flop = least_work("linear_attention", mode, shape, dtype.itemsize).flop
-        rate = {backend: flop / times[backend] / 1e9 for backend in ("cpu", against)}
-        matmul = 2 * 2048**3 / times["matmul"] / 1e9
-        slower = f"{times['softmax'] / times['cpu']:8.1f}x" if "softmax" in times else f"{'-':>9}"
-        ratio = times[against] / times["cpu"]
-        print(
-            f"{n:7} {rate['cpu']:8.0f} {rate[against]:9.0f} {ratio:6.1f}x {matmul:7.0f} "
-            f"{rate['cpu'] / matmul:6.2f}x {slower}"
-        )
-        rows.append(
-            {"operation": "linear_attention", "pass": mode, "dtype": name, "tokens": n}
-            | {"seconds": times, "flop": flop, "ratio": ratio, "over_matmul": rate["cpu"] / matmul}
-        )
-    _summary([row["ratio"] for row in rows], f"over {against}")
-    _summary([row["over_matmul"] for row in rows if row["tokens"] >= 1024], "over sgemm, N >= 1024")
-    return rows
+    calls["matmul"] = lambda: matrix @ matrix
+    if n <= LONGEST_SOFTMAX:
+        softmax = make_problem("softmax_attention", shape, dtype, CPU)
+        calls["softmax"] = softmax.call("torch", mode)
+    times = medians(calls, budget)
+    flop = least_work("linear_attention", mode, shape, dtype.itemsize).flop
+    name = str(dtype).removeprefix("torch.")
+    return {
+        "name": f"attention, {name}, {mode}, N = {n}",
+        "table": f"Linear attention, {mode}, {name}",
+        "tokens": n,
+        "against": against,
+        "seconds": times,
+        "flop": flop,
+        "ratio": times[against] / times["cpu"],
+        "over_matmul": flop / times["cpu"] / (2 * 2048**3 / times["matmul"]),
+        "over_softmax": times["softmax"] / times["cpu"] if "softmax" in times else None,
+    }
 
 
-def ripple_table(budget: float) -> list[dict[str, Any]]:
-    print(f"\nripple, {CHANNELS} channels, float32, forward+backward, against torch")
-    rows: list[dict[str, Any]] = []
+def ripple_rows(budget: float) -> list[Row]:
+    rows: list[Row] = []
     for operation in ("ripple_pool", "ripple_expand"):
         for side in GRIDS:
             shape = RippleShape(max(1, 8192 // side**2), side, side, CHANNELS)
             problem = make_problem(operation, shape, torch.float32, CPU)
             calls = {b: problem.call(b, FORWARD_BACKWARD) for b in ("cpu", "torch")}
             times = medians(calls, budget)
-            work = least_work(operation, FORWARD_BACKWARD, shape, 4)
-            ratio = times["torch"] / times["cpu"]
-            print(
-                f"{operation:14} {side:3}x{side:<3} batch {shape.B:4}: "
-                f"{1e3 * times['cpu']:8.2f} ms, {work.bytes / times['cpu'] / 1e9:6.1f} GB/s of the "
-                f"least traffic, {ratio:5.1f}x"
-            )
             rows.append(
-                {"operation": operation, "pass": FORWARD_BACKWARD, "dtype": "float32"}
-                | {"grid": side, "batch": shape.B, "seconds": times, "ratio": ratio}
+                {
+                    "name": f"{operation}, {side}x{side}",
+                    "table": f"Ripple, {CHANNELS} channels, {FORWARD_BACKWARD}, float32",
+                    "operation": operation,
+                    "grid": side,
+                    "batch": shape.B,
+                    "bytes": least_work(operation, FORWARD_BACKWARD, shape, 4).bytes,
+                    "seconds": times,
+                    "ratio": times["torch"] / times["cpu"],
+                }
             )
-    _summary([row["ratio"] for row in rows], "over torch")
     return rows
 
 
-def roofline(budget: float) -> list[dict[str, Any]]:
-    """Each product of the forward at one long sequence, beside the three limits."""
+def scaling_rows(budget: float) -> list[Row]:
+    """Forward of one sequence; all lengths, which are beginnings of the longest, take turns."""
+    longest = (1, HEADS, LENGTHS[-1], HEAD_DIM)
+    q, k, v = (torch.randn(longest) for _ in range(3))
+    calls = {
+        str(n): functools.partial(
+            kernels.linear_attention, q[:, :, :n], k[:, :, :n], v[:, :, :n], backend="cpu"
+        )
+        for n in LENGTHS
+    }
+    table = "Time against N, one sequence, forward, float32"
+    return [
+        {"name": f"scaling, N = {n}", "table": table, "tokens": int(n), "seconds": {"cpu": seconds}}
+        for n, seconds in medians(calls, budget).items()
+    ]
+
+
+def roofline_rows(budget: float) -> list[Row]:
+    """Each product of the forward, and how long each limit alone would let it take."""
     probe = torch.ops.linear_vit.cpu_linear_attention_probe
     repeats = 200_000
     flop = probe(False, repeats)
     big = torch.empty(1 << 26)
     other = torch.empty_like(big)
+    fresh = 100_000_000 // mmap.PAGESIZE * mmap.PAGESIZE
     limits = medians(
         {
             "fma": lambda: probe(False, repeats),
             "load": lambda: probe(True, repeats),
             "copy": lambda: other.copy_(big),
+            "fresh": lambda: write_fresh(fresh, large_pages=False),
+            "fresh_large": lambda: write_fresh(fresh, large_pages=True),
         },
         budget,
     )
-    fma, loading = flop / limits["fma"], flop / limits["load"]
-    copy = 2 * big.nbytes / limits["copy"]
-    print(
-        f"\nroofline: {fma / 1e9:.0f} GFLOP/s on registers, {loading / 1e9:.0f} with a load each, "
-        f"{copy / 1e9:.1f} GB/s copied"
-    )
-    rows: list[dict[str, Any]] = [{"fma": fma, "loading": loading, "copy": copy}]
+    rates = {
+        "fma": flop / limits["fma"],
+        "load": flop / limits["load"],
+        "copy": 2 * big.nbytes / limits["copy"],
+        "fresh": fresh / limits["fresh"],
+        "fresh_large": fresh / limits["fresh_large"],
+    }
+    table = "Roofline"
+    rows: list[Row] = [{"name": "limits", "table": table, "limits": rates}]
     for operation, loads in LOADS.items():
         for n in (1024, 65_536):
             shape = AttentionShape(TOTAL_TOKENS // n, HEADS, HEADS, n, n, HEAD_DIM)
@@ -178,27 +279,175 @@ def roofline(budget: float) -> list[dict[str, Any]]:
             seconds = medians({"cpu": problem.call("cpu", FORWARD)}, budget)["cpu"]
             work = least_work(operation, FORWARD, shape, 4)
             done = work.flop / 2  # the rows that a sign picks
+            written = 4 * HEADS * TOTAL_TOKENS * HEAD_DIM if operation.endswith("apply") else 0
             bounds = {
-                "FMA rate": done / fma,
-                "L1 loads": done * loads / loading,
-                "memory": work.bytes / copy,
+                "FMA rate": done / rates["fma"],
+                "L1 loads": done * loads / rates["load"],
+                "memory": work.bytes / rates["copy"],
+                "fresh pages": written / rates["fresh_large"],
             }
-            limit = max(bounds, key=bounds.__getitem__)
-            share = bounds[limit] / seconds
-            print(
-                f"{operation:24} N={n:6}: {done / seconds / 1e9:5.0f} GFLOP/s done, limited by "
-                f"{limit}: {share:4.0%} of it"
-            )
             rows.append(
-                {"operation": operation, "tokens": n, "seconds": seconds, "bounds": bounds}
-                | {"limit": limit, "share": share}
+                {"name": f"roofline, {operation}, N = {n}", "table": table, "tokens": n}
+                | {"operation": operation, "seconds": {"cpu": seconds}}
+                | {"flop_done": done, "bounds": bounds}
             )
     return rows
 
 
-def _summary(ratios: list[float], what: str) -> None:
-    if ratios:
-        print(f"geometric mean {geometric_mean(ratios):.2f}x {what}, worst {min(ratios):.2f}x")
+def write_fresh(size: int, *, large_pages: bool) -> None:
+    """Get memory from the system, as an allocator does for a large tensor, and write it once."""
+    memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    if large_pages and hasattr(mmap, "MADV_HUGEPAGE"):
+        memory.madvise(mmap.MADV_HUGEPAGE)
+    torch.frombuffer(memory, dtype=torch.float32).fill_(0.0)
+
+
+# ---- tables --------------------------------------------------------------------------------------
+
+
+def as_tables(rows: Sequence[Row]) -> list[str]:
+    """Lines of Markdown: every table of the rows, in the order they came."""
+    lines: list[str] = []
+    for title in dict.fromkeys(row["table"] for row in rows):
+        mine = [row for row in rows if row["table"] == title]
+        lines += [f"## {title}", ""]
+        if title.startswith("Linear attention"):
+            lines += _attention_table(sorted(mine, key=lambda row: row["tokens"]))
+        elif title.startswith("Ripple"):
+            lines += _ripple_table(mine)
+        elif title.startswith("Time"):
+            lines += _scaling_table(sorted(mine, key=lambda row: row["tokens"]))
+        else:
+            lines += _roofline_table(mine)
+        lines.append("")
+    return lines
+
+
+def _table(header: Sequence[str], cells: Sequence[Sequence[str]]) -> list[str]:
+    lines = [header, ["---:"] * len(header), *cells]
+    return ["| " + " | ".join(line) + " |" for line in lines]
+
+
+def _attention_table(rows: Sequence[Row]) -> list[str]:
+    against = rows[0]["against"]
+    header = ["N", "cpu, GFLOP/s", f"{against}, GFLOP/s", f"over {against}"]
+    header += ["float32 matmul, GFLOP/s", "over matmul", "over SDPA"]
+    cells = []
+    for row in rows:
+        seconds, flop = row["seconds"], row["flop"]
+        softmax = row["over_softmax"]
+        cells.append(
+            [
+                f"{row['tokens']:,}",
+                f"{flop / seconds['cpu'] / 1e9:.0f}",
+                f"{flop / seconds[against] / 1e9:.0f}",
+                f"{row['ratio']:.2f}×",
+                f"{2 * 2048**3 / seconds['matmul'] / 1e9:.0f}",
+                f"{row['over_matmul']:.2f}×",
+                f"{softmax:.1f}×" if softmax is not None else "–",
+            ]
+        )
+    return _table(header, cells)
+
+
+def _ripple_table(rows: Sequence[Row]) -> list[str]:
+    header = ["operation", "grid", "batch", "ms", "GB/s of the least traffic", "over torch"]
+    cells = [
+        [
+            row["operation"],
+            f"{row['grid']}×{row['grid']}",
+            str(row["batch"]),
+            f"{1e3 * row['seconds']['cpu']:.2f}",
+            f"{row['bytes'] / row['seconds']['cpu'] / 1e9:.1f}",
+            f"{row['ratio']:.2f}×",
+        ]
+        for row in rows
+    ]
+    return _table(header, cells)
+
+
+def _scaling_table(rows: Sequence[Row]) -> list[str]:
+    cells = [
+        [
+            f"{row['tokens']:,}",
+            f"{1e3 * row['seconds']['cpu']:.2f}",
+            f"{1e9 * row['seconds']['cpu'] / row['tokens'] / HEADS:.0f}",
+        ]
+        for row in rows
+    ]
+    lines = _table(["N", "ms", "ns per token and head"], cells)
+    return [*lines, "", f"Fitted: {_fit(rows)}."]
+
+
+def _fit(rows: Sequence[Row]) -> Any:
+    return fit_scaling([row["tokens"] for row in rows], [row["seconds"]["cpu"] for row in rows])
+
+
+def _roofline_table(rows: Sequence[Row]) -> list[str]:
+    rates = next(row["limits"] for row in rows if "limits" in row)
+    lines = [
+        f"All threads together: {rates['fma'] / 1e9:.0f} GFLOP/s of FMAs on registers, "
+        f"{rates['load'] / 1e9:.0f} with a load from the L1 cache each; {rates['copy'] / 1e9:.1f} "
+        f"GB/s copied; fresh memory written at {rates['fresh'] / 1e9:.1f} GB/s in small pages, "
+        f"{rates['fresh_large'] / 1e9:.1f} GB/s in pages of 2 MB. Below: the share of the time "
+        "that each limit alone would take; they overlap in part only.",
+        "",
+    ]
+    measured = [row for row in rows if "bounds" in row]
+    names = list(measured[0]["bounds"]) if measured else []
+    cells = [
+        [row["operation"], f"{row['tokens']:,}"]
+        + [f"{row['flop_done'] / row['seconds']['cpu'] / 1e9:.0f}"]
+        + [f"{row['bounds'][name] / row['seconds']['cpu']:.0%}" for name in names]
+        for row in measured
+    ]
+    return lines + _table(["operation", "N", "GFLOP/s done", *names], cells)
+
+
+# ---- targets -------------------------------------------------------------------------------------
+
+
+def targets_met(rows: Sequence[Row]) -> list[str]:
+    """Lines of Markdown: each target, what was measured, and whether that meets it."""
+    lines = ["| | target | measured | met |", "|---|---|---|---|"]
+
+    def line(what: str, target: str, measured: str, met: bool) -> None:
+        lines.append(f"| {what} | {target} | {measured} | {'yes' if met else '**no**'} |")
+
+    def ratios(what: str, found: list[float], mean: float, worst: float) -> None:
+        if found:
+            measured = f"mean {geometric_mean(found):.2f}×, worst {min(found):.2f}×"
+            met = geometric_mean(found) >= mean and min(found) >= worst
+            line(what, f"mean ≥ {mean:g}×, worst ≥ {worst:g}×", measured, met)
+
+    for mode, dtype, mean, worst in (
+        (FORWARD, "float32", 5, 3),
+        (FORWARD, "bfloat16", 6, 4),
+        (FORWARD_BACKWARD, "float32", 5, 3),
+        (FORWARD_BACKWARD, "bfloat16", 4, 2.5),
+    ):
+        mine = [row for row in rows if row["table"] == f"Linear attention, {mode}, {dtype}"]
+        of_targets = [row for row in mine if row["tokens"] in TOKENS]
+        found = [row["ratio"] for row in of_targets if row["against"] == "compiled"]
+        ratios(f"{mode}, {dtype}, over compiled", found, mean, worst)
+        if (mode, dtype) == (FORWARD, "float32"):
+            long = [row["over_matmul"] for row in of_targets if row["tokens"] >= 1024]
+            ratios("forward, float32, N ≥ 1,024, over the float32 matmul's rate", long, 1.5, 1.2)
+            softmax = {row["tokens"]: row["over_softmax"] for row in mine if row["over_softmax"]}
+            if softmax:
+                slow = [n for n, ratio in softmax.items() if ratio <= 1]
+                measured = ", ".join(f"{ratio:.1f}× at {n:,}" for n, ratio in softmax.items())
+                met = max(slow, default=0) < FASTER_THAN_SOFTMAX_FROM
+                target = f"faster from N = {FASTER_THAN_SOFTMAX_FROM}"
+                line("forward, float32, over SDPA", target, measured, met)
+    ripple = [row["ratio"] for row in rows if row["table"].startswith("Ripple")]
+    ratios("ripple, forward+backward, over torch", ripple, 3, 1.5)
+    scaling = [row for row in rows if row["table"].startswith("Time")]
+    if scaling:
+        fit = _fit(scaling)
+        met = fit.reason is None and abs(fit.exponent - 1) <= 0.05
+        line("exponent of time against N", "1.00 ± 0.05", str(fit), met)
+    return lines
 
 
 if __name__ == "__main__":
