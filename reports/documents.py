@@ -157,7 +157,9 @@ def _lines(info: Content) -> str:
         lines.append(f"rms error {max(worst):.1e} against float64")
     ran = info.get("ran")
     if isinstance(ran, list) and ran:
-        names = ", ".join(map(str, ran[:4])) + (f" and {len(ran) - 4} more" if ran[4:] else "")
+        names = ", ".join(str(name)[:60] for name in ran[:4]) + (
+            f" and {len(ran) - 4} more" if ran[4:] else ""
+        )
         lines.append(f"ran: {names}")
     telemetry = info.get("telemetry")
     for name, value in (telemetry if isinstance(telemetry, dict) else {}).items():

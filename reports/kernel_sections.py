@@ -23,6 +23,7 @@ class Extras:
     """Limits and details of the runs behind a page, each file read once."""
 
     def __init__(self, loaded: Runs | None) -> None:
+        self.left_out = False
         self._runs = {
             head["file"]: documents.extras(head["file"])
             for head in (loaded.heads if loaded else ())
@@ -32,9 +33,13 @@ class Extras:
         """The machine's limits that a run measured; empty where it has none."""
         return self._runs[file].limits if file in self._runs else {}
 
+    def leave_out_details(self) -> None:
+        """Keep the limits, and say nothing more of single cases."""
+        self.left_out = True
+
     def tip(self, case: Case) -> str:
         """Lines on one case beyond its time."""
-        if case["file"] not in self._runs:
+        if self.left_out or case["file"] not in self._runs:
             return ""
         key = tuple(case[name] for name in documents.CASE)
         return self._runs[case["file"]].details.get(key, "")
@@ -52,7 +57,7 @@ def by(found: Iterable[Case], *names: str) -> dict[tuple[Any, ...], list[Case]]:
     return groups
 
 
-def complexity(found: list[Group], extras: Extras) -> Section:
+def complexity(found: list[Group]) -> Section:
     section = Section(
         "complexity",
         "Complexity",
@@ -62,7 +67,7 @@ def complexity(found: list[Group], extras: Extras) -> Section:
     if not found:
         section.missing = runs.HOW_TO_MEASURE
         return section
-    section.figures = _curves(found, (TIME, OVER_SOFTMAX), extras)
+    section.figures = _curves(found, (TIME, OVER_SOFTMAX))
     answers = [
         Row(
             [word(group.where), word(mode), word(backend), number(answer.text, answer.estimate)],
@@ -96,13 +101,13 @@ def complexity(found: list[Group], extras: Extras) -> Section:
     return section
 
 
-def memory(found: list[Group], extras: Extras) -> Section:
+def memory(found: list[Group]) -> Section:
     section = Section(
         "memory",
         "Memory",
         "Peak memory of a call beyond its inputs and outputs, measured in a call of its own.",
     )
-    section.figures = _curves(found, (MEMORY,), extras)
+    section.figures = _curves(found, (MEMORY,))
     if not section.figures:
         section.missing = runs.HOW_TO_MEASURE
     return section
@@ -121,6 +126,8 @@ def speed(found: list[Group], extras: Extras) -> Section:
         section.missing = runs.HOW_TO_MEASURE
         return section
     section.figures = _heat_maps(found)
+    if extras.left_out:
+        section.notes.append("What ran in each case is left out, to keep this page under 3 MB.")
     section.tables = [
         _speed_table(group, operation, mode, part, extras)
         for group in found
@@ -132,9 +139,9 @@ def speed(found: list[Group], extras: Extras) -> Section:
 # Curves.
 
 
-def _curves(found: list[Group], wanted: Sequence[Picture], extras: Extras) -> list[Figure]:
+def _curves(found: list[Group], wanted: Sequence[Picture]) -> list[Figure]:
     return [
-        _curve_figure(group, picture, mode, part, extras)
+        _curve_figure(group, picture, mode, part)
         for group in found
         for picture, frame in scaling.pictures(group)
         if picture in wanted
@@ -143,9 +150,7 @@ def _curves(found: list[Group], wanted: Sequence[Picture], extras: Extras) -> li
     ]
 
 
-def _curve_figure(
-    group: Group, picture: Picture, mode: str, part: list[Case], extras: Extras
-) -> Figure:
+def _curve_figure(group: Group, picture: Picture, mode: str, part: list[Case]) -> Figure:
     several = len(by(part, "operation")) > 1
     lines = []
     for (operation, backend), curve in by(part, "operation", "backend").items():
@@ -157,15 +162,9 @@ def _curve_figure(
         points = []
         for case in sorted(curve, key=lambda case: case["N"]):
             point = {"x": case["N"], "y": short(case["value"])}
-            tip = [f"{backend}, {plots.label(operation)}", f"N = {case['N']:,}"]
             if picture is TIME:
                 point |= {"low": short(case["q1_s"]), "high": short(case["q3_s"])}
-                tip += [_time_tip(case), extras.tip(case)]
-            elif picture is MEMORY:
-                tip.append(f"{case['peak_memory_bytes']:,.0f} bytes")
-            else:
-                tip.append(_ratio_tip(case))
-            points.append(point | {"tip": "\n".join(line for line in tip if line)})
+            points.append(point)
         lines.append(series(group, operation, backend, text, points))
     return Figure(
         "curves",
@@ -186,7 +185,8 @@ def series(
     """One curve; that of a family's second operation is drawn hollow, as in the papers' plots."""
     facets = {"operation": operation, "backend": backend, "dtype": group.dtype}
     hollow = group.operations.index(operation) % 2 == 1
-    return facets | {"label": text, "points": points, "hollow": hollow}
+    name = f"{backend}, {plots.label(operation)}"
+    return facets | {"name": name, "label": text, "points": points, "hollow": hollow}
 
 
 def _see(group: Group, picture: Picture, mode: str, part: list[Case]) -> str:
@@ -254,24 +254,18 @@ def _heat_maps(found: list[Group]) -> list[Figure]:
     for (machine, total, operation), part in by(
         ratios, "machine", "total_tokens", "operation"
     ).items():
-        cells = []
-        for case in part:
-            mode = case["pass"].replace("forward+backward", "fwd + bwd")
-            head = f"{case['backend']}, {plots.label(operation)}, {case['pass']}, {case['dtype']}"
-            cells.append(
-                {
-                    "operation": operation,
-                    "backend": case["backend"],
-                    "dtype": case["dtype"],
-                    "x": case["N"],
-                    "row": f"{case['backend']}, {mode}, {case['dtype']}",
-                    "value": short(case["value"]),
-                    "tip": f"{head}\nN = {case['N']:,}\n{_ratio_tip(case)}",
-                }
-            )
+        rows = []
+        for (backend, mode, dtype), cells in by(part, "backend", "pass", "dtype").items():
+            label = f"{backend}, {mode.replace('forward+backward', 'fwd + bwd')}, {dtype}"
+            facets = {"operation": operation, "backend": backend, "dtype": dtype}
+            points = [
+                {"x": case["N"], "y": short(case["value"]), "tip": _ratio_tip(case)}
+                for case in cells
+            ]
+            rows.append(facets | {"name": label, "points": points})
         tokens = f", {total:,} tokens a call" if total else ""
         title = f"{plots.label(operation).capitalize()}: speed-up over torch{tokens}; {machine}"
-        made.append(Figure("heat", title, _see_heat(part), {"cells": cells}))
+        made.append(Figure("heat", title, _see_heat(part), {"series": rows}))
     return made
 
 
@@ -362,10 +356,7 @@ def _time_tip(case: Case) -> str:
 
 
 def _ratio_tip(case: Case) -> str:
-    return (
-        f"{exact(case['value'])}×: {exact(case['median_s'] * 1e3, 'ms')} against "
-        f"{exact(case['base_s'] * 1e3, 'ms')}"
-    )
+    return f"{exact(case['median_s'] * 1e3, 'ms')} against {exact(case['base_s'] * 1e3, 'ms')}"
 
 
 def rate(value: float) -> str:
@@ -374,4 +365,4 @@ def rate(value: float) -> str:
 
 def short(value: float) -> float:
     """Enough digits to draw, and few enough to keep the page small."""
-    return float(f"{value:.5g}")
+    return float(f"{value:.6g}")

@@ -122,12 +122,26 @@ const INK = { fontSize: "12px", color: "var(--ink)", background: "none", fontFam
 const tipOf = (data, x, y, pointer = Plot.pointer) =>
   Plot.tip(data, pointer({ x, y, title: "tip", fill: "var(--card)", stroke: "var(--line)", fontSize: 12, lineWidth: 32 }));
 
+// A curve's point in exact figures: what it is of, where, how much, and what else is known of it.
+function tipText(spec, one, { x, y, low, high, tip }) {
+  const of = `${one.name}${one.dtype ? `, ${one.dtype}` : ""}`;
+  if (spec.dots) return `${of}, ${tip}\n${y} GFLOP/s at ${x} FLOP/byte`;
+  const amount = EXACT[spec.y.unit];
+  const quartiles = low === undefined ? "" : ` (quartiles ${amount(low)} to ${amount(high)})`;
+  return `${of}\nN = ${x.toLocaleString("en")}\n${amount(y)}${quartiles}`;
+}
+const EXACT = {
+  seconds: (v) => `${+(1e3 * v).toPrecision(6)} ms`,
+  mebibytes: (v) => `${v} MiB`,
+  factor: (v) => `${v}×`,
+};
+
 // One function per kind of figure; each returns an SVG, or null where the filters leave nothing.
 
 const draw = {
   curves(spec, width, off) {
     const series = spec.series.filter((one) => matches(one) && !off.has(one.label));
-    const points = series.flatMap((one) => one.points.map((point) => ({ ...point, ...look(one) })));
+    const points = series.flatMap((one) => one.points.map((point) => ({ ...point, ...look(one), tip: tipText(spec, one, point) })));
     if (!points.length) return null;
     const lines = (spec.lines ?? []).flatMap((line, i) => line.points.map((p) => ({ ...p, label: line.label, i })));
     const all = [...points, ...lines];
@@ -167,13 +181,14 @@ const draw = {
   },
 
   heat(spec, width) {
-    const cells = spec.cells.filter(matches);
+    const cells = spec.series.filter(matches).flatMap((one) =>
+      one.points.map((p) => ({ ...p, row: one.name, tip: `${one.name}\nN = ${p.x.toLocaleString("en")}\n${p.y}× over torch\n${p.tip}` })));
     if (!cells.length) return null;
     const columns = d3.sort(new Set(cells.map((c) => c.x)));
     const rows = [...new Set(cells.map((c) => c.row))];
     const left = 7 * d3.max(rows, (row) => row.length) + 12;
     const cell = Math.max(46, Math.min(84, (width - left - 10) / columns.length));
-    const pale = (c) => Math.abs(Math.log2(c.value)) < 1.6;
+    const pale = (c) => Math.abs(Math.log2(c.y)) < 1.6;
     return svgOf(
       Plot.plot({
         width: left + cell * columns.length + 10, height: 30 * rows.length + 50, marginLeft: left, marginBottom: 42, padding: 0.04, style: INK,
@@ -181,9 +196,9 @@ const draw = {
         y: { type: "band", domain: rows, label: null, tickSize: 0 },
         color: { type: "diverging", interpolate: HEAT, domain: [-3, 3], pivot: 0, clamp: true },
         marks: [
-          Plot.cell(cells, { x: "x", y: "row", fill: (c) => Math.log2(c.value), rx: 2 }),
+          Plot.cell(cells, { x: "x", y: "row", fill: (c) => Math.log2(c.y), rx: 2 }),
           ...[true, false].map((isPale) =>
-            Plot.text(cells.filter((c) => pale(c) === isPale), { x: "x", y: "row", text: (c) => FORMATS.factor(+c.value.toPrecision(2)), fill: isPale ? "#111" : "#fff" })),
+            Plot.text(cells.filter((c) => pale(c) === isPale), { x: "x", y: "row", text: (c) => FORMATS.factor(+c.y.toPrecision(2)), fill: isPale ? "#111" : "#fff" })),
           tipOf(cells, "x", "row"),
         ],
       }),
@@ -251,7 +266,7 @@ const D3_SYMBOLS = { circle: d3.symbolCircle, square: d3.symbolSquare, triangle:
 
 function legend(spec, off, redraw) {
   const box = Object.assign(document.createElement("div"), { className: "legend" });
-  for (const one of (spec.series ?? []).filter(matches)) {
+  for (const one of (spec.kind === "curves" ? spec.series : []).filter(matches)) {
     const button = Object.assign(document.createElement("button"), { type: "button" });
     button.setAttribute("aria-pressed", !off.has(one.label));
     button.append(swatch(look(one), !spec.dots), one.label);
@@ -316,8 +331,7 @@ function drawOne(element) {
   const spec = figures[number];
   const off = hiddenSeries[number];
   const plot = element.querySelector(".plot");
-  const facetted = spec.series ?? spec.cells;
-  element.hidden = Boolean(facetted) && !facetted.some(matches);
+  element.hidden = Boolean(spec.series) && !spec.series.some(matches);
   if (element.hidden) return;
   const svg = draw[spec.kind](spec, Math.max(280, plot.clientWidth), off);
   svg?.setAttribute("role", "img");

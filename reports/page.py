@@ -17,6 +17,7 @@ from reports.documents import Documents, Saved
 from reports.parts import FACETS, Figure, Row, Section, Table, columns, word
 from reports.runs import ROOT
 
+_MOST_BYTES = 3_000_000
 _LIBRARY = ("d3.min.js", "plot.umd.min.js")
 
 
@@ -35,13 +36,23 @@ def write(paths: Sequence[Path], results: Path, out: Path) -> int:
     found = documents.load(paths, results)
     groups = scaling.groups(found.runs) if found.runs else []
     extras = kernel_sections.Extras(found.runs)
+    text = _text(found, groups, extras)
+    if len(text.encode()) >= _MOST_BYTES:  # a sweep of thousands of cases
+        extras.leave_out_details()
+        text = _text(found, groups, extras)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(text, encoding="utf-8")
+    return len(text.encode())
+
+
+def _text(found: Documents, groups: list[scaling.Group], extras: kernel_sections.Extras) -> str:
     cpu_parts = [part for parts in found.each(found.cpus, rooflines.cpu) for part in parts]
     sections = [
         training_sections.results(found),
-        kernel_sections.complexity(groups, extras),
+        kernel_sections.complexity(groups),
         kernel_sections.speed(groups, extras),
         rooflines.section(groups, cpu_parts, extras),
-        kernel_sections.memory(groups, extras),
+        kernel_sections.memory(groups),
         training_sections.steps(found),
         proofs.correctness(found),
         proofs.static(found),
@@ -50,10 +61,7 @@ def write(paths: Sequence[Path], results: Path, out: Path) -> int:
     # What was damaged is known only after all else is made.
     sections.insert(0, _where(found))
     facts = [fact for facts in _facts(found, groups) for fact in facts]
-    text = render(sections, facts, _newest(found))
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(text, encoding="utf-8")
-    return len(text.encode())
+    return render(sections, facts, _newest(found))
 
 
 def render(sections: Sequence[Section], facts: Sequence[tuple[str, str]], newest: str) -> str:
@@ -84,11 +92,7 @@ def _numbered(figures: Iterable[Figure]) -> list[dict[str, Any]]:
 
 
 def _styles(figures: Iterable[Figure]) -> dict[str, dict[str, str]]:
-    names = {
-        str(part["backend"])
-        for figure in figures
-        for part in (*figure.data.get("series", ()), *figure.data.get("cells", ()))
-    }
+    names = {str(part["backend"]) for figure in figures for part in figure.data.get("series", ())}
     return {name: plots.page_style(name) for name in sorted(names)}
 
 
@@ -118,7 +122,6 @@ def _filters(sections: Iterable[Section]) -> dict[str, list[tuple[str, str]]]:
 def _facets(section: Section) -> Iterable[dict[str, str]]:
     for figure in section.figures:
         yield from figure.data.get("series", ())
-        yield from figure.data.get("cells", ())
     for table in section.tables:
         yield table.facets
         yield from (column.facets for column in table.columns)

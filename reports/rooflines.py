@@ -26,7 +26,7 @@ def section(found: list[Group], extra: Iterable[Table | Figure], extras: Extras)
             peak = (limits.get("matmul_flop_per_s") or {}).get(group.dtype)
             copy = limits.get("copy_bytes_per_s")
             if peak and copy:
-                made.figures.append(_of_group(group, part, float(copy), float(peak), extras))
+                made.figures.append(_of_group(group, part, float(copy), float(peak)))
     for one in extra:
         if isinstance(one, Figure):
             made.figures.append(one)
@@ -39,7 +39,7 @@ def section(found: list[Group], extra: Iterable[Table | Figure], extras: Extras)
     return made
 
 
-def _of_group(group: Group, part: list[Case], copy: float, peak: float, extras: Extras) -> Figure:
+def _of_group(group: Group, part: list[Case], copy: float, peak: float) -> Figure:
     ridge = peak / copy
     for case in part:
         case["x"] = case["tflop_per_s"] / case["gb_per_s"] * 1e3  # FLOP per byte
@@ -53,10 +53,7 @@ def _of_group(group: Group, part: list[Case], copy: float, peak: float, extras: 
                 "x": short(case["x"]),
                 "y": short(case["y"]),
                 "size": case["N"],
-                "tip": f"{text}, {case['pass']}\nN = {case['N']:,}\n"
-                f"{exact(case['y'], 'GFLOP/s')} at {exact(case['x'], 'FLOP/byte')}\n"
-                f"{case['share']:.1%} of its roof\n"
-                f"{extras.tip(case)}".strip(),
+                "tip": f"{case['pass']}, N = {case['N']:,}\n{case['share']:.1%} of its roof",
             }
             for case in curve
         ]
@@ -165,12 +162,11 @@ def _cpu_scaling(rows: list[dict[str, Any]], machine: str) -> Figure:
         {
             "x": row["tokens"],
             "y": short(row["seconds"]["cpu"]),
-            "tip": f"cpu, N = {row['tokens']:,}\n{exact(row['seconds']['cpu'] * 1e3, 'ms')}",
         }
         for row in rows
     ]
     label = "cpu, linear attention" + ("" if fit.reason else f": {fit}")
-    line = {"label": label, "points": points, "hollow": False}
+    line = {"name": "cpu, linear attention", "label": label, "points": points, "hollow": False}
     return Figure(
         "curves",
         f"C++ linear attention: time per call, forward, one sequence; {machine}",
@@ -207,14 +203,15 @@ def _cpu_roofline(
         ]
         rows.append(Row(cells, facets))
         shares.append((share, f"{name} at N = {tokens:,}, {share:.0%} of {limit}"))
-        tip = f"{name}, N = {tokens:,}\n{exact(reached, 'GFLOP/s')}\n{share:.1%} of {limit}"
+        tip = f"N = {tokens:,}\n{share:.1%} of {limit}"
         point = {
             "x": short(row["flop_done"] / traffic),
             "y": short(reached),
             "size": tokens,
             "tip": tip,
         }
-        new = facets | {"label": f"cpu, {name}", "points": [], "hollow": len(lines) % 2 == 1}
+        text = f"cpu, {name}"
+        new = facets | {"name": text, "label": text, "points": [], "hollow": len(lines) % 2 == 1}
         lines.setdefault(row["operation"], new)["points"].append(point)
     caption = (
         "FLOP that the C++ kernels really do, half of the dense work. Closest to its limit: "

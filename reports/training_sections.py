@@ -334,8 +334,8 @@ def _joined(saved: Saved, found: Documents) -> Table:
     note = (
         "Kernel speed-up: forward + backward over torch, of the benchmarked length nearest to the "
         "model’s, largest batch first (ripple: pooling and expansion together). Share: of the "
-        "attention core in a step with PyTorch’s kernels. The share also holds what is no kernel "
-        "(reshapes, the hooks’ own cost), so the prediction is an upper estimate."
+        "attention core in a step with PyTorch’s kernels. The two need not agree: the share holds "
+        "reshapes and the hooks’ own cost, and a step calls kernels on its own batch and dims."
     )
     title = f"From kernel to model; {_where(content)}"
     return Table(title, columns(titles, titles[:2]), rows, note)

@@ -256,6 +256,19 @@ def test_equal_files_make_an_equal_page(tmp_path: Path) -> None:
     assert pages[0] == pages[1]
 
 
+def test_a_page_too_large_leaves_out_details_of_cases(tmp_path: Path, monkeypatch) -> None:
+    from reports import page
+
+    saved.save(tmp_path / "run.json", saved.run())
+    monkeypatch.setattr(page, "_MOST_BYTES", 600_000)
+    out = tmp_path / "index.html"
+    page.write([], tmp_path, out)
+    made = _page(out.read_text(encoding="utf-8"))
+    assert "to keep this page under 3 MB" in made.text
+    assert "aten::bmm" not in made.tips
+    assert "0.0512 ms (quartiles" in made.tips
+
+
 def test_kernel_and_step_speed_meet_in_one_line(tmp_path: Path) -> None:
     saved.save_all(tmp_path)
     speed, breakdown = saved.step_speed(), saved.step_breakdown()
