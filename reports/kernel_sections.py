@@ -317,6 +317,12 @@ def _speed_table(
         what[name] if what[name].startswith(f"{name}:") else f"{name}: {what[name]}"
         for name in backends
     )
+    other = {case["backend"]: case.get("other_function") for case in part}
+    note += "".join(
+        f"; {name} computes another function: {words}"
+        for name, words in other.items()
+        if isinstance(words, str)
+    )
     titles = [Column("N"), *(Column(name, facets={"backend": name}) for name in backends)]
     titles += columns(["GFLOP/s", "GB/s", *(["of limit"] if limits else [])])
     return Table(

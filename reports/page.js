@@ -7,7 +7,7 @@ const chosen = { operation: "", backend: "", dtype: "" };
 
 // Filters: whatever carries data-operation, data-backend or data-dtype is shown where all that it carries is chosen.
 
-const matches = (facets) => FACETS.every((name) => !chosen[name] || !facets[name] || facets[name].split(" ").includes(chosen[name]));
+const matches = (facets) => FACETS.every((name) => !chosen[name] || !facets[name] || facets[name].split("|").includes(chosen[name]));
 
 function applyFilters() {
   for (const element of document.querySelectorAll("main :is([data-operation], [data-backend], [data-dtype])"))

@@ -110,7 +110,7 @@ def _filters(sections: Iterable[Section]) -> dict[str, list[tuple[str, str]]]:
     for section in sections:
         for facets in _facets(section):
             for name in FACETS:
-                values[name] |= dict.fromkeys(facets.get(name, "").split())
+                values[name] |= dict.fromkeys(filter(None, facets.get(name, "").split("|")))
     words = {"operation": plots.label}
     return {
         name: [(value, words.get(name, str)(value)) for value in found]

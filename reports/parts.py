@@ -10,7 +10,7 @@ from typing import Any
 
 FACETS = ("operation", "backend", "dtype")
 
-Facets = dict[str, str]  # a facet's name to one value, or to several with spaces between
+Facets = dict[str, str]  # a facet's name to one value, or to several with | between
 
 
 @dataclass(frozen=True)

@@ -154,9 +154,9 @@ def _compiled(saved: Saved) -> tuple[Table, list[str]]:
             _range(part["wide_loads"] + part["wide_stores"]),
         ]
         facets = {
-            "operation": " ".join(plots.operations_of(str(room))),
+            "operation": "|".join(plots.operations_of(str(room))),
             "backend": str(backend),
-            "dtype": " ".join(sorted({str(name) for name in part["dtype"]})),
+            "dtype": "|".join(sorted({str(name) for name in part["dtype"]})),
         }
         lines.append(Row(cells, facets))
     title = f"{len(rows):,} kernels compiled, {len(wrong)} at fault"

@@ -269,6 +269,18 @@ def test_a_page_too_large_leaves_out_details_of_cases(tmp_path: Path, monkeypatc
     assert "0.0512 ms (quartiles" in made.tips
 
 
+def test_a_peer_of_another_function_is_marked(tmp_path: Path) -> None:
+    run = saved.run()
+    peer = saved.case("linear_attention", "torch", "forward", 64)
+    peer["extra_info"] |= {"backend": "a peer", "other_function": "a one-sided ReLU"}
+    run["benchmarks"].append(peer)
+    saved.save(tmp_path / "run.json", run)
+    out = tmp_path / "index.html"
+    assert main(["page", "--results", str(tmp_path), "--out", str(out)]) == 0
+    text = _page(out.read_text(encoding="utf-8")).text
+    assert "a peer computes another function: a one-sided ReLU" in text
+
+
 def test_kernel_and_step_speed_meet_in_one_line(tmp_path: Path) -> None:
     saved.save_all(tmp_path)
     speed, breakdown = saved.step_speed(), saved.step_breakdown()
