@@ -97,6 +97,8 @@ def compile_room(
                 compiled = compile_now(
                     function, key, signature, device, constants, options, attributes, warmup
                 )
+            # Or the next call in this process would not come by here, and miss the row.
+            function.device_caches[device][0].pop(key, None)
             partial = kept.with_suffix(f".{os.getpid()}")
             partial.write_text(json.dumps(_row(function, compiled, architecture, log.getvalue())))
             partial.replace(kept)

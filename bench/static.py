@@ -216,17 +216,15 @@ def _compile_group(units: list[Unit]) -> list[Row]:
     os.environ.pop("TRITON_INTERPRET", None)
     torch.set_num_threads(1)
     _cache().mkdir(parents=True, exist_ok=True)
-    rows = []
+    rows: list[Row] = []
     for unit in units:
         kept = _kept(unit)
-        if kept.exists():
-            rows += json.loads(kept.read_text())
-            continue
-        compiled = [_finish(row) for row in _compile(unit)]
-        partial = kept.with_suffix(f".{os.getpid()}")
-        partial.write_text(json.dumps(compiled))
-        partial.replace(kept)
-        rows += compiled
+        if not kept.exists():
+            partial = kept.with_suffix(f".{os.getpid()}")
+            partial.write_text(json.dumps([_finish(row) for row in _compile(unit)]))
+            partial.replace(kept)
+        # A kernel of no head dim is in every head dim's unit.
+        rows += [row for row in json.loads(kept.read_text()) if row not in rows]
     return rows
 
 

@@ -58,12 +58,26 @@ def test_linear_attention_ships_without_faults(backend: str) -> None:
     assert not any(r["tensor_core"] for r in rows if r["dtype"] == "float32")
 
 
+# float16's code is bfloat16's with powers of two that keep it in range: what fits with them fits
+# without. The command compiles both, and so does the table in reports/measurements/static.
+TWO_DTYPES = ("float32", "float16")
+
+
 @pytest.mark.slow
 @needs_toolchain
 @pytest.mark.parametrize("architecture", static.ARCHITECTURES)
-def test_every_cuda_kernel_ships_without_faults(architecture: str) -> None:
-    """All head dims and dtypes; and each kernel in the binary is one that an operation launches."""
-    rows = static.compile_all(backends=["cuda"], architectures=[architecture])
+def test_cuda_kernels_ship_without_faults(architecture: str) -> None:
+    """Every head dim where shared memory is least and where it matters most, two elsewhere.
+
+    And each kernel in the binary is one that an operation launches.
+    """
+    main = architecture in ("sm_86", "sm_90a")
+    rows = static.compile_all(
+        backends=["cuda"],
+        architectures=[architecture],
+        dtypes=TWO_DTYPES if main else ("float16",),
+        head_dims=None if main else (64, 128),
+    )
     healthy(rows)
     assert {r["room"] for r in rows} == set(ROOMS)
     assert [r["kernel"] for r in rows if r["threads"] is None] == []
@@ -72,16 +86,13 @@ def test_every_cuda_kernel_ships_without_faults(architecture: str) -> None:
 @pytest.mark.slow
 @needs_triton
 @pytest.mark.parametrize("architecture", static.ARCHITECTURES)
-def test_every_triton_kernel_ships_without_faults(architecture: str) -> None:
-    """All head dims for the architecture that matters most, two for each of the others.
-
-    Code for float16 differs from bfloat16's in its conversions alone; the command compiles both.
-    """
+def test_triton_kernels_ship_without_faults(architecture: str) -> None:
+    """Every head dim for the architecture that matters most, two for each of the others."""
     main = architecture == "sm_90a"
     rows = static.compile_all(
         backends=["triton"],
         architectures=[architecture],
-        dtypes=("bfloat16", "float32") if main else ("bfloat16",),
+        dtypes=TWO_DTYPES if main else ("float16",),
         head_dims=None if main else (64, 128),
     )
     healthy(rows)
@@ -89,6 +100,32 @@ def test_every_triton_kernel_ships_without_faults(architecture: str) -> None:
 
     for room in ROOMS if main else ():
         assert shipped_kernels(room) - {r["kernel"] for r in rows if r["room"] == room} == set()
+
+
+def test_the_table_in_the_repository_is_whole() -> None:
+    """All that ships, on every architecture, and without a fault when it was compiled."""
+    folder = static._ROOT / "reports" / "measurements" / "static"
+    if not (folder / "static.json").exists():
+        pytest.skip("no table of bench.static is in the repository")
+    document = json.loads((folder / "static.json").read_text())
+    rows = document["rows"]
+    assert [r for r in rows if r["faults"]] == []
+    with (folder / "static.csv").open() as file:
+        assert len(list(csv.DictReader(file))) == len(rows)
+    wanted = {
+        (backend, room, architecture, dtype, head_dim)
+        for backend in static.BACKENDS
+        for room in ROOMS
+        for architecture in static.ARCHITECTURES
+        for dtype in static.DTYPES
+        for head_dim in (
+            static.launches.supported_head_dims()
+            if static.launches.has_head_dims(room)
+            else (None,)
+        )
+    }
+    keys = ("backend", "room", "architecture", "dtype", "head_dim")
+    assert wanted - {tuple(r[k] for k in keys) for r in rows} == set()
 
 
 # ---- faults: a checker that can't go red checks nothing ------------------------------------------
@@ -228,7 +265,47 @@ def test_what_is_kept_is_named_by_its_sources(
     changed = static._kept(unit)
     assert changed != before
     (tmp_path / "kernels/cuda/common.cuh").write_text("shared")
-    assert static._kept(unit) not in (before, changed)
+    shared = static._kept(unit)
+    assert shared not in (before, changed)
+    (tmp_path / "kernels/ripple/half.cuh").write_text("a header of the room")
+    assert static._kept(unit) not in (before, changed, shared)
+
+
+@needs_toolchain
+def test_objects_are_named_by_all_that_the_build_reads() -> None:
+    from bench.compiled_cuda import _sources
+
+    found = [path.resolve() for path in _sources("linear_attention")]
+    names = {str(path.relative_to(static._ROOT / "kernels")) for path in found}
+    assert {
+        "linear_attention/cuda.cu",
+        "linear_attention/half.cuh",
+        "linear_attention/tiles.h",
+        "cuda/ptx.cuh",
+        "tensors.h",
+    } <= names
+
+
+@needs_triton
+def test_a_triton_kernel_is_compiled_once_whatever_changes_around_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A second run of the same launches finds every kernel and does not ask the compiler."""
+    pytest.importorskip("triton")
+    from triton.runtime.jit import JITFunction
+
+    from bench.compiled_triton import compile_room
+
+    asked = ("ripple", "sm_90a", torch.bfloat16, None, tmp_path)
+    monkeypatch.setattr(
+        static.launches, "_shapes", lambda *_: (static.launches.RippleShape(1, 4, 4, 64, 0),)
+    )
+    monkeypatch.setattr(static.launches, "operations", lambda room: ("ripple_pool",))
+    first = compile_room(*asked)
+    assert {row["kernel"] for row in first} == {"_pool", "_pool_backward", "_sum_partials"}
+    with monkeypatch.context() as patched:
+        patched.setattr(JITFunction, "_do_compile", None)
+        assert compile_room(*asked) == first
 
 
 def test_a_unit_that_was_compiled_is_not_compiled_again(
