@@ -2,6 +2,7 @@
 
     python -m bench.traffic
     python -m bench.traffic --ops linear_attention --dtypes bfloat16 --head-dims 64 --json out.json
+    python -m bench.traffic --dtypes all --head-dims all --arch sm_90,sm_86
 
 Triton's interpreter runs every kernel on CPU tensors, as the public operations launch it for the
 architecture that is assumed, and each load and store is counted by the tensor that its addresses
@@ -16,7 +17,6 @@ give each about the tokens that one of 132 has when there are 512k tokens.
 
 import argparse
 import csv
-import json
 import os
 import sys
 from collections.abc import Iterator, Sequence
@@ -252,7 +252,7 @@ def _interpreting() -> bool:
 
 
 def shapes(operation: str, head_dim: int) -> list["Shape"]:
-    """A short and a long problem of an operation, small enough for the interpreter."""
+    """Problems that take an operation's different kernels, small enough for the interpreter."""
     from bench.launches import has_head_dims, rooms
     from bench.launches import operations as operations_of
     from bench.problems import AttentionShape, RippleShape
@@ -263,7 +263,12 @@ def shapes(operation: str, head_dim: int) -> list["Shape"]:
     short = AttentionShape(2, 2, 2, 64, 64, head_dim)
     if room == "softmax_attention":
         return [short, AttentionShape(1, 1, 1, 512, 512, head_dim)]
-    return [short, AttentionShape(1, 2, 2, 4096, 4096, head_dim)]
+    long = AttentionShape(1, 2, 2, 4096, 4096, head_dim)
+    if operation != "linear_attention":
+        return [short, long]
+    # Several tiles in one launch; and query heads that share keys and values, as HydraAttention's.
+    middle = AttentionShape(1, 2, 2, 200, 200, head_dim)
+    return [short, middle, long, AttentionShape(1, 4, 1, 1024, 1024, head_dim)]
 
 
 # ---- python -m bench.traffic ---------------------------------------------------------------------
@@ -275,16 +280,23 @@ def main(argv: Sequence[str] | None = None) -> int:
         description="Bytes that Triton's kernels load and store, counted in the interpreter.",
     )
     parser.add_argument("--ops", metavar="A,B", help="operations; all by default")
-    parser.add_argument("--dtypes", metavar="A,B", default="bfloat16,float32")
-    parser.add_argument("--head-dims", metavar="A,B", default="64")
-    parser.add_argument("--arch", default="sm_90", help="GPU assumed (default: sm_90)")
+    parser.add_argument("--dtypes", metavar="A,B", default="bfloat16,float32", help="or all")
+    parser.add_argument("--head-dims", metavar="A,B", default="64", help="or all")
+    parser.add_argument(
+        "--arch", metavar="A,B", default="sm_90", help="GPUs assumed (default: sm_90)"
+    )
     parser.add_argument("--csv", type=Path, metavar="FILE", help="write every row there")
     parser.add_argument("--json", type=Path, metavar="FILE", help="the same with its environment")
     options = parser.parse_args(argv)
     # Before Triton is imported: its decorators choose between compiling and interpreting.
     os.environ["TRITON_INTERPRET"] = "1"
     import kernels
+    from bench import launches, static
 
+    if options.dtypes == "all":
+        options.dtypes = ",".join(DTYPES)
+    if options.head_dims == "all":
+        options.head_dims = ",".join(map(str, launches.supported_head_dims()))
     operations = options.ops.split(",") if options.ops else list(kernels.OPERATIONS)
     for name in operations:
         if name not in kernels.OPERATIONS:
@@ -299,19 +311,19 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     rows: list[Row] = []
     failed = False
-    for operation in operations:
-        for shape, dtype in _cases(operation, options.dtypes, options.head_dims):
-            print(f"{operation} {shape} {dtype}", file=sys.stderr, flush=True)
-            try:
-                rows += count(operation, shape, dtype, options.arch)
-            except Exception as error:  # one kernel that fails must not hide the others
-                failed = True
-                print(f"  failed: {type(error).__name__}: {error}", file=sys.stderr)
+    for architecture in options.arch.split(","):
+        for operation in operations:
+            for shape, dtype in _cases(operation, options.dtypes, options.head_dims):
+                print(f"{architecture} {operation} {shape} {dtype}", file=sys.stderr, flush=True)
+                try:
+                    rows += count(operation, shape, dtype, architecture)
+                except Exception as error:  # one kernel that fails must not hide the others
+                    failed = True
+                    print(f"  failed: {type(error).__name__}: {error}", file=sys.stderr)
     if options.csv:
         write_csv(rows, options.csv)
     if options.json:
-        options.json.parent.mkdir(parents=True, exist_ok=True)
-        options.json.write_text(json.dumps(document(rows), indent=1) + "\n")
+        static.write_json(document(rows), options.json)
     print(render(rows), end="")
     return 1 if failed else 0
 
@@ -352,8 +364,8 @@ def render(rows: list[Row]) -> str:
     """A table an operation: bytes of each pass and tensor, and how often the least that is."""
     from bench.summary import draw
 
-    columns = ["pass", "dtype", "shape", "launches", "tensor", "loaded", "distinct", "stored"]
-    columns += ["× least"]
+    columns = ["pass", "dtype", "GPU", "shape", "launches", "tensor", "loaded", "distinct"]
+    columns += ["stored", "least", "× least"]
     width = os.get_terminal_size().columns if sys.stdout.isatty() else 200
     text = ""
     for operation in dict.fromkeys(row["operation"] for row in rows):
@@ -364,13 +376,23 @@ def render(rows: list[Row]) -> str:
                 shown = "–" if ratio is None else f"+{100 * ratio:.1f} %"
             else:
                 shown = "not needed" if ratio is None else f"{ratio:.3f}"
-            sizes = [f"{row[name]:,}" for name in ("loaded", "distinct", "stored")]
-            launches = str(len(row["launches"].split()))
-            table.append(
-                [row["pass"], row["dtype"], row["shape"], launches, row["tensor"], *sizes, shown]
-            )
+            least = row["least_loaded"] + row["least_stored"]
+            sizes = [row[name] for name in ("loaded", "distinct", "stored")] + [least]
+            what = [row[name] for name in ("pass", "dtype", "architecture", "shape")]
+            what += [str(len(row["launches"].split())), row["tensor"]]
+            table.append([*what, *(f"{size:,}" for size in sizes), shown])
         text += draw(operation, columns, table, width, sys.stdout.isatty())
-    return text
+    again = [row for row in rows if read_again(row)]
+    for row in again:
+        case = " ".join(row[name] for name in ("operation", "pass", "dtype", "architecture"))
+        times = row["loaded"] / row["distinct"]
+        text += f"READ AGAIN {case} {row['shape']}: {row['tensor']} {times:.2f} times\n"
+    return f"{text}{len(rows)} tensors counted, {len(again)} read more than once\n"
+
+
+def read_again(row: Row) -> bool:
+    """Whether a tensor, workspace aside, is loaded more than once: from memory, or from a cache."""
+    return row["tensor"] != WORKSPACE and row["loaded"] > row["distinct"]
 
 
 if __name__ == "__main__":

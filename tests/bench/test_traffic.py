@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from bench import traffic
 from bench.problems import FORWARD, FORWARD_BACKWARD, AttentionShape, least_work
 from tests.kernels.test_triton import ROOT, interpreter_reason, pytestmark
 
@@ -58,21 +59,24 @@ def shape_of(row: dict[str, Any]) -> AttentionShape:
 
 
 def held(rows: tuple[dict[str, Any], ...]) -> None:
-    """Exactly the least of every tensor of tokens, and at most 8 % of workspace beside it."""
-    short_keys = 256  # read again in the backward rather than S
+    """Exactly the least of every tensor of tokens, and at most 8 % of workspace beside it.
+
+    One exception: where the backward's one launch works the state out again and has more keys than
+    a tile, it reads them once more.
+    """
+    tile, short_keys = 64, 256
     for row in rows:
         shape = shape_of(row)
         label = f"{row['operation']} {row['pass']} {row['dtype']} {row['shape']} {row['tensor']}"
         if row["tensor"] in TOKENS:
-            again = row["pass"] == "backward" and short_keys >= shape.M
+            again = row["pass"] == "backward" and tile < shape.M <= short_keys
+            times = 2 if again and row["tensor"] in ("k", "v") else 1
             assert row["distinct"] == row["least_loaded"], label
             assert row["stored"] == row["least_stored"], label
-            if again and row["tensor"] in ("k", "v", "qkv"):
-                assert row["loaded"] <= 2 * row["least_loaded"], label
-            else:
-                assert row["loaded"] == row["least_loaded"], label
+            assert row["loaded"] == times * row["least_loaded"], label
         elif row["tensor"] == "workspace":
-            assert row["ratio"] <= 0.08, f"{label}: {row['ratio']}"
+            if shape.Hk == shape.H:
+                assert row["ratio"] <= 0.08, f"{label}: {row['ratio']}"
             if short_keys >= shape.M:
                 assert row["loaded"] == row["stored"] == 0, f"{label}: one launch needs none"
                 assert len(row["launches"].split()) == 1, label
@@ -99,12 +103,36 @@ def test_linear_attention_reads_and_writes_every_token_once(folder: Path) -> Non
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("operation", ["linear_attention", "linear_attention_packed"])
-@pytest.mark.parametrize("head_dim", [16, 32, 64])
+@pytest.mark.parametrize(
+    ("operation", "head_dim"),
+    [("linear_attention", 16), ("linear_attention", 48), ("linear_attention_packed", 64)],
+)
 def test_half_precision_at_other_head_dims(folder: Path, operation: str, head_dim: int) -> None:
     held(
         counted(folder, "--ops", operation, "--dtypes", "float16", "--head-dims", str(head_dim))
     )  # fmt: skip
+
+
+@pytest.mark.slow
+def test_what_wide_heads_read_again_is_said(folder: Path) -> None:
+    """At D = 96 the forward reads once and the backward streams, as triton.py's header says."""
+    rows = counted(folder, "--ops", "linear_attention", "--dtypes", "bfloat16", "--head-dims", "96")
+    again = {(row["pass"], row["tensor"]) for row in rows if traffic.read_again(row)}
+    assert {tensor for mode, tensor in again if mode == "forward"} == set()
+    assert {"q", "dout"} <= {tensor for mode, tensor in again if mode == "backward"}
+    assert f"{len([r for r in rows if traffic.read_again(r)])} read more than once" in (
+        traffic.render(list(rows))
+    )
+
+
+def test_the_table_names_what_is_read_again() -> None:
+    row = {"operation": "linear_attention", "pass": "backward", "dtype": "float32"}
+    row |= {"architecture": "sm_90", "shape": "B=1", "launches": "_a _b", "tensor": "q"}
+    row |= {"loaded": 300, "distinct": 100, "stored": 0, "least_loaded": 100, "least_stored": 0}
+    rows = [row | {"ratio": 3.0}, row | {"tensor": "k", "loaded": 100, "ratio": 1.0}]
+    text = traffic.render(rows)
+    assert "READ AGAIN linear_attention backward float32 sm_90 B=1: q 3.00 times" in text
+    assert text.endswith("2 tensors counted, 1 read more than once\n")
 
 
 def test_an_unknown_operation_is_named() -> None:
