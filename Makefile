@@ -1,6 +1,7 @@
 # make demo      cross-check, benchmark, plot, train, and write reports/out/index.html
 # make test      the tests that take seconds (under 10 minutes on 2 cores)
 # make test-all  those, the slow ones, the linter and the type checker
+# make check-noise  whether a planted slow-down of 10 % is caught, end to end
 # The tests of the page need a browser (Debian: apt-get install chromium) and are skipped without one.
 # Each creates .venv and installs into it first. PYTHON=... picks another interpreter (3.11 or newer).
 
@@ -18,7 +19,7 @@ BENCH := --seconds 0.3
 PROFILE := --steps 2
 endif
 
-.PHONY: demo test test-all lint install clean
+.PHONY: demo test test-all check-noise lint install clean
 
 install: .venv/installed
 
@@ -46,6 +47,10 @@ test: install
 
 test-all: lint test
 	$(PYTEST) -m slow
+
+# Is a kernel that does a tenth more caught by `reports compare`, beside a noisy neighbour? Minutes.
+check-noise: install
+	$(BIN)/python -m bench.noise
 
 lint: install
 	$(BIN)/ruff check .

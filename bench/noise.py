@@ -1,0 +1,118 @@
+"""``make check-noise``: is 10 % more work in a real kernel caught end to end, on a noisy machine?
+
+Times linear attention in three runs of pytest, each a process of its own, beside a process that
+keeps one core busy a tenth of the time: twice as it is, and once with more work planted in the
+kernel under test (it runs again on a tenth of the tokens). Then ``reports compare`` has to call
+that kernel slower, and the two plain runs the same code. A few minutes; not one of the tests, since
+it measures time.
+"""
+
+import argparse
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+
+import kernels
+
+_ROOT = Path(__file__).resolve().parent.parent
+_SHARE = 0.1
+_LENGTHS = "512,1024,1536,2048,3072,4096"
+_NEIGHBOUR = (
+    "import time\n"
+    "while True:\n"
+    "    end = time.perf_counter() + 0.005\n"
+    "    while time.perf_counter() < end: pass\n"
+    "    time.sleep(0.045)\n"
+)
+# A plugin for the timed process: the tenth is real work of the kernel, not a sleep.
+_PLANT = """
+import kernels
+
+plain = kernels.linear_attention
+
+
+def slower(q, k, v, *, eps=1e-6, backend=None):
+    if backend == {backend!r}:
+        some = max(1, int({share} * q.shape[2]))
+        plain(q[:, :, :some], k[:, :, :some], v[:, :, :some], eps=eps, backend=backend)
+    return plain(q, k, v, eps=eps, backend=backend)
+
+
+kernels.linear_attention = slower
+"""
+_COMMAND = (
+    "import sys; sys.path.insert(0, sys.argv.pop(1)); import pytest;"
+    "sys.exit(pytest.main(sys.argv[1:]))"
+)
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m bench.noise", description=__doc__)
+    parser.add_argument("--quiet-machine", action="store_true", help="without the busy neighbour")
+    arguments = parser.parse_args(argv)
+    usable = kernels.backends("linear_attention", torch.device("cpu"), head_dim=64)
+    backend = "cpu" if usable["cpu"] is None else "compiled"
+    if usable[backend] is not None:
+        print(f"no kernel to plant in here: {usable[backend]}", file=sys.stderr)
+        return 2
+    neighbour = None
+    if not arguments.quiet_machine:
+        neighbour = subprocess.Popen([sys.executable, "-c", _NEIGHBOUR])
+    try:
+        with tempfile.TemporaryDirectory() as name:
+            folder = Path(name)
+            plant = folder / "plant"
+            plant.mkdir()
+            (plant / "planted.py").write_text(_PLANT.format(backend=backend, share=_SHARE))
+            before = _time(folder / "before.json", backend)
+            same = _time(folder / "same.json", backend)
+            slower = _time(folder / "slower.json", backend, plant)
+            return _judge(before, same, slower, backend)
+    finally:
+        if neighbour is not None:
+            neighbour.kill()
+
+
+def _time(path: Path, backend: str, plant: Path | None = None) -> Path:
+    options = ["--benchmark-only", "--device", "cpu", "--ops", "linear_attention"]
+    options += ["--seq-lens", _LENGTHS, "--backends", f"torch,{backend}", "--sweep", "full"]
+    options += ["--dtypes", "float32", "-k", "forward-", "-p", "no:cacheprovider"]
+    options += [f"--benchmark-json={path}", *(["-p", "planted"] if plant else [])]
+    print(f"timing {path.stem}", flush=True)
+    done = subprocess.run(
+        [sys.executable, "-c", _COMMAND, str(plant or path.parent), *options],
+        cwd=_ROOT,
+        # One thread: with as many as there are cores, each would wait for the neighbour's core.
+        env={k: v for k, v in os.environ.items() if not k.startswith("PYTEST_")}
+        | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+    )
+    if done.returncode != 0:
+        raise SystemExit(f"the run {path.stem} failed:\n{done.stdout[-2000:]}{done.stderr[-2000:]}")
+    return path
+
+
+def _judge(before: Path, same: Path, slower: Path, backend: str) -> int:
+    failures = []
+    for after, wanted in ((same, 0), (slower, 1)):
+        command = [sys.executable, "-m", "reports", "compare", str(before), str(after)]
+        done = subprocess.run(
+            [*command, "--fail-on", "slower"], cwd=_ROOT, capture_output=True, text=True
+        )
+        print(f"{before.stem} → {after.stem}\n{done.stdout}{done.stderr}", flush=True)
+        if done.returncode != wanted:
+            failures.append(f"{after.stem}: compare ended with {done.returncode}, not {wanted}")
+    for failure in failures:
+        print(f"FAILED {failure}", file=sys.stderr)
+    if not failures:
+        print(f"a tenth more work in {backend} is caught; two runs of the same code raise no alarm")
+    return 1 if failures else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
