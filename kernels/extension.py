@@ -305,8 +305,8 @@ def _compile(
     backend: str, room: str, folder: Path, architectures: Sequence[str], flags: Sequence[str]
 ) -> None:
     what = f"{room}'s {_LABELS[backend]} extension"
-    target = f" for {', '.join(architectures)} (once, minutes)" if architectures else " (once, seconds)"
-    _say(f"building {what}{target} ...")
+    target = f" for {', '.join(architectures)} (once, minutes)" if architectures else ""
+    _say(f"building {what}{target or ' (once, seconds)'} ...")
     start = time.perf_counter()
     try:
         if backend == "cuda":

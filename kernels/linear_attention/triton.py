@@ -7,9 +7,9 @@ _short_forward           S and z of the head in registers, then out of its query
 _short_backward          S (kept, or worked out again), dq and dS of its queries, then dk and dv
 =======================  ==========================================================================
 
-A backward that works S out again has k and v in registers to the end where they are one tile (64
-tokens at D = 64). Of more tiles no register can outlive the loop over queries, so that up to
-RECOMPUTE_TOKENS they are read twice, the second time from cache: as many bytes as S would be.
+A backward that works S out again, up to RECOMPUTE_TOKENS, reads k and v twice, the second time from
+cache: as many bytes as S would be. Not even one tile of them can outlive the loop over queries in
+registers: at D = 64 that spilled on sm_90a, whatever the number of stages.
 
 Many: the tokens of a head are split over programs, so that one head of one sequence fills the GPU.
 
@@ -112,16 +112,6 @@ def _sum_state(
         z_positive += positive
         z_negative += negative
     return S_positive, S_negative, tl.sum(z_positive, 0), tl.sum(z_negative, 0)
-
-
-@triton.jit
-def _state_of_tile(k, v):
-    """The same of one tile, (feature, column): S of either sign, and z."""
-    positive, negative = positive_part(k.to(tl.float32)), negative_part(k.to(tl.float32))
-    nothing = tl.zeros((k.shape[1], k.shape[1]), dtype=tl.float32)
-    S_positive = dot(tl.trans(narrow(positive, k.dtype)), v, nothing)
-    S_negative = dot(tl.trans(narrow(negative, k.dtype)), v, nothing)
-    return S_positive, S_negative, tl.sum(positive, 0), tl.sum(negative, 0)
 
 
 @triton.jit
@@ -671,17 +661,12 @@ def _short_backward(
     dv_stride_n,
     eps,
     SAVED: tl.constexpr,
-    ONE_TILE: tl.constexpr,  # not SAVED, and BLOCK_N tokens are all there are
     GROUP: tl.constexpr,
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """The whole backward of one key/value head.
-
-    Without SAVED, S comes from k and v: with ONE_TILE they stay in registers until dk and dv, else
-    they are read again.
-    """
+    """The whole backward of one key/value head. Without SAVED, k and v are read again for S."""
     head = tl.program_id(0).to(tl.int64)
     b, hk = head // kv_heads, head % kv_heads
     columns = tl.arange(0, BLOCK_D)
@@ -693,11 +678,6 @@ def _short_backward(
     if SAVED:
         S_positive, S_negative = _load_pair(state_pointer + head * 2 * D * D, D, BLOCK_D)
         z_positive, z_negative = _load_vectors(normaliser_pointer + head * 2 * D, D, BLOCK_D)
-    elif ONE_TILE:
-        first_tokens = tl.arange(0, BLOCK_N).to(tl.int64)
-        k_tile = load_rows(k_head, first_tokens, num_keys, k_stride_n, columns, D)
-        v_tile = load_rows(v_head, first_tokens, num_keys, v_stride_n, columns, D)
-        S_positive, S_negative, z_positive, z_negative = _state_of_tile(k_tile, v_tile)
     else:
         S_positive, S_negative, z_positive, z_negative = _sum_state(
             k_head, v_head, k_stride_n, v_stride_n, 0, num_keys, D, BLOCK_D, BLOCK_N
@@ -720,24 +700,16 @@ def _short_backward(
         dS_positive, dS_negative, operand
     )
     high_positive, high_negative = tl.trans(high_positive_t), tl.trans(high_negative_t)
-    if ONE_TILE:
+    for start in range(0, num_keys, BLOCK_N):
+        tokens = start + tl.arange(0, BLOCK_N).to(tl.int64)
+        k = load_rows(k_head, tokens, num_keys, k_stride_n, columns, D)
+        v = load_rows(v_head, tokens, num_keys, v_stride_n, columns, D)
         _differentiate_keys(
-            k_tile, v_tile, dk_head, dv_head, dk_stride_n, dv_stride_n, first_tokens, num_keys,
+            k, v, dk_head, dv_head, dk_stride_n, dv_stride_n, tokens, num_keys,
             high_positive, high_negative, high_positive_t, low_positive_t,
             high_negative_t, low_negative_t, unscale, dz_positive, dz_negative,
             D, BLOCK_D, BLOCK_N,
         )  # fmt: skip
-    else:
-        for start in range(0, num_keys, BLOCK_N):
-            tokens = start + tl.arange(0, BLOCK_N).to(tl.int64)
-            k = load_rows(k_head, tokens, num_keys, k_stride_n, columns, D)
-            v = load_rows(v_head, tokens, num_keys, v_stride_n, columns, D)
-            _differentiate_keys(
-                k, v, dk_head, dv_head, dk_stride_n, dv_stride_n, tokens, num_keys,
-                high_positive, high_negative, high_positive_t, low_positive_t,
-                high_negative_t, low_negative_t, unscale, dz_positive, dz_negative,
-                D, BLOCK_D, BLOCK_N,
-            )  # fmt: skip
 
 
 # ---- launchers -----------------------------------------------------------------------------------
@@ -900,7 +872,6 @@ def _backward_into(
             dout, q, k, v, S, z, dq, dk, dv, q.shape[2], num_keys, kv_heads,
             *dout.stride()[:3], *q.stride()[:3], *k.stride()[:3], *v.stride()[:3],
             *dq.stride()[:3], *dk.stride()[:3], *dv.stride()[:3], eps, SAVED=saved,
-            ONE_TILE=not saved and num_keys <= options["BLOCK_N"],
             GROUP=q.shape[1] // kv_heads, **options,
         )  # fmt: skip
 

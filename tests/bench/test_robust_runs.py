@@ -113,7 +113,13 @@ def test_ctrl_c_leaves_a_valid_file_and_the_way_on(tmp_path: Path, how: signal.S
         tmp_path, f"if n == 128: open({str(flag)!r}, 'w').close(); __import__('time').sleep(9)"
     )
     process = subprocess.Popen(
-        command(tmp_path), cwd=ROOT, env=ENVIRONMENT, stdout=subprocess.PIPE, text=True
+        command(tmp_path),
+        cwd=ROOT,
+        env=ENVIRONMENT,
+        stdout=subprocess.PIPE,
+        text=True,
+        # Processes in the background of a shell without job control are born deaf to Ctrl-C.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     deadline = time.monotonic() + 200
     while not flag.exists() and time.monotonic() < deadline:

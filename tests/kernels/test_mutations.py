@@ -76,13 +76,6 @@ SLOW = [
         "triton_streamed and float32",
     ),
     Mutation(
-        "the state of one tile has its halves swapped",
-        LINEAR,
-        "    return S_positive, S_negative, tl.sum(positive, 0), tl.sum(negative, 0)",
-        "    return S_negative, S_positive, tl.sum(positive, 0), tl.sum(negative, 0)",
-        "one_tile and float32",
-    ),
-    Mutation(
         "S is rounded without having been centred",
         LINEAR,
         " / tl.where(total == 0, 1.0, total)",

@@ -75,7 +75,7 @@ def test_triton_state_kept_for_one_launch(dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_triton_one_tile_of_keys(dtype: torch.dtype) -> None:
-    """The state comes from keys and values that stay in registers until their own gradient."""
+    """Fewer keys than a tile, of grouped queries: one launch each way, which sums S again."""
     case = Attention(dtype=dtype, head_dim=16, queries=65, keys=15, heads=4, kv_heads=2)
     assert_accurate(case, "triton")
 
