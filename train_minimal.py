@@ -507,16 +507,12 @@ def compare_speeds(args: argparse.Namespace, folder: Path, device: torch.device)
     did meanwhile.
     """
     configs = [chosen_config(args, seed=0, **model_settings(name)) for name in args.models]
-    names, machine = [config.model for config in configs], environment(device)
+    names = [config.model for config in configs]
     path = speed.models_path(folder, configs[0])
+    wanted = {"config": dataclasses.asdict(configs[0]), "environment": environment(device)}
     for known in speed.read_models(folder)[0]:
-        of_models = {"attention_type": None, "local_branch": None, "seed": None}
-        same_setting = {**known["config"], **of_models} == {
-            **dataclasses.asdict(configs[0]),
-            **of_models,
-        }
-        same_machine = all(known["environment"].get(k) == machine[k] for k in results.MACHINE)
-        if same_setting and same_machine and set(names) <= set(known["models"]):
+        same = results.common(known) == results.common(wanted)
+        if same and set(names) <= set(known["models"]):
             return
     print(f"training steps of {', '.join(names)}, by turns")
     steps = {config.model: step_of(config, device) for config in configs}

@@ -131,7 +131,9 @@ def recording() -> Iterator[Recorder]:
         return call(self, *args, **kwargs)
 
     def refused(self: Any, *args: Any) -> Any:
-        raise NotImplementedError("atomics are not counted; no kernel of ours has any")
+        raise RuntimeError(
+            "a kernel with atomics: their traffic can't be counted as loads and stores"
+        )
 
     with (
         mock.patch.object(builder, "create_masked_load", counted_load),

@@ -16,7 +16,6 @@
 import csv
 import dataclasses
 import io
-import json
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
@@ -24,7 +23,7 @@ from typing import Any
 
 from training.config import DATASETS, MODELS, Config
 from training.metrics import paired_ratios, t_interval
-from training.record import MACHINE, writing
+from training.record import MACHINE, read_records, writing
 
 SCHEMA = "linear-vit-ablation/1"
 MODEL_OF = {"ripple_stages": "ripple", "hydra_branches": "hydra"}
@@ -75,15 +74,7 @@ def summarise(
 
 def read(folder: Path) -> list[dict[str, Any]]:
     """The ablations saved in a folder; files that are none are left out."""
-    found = []
-    for path in sorted(folder.glob("ablation-*.json")):
-        try:
-            content = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            continue
-        if isinstance(content, dict) and content.get("schema") == SCHEMA:
-            found.append(content)
-    return found
+    return read_records(folder.glob("ablation-*.json"), SCHEMA, {"setting", "rows", "best"})[0]
 
 
 def describe(found: dict[str, Any]) -> str:

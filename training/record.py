@@ -27,7 +27,7 @@ import os
 import platform
 import subprocess
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -90,22 +90,30 @@ def remove_leftovers(folder: Path) -> None:
 
 def read_runs(folder: Path) -> tuple[list[dict[str, Any]], list[str]]:
     """Every run record below ``folder``, and one line for each file that could not be used."""
-    runs: list[dict[str, Any]] = []
+    fields = {"status", "config", "environment", "model", "epochs"}
+    return read_records(folder.rglob("run.json"), SCHEMA, fields)
+
+
+def read_records(
+    paths: Iterable[Path], schema: str, fields: set[str]
+) -> tuple[list[dict[str, Any]], list[str]]:
+    """The JSON records of a schema with all its fields, and one line for each file that is none."""
+    records: list[dict[str, Any]] = []
     skipped: list[str] = []
-    for path in sorted(folder.rglob("run.json")):
+    for path in sorted(paths):
         try:
-            run = json.loads(path.read_text(encoding="utf-8"))
-            if not isinstance(run, dict) or run.get("schema") != SCHEMA:
-                found = run.get("schema") if isinstance(run, dict) else type(run).__name__
-                raise ValueError(f"schema {found!r}, expected {SCHEMA!r}")
-            missing = {"status", "config", "environment", "model", "epochs"} - set(run)
+            record = json.loads(path.read_text(encoding="utf-8"))
+            if not isinstance(record, dict) or record.get("schema") != schema:
+                found = record.get("schema") if isinstance(record, dict) else type(record).__name__
+                raise ValueError(f"schema {found!r}, expected {schema!r}")
+            missing = fields - set(record)
             if missing:
                 raise ValueError(f"lacks {', '.join(sorted(missing))}")
         except (OSError, ValueError) as error:
             skipped.append(f"skipped {path}: {error}")
             continue
-        runs.append(run)
-    return runs, skipped
+        records.append(record)
+    return records, skipped
 
 
 def environment(device: torch.device) -> dict[str, Any]:

@@ -102,16 +102,16 @@ def make_table(
     for run in runs:
         if run["status"] == "finished":
             dataset = run["config"]["dataset"]
-            key = (list(DATASETS).index(dataset), digest(_common(run)))
+            key = (list(DATASETS).index(dataset), digest(common(run)))
             groups.setdefault(key, []).append(run)
     in_order = [group for _, group in sorted(groups.items(), key=lambda item: item[0])]
     by_setting = {
-        digest(_common(found)): found["models"]
+        digest(common(found)): found["models"]
         for found in sorted(speeds, key=lambda found: str(found["created"]))  # the latest counts
     }
     tables = [
         _dataset_table(
-            group, by_setting.get(digest(_common(group[0])), {}), measured_exponents["rows"]
+            group, by_setting.get(digest(common(group[0])), {}), measured_exponents["rows"]
         )
         for group in in_order
     ]
@@ -133,7 +133,7 @@ def make_table(
     }
 
 
-def _common(run: dict[str, Any]) -> dict[str, Any]:
+def common(run: dict[str, Any]) -> dict[str, Any]:
     """What runs of one table share."""
     setting = dict(run["config"])
     for name in ("attention_type", "local_branch", "seed"):
@@ -152,7 +152,7 @@ def _dataset_table(
     for run in sorted(runs, key=lambda run: run.get("started", "")):
         by_model.setdefault(run["model"], {})[run["config"]["seed"]] = run  # the latest counts
     models = [m for m in MODELS if m in ROWS or m in by_model]
-    setting = _common(runs[0])["setting"]
+    setting = common(runs[0])["setting"]
     return {
         "dataset": name,
         "title": DATASETS[name].title,

@@ -17,7 +17,6 @@ and of the models of a results table among each other, ``speed-SETTING.json`` be
                  which all models take turns, its 95 % bootstrap interval, and how many rounds
 """
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from datetime import UTC, datetime
@@ -29,7 +28,7 @@ import torch
 from kernels import BACKENDS
 from training.config import MODELS, Config, digest
 from training.errors import UserError
-from training.record import environment
+from training.record import environment, read_records
 from training.step import step_of
 
 SCHEMA = "linear-vit-step-speed/1"
@@ -180,18 +179,5 @@ def summarise_models(
 
 def read_models(folder: Path) -> tuple[list[dict[str, Any]], list[str]]:
     """Every speed-SETTING.json in ``folder``, and one line for each that could not be used."""
-    found: list[dict[str, Any]] = []
-    skipped: list[str] = []
-    for path in sorted(folder.glob("speed-*.json")):
-        try:
-            content = json.loads(path.read_text(encoding="utf-8"))
-            if not isinstance(content, dict) or content.get("schema") != MODELS_SCHEMA:
-                raise ValueError(f"not of schema {MODELS_SCHEMA!r}")
-            missing = {"created", "environment", "config", "models"} - set(content)
-            if missing:
-                raise ValueError(f"lacks {', '.join(sorted(missing))}")
-        except (OSError, ValueError) as error:
-            skipped.append(f"skipped {path}: {error}")
-            continue
-        found.append(content)
-    return found, skipped
+    fields = {"created", "environment", "config", "models"}
+    return read_records(folder.glob("speed-*.json"), MODELS_SCHEMA, fields)
