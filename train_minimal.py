@@ -460,7 +460,15 @@ def ablate_command(args: argparse.Namespace) -> None:
         for value in values[:: 1 if seed % 2 == 0 else -1]
     ]
     run_missing(args, configs, folder, device)
-    found = ablation.summarise(name, configs, finished_runs(folder), environment(device))
+    speeds = {}
+    if args.seconds > 0:
+        print(f"training steps of {name} {', '.join(map(str, values))}, by turns")
+        of_value = {getattr(c, name): dataclasses.replace(c, seed=0) for c in configs}
+        steps = {value: step_of(config, device) for value, config in of_value.items()}
+        timings = measure_interleaved(steps, device, budget_s=args.seconds)
+        speeds = {v: speed.rate(c.batch_size, timings[v]) for v, c in of_value.items()}
+    machine = environment(device)
+    found = ablation.summarise(name, configs, finished_runs(folder), machine, speeds)
     write_json(out / f"ablation-{name}.json", found)
     write_text(out / f"ablation-{name}.csv", ablation.to_csv(found))
     markdown = ablation.to_markdown(found)
@@ -748,6 +756,8 @@ def make_parser() -> argparse.ArgumentParser:
     folder = "reports/out/ablation"
     add(made, "runs", default=f"{folder}/runs", metavar="DIR", help=f"({folder}/runs)")
     add(made, "out", default=folder, metavar="DIR", help=f"of table and plot ({folder})")
+    text = "to spend on timing each value's training step by turns; 0: images/s of the runs (5)"
+    add(made, "seconds", type=float, default=5.0, metavar="X", help=text)
     add_data_options(made)
     add_workers(made)
 

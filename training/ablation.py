@@ -7,8 +7,10 @@
     model, dataset, config    what the runs have in common, but for that setting and the seed
     environment  of the first run
     rows         one per value: value, seeds, parameters, accuracy and val_accuracy {mean,
-                 half_width, values} in percent, images_per_second {median, values}, speedup
-                 {median, low, high, values} over the first value, paired by seed
+                 half_width, values} in percent; images_per_second {median, values, how} and
+                 speedup {median, low, high, values, how} over the first value: where how is "by
+                 turns", of training steps of all values by turns in one process (low and high: 95 %
+                 interval), else "in the runs", paired by seed (low and high: range of values)
     best         the value of the best validation accuracy (test accuracy chooses nothing)
     claimed_best what the original found best, or null
 """
@@ -17,12 +19,13 @@ import csv
 import dataclasses
 import io
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from training import speed
 from training.config import DATASETS, MODELS, Config
-from training.metrics import paired_ratios, t_interval
+from training.metrics import interval_text, paired_ratios, ratio_text, t_interval
 from training.record import MACHINE, read_records, writing
 
 SCHEMA = "linear-vit-ablation/1"
@@ -31,20 +34,34 @@ CLAIMED_BEST = {"ripple_stages": 3, "hydra_branches": 4}
 
 
 def summarise(
-    name: str, configs: Sequence[Config], runs: Sequence[dict[str, Any]], machine: dict[str, Any]
+    name: str,
+    configs: Sequence[Config],
+    runs: Sequence[dict[str, Any]],
+    machine: dict[str, Any],
+    speeds: Mapping[Any, dict[str, float]] | None = None,
 ) -> dict[str, Any]:
-    """The content of ablation-<name>.json from the records of these configurations here."""
+    """The content of ablation-<name>.json from the records of these configurations here.
+
+    ``speeds`` has the ``speed.rate`` of every value, timed by turns.
+    """
     by_value: dict[Any, dict[int, dict[str, Any]]] = {}
     for config in configs:
         for run in runs:
             here = all(run["environment"].get(key) == machine[key] for key in MACHINE)
             if here and run["config"] == dataclasses.asdict(config):
                 by_value.setdefault(getattr(config, name), {})[config.seed] = run
-    first = by_value[getattr(configs[0], name)]
+    first_value = getattr(configs[0], name)
+    first = by_value[first_value]
     rows = []
     for value, found in by_value.items():
         seeds = sorted(found)
         rates = [found[seed]["images_per_second"] for seed in seeds]
+        rate, how = statistics.median(rates), "in the runs"
+        speedup = paired_ratios(found, first, lambda run: run["images_per_second"])
+        if speeds:
+            rate, how = speeds[value]["images_per_second"], "by turns"
+            ratios = (speedup or {}).get("values", [])
+            speedup = {**speed.over(speeds[value], speeds[first_value]), "values": ratios}
         rows.append(
             {
                 "value": value,
@@ -52,8 +69,8 @@ def summarise(
                 "parameters": found[seeds[0]]["parameters"],
                 "accuracy": t_interval([100 * found[s]["test_accuracy"] for s in seeds]).as_json(),
                 "val_accuracy": t_interval([100 * _best_val(found[s]) for s in seeds]).as_json(),
-                "images_per_second": {"median": statistics.median(rates), "values": rates},
-                "speedup": paired_ratios(found, first, lambda run: run["images_per_second"]),
+                "images_per_second": {"median": rate, "values": rates, "how": how},
+                "speedup": speedup and {"how": how, **speedup},
             }
         )
     config = configs[0]
@@ -99,18 +116,22 @@ def to_markdown(found: dict[str, Any]) -> str:
         "|---:" * (len(columns) + 2) + "|",
     ]
     for row in found["rows"]:
-        speed = row["speedup"]
+        speedup = row["speedup"]
         cells = [
             str(row["value"]),
             f"{row['parameters']:,}",
-            _interval(row["val_accuracy"]),
-            _interval(row["accuracy"]),
+            interval_text(row["val_accuracy"]),
+            interval_text(row["accuracy"]),
             f"{row['images_per_second']['median']:,.0f}",
-            f"{speed['median']:.2f}×" if speed else "–",
+            ratio_text(speedup),
             str(len(row["seeds"])),
         ]
         lines.append("| " + " | ".join(cells) + " |")
-    lines += ["", f"Speed: images/s over those of {found['rows'][0]['value']}, same seed; median."]
+    how = {
+        "by turns": "training steps of all values by turns in one process; 95 % interval",
+        "in the runs": "same seed; median and range",
+    }[found["rows"][0]["images_per_second"]["how"]]
+    lines += ["", f"Speed: images/s over those of {found['rows'][0]['value']}: {how}."]
     return "\n".join(lines) + "\n"
 
 
@@ -182,9 +203,3 @@ def plot(found: dict[str, Any], path: Path) -> None:
 
 def _best_val(run: dict[str, Any]) -> float:
     return max(entry["val_accuracy"] for entry in run["epochs"])
-
-
-def _interval(interval: dict[str, Any]) -> str:
-    if interval["half_width"] is None:
-        return f"{interval['mean']:.1f} % (one seed)"
-    return f"{interval['mean']:.1f} ± {interval['half_width']:.1f} %"

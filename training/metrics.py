@@ -78,3 +78,19 @@ def paired_ratios(
         "high": max(ratios),
         "values": ratios,
     }
+
+
+def ratio_text(ratio: Mapping[str, Any] | None) -> str:
+    """A speed-up {median, low, high} in words, with its range where it has one."""
+    if ratio is None:
+        return "–"
+    if ratio["low"] == ratio["high"]:
+        return f"{ratio['median']:.2f}×"
+    return f"{ratio['median']:.2f}× [{ratio['low']:.2f} – {ratio['high']:.2f}]"
+
+
+def interval_text(interval: Mapping[str, Any]) -> str:
+    """A mean in percent, in words, with the half width of its interval where it has one."""
+    if interval["half_width"] is None:
+        return f"{interval['mean']:.1f} % (one seed)"
+    return f"{interval['mean']:.1f} ± {interval['half_width']:.1f} %"

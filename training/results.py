@@ -46,17 +46,16 @@
 
 import csv
 import io
-import math
 import statistics
 from collections.abc import Iterable
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from training import ablation
+from training import ablation, speed
 from training.config import DATASETS, MODELS, digest
 from training.errors import UserError
-from training.metrics import paired_ratios, t_interval
+from training.metrics import interval_text, paired_ratios, ratio_text, t_interval
 from training.record import MACHINE
 
 SCHEMA = "linear-vit-table/1"
@@ -257,17 +256,8 @@ def _rate(
 def _take_turns(row: dict[str, Any], own: dict[str, float], base: dict[str, float]) -> None:
     """Speeds measured in one process by turns, in the place of those of the runs."""
     row["images_per_second"] |= {"median": own["images_per_second"], "how": "by turns"}
-    ratio = own["images_per_second"] / base["images_per_second"]
-    # Half widths of both medians' 95 % intervals add in quadrature, as logarithms.
-    widths = [math.log(found["high"] / found["low"]) / 2 for found in (own, base)]
-    half = 0.0 if own is base else math.hypot(*widths)
-    row["speedup"] = {
-        "median": ratio,
-        "low": ratio * math.exp(-half),
-        "high": ratio * math.exp(half),
-        "values": (row["speedup"] or {}).get("values", []),
-        "how": "by turns",
-    }
+    values = (row["speedup"] or {}).get("values", [])
+    row["speedup"] = {**speed.over(own, base), "values": values}
 
 
 def _time_to_baseline(
@@ -528,12 +518,12 @@ def _cells(row: dict[str, Any]) -> list[str]:
         row["title"],
         value(f"{row['parameters'] or 0:,}"),
         f"{claim['accuracy']:.1f} %" if claim else "–",
-        value(_interval(row["accuracy"]) if measured else ""),
+        value(interval_text(row["accuracy"]) if measured else ""),
         value(_points(row["gain"])),
         _order(row["complexity"]),
         value(f"{row['images_per_second']['median']:,.0f}" if measured else ""),
         f"{claim['speedup']:.1f}×" if claim else "–",
-        value(_ratio(row["speedup"])),
+        value(ratio_text(row["speedup"])),
         value(_time(row["time_to_baseline"])),
         row["verdict"],
     ]
@@ -563,22 +553,8 @@ def _time(found: dict[str, Any] | None) -> str:
         if found["reached"] == found["seeds"]
         else (f", reached in {found['reached']} of {found['seeds']}")
     )
-    speedup = f", {_ratio(found['speedup'])}" if found["speedup"] else ""
+    speedup = f", {ratio_text(found['speedup'])}" if found["speedup"] else ""
     return f"{found['seconds']:,.3g} s{speedup}{few}"
-
-
-def _interval(interval: dict[str, Any]) -> str:
-    if interval["half_width"] is None:
-        return f"{interval['mean']:.1f} % (one seed)"
-    return f"{interval['mean']:.1f} ± {interval['half_width']:.1f} %"
-
-
-def _ratio(speedup: dict[str, Any] | None) -> str:
-    if speedup is None:
-        return "no baseline"
-    if speedup["low"] == speedup["high"]:
-        return f"{speedup['median']:.2f}×"
-    return f"{speedup['median']:.2f}× [{speedup['low']:.2f} – {speedup['high']:.2f}]"
 
 
 CSV_COLUMNS = (

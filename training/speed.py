@@ -17,6 +17,7 @@ and of the models of a results table among each other, ``speed-SETTING.json`` be
                  which all models take turns, its 95 % bootstrap interval, and how many rounds
 """
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from datetime import UTC, datetime
@@ -158,22 +159,40 @@ def summarise_models(
     configs: Sequence[Config], timings: Mapping[str, Timed], device: torch.device
 ) -> dict[str, Any]:
     """The content of speed-SETTING.json; timings by model."""
-    models = {}
-    for config in configs:
-        timing = timings[config.model]
-        models[config.model] = {
-            "images_per_second": config.batch_size / timing.median,
-            "low": config.batch_size / timing.interval[1],
-            "high": config.batch_size / timing.interval[0],
-            "seconds": timing.median,
-            "rounds": len(timing.seconds),
-        }
     return {
         "schema": MODELS_SCHEMA,
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "environment": environment(device),
         "config": asdict(configs[0]),
-        "models": models,
+        "models": {c.model: rate(c.batch_size, timings[c.model]) for c in configs},
+    }
+
+
+def rate(batch_size: int, timing: Timed) -> dict[str, float]:
+    """Images/s of a step timed by turns with others, and the 95 % interval of its median."""
+    low, high = timing.interval
+    return {
+        "images_per_second": batch_size / timing.median,
+        "low": batch_size / high,
+        "high": batch_size / low,
+        "seconds": timing.median,
+        "rounds": len(timing.seconds),
+    }
+
+
+def over(own: Mapping[str, float], base: Mapping[str, float]) -> dict[str, Any]:
+    """How much faster one rate is than another timed by turns with it: {median, low, high, how}.
+
+    Half widths of both medians' 95 % intervals add in quadrature, as logarithms.
+    """
+    ratio = own["images_per_second"] / base["images_per_second"]
+    widths = [math.log(found["high"] / found["low"]) / 2 for found in (own, base)]
+    half = 0.0 if own is base else math.hypot(*widths)
+    return {
+        "median": ratio,
+        "low": ratio * math.exp(-half),
+        "high": ratio * math.exp(half),
+        "how": "by turns",
     }
 
 

@@ -323,6 +323,15 @@ def test_ablation_chooses_by_validation_accuracy(tmp_path: Path) -> None:
         found
     )
     assert len(ablation.to_csv(found).splitlines()) == 3
+    assert "same seed; median and range" in ablation.to_markdown(found)
+    turns = {
+        value: {"images_per_second": rate, "low": rate / 1.1, "high": rate * 1.1}
+        for value, rate in ((1, 100.0), (2, 90.0))
+    }
+    by_turns = ablation.summarise("ripple_stages", configs, runs, MACHINE, turns)
+    assert "| 90 | 0.90× [0.79 – 1.03] | 2 |" in ablation.to_markdown(by_turns)
+    assert "by turns in one process" in ablation.to_markdown(by_turns)
+    assert by_turns["rows"][0]["speedup"]["low"] == 1
     write_json(tmp_path / "ablation-ripple_stages.json", found)
     (tmp_path / "ablation-cut.json").write_text('{"schema":')
     [read] = ablation.read(tmp_path)

@@ -283,12 +283,13 @@ def test_evaluate_a_quoted_glob(tmp_path: Path, capsys: pytest.CaptureFixture[st
 
 def test_ablate(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     options = [*TINY, "--epochs=1", "--backend=torch", f"--runs={tmp_path}/runs"]
-    options += [f"--out={tmp_path}", "--ripple_stages=1,2"]
+    options += [f"--out={tmp_path}", "--ripple_stages=1,2", "--seconds=0.01"]
     assert main("ablate", *options, "--seeds", 2) == 0
     found = json.loads((tmp_path / "ablation-ripple_stages.json").read_text())
     assert [row["value"] for row in found["rows"]] == [1, 2]
     assert all(row["seeds"] == [0, 1] for row in found["rows"])
     assert found["model"] == "ripple"
+    assert [row["images_per_second"]["how"] for row in found["rows"]] == ["by turns"] * 2
     names = {path.name for path in tmp_path.iterdir()}
     assert {f"ablation-ripple_stages.{kind}" for kind in ("md", "csv", "svg")} <= names
     capsys.readouterr()
