@@ -90,7 +90,8 @@ def _result_cells(row: dict[str, Any]) -> dict[str, Cell]:
         "training speed-up": number(
             f"{speedup['median']:.2f}×",
             speedup["median"],
-            f"{exact(speedup['median'])}×, {speedup['low']:.3f} to {speedup['high']:.3f} by seed",
+            f"{exact(speedup['median'])}×, {speedup['low']:.3f} to {speedup['high']:.3f} "
+            f"{speedup.get('how', 'by seed')}",
         )
         if speedup
         else Cell("–"),
@@ -175,7 +176,13 @@ def _ablation(saved: Saved) -> Table:
                     ),
                     number(_accuracy(accuracy), accuracy["mean"], _values(accuracy["values"], "%")),
                     number(f"{rate:,.0f}", rate, exact(rate, "images/s")),
-                    _maybe(speedup and speedup["median"], "{:.2f}×"),
+                    number(
+                        f"{speedup['median']:.2f}×",
+                        speedup["median"],
+                        f"{speedup['low']:.3f} to {speedup['high']:.3f} {speedup['how']}",
+                    )
+                    if speedup
+                    else Cell("–"),
                     number(str(len(row["seeds"])), len(row["seeds"])),
                 ]
             )
