@@ -5,6 +5,7 @@
 // source serves every width. Intrinsics only where that has no word for it: sign bits, float16.
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
 #include <type_traits>
 #include <utility>
@@ -50,6 +51,21 @@ INLINE Floats where_negative(Floats x, Floats negative, Floats otherwise) {
 INLINE Floats where_zero(Floats x, Floats zero, Floats otherwise) {
   return x == 0.0f ? zero : otherwise;
 }
+
+// Where the address sanitizer watches: of an array of `all` elements, in memory that it shares, only
+// the first `there` may be touched.
+#if defined(__SANITIZE_ADDRESS__)
+extern "C" void __asan_poison_memory_region(const volatile void*, size_t);
+extern "C" void __asan_unpoison_memory_region(const volatile void*, size_t);
+template <typename T>
+void hide(const T* array, int64_t there, int64_t all) {
+  __asan_unpoison_memory_region(array, there * sizeof(T));
+  __asan_poison_memory_region(array + there, (all - there) * sizeof(T));
+}
+#else
+template <typename T>
+INLINE void hide(const T*, int64_t, int64_t) {}
+#endif
 
 // Keeps x in a register: the compiler would rather load it again for each use, and loads are what
 // the kernels run out of.

@@ -59,6 +59,10 @@ struct Shape {
   int64_t floats() const { return s_floats() + 2 * features; }  // and z [sign][feature]
 };
 
+// Tokens of a block that are worked on: some steps take several at a time, so that a few past the last
+// one have to be there, as zeros.
+INLINE int64_t whole(int64_t tokens) { return (tokens + 15) / 16 * 16; }
+
 // Scratch of one block: k or q; v or dout; what gather and dots make of them.
 struct Block {
   int64_t words;    // of 64 features
@@ -76,6 +80,18 @@ struct Block {
     dots = x + kBlock * s.features;
     rows = dots + kBlock * s.features;
     sums = rows + kBlock * s.row();
+  }
+
+  // For the address sanitizer: of arrays by token, what lies past the block's tokens is not there.
+  void only(const Shape& s, int64_t tokens) const {
+    const int64_t n = whole(tokens), piece = s.piece();
+    hide(signs, n * words, kBlock * words);
+    hide(x, n * s.features, kBlock * s.features);
+    hide(dots, n * s.features, kBlock * s.features);
+    for (int64_t c = 0; c < s.chunks; ++c) {
+      hide(rows + c * kBlock * piece, tokens * piece, kBlock * piece);
+      hide(sums + c * kBlock * piece, n * piece, kBlock * piece);
+    }
   }
 };
 
@@ -139,6 +155,7 @@ INLINE void with_width(const Shape& s, const Function& function) {
 
 template <typename Element>
 void load_signed(const Shape& s, int64_t tokens, Rows x, const Block& b) {
+  b.only(s, tokens);
   for (int64_t n = 0; n < tokens; ++n) {
     float* values = b.x + n * s.features;
     load_row(row_of<const Element>(x, n), s.head_dim, values, s.features);
@@ -147,6 +164,9 @@ void load_signed(const Shape& s, int64_t tokens, Rows x, const Block& b) {
       b.signs[n * b.words + f / 64] |= (uint64_t)sign_bits(load(values + f)) << (f % 64);
     }
   }
+  const int64_t past = whole(tokens) - tokens;
+  __builtin_memset(b.x + tokens * s.features, 0, past * s.features * sizeof(float));
+  __builtin_memset(b.signs + tokens * b.words, 0, past * b.words * sizeof(uint64_t));
 }
 
 template <typename Element>
@@ -205,7 +225,7 @@ INLINE Floats signed_z(const Shape& s, const float* z, int64_t f, Floats x) {
   return where_negative(x, load(z + s.features + f), load(z + f));
 }
 
-// 1 / (φ(q)·z + eps), 0 for 1 / 0; of whole vectors of tokens, past the last one of no meaning.
+// 1 / (φ(q)·z + eps), 0 for 1 / 0; of whole vectors of tokens, those past the last are zeros' own.
 void invert_normalisers(const Shape& s, int64_t tokens, const Block& b, const float* z, float eps,
                         float* inverse) {
   for (int64_t n = 0; n < tokens; n += kLanes) {
@@ -264,9 +284,8 @@ INLINE void flush(Floats (&sums)[kWidth], float* row) {
 }
 
 // S[f][sign] += Σₙ x_nf rows_n, the sum over the tokens of that sign.
-template <typename... Aheads>
 void accumulate_block(const Shape& s, int64_t tokens, const Block& b, float* S_all,
-                      const Aheads&... ahead) {
+                      const Ahead& ahead, const Ahead& ahead_too) {
   for (int64_t word = 0; word < b.words; ++word) {
     transpose_bits(b.signs + word, b.words, tokens, b.masks + 64 * word);
   }
@@ -278,7 +297,10 @@ void accumulate_block(const Shape& s, int64_t tokens, const Block& b, float* S_a
       const float* rows = b.rows + c * kBlock * kPiece;
       float* S = S_all + c * 2 * s.features * kPiece;
       for (int64_t f = 0; f < s.head_dim; f += 2) {
-        if (c == 0) (ahead.fetch(f / 2, (s.head_dim + 1) / 2), ...);
+        if (c == 0) {
+          ahead.fetch(f / 2, (s.head_dim + 1) / 2);
+          ahead_too.fetch(f / 2, (s.head_dim + 1) / 2);
+        }
         const uint64_t negative = b.masks[f], negative_next = b.masks[f + 1];
         float* row = S + 2 * kPiece * f;
         float* next = row + 2 * kPiece;
@@ -353,7 +375,7 @@ INLINE void gather_tokens(const Shape& s, int64_t n, const Block& b, const float
   }
 }
 
-// b.sums_n = Σ_f x_nf S[f][sign], for whole groups of tokens: those past the last have no meaning.
+// b.sums_n = Σ_f x_nf S[f][sign], for whole groups of tokens: those past the last are zeros.
 void gather_block(const Shape& s, int64_t tokens, const Block& b, const float* S_all,
                   const Ahead& ahead) {
   with_width(s, [&](auto width) {
@@ -376,9 +398,9 @@ void gather_block(const Shape& s, int64_t tokens, const Block& b, const float* S
 }
 
 // b.dots_nf = S[f][sign] · rows_n; and where kGather, b.sums_n = Σ_f x_nf S[f][sign] on the way.
-template <bool kGather, typename... Aheads>
+template <bool kGather>
 void dots_block(const Shape& s, int64_t tokens, const Block& b, const float* S_all,
-                const Aheads&... ahead) {
+                const Ahead& ahead, const Ahead& ahead_too) {
   with_width(s, [&](auto width) {
     constexpr int kWidth = width;
     constexpr int64_t kPiece = kWidth * kLanes;
@@ -388,7 +410,10 @@ void dots_block(const Shape& s, int64_t tokens, const Block& b, const float* S_a
         const int64_t end = first + kFeatures<kWidth>;
         const int64_t last = end < s.features ? end : s.features;
         for (int64_t n = 0; n < tokens; ++n) {
-          if (c == 0 && first == 0) (ahead.fetch(n, kBlock), ...);
+          if (c == 0 && first == 0) {
+            ahead.fetch(n, kBlock);
+            ahead_too.fetch(n, kBlock);
+          }
           const float* values = b.rows + (c * kBlock + n) * kPiece;
           float* sums_n = b.sums + (c * kBlock + n) * kPiece;
           Floats value[kWidth], total[kWidth];
@@ -422,21 +447,23 @@ void dots_block(const Shape& s, int64_t tokens, const Block& b, const float* S_a
 
 // ---- what cpu.cpp calls --------------------------------------------------------------------------
 
-// function(first token, count, an Element) for each block.
+// function(first token, count, an Element) for each block, whose scratch is b's.
 template <typename Function>
-INLINE void for_blocks(ElementType element, int64_t tokens, const Function& function) {
+INLINE void for_blocks(ElementType element, int64_t tokens, const Shape& s, const Block& b,
+                       const Function& function) {
   with_element(element, [&](auto example) {
     for (int64_t n = 0; n < tokens; n += kBlock) {
       function(n, tokens - n < kBlock ? tokens - n : kBlock, example);
     }
   });
+  b.only(s, kBlock);  // all of it is there for others
 }
 
 void accumulate(ElementType element, int64_t head_dim, int64_t tokens, Rows k, Rows v,
                 float* state, float* scratch) {
   const Shape s(head_dim);
   const Block b(s, scratch);
-  for_blocks(element, tokens, [&](int64_t n, int64_t count, auto example) {
+  for_blocks(element, tokens, s, b, [&](int64_t n, int64_t count, auto example) {
     using Element = decltype(example);
     load_signed<Element>(s, count, from_row(element, k, n), b);
     load_rows<Element>(s, count, from_row(element, v, n), b.rows);
@@ -516,7 +543,7 @@ void apply(ElementType element, int64_t head_dim, int64_t tokens, Rows q, Rows o
            const float* state, float eps, float* scratch) {
   const Shape s(head_dim);
   const Block b(s, scratch);
-  for_blocks(element, tokens, [&](int64_t n, int64_t count, auto example) {
+  for_blocks(element, tokens, s, b, [&](int64_t n, int64_t count, auto example) {
     using Element = decltype(example);
     float inverse[kBlock];
     load_signed<Element>(s, count, from_row(element, q, n), b);
@@ -532,7 +559,7 @@ void query_gradient(ElementType element, int64_t head_dim, int64_t tokens, Rows 
   const Shape s(head_dim);
   const Block b(s, scratch);
   const float* z = state + s.s_floats();
-  for_blocks(element, tokens, [&](int64_t n, int64_t count, auto example) {
+  for_blocks(element, tokens, s, b, [&](int64_t n, int64_t count, auto example) {
     using Element = decltype(example);
     float inverse[kBlock], weight[kBlock];
     load_signed<Element>(s, count, from_row(element, q, n), b);
@@ -556,7 +583,8 @@ void query_gradient(ElementType element, int64_t head_dim, int64_t tokens, Rows 
       store_row(row_of<Element>(dq, n + i), s.head_dim, dots);
     }
     scale_rows(s, count, inverse, b.rows);
-    accumulate_block(s, count, b, gradient);
+    const Ahead none(element, head_dim, q, 0, 0);  // dots_block has fetched it
+    accumulate_block(s, count, b, gradient, none, none);
     accumulate_z(s, count, b, weight, gradient + s.s_floats());
   });
 }
@@ -566,7 +594,7 @@ void key_gradient(ElementType element, int64_t head_dim, int64_t tokens, Rows k,
   const Shape s(head_dim);
   const Block b(s, scratch);
   const float* dz = gradient + s.s_floats();
-  for_blocks(element, tokens, [&](int64_t n, int64_t count, auto example) {
+  for_blocks(element, tokens, s, b, [&](int64_t n, int64_t count, auto example) {
     using Element = decltype(example);
     load_signed<Element>(s, count, from_row(element, k, n), b);
     load_rows<Element>(s, count, from_row(element, v, n), b.rows);
