@@ -1,15 +1,21 @@
 // From tensors to the kernels' arguments, the choice of an instruction set, and threads: what every
 // operation's cpu.cpp shares.
+//
+// PyTorch is known through its stable headers only, which compile several times faster than the
+// others (and take no tags and no permute: hence a few lines here).
 #pragma once
 
-#include <ATen/Parallel.h>
-#include <ATen/core/Tensor.h>
-#include <ATen/ops/empty.h>
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
 
 #include <algorithm>
 #include <atomic>
 #include <cstdint>
 #include <cstdlib>
+#include <memory>
+#include <numeric>
+#include <stdexcept>
 #include <string>
 #include <tuple>
 #include <vector>
@@ -18,34 +24,116 @@
 #include <sys/mman.h>
 #endif
 
-#include "../tensors.h"
 #include "arguments.h"
 
-// x[i][j][k:], a tensor of four axes, row by row along axis 2.
-inline Rows rows(const at::Tensor& x, int64_t i, int64_t j, int64_t k) {
-  const int64_t at = i * x.stride(0) + j * x.stride(1) + k * x.stride(2);
-  return {static_cast<char*>(x.data_ptr()) + at * x.element_size(), x.stride(2)};
+using torch::stable::Tensor;
+using Sizes = std::vector<int64_t>;
+
+inline ElementType element_type(const Tensor& x) {
+  using Type = torch::headeronly::ScalarType;
+  const Type type = x.scalar_type();
+  if (type == Type::Float) return kFloat32;
+  if (type == Type::Half) return kFloat16;
+  if (type == Type::BFloat16) return kBFloat16;
+  throw std::runtime_error("linear_vit: the dtype must be float32, float16 or bfloat16");
+}
+
+// Four axes of a tensor that its owner keeps alive. (To ask a tensor is a call into PyTorch.)
+struct View {
+  char* data;
+  ElementType element;
+  int64_t size[4], stride[4];
+
+  explicit View(const Tensor& x)
+      : View(x, {x.size(0), x.size(1), x.size(2), x.size(3)},
+             {x.stride(0), x.stride(1), x.stride(2), x.stride(3)}) {}
+
+  // Other axes of x than its own, from element `first` on.
+  View(const Tensor& x, const int64_t (&sizes)[4], const int64_t (&strides)[4], int64_t first = 0)
+      : element(element_type(x)) {
+    data = static_cast<char*>(x.data_ptr()) + first * element_size();
+    std::copy(sizes, sizes + 4, size);
+    std::copy(strides, strides + 4, stride);
+  }
+
+  int64_t element_size() const { return element == kFloat32 ? 4 : 2; }
+
+  // x[i][j][k:], row by row along axis 2.
+  Rows rows(int64_t i, int64_t j, int64_t k) const {
+    const int64_t at = i * stride[0] + j * stride[1] + k * stride[2];
+    return {data + at * element_size(), stride[2]};
+  }
+};
+
+// x with a contiguous last axis: an incoming gradient may be expanded or transposed.
+inline Tensor readable(const Tensor& x) {
+  const int64_t last = x.dim() - 1;
+  return x.stride(last) == 1 || x.size(last) == 1 ? x : torch::stable::contiguous(x);
+}
+
+inline Tensor empty_floats(const Tensor& like, const Sizes& sizes) {
+  return torch::stable::new_empty(like, sizes, torch::headeronly::ScalarType::Float);
+}
+
+// Uninitialised and contiguous, of x's sizes and dtype.
+inline Tensor empty_contiguous(const Tensor& x) {
+  return torch::stable::new_empty(x, x.sizes());
 }
 
 // Asks for pages of 2 MB inside a large new tensor. The allocator gives such memory back to the system
 // each time it is freed, and touching 100 MB anew in pages of 4 KB takes about as long as computing
 // what goes there.
-inline at::Tensor in_large_pages(at::Tensor x) {
+inline Tensor in_large_pages(const Tensor& x) {
 #if defined(MADV_HUGEPAGE)
   constexpr uintptr_t kPage = uintptr_t{1} << 21;
   const auto begin = reinterpret_cast<uintptr_t>(x.data_ptr());
   const uintptr_t first = (begin + kPage - 1) / kPage * kPage;
-  const uintptr_t end = (begin + x.nbytes()) / kPage * kPage;
+  const uintptr_t end = (begin + x.numel() * x.element_size()) / kPage * kPage;
   // A refusal (an old kernel, pages turned off) costs speed only.
   if (first < end) madvise(reinterpret_cast<void*>(first), end - first, MADV_HUGEPAGE);
 #endif
   return x;
 }
 
-// What a kernel writes: uninitialised, in x's memory order, of its sizes or of others.
-inline at::Tensor output_like(const at::Tensor& x) { return in_large_pages(empty_in_order(x)); }
-inline at::Tensor output_like(const at::Tensor& x, at::IntArrayRef sizes) {
-  return in_large_pages(empty_in_order(x, sizes));
+// What a kernel writes: uninitialised, in x's memory order; the last axis is always contiguous.
+inline Tensor output_like(const Tensor& x) {
+  const Tensor out = torch::stable::empty_like(x);
+  return in_large_pages(out.stride(out.dim() - 1) == 1 ? out : empty_contiguous(x));
+}
+
+// The same with other sizes: the axes nest as x's do, densely.
+inline Tensor output_like(const Tensor& x, const Sizes& sizes) {
+  const int64_t axes = x.dim();
+  Sizes order(axes), strides(axes);
+  std::iota(order.begin(), order.end(), 0);
+  std::stable_sort(order.begin(), order.end() - 1,
+                   [&](int64_t a, int64_t b) { return x.stride(a) > x.stride(b); });
+  int64_t stride = 1;
+  for (int64_t i = axes - 1; i >= 0; --i) {
+    strides[order[i]] = stride;
+    stride *= std::max<int64_t>(sizes[order[i]], 1);
+  }
+  int32_t dtype = 0;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(x.get(), &dtype));
+  AtenTensorHandle out = nullptr;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(axes, sizes.data(), strides.data(), dtype,
+                                                  aoti_torch_device_type_cpu(), 0, &out));
+  return in_large_pages(Tensor(out));
+}
+
+// Uninitialised floats from the start of a cache line on, the call's own.
+struct Free {
+  void operator()(float* p) const { std::free(p); }
+};
+using Memory = std::unique_ptr<float[], Free>;
+
+inline Memory memory(int64_t floats) {
+  const auto bytes = static_cast<size_t>((std::max<int64_t>(floats, 1) + 15) / 16 * 64);
+  auto* const p = static_cast<float*>(std::aligned_alloc(64, bytes));
+  if (p == nullptr) {
+    throw std::runtime_error("linear_vit: no memory for " + std::to_string(bytes) + " bytes");
+  }
+  return Memory(p);
 }
 
 // The kernels of the widest instruction set that this processor has, or of the one that
@@ -64,8 +152,11 @@ const Kernels& choose([[maybe_unused]] const Kernels* avx512, [[maybe_unused]] c
   if (has_avx512 && (wanted.empty() || wanted == "avx512")) return *avx512;
   if (has_avx2 && (wanted.empty() || wanted == "avx2")) return *avx2;
 #endif
-  TORCH_CHECK(wanted.empty() || wanted == "portable", "linear_vit: LINEAR_VIT_CPU is '", wanted,
-              "', which is not one of avx512, avx2, portable that this processor has: unset it");
+  if (!wanted.empty() && wanted != "portable") {
+    throw std::runtime_error("linear_vit: LINEAR_VIT_CPU is '" + wanted +
+                             "', which is not one of avx512, avx2, portable that this processor "
+                             "has: unset it");
+  }
   return *portable;
 }
 
@@ -74,17 +165,10 @@ const Kernels& choose([[maybe_unused]] const Kernels* avx512, [[maybe_unused]] c
 // when they are free: one that another program's work delays holds up one item and not a share.
 template <typename Function>
 void parallel(int64_t items, int64_t scratch_floats, const Function& function) {
-  const int64_t threads = std::min<int64_t>(at::get_num_threads(), items);
-  if (threads == 0) return;
-  const int64_t stride = (scratch_floats + 15) / 16 * 16;  // one thread's cache lines are its own
-  const at::Tensor scratch = at::empty({threads, stride}, at::TensorOptions(at::kFloat));
-  float* const base = scratch.data_ptr<float>();
+  const int64_t threads = std::min<int64_t>(torch::stable::get_num_threads(), items);
   std::atomic<int64_t> next{0};
-  at::parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t thread = begin; thread < end; ++thread) {
-      for (int64_t item; (item = next.fetch_add(1)) < items;) {
-        function(item, base + thread * stride);
-      }
-    }
+  torch::stable::parallel_for(0, threads, 1, [&](int64_t, int64_t) {
+    const Memory scratch = memory(scratch_floats);  // a thread's cache lines are its own
+    for (int64_t item; (item = next.fetch_add(1)) < items;) function(item, scratch.get());
   });
 }

@@ -6,16 +6,12 @@
 // its size alone (never by the number of threads, so that results are the same for any), whose
 // states are then added in order. Memory beyond tensors: a state per head and part, or per thread,
 // and a block of tokens per thread; nothing that grows with N.
-#include <torch/library.h>
-
 #include <cstring>
 
 #include "../cpu/tensors.h"
 #include "cpu.h"
 
 namespace {
-
-using at::Tensor;
 
 const LinearAttentionKernels& kernels() {
 #if defined(LINEAR_VIT_X86)
@@ -52,6 +48,28 @@ struct Cut {
   }
 };
 
+// A state per head and part.
+struct States {
+  Memory all;
+  int64_t parts, floats;  // of a head; of a state
+
+  float* of(int64_t head, int64_t part = 0) const {
+    return all.get() + (head * parts + part) * floats;
+  }
+};
+
+// S (B, Hk, 2D, D) and z (B, Hk, 2D) of all heads as the operators take and give them, or null.
+struct Dense {
+  float *S, *z;
+
+  Dense(const Tensor& S_, const Tensor& z_)
+      : S(S_.numel() == 0 ? nullptr : static_cast<float*>(S_.data_ptr())),
+        z(z_.numel() == 0 ? nullptr : static_cast<float*>(z_.data_ptr())) {}
+};
+
+using Pair = std::tuple<Tensor, Tensor>;
+using Triple = std::tuple<Tensor, Tensor, Tensor>;
+
 // One call: sizes, the cuts of keys and queries, and the steps on one key/value head.
 struct Call {
   const LinearAttentionKernels& kernel;
@@ -60,58 +78,58 @@ struct Call {
   Cut keys, queries;
   int64_t state_floats, scratch_floats;
 
-  Call(const Tensor& x, int64_t kv_heads_, int64_t group_, int64_t key_tokens, int64_t query_tokens)
-      : kernel(kernels()), element(element_type(x)), batch(x.size(0)), kv_heads(kv_heads_),
-        group(group_), head_dim(x.size(3)), heads(batch * kv_heads), keys(heads, 1, key_tokens),
+  // Of x's dtype, batch and head dim.
+  Call(const View& x, int64_t kv_heads_, int64_t group_, int64_t key_tokens, int64_t query_tokens)
+      : kernel(kernels()), element(x.element), batch(x.size[0]), kv_heads(kv_heads_),
+        group(group_), head_dim(x.size[3]), heads(batch * kv_heads), keys(heads, 1, key_tokens),
         queries(heads, group, query_tokens),
         state_floats((kernel.state_floats(head_dim) + 15) / 16 * 16),
         scratch_floats((kernel.scratch_floats(head_dim) + 15) / 16 * 16) {}
 
   bool whole_heads() const { return keys.parts == 1 && queries.parts == 1; }
 
-  Tensor states(const Tensor& like, int64_t parts) const {
-    return empty_floats(like, {heads, parts, state_floats});
+  States states(int64_t parts) const {
+    return {memory(heads * parts * state_floats), parts, state_floats};
   }
 
   float* clear(float* state) const {
     return static_cast<float*>(std::memset(state, 0, state_floats * sizeof(float)));
   }
 
-  void accumulate(const Tensor& k, const Tensor& v, int64_t head, int64_t part, float* state,
+  void accumulate(const View& k, const View& v, int64_t head, int64_t part, float* state,
                   float* scratch) const {
     const int64_t i = head / kv_heads, h = head % kv_heads;
     keys.ranges(part, [&](int64_t, int64_t first, int64_t count) {
-      kernel.accumulate(element, head_dim, count, rows(k, i, h, first), rows(v, i, h, first),
-                        state, scratch);
+      kernel.accumulate(element, head_dim, count, k.rows(i, h, first), v.rows(i, h, first), state,
+                        scratch);
     });
   }
 
-  void apply(const Tensor& q, const Tensor& out, int64_t head, int64_t part, const float* state,
+  void apply(const View& q, const View& out, int64_t head, int64_t part, const float* state,
              float eps, float* scratch) const {
     const int64_t i = head / kv_heads, h = head % kv_heads * group;
     queries.ranges(part, [&](int64_t g, int64_t first, int64_t count) {
-      kernel.apply(element, head_dim, count, rows(q, i, h + g, first), rows(out, i, h + g, first),
+      kernel.apply(element, head_dim, count, q.rows(i, h + g, first), out.rows(i, h + g, first),
                    state, eps, scratch);
     });
   }
 
-  void query_gradient(const Tensor& dout, const Tensor& q, const Tensor& dq, int64_t head,
-                      int64_t part, const float* state, float eps, float* gradient,
-                      float* scratch) const {
+  void query_gradient(const View& dout, const View& q, const View& dq, int64_t head, int64_t part,
+                      const float* state, float eps, float* gradient, float* scratch) const {
     const int64_t i = head / kv_heads, h = head % kv_heads * group;
     queries.ranges(part, [&](int64_t g, int64_t first, int64_t count) {
-      kernel.query_gradient(element, head_dim, count, rows(dout, i, h + g, first),
-                            rows(q, i, h + g, first), rows(dq, i, h + g, first), state, eps,
+      kernel.query_gradient(element, head_dim, count, dout.rows(i, h + g, first),
+                            q.rows(i, h + g, first), dq.rows(i, h + g, first), state, eps,
                             gradient, scratch);
     });
   }
 
-  void key_gradient(const Tensor& k, const Tensor& v, const Tensor& dk, const Tensor& dv,
-                    int64_t head, int64_t part, const float* gradient, float* scratch) const {
+  void key_gradient(const View& k, const View& v, const View& dk, const View& dv, int64_t head,
+                    int64_t part, const float* gradient, float* scratch) const {
     const int64_t i = head / kv_heads, h = head % kv_heads;
     keys.ranges(part, [&](int64_t, int64_t first, int64_t count) {
-      kernel.key_gradient(element, head_dim, count, rows(k, i, h, first), rows(v, i, h, first),
-                          rows(dk, i, h, first), rows(dv, i, h, first), gradient, scratch);
+      kernel.key_gradient(element, head_dim, count, k.rows(i, h, first), v.rows(i, h, first),
+                          dk.rows(i, h, first), dv.rows(i, h, first), gradient, scratch);
     });
   }
 
@@ -121,29 +139,28 @@ struct Call {
     kernel.spread_nan(head_dim, state);
   }
 
-  void load(const Tensor& S, const Tensor& z, int64_t head, float* state) const {
-    kernel.load_state(head_dim, S.data_ptr<float>() + head * 2 * head_dim * head_dim,
-                      z.data_ptr<float>() + head * 2 * head_dim, state);
+  void load(const Dense& from, int64_t head, float* state) const {
+    kernel.load_state(head_dim, from.S + head * 2 * head_dim * head_dim,
+                      from.z + head * 2 * head_dim, state);
   }
 
-  void store(const float* state, int64_t head, const Tensor& S, const Tensor& z) const {
-    kernel.store_state(head_dim, state, S.data_ptr<float>() + head * 2 * head_dim * head_dim,
-                       z.data_ptr<float>() + head * 2 * head_dim);
+  void store(const float* state, int64_t head, const Dense& to) const {
+    kernel.store_state(head_dim, state, to.S + head * 2 * head_dim * head_dim,
+                       to.z + head * 2 * head_dim);
   }
 
   // function(head, part, that part's state, scratch) for all of `states`.
   template <typename Function>
-  void for_parts(const Tensor& states, const Function& function) const {
-    const int64_t parts = states.size(1);
-    float* const memory = states.data_ptr<float>();
+  void for_parts(const States& states, const Function& function) const {
+    const int64_t parts = states.parts;
     parallel(heads * parts, scratch_floats, [&](int64_t item, float* scratch) {
-      function(item / parts, item % parts, memory + item * state_floats, scratch);
+      function(item / parts, item % parts, states.of(item / parts, item % parts), scratch);
     });
   }
 
   // The states of k and v, each head's in its first part.
-  Tensor key_states(const Tensor& k, const Tensor& v) const {
-    const Tensor all = states(k, keys.parts);
+  States key_states(const View& k, const View& v) const {
+    States all = states(keys.parts);
     for_parts(all, [&](int64_t head, int64_t part, float* state, float* scratch) {
       accumulate(k, v, head, part, clear(state), scratch);
     });
@@ -151,107 +168,84 @@ struct Call {
     return all;
   }
 
-  Tensor loaded_states(const Tensor& S, const Tensor& z) const {
-    const Tensor all = states(S, 1);
-    for_parts(all, [&](int64_t head, int64_t, float* state, float*) { load(S, z, head, state); });
+  States loaded_states(const Dense& from) const {
+    States all = states(1);
+    for_parts(all, [&](int64_t head, int64_t, float* state, float*) { load(from, head, state); });
     return all;
   }
 
-  void finish_all(const Tensor& all) const {
-    for_heads(all, [&](int64_t, float* state) { finish(all.size(1), state); });
+  void finish_all(const States& all) const {
+    parallel(heads, 0, [&](int64_t head, float*) { finish(all.parts, all.of(head)); });
   }
 
-  void store_all(const Tensor& all, const Tensor& S, const Tensor& z) const {
-    for_heads(all, [&](int64_t head, float* state) { store(state, head, S, z); });
-  }
-
-  // function(head, its first state)
-  template <typename Function>
-  void for_heads(const Tensor& states, const Function& function) const {
-    parallel(heads, 0, [&](int64_t head, float*) { function(head, state_of(states, head)); });
-  }
-
-  float* state_of(const Tensor& states, int64_t head) const {
-    return states.data_ptr<float>() + head * states.size(1) * state_floats;
+  void store_all(const States& all, const Dense& to) const {
+    parallel(heads, 0, [&](int64_t head, float*) { store(all.of(head), head, to); });
   }
 
   // out, for all heads and parts, of each head's first state.
-  void apply_all(const Tensor& q, const Tensor& out, const Tensor& all, float eps) const {
+  void apply_all(const View& q, const View& out, const States& all, float eps) const {
     parallel(heads * queries.parts, scratch_floats, [&](int64_t item, float* scratch) {
       const int64_t head = item / queries.parts;
-      apply(q, out, head, item % queries.parts, state_of(all, head), eps, scratch);
+      apply(q, out, head, item % queries.parts, all.of(head), eps, scratch);
     });
   }
 
   // dq, and the states' gradients, each head's in its first part.
-  Tensor query_gradients(const Tensor& dout, const Tensor& q, const Tensor& dq, const Tensor& all,
+  States query_gradients(const View& dout, const View& q, const View& dq, const States& all,
                          float eps) const {
-    const Tensor gradients = states(q, queries.parts);
+    States gradients = states(queries.parts);
     for_parts(gradients, [&](int64_t head, int64_t part, float* gradient, float* scratch) {
-      query_gradient(dout, q, dq, head, part, state_of(all, head), eps, clear(gradient), scratch);
+      query_gradient(dout, q, dq, head, part, all.of(head), eps, clear(gradient), scratch);
     });
     finish_all(gradients);
     return gradients;
   }
 
-  void key_gradients(const Tensor& k, const Tensor& v, const Tensor& dk, const Tensor& dv,
-                     const Tensor& gradients) const {
+  void key_gradients(const View& k, const View& v, const View& dk, const View& dv,
+                     const States& gradients) const {
     parallel(heads * keys.parts, scratch_floats, [&](int64_t item, float* scratch) {
       const int64_t head = item / keys.parts;
-      key_gradient(k, v, dk, dv, head, item % keys.parts, state_of(gradients, head), scratch);
+      key_gradient(k, v, dk, dv, head, item % keys.parts, gradients.of(head), scratch);
     });
   }
 };
 
-using Pair = std::tuple<Tensor, Tensor>;
-using Triple = std::tuple<Tensor, Tensor, Tensor>;
-
-Pair empty_state(const Tensor& k, bool save) {
-  const int64_t batch = k.size(0), heads = k.size(1), head_dim = k.size(3);
-  if (!save) return {empty_floats(k, {0}), empty_floats(k, {0})};
-  return {empty_floats(k, {batch, heads, 2 * head_dim, head_dim}),
-          empty_floats(k, {batch, heads, 2 * head_dim})};
+// S and z for keys like k's, or like nothing: of shape (0,).
+Pair empty_state(const Tensor& like, const View& k, bool save) {
+  const int64_t batch = k.size[0], heads = k.size[1], head_dim = k.size[3];
+  if (!save) return {empty_floats(like, {0}), empty_floats(like, {0})};
+  return {empty_floats(like, {batch, heads, 2 * head_dim, head_dim}),
+          empty_floats(like, {batch, heads, 2 * head_dim})};
 }
 
-Pair forward_into(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& out, float eps,
-                  bool save_state) {
-  const Call call(k, k.size(1), q.size(1) / k.size(1), k.size(2), q.size(2));
-  const auto [S, z] = empty_state(k, save_state);
+void forward_into(const Call& call, const View& q, const View& k, const View& v, const View& out,
+                  const Dense& saved, float eps) {
   if (!call.whole_heads()) {
-    const Tensor all = call.key_states(k, v);
-    if (save_state) call.store_all(all, S, z);
-    call.apply_all(q, out, all, eps);
-    return {S, z};
+    const States all = call.key_states(k, v);
+    if (saved.S != nullptr) call.store_all(all, saved);
+    return call.apply_all(q, out, all, eps);
   }
-  // The lambda can't take a structured binding's name in C++17.
-  const Tensor &S_out = S, &z_out = z;
   parallel(call.heads, call.state_floats + call.scratch_floats, [&](int64_t head, float* scratch) {
     float* const state = scratch + call.scratch_floats;
     call.accumulate(k, v, head, 0, call.clear(state), scratch);
     call.finish(1, state);
-    if (save_state) call.store(state, head, S_out, z_out);
+    if (saved.S != nullptr) call.store(state, head, saved);
     call.apply(q, out, head, 0, state, eps, scratch);
   });
-  return {S, z};
 }
 
-void backward_into(const Tensor& dout, const Tensor& q, const Tensor& k, const Tensor& v,
-                   const Tensor& S_any, const Tensor& z_any, float eps, const Tensor& dq,
-                   const Tensor& dk, const Tensor& dv) {
-  const Call call(k, k.size(1), q.size(1) / k.size(1), k.size(2), q.size(2));
-  const Tensor S = S_any.contiguous(), z = z_any.contiguous();
-  const bool saved = S.numel() > 0;
+void backward_into(const Call& call, const View& dout, const View& q, const View& k, const View& v,
+                   const Dense& saved, float eps, const View& dq, const View& dk, const View& dv) {
   if (!call.whole_heads()) {
-    const Tensor all = saved ? call.loaded_states(S, z) : call.key_states(k, v);
-    call.key_gradients(k, v, dk, dv, call.query_gradients(dout, q, dq, all, eps));
-    return;
+    const States all = saved.S != nullptr ? call.loaded_states(saved) : call.key_states(k, v);
+    return call.key_gradients(k, v, dk, dv, call.query_gradients(dout, q, dq, all, eps));
   }
   const int64_t floats = 2 * call.state_floats + call.scratch_floats;
   parallel(call.heads, floats, [&](int64_t head, float* scratch) {
     float* const state = scratch + call.scratch_floats;
     float* const gradient = state + call.state_floats;
-    if (saved) {
-      call.load(S, z, head, state);
+    if (saved.S != nullptr) {
+      call.load(saved, head, state);
     } else {
       call.accumulate(k, v, head, 0, call.clear(state), scratch);
       call.finish(1, state);
@@ -262,72 +256,100 @@ void backward_into(const Tensor& dout, const Tensor& q, const Tensor& k, const T
   });
 }
 
+Call call_on(const View& q, const View& k) {
+  return Call(k, k.size[1], q.size[1] / k.size[1], k.size[2], q.size[2]);
+}
+Call call_on_keys(const View& k) { return Call(k, k.size[1], 1, k.size[2], 0); }
+Call call_on_queries(const View& q, const Tensor& S) {
+  return Call(q, S.size(1), q.size[1] / S.size(1), 0, q.size[2]);
+}
+
 // ---- operators -----------------------------------------------------------------------------------
 
 Triple forward(const Tensor& q, const Tensor& k, const Tensor& v, double eps, bool save_state) {
   const Tensor out = output_like(q);
-  const auto [S, z] = forward_into(q, k, v, out, static_cast<float>(eps), save_state);
+  const View queries(q), keys(k);
+  const auto [S, z] = empty_state(k, keys, save_state);
+  forward_into(call_on(queries, keys), queries, keys, View(v), View(out), Dense(S, z),
+               static_cast<float>(eps));
   return {out, S, z};
 }
 
-Triple backward(const Tensor& dout, const Tensor& q, const Tensor& k, const Tensor& v,
-                const Tensor& S, const Tensor& z, double eps) {
+Triple backward(const Tensor& dout_any, const Tensor& q, const Tensor& k, const Tensor& v,
+                const Tensor& S_any, const Tensor& z_any, double eps) {
+  const Tensor dout = readable(dout_any), S = contiguous(S_any), z = contiguous(z_any);
   const Tensor dq = output_like(q), dk = output_like(k), dv = output_like(v);
-  backward_into(readable(dout), q, k, v, S, z, static_cast<float>(eps), dq, dk, dv);
+  const View queries(q), keys(k);
+  backward_into(call_on(queries, keys), View(dout), queries, keys, View(v), Dense(S, z),
+                static_cast<float>(eps), View(dq), View(dk), View(dv));
   return {dq, dk, dv};
 }
 
 // Part `i` of (B, N, 3, H, D), as (B, H, N, D).
-Tensor unpacked(const Tensor& qkv, int64_t i) { return qkv.select(2, i).transpose(1, 2); }
+View unpacked(const Tensor& qkv, int64_t i) {
+  return View(qkv, {qkv.size(0), qkv.size(3), qkv.size(1), qkv.size(4)},
+              {qkv.stride(0), qkv.stride(3), qkv.stride(1), qkv.stride(4)}, i * qkv.stride(2));
+}
+
+// (B, N, H, D), as (B, H, N, D).
+View heads_first(const Tensor& x) {
+  return View(x, {x.size(0), x.size(2), x.size(1), x.size(3)},
+              {x.stride(0), x.stride(2), x.stride(1), x.stride(3)});
+}
 
 Triple forward_packed(const Tensor& qkv, double eps, bool save_state) {
-  const Tensor out = output_like(qkv.select(2, 0));
-  const auto [S, z] =
-      forward_into(unpacked(qkv, 0), unpacked(qkv, 1), unpacked(qkv, 2), out.transpose(1, 2),
-                   static_cast<float>(eps), save_state);
+  const Tensor out = output_like(torch::stable::select(qkv, 2, 0));
+  const View q = unpacked(qkv, 0), k = unpacked(qkv, 1);
+  const auto [S, z] = empty_state(qkv, k, save_state);
+  forward_into(call_on(q, k), q, k, unpacked(qkv, 2), heads_first(out), Dense(S, z),
+               static_cast<float>(eps));
   return {out, S, z};
 }
 
-Tensor backward_packed(const Tensor& dout, const Tensor& qkv, const Tensor& S, const Tensor& z,
-                       double eps) {
+Tensor backward_packed(const Tensor& dout_any, const Tensor& qkv, const Tensor& S_any,
+                       const Tensor& z_any, double eps) {
+  const Tensor dout = readable(dout_any), S = contiguous(S_any), z = contiguous(z_any);
   const Tensor dqkv = output_like(qkv);
-  backward_into(readable(dout).transpose(1, 2), unpacked(qkv, 0), unpacked(qkv, 1),
-                unpacked(qkv, 2), S, z, static_cast<float>(eps), unpacked(dqkv, 0),
-                unpacked(dqkv, 1), unpacked(dqkv, 2));
+  const View q = unpacked(qkv, 0), k = unpacked(qkv, 1);
+  backward_into(call_on(q, k), heads_first(dout), q, k, unpacked(qkv, 2), Dense(S, z),
+                static_cast<float>(eps), unpacked(dqkv, 0), unpacked(dqkv, 1), unpacked(dqkv, 2));
   return dqkv;
 }
 
 Pair state(const Tensor& k, const Tensor& v) {
-  const Call call(k, k.size(1), 1, k.size(2), 0);
-  const auto [S, z] = empty_state(k, true);
-  call.store_all(call.key_states(k, v), S, z);
+  const View keys(k);
+  const Call call = call_on_keys(keys);
+  const auto [S, z] = empty_state(k, keys, true);
+  call.store_all(call.key_states(keys, View(v)), Dense(S, z));
   return {S, z};
 }
 
-Pair state_backward(const Tensor& dS, const Tensor& dz, const Tensor& k, const Tensor& v) {
-  const Call call(k, k.size(1), 1, k.size(2), 0);
+Pair state_backward(const Tensor& dS_any, const Tensor& dz_any, const Tensor& k, const Tensor& v) {
+  const Tensor dS = contiguous(dS_any), dz = contiguous(dz_any);
   const Tensor dk = output_like(k), dv = output_like(v);
-  call.key_gradients(k, v, dk, dv, call.loaded_states(dS.contiguous(), dz.contiguous()));
+  const View keys(k);
+  const Call call = call_on_keys(keys);
+  call.key_gradients(keys, View(v), View(dk), View(dv), call.loaded_states(Dense(dS, dz)));
   return {dk, dv};
 }
 
-Tensor apply(const Tensor& q, const Tensor& S, const Tensor& z, double eps) {
-  const Call call(q, S.size(1), q.size(1) / S.size(1), 0, q.size(2));
-  const Tensor out = output_like(q);
-  call.apply_all(q, out, call.loaded_states(S.contiguous(), z.contiguous()),
-                 static_cast<float>(eps));
+Tensor apply(const Tensor& q, const Tensor& S_any, const Tensor& z_any, double eps) {
+  const Tensor S = contiguous(S_any), z = contiguous(z_any), out = output_like(q);
+  const View queries(q);
+  const Call call = call_on_queries(queries, S);
+  call.apply_all(queries, View(out), call.loaded_states(Dense(S, z)), static_cast<float>(eps));
   return out;
 }
 
-Triple apply_backward(const Tensor& dout, const Tensor& q, const Tensor& S_any,
+Triple apply_backward(const Tensor& dout_any, const Tensor& q, const Tensor& S_any,
                       const Tensor& z_any, double eps) {
-  const Tensor S = S_any.contiguous(), z = z_any.contiguous();
-  const Call call(q, S.size(1), q.size(1) / S.size(1), 0, q.size(2));
-  const Tensor dq = output_like(q), dS = empty_floats(q, S.sizes()),
-               dz = empty_floats(q, z.sizes());
-  call.store_all(call.query_gradients(readable(dout), q, dq, call.loaded_states(S, z),
-                                      static_cast<float>(eps)),
-                 dS, dz);
+  const Tensor dout = readable(dout_any), S = contiguous(S_any), z = contiguous(z_any);
+  const Tensor dq = output_like(q), dS = empty_contiguous(S), dz = empty_contiguous(z);
+  const View queries(q);
+  const Call call = call_on_queries(queries, S);
+  call.store_all(call.query_gradients(View(dout), queries, View(dq),
+                                      call.loaded_states(Dense(S, z)), static_cast<float>(eps)),
+                 Dense(dS, dz));
   return {dq, dS, dz};
 }
 
@@ -335,7 +357,7 @@ std::string instruction_set() { return kernels().name; }
 
 // FLOP of the roofline's probe, which ran on every thread.
 double probe(bool loading, int64_t repeats) {
-  const int64_t threads = at::get_num_threads();
+  const int64_t threads = torch::stable::get_num_threads();
   std::vector<double> flop(threads);
   parallel(threads, kernels().scratch_floats(64), [&](int64_t item, float* scratch) {
     flop[item] = kernels().probe(loading, repeats, scratch);
@@ -345,45 +367,44 @@ double probe(bool loading, int64_t repeats) {
 
 }  // namespace
 
-TORCH_LIBRARY_FRAGMENT(linear_vit, m) {
-  const std::vector<at::Tag> tags = {at::Tag::pt2_compliant_tag};
+STABLE_TORCH_LIBRARY_FRAGMENT(linear_vit, m) {
   m.def(
       "cpu_linear_attention(Tensor q, Tensor k, Tensor v, float eps, bool save_state)"
-      " -> (Tensor, Tensor, Tensor)",
-      tags);
+      " -> (Tensor, Tensor, Tensor)");
   m.def(
       "cpu_linear_attention_backward(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor S, Tensor z,"
-      " float eps) -> (Tensor, Tensor, Tensor)",
-      tags);
+      " float eps) -> (Tensor, Tensor, Tensor)");
   m.def(
       "cpu_linear_attention_packed(Tensor qkv, float eps, bool save_state)"
-      " -> (Tensor, Tensor, Tensor)",
-      tags);
+      " -> (Tensor, Tensor, Tensor)");
   m.def(
       "cpu_linear_attention_packed_backward(Tensor dout, Tensor qkv, Tensor S, Tensor z, float eps)"
-      " -> Tensor",
-      tags);
-  m.def("cpu_linear_attention_state(Tensor k, Tensor v) -> (Tensor, Tensor)", tags);
+      " -> Tensor");
+  m.def("cpu_linear_attention_state(Tensor k, Tensor v) -> (Tensor, Tensor)");
   m.def(
       "cpu_linear_attention_state_backward(Tensor dS, Tensor dz, Tensor k, Tensor v)"
-      " -> (Tensor, Tensor)",
-      tags);
-  m.def("cpu_linear_attention_apply(Tensor q, Tensor S, Tensor z, float eps) -> Tensor", tags);
+      " -> (Tensor, Tensor)");
+  m.def("cpu_linear_attention_apply(Tensor q, Tensor S, Tensor z, float eps) -> Tensor");
   m.def(
       "cpu_linear_attention_apply_backward(Tensor dout, Tensor q, Tensor S, Tensor z, float eps)"
-      " -> (Tensor, Tensor, Tensor)",
-      tags);
-  m.def("cpu_linear_attention_instruction_set() -> str", instruction_set);
-  m.def("cpu_linear_attention_probe(bool loading, int repeats) -> float", probe);
+      " -> (Tensor, Tensor, Tensor)");
+  m.def("cpu_linear_attention_instruction_set() -> str");
+  m.def("cpu_linear_attention_probe(bool loading, int repeats) -> float");
 }
 
-TORCH_LIBRARY_IMPL(linear_vit, CPU, m) {
-  m.impl("cpu_linear_attention", forward);
-  m.impl("cpu_linear_attention_backward", backward);
-  m.impl("cpu_linear_attention_packed", forward_packed);
-  m.impl("cpu_linear_attention_packed_backward", backward_packed);
-  m.impl("cpu_linear_attention_state", state);
-  m.impl("cpu_linear_attention_state_backward", state_backward);
-  m.impl("cpu_linear_attention_apply", apply);
-  m.impl("cpu_linear_attention_apply_backward", apply_backward);
+STABLE_TORCH_LIBRARY_IMPL(linear_vit, CPU, m) {
+  m.impl("cpu_linear_attention", TORCH_BOX(&forward));
+  m.impl("cpu_linear_attention_backward", TORCH_BOX(&backward));
+  m.impl("cpu_linear_attention_packed", TORCH_BOX(&forward_packed));
+  m.impl("cpu_linear_attention_packed_backward", TORCH_BOX(&backward_packed));
+  m.impl("cpu_linear_attention_state", TORCH_BOX(&state));
+  m.impl("cpu_linear_attention_state_backward", TORCH_BOX(&state_backward));
+  m.impl("cpu_linear_attention_apply", TORCH_BOX(&apply));
+  m.impl("cpu_linear_attention_apply_backward", TORCH_BOX(&apply_backward));
+}
+
+// Without tensors there is no device to choose by.
+STABLE_TORCH_LIBRARY_IMPL(linear_vit, CompositeExplicitAutograd, m) {
+  m.impl("cpu_linear_attention_instruction_set", TORCH_BOX(&instruction_set));
+  m.impl("cpu_linear_attention_probe", TORCH_BOX(&probe));
 }

@@ -7,7 +7,8 @@
 #include "../cpu/arguments.h"
 
 // The lines that a line of results reads, at most three, each with its three taps' weights (or
-// their gradients): [3][padded channels].
+// their gradients): [3][padded channels]. Where there are fewer the rest are lines of zeros, with
+// weights of zero that are not to be written.
 struct Window {
   int32_t lines;
   Rows line[3];

@@ -22,25 +22,27 @@ INLINE void with_element(ElementType element, const Function& function) {
   return function(BFloat16{});
 }
 
-// kWidth vectors of channels of one token; the last of all may be partial.
-template <typename Element, int kWidth, bool kPartial>
+// kWidth vectors of channels of one token. A single one may be the last of all, and partial: not a
+// type of its own, since all code is compiled for each.
+template <typename Element, int kWidth>
 struct Channels {
   static constexpr int width = kWidth;
-  int64_t first, count;  // count: of a partial vector
+  int64_t first, count;  // count: of a single vector
 
+  INLINE bool partial() const { return kWidth == 1 && count < kLanes; }
   INLINE Floats get(Rows line, int64_t j, int w) const {
     const Element* p = (const Element*)line.data + j * line.stride + first + w * kLanes;
-    if (!kPartial) return load(p);
+    if (!partial()) return load(p);
     Element some[kLanes] = {};
-    for (int64_t i = 0; i < count; ++i) some[i] = p[i];
+    __builtin_memcpy(some, p, count * sizeof(Element));
     return load(some);
   }
   INLINE void put(Rows line, int64_t j, int w, Floats x) const {
     Element* p = (Element*)line.data + j * line.stride + first + w * kLanes;
-    if (!kPartial) return store(p, x);
+    if (!partial()) return store(p, x);
     Element some[kLanes];
     store(some, x);
-    for (int64_t i = 0; i < count; ++i) p[i] = some[i];
+    __builtin_memcpy(p, some, count * sizeof(Element));
   }
   // The same channels of a token some way ahead in a line of `cols`; past its end, the next
   // channels of its first ones. A walk over 256 bytes of every token is none that hardware follows.
@@ -48,7 +50,7 @@ struct Channels {
     constexpr int64_t kAhead = 6, kBytes = kWidth * kLanes * sizeof(Element);
     const bool past = j + kAhead >= cols;
     const int64_t token = past ? j + kAhead - cols : j + kAhead;
-    if (kPartial || token >= cols) return;
+    if (partial() || token >= cols) return;
     const char* p = (const char*)line.data +
                     (token * line.stride + first + (past ? kWidth * kLanes : 0)) * sizeof(Element);
     for (int64_t at = 0; at < kBytes; at += 64) __builtin_prefetch(p + at);
@@ -66,9 +68,10 @@ INLINE void for_channels(ElementType element, int64_t channels, const Function& 
   with_element(element, [&](auto example) {
     using Element = decltype(example);
     int64_t c = 0;
-    for (; c + 4 * kLanes <= channels; c += 4 * kLanes) function(Channels<Element, 4, false>{c, 0});
-    for (; c + kLanes <= channels; c += kLanes) function(Channels<Element, 1, false>{c, 0});
-    if (c < channels) function(Channels<Element, 1, true>{c, channels - c});
+    for (; c + 4 * kLanes <= channels; c += 4 * kLanes) function(Channels<Element, 4>{c, kLanes});
+    for (; c < channels; c += kLanes) {
+      function(Channels<Element, 1>{c, channels - c < kLanes ? channels - c : kLanes});
+    }
   });
 }
 
@@ -121,97 +124,90 @@ void same(ElementType element, int64_t channels, int64_t cols, const Window& win
 void halve(ElementType element, int64_t channels, int64_t fine_cols, const Window& window,
            Rows out) {
   const int64_t pad = padded(channels);
-  with_lines(window.lines, [&](auto lines) {
-    constexpr int kLines = lines;
-    for_channels(element, channels, [&](const auto& c) {
-      constexpr int kWidth = std::decay_t<decltype(c)>::width;
-      Floats waiting[kWidth] = {};
-      for (int64_t j = 0; j < fine_cols; j += 2) {
-        for (int r = 0; r < kLines; ++r) {
-          c.fetch(window.line[r], j, fine_cols);
-          if (j + 1 < fine_cols) c.fetch(window.line[r], j + 1, fine_cols);
-        }
-        for (int w = 0; w < kWidth; ++w) {
-          Floats x[kLines];
-          for (int r = 0; r < kLines; ++r) x[r] = c.get(window.line[r], j, w);
-          Floats result = waiting[w] + share<kLines>(c, window, x, 1, pad, w);
-          if (j + 1 < fine_cols) {
-            for (int r = 0; r < kLines; ++r) x[r] = c.get(window.line[r], j + 1, w);
-            result += share<kLines>(c, window, x, 2, pad, w);
-            waiting[w] = share<kLines>(c, window, x, 0, pad, w);
-          }
-          c.put(out, j / 2, w, result);
-        }
+  for_channels(element, channels, [&](const auto& c) {
+    constexpr int kWidth = std::decay_t<decltype(c)>::width;
+    Floats waiting[kWidth] = {};
+    for (int64_t j = 0; j < fine_cols; j += 2) {
+      for (int r = 0; r < 3; ++r) {
+        c.fetch(window.line[r], j, fine_cols);
+        if (j + 1 < fine_cols) c.fetch(window.line[r], j + 1, fine_cols);
       }
-    });
+      for (int w = 0; w < kWidth; ++w) {
+        Floats x[3];
+        for (int r = 0; r < 3; ++r) x[r] = c.get(window.line[r], j, w);
+        Floats result = waiting[w] + share<3>(c, window, x, 1, pad, w);
+        if (j + 1 < fine_cols) {
+          for (int r = 0; r < 3; ++r) x[r] = c.get(window.line[r], j + 1, w);
+          result += share<3>(c, window, x, 2, pad, w);
+          waiting[w] = share<3>(c, window, x, 0, pad, w);
+        }
+        c.put(out, j / 2, w, result);
+      }
+    }
   });
 }
 
 void twice(ElementType element, int64_t channels, int64_t fine_cols, const Window& window,
            Rows out) {
   const int64_t pad = padded(channels);
-  with_lines(window.lines, [&](auto lines) {
-    constexpr int kLines = lines;
-    for_channels(element, channels, [&](const auto& c) {
-      constexpr int kWidth = std::decay_t<decltype(c)>::width;
-      Floats waiting[kWidth] = {};
-      for (int64_t j = 0; j < fine_cols; j += 2) {
-        for (int r = 0; r < kLines; ++r) c.fetch(window.line[r], j / 2, (fine_cols + 1) / 2);
-        for (int w = 0; w < kWidth; ++w) {
-          Floats x[kLines];
-          for (int r = 0; r < kLines; ++r) x[r] = c.get(window.line[r], j / 2, w);
-          if (j > 0) c.put(out, j - 1, w, waiting[w] + share<kLines>(c, window, x, 2, pad, w));
-          c.put(out, j, w, share<kLines>(c, window, x, 1, pad, w));
-          waiting[w] = share<kLines>(c, window, x, 0, pad, w);
-        }
+  for_channels(element, channels, [&](const auto& c) {
+    constexpr int kWidth = std::decay_t<decltype(c)>::width;
+    Floats waiting[kWidth] = {};
+    for (int64_t j = 0; j < fine_cols; j += 2) {
+      for (int r = 0; r < 3; ++r) c.fetch(window.line[r], j / 2, (fine_cols + 1) / 2);
+      for (int w = 0; w < kWidth; ++w) {
+        Floats x[3];
+        for (int r = 0; r < 3; ++r) x[r] = c.get(window.line[r], j / 2, w);
+        if (j > 0) c.put(out, j - 1, w, waiting[w] + share<3>(c, window, x, 2, pad, w));
+        c.put(out, j, w, share<3>(c, window, x, 1, pad, w));
+        waiting[w] = share<3>(c, window, x, 0, pad, w);
       }
-      for (int w = 0; fine_cols % 2 == 0 && w < kWidth; ++w) {
-        c.put(out, fine_cols - 1, w, waiting[w]);
-      }
-    });
+    }
+    for (int w = 0; fine_cols % 2 == 0 && w < kWidth; ++w) {
+      c.put(out, fine_cols - 1, w, waiting[w]);
+    }
   });
 }
 
 void weight_gradient(ElementType element, int64_t channels, int64_t cols, int64_t stride,
                      const Window& window, Rows dout) {
   const int64_t pad = padded(channels), last = (cols - 1) / stride;
-  with_lines(window.lines, [&](auto lines) {
-    constexpr int kLines = lines;
-    for_channels(element, channels, [&](const auto& c) {
-      for (int w = 0; w < std::decay_t<decltype(c)>::width; ++w) {
-        Floats total[kLines][3] = {};
-        const auto add = [&](int tap, Floats g, const Floats* x) INLINE_LAMBDA {
-          for (int r = 0; r < kLines; ++r) total[r][tap] += g * x[r];
-        };
-        Floats before = {}, here = c.get(dout, 0, w);
-        for (int64_t j = 0; j <= last; ++j) {
-          if (w == 0) {  // the first vector of four brings the others
-            c.fetch(dout, j, last + 1);
-            for (int r = 0; r < kLines; ++r) {
-              c.fetch(window.line[r], stride * j, cols);
-              if (stride == 2) c.fetch(window.line[r], 2 * j + 1, cols);
-            }
+  for_channels(element, channels, [&](const auto& c) {
+    for (int w = 0; w < std::decay_t<decltype(c)>::width; ++w) {
+      Floats total[3][3] = {};
+      const auto add = [&](int tap, Floats g, const Floats* x) INLINE_LAMBDA {
+        for (int r = 0; r < 3; ++r) total[r][tap] += g * x[r];
+      };
+      Floats before = {}, here = c.get(dout, 0, w);
+      for (int64_t j = 0; j <= last; ++j) {
+        if (w == 0) {  // the first vector of four brings the others
+          c.fetch(dout, j, last + 1);
+          for (int r = 0; r < 3; ++r) {
+            c.fetch(window.line[r], stride * j, cols);
+            if (stride == 2) c.fetch(window.line[r], 2 * j + 1, cols);
           }
-          const Floats after = j < last ? c.get(dout, j + 1, w) : Floats{};
-          Floats x[kLines];
-          for (int r = 0; r < kLines; ++r) x[r] = c.get(window.line[r], stride * j, w);
-          add(1, here, x);
-          if (stride == 1) {
-            add(0, after, x);
-            add(2, before, x);
-          } else if (2 * j + 1 < cols) {
-            for (int r = 0; r < kLines; ++r) x[r] = c.get(window.line[r], 2 * j + 1, w);
-            add(0, after, x);
-            add(2, here, x);
-          }
-          before = here;
-          here = after;
         }
-        for (int r = 0; r < kLines; ++r) {
-          for (int tap = 0; tap < 3; ++tap) c.add(window.taps[r] + tap * pad, w, total[r][tap]);
+        const Floats after = j < last ? c.get(dout, j + 1, w) : Floats{};
+        Floats x[3];
+        for (int r = 0; r < 3; ++r) x[r] = c.get(window.line[r], stride * j, w);
+        add(1, here, x);
+        if (stride == 1) {
+          add(0, after, x);
+          add(2, before, x);
+        } else if (2 * j + 1 < cols) {
+          for (int r = 0; r < 3; ++r) x[r] = c.get(window.line[r], 2 * j + 1, w);
+          add(0, after, x);
+          add(2, here, x);
         }
+        before = here;
+        here = after;
       }
-    });
+#pragma GCC unroll 3
+      for (int r = 0; r < 3; ++r) {
+        if (r == window.lines) break;
+        for (int tap = 0; tap < 3; ++tap) c.add(window.taps[r] + tap * pad, w, total[r][tap]);
+      }
+    }
   });
 }
 
