@@ -56,7 +56,7 @@ def main(argv: list[str] | None = None) -> int:
         action="append",
         default=[],
         choices=("slower", "faster", "undecided", "same"),
-        help="exit with 1 where a case of two runs is that",
+        help="exit with 1 where a case of two runs, or all lengths of a backend together, are that",
     )
     compare.add_argument(
         "--margin",
@@ -150,7 +150,7 @@ def _compare_runs(arguments: argparse.Namespace) -> int:
     if arguments.csv:
         found.cases.to_csv(arguments.csv, index=False)
     print(changes.render(found))
-    return 1 if found.cases["verdict"].isin(arguments.fail_on).any() else 0
+    return 1 if found.verdicts & {*arguments.fail_on} else 0
 
 
 def _load(paths: list[Path]) -> runs.Runs:

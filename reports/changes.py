@@ -1,7 +1,7 @@
 """``python -m reports compare BEFORE AFTER``: what became faster or slower between two runs.
 
 A case's change is d = log(median after / median before); its standard error follows from the
-rounds of both medians. Three things other than the code move d, and each is dealt with by name:
+rounds of both medians. Four things other than the code mislead, and each is dealt with by name:
 
 - *Drift of the machine*, common to all backends of a case since their rounds took turns. It is read
   off the control: a backend whose code is the same in both runs (``torch`` unless told otherwise).
@@ -9,8 +9,13 @@ rounds of both medians. Three things other than the code move d, and each is dea
   two are weighed as their variances say (the best linear prediction of a random effect).
 - *Luck of a process* (where its memory lies): the scatter of the changes beyond what their rounds
   explain, by their median absolute deviation, so that a few true changes do not count as scatter.
+- *Luck of a process in all cases of a backend alike*, which one pair of processes can't show: a
+  change counts only where it is surely past a third of the margin.
 - *Many chances*: the intervals are simultaneous (Šidák), so that of two runs of the same code 95 %
   have no false alarm at all, however many cases there are.
+
+What single cases leave undecided, all lengths of a backend together may decide: see
+:mod:`reports.pools`. Cases and pools have half of the chances of a false alarm each.
 """
 
 from collections.abc import Mapping, Sequence
@@ -21,7 +26,7 @@ import numpy as np
 import pandas as pd
 from scipy import stats
 
-from reports import plots
+from reports import plots, pools
 from reports.runs import NoRuns, Runs
 
 SLOWER, FASTER, SAME, UNDECIDED = "slower", "faster", "same", "undecided"
@@ -57,16 +62,24 @@ class Changes:
 
     ``cases``: a row per case that both have, with ``case`` (words), the columns of a place,
     ``backend``, ``before_s``, ``after_s``, ``ratio`` (of times, drift taken off), ``low``, ``high``
-    and ``verdict``. ``drift``: ratio of times of the control between the runs, None without one.
-    ``scatter``: standard deviation from run to run that the rounds do not explain, None where there
-    are too few cases to tell. ``notes``: what a reader has to know besides.
+    and ``verdict``. ``pools``: a row per operation, pass, dtype and backend of at least three
+    cases, with those columns, ``cases`` (how many), and ``ratio`` to ``verdict``. ``drift``: ratio
+    of times of the control between the runs, None without one. ``scatter``: standard deviation from
+    run to run that the rounds do not explain, None where there are too few cases to tell.
+    ``notes``: what a reader has to know besides.
     """
 
     cases: pd.DataFrame
+    pools: pd.DataFrame
     control: str | None
     drift: float | None
     scatter: float | None
     notes: list[str] = field(default_factory=list)
+
+    @property
+    def verdicts(self) -> set[str]:
+        """Every verdict that a case or a pool got."""
+        return {*self.cases["verdict"], *self.pools["verdict"]}
 
 
 def obstacles(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str]:
@@ -136,40 +149,69 @@ def changes(
     unsure = variance**2 / freedom
     unsure += (drift_variance**2 + between**2) / (_MAD_EFFICIENCY * tests)
     freedom = total**2 / unsure
-    tail = (1 - _LEVEL ** (1 / tests)) / 2
-    half = stats.t.isf(tail, freedom) * np.sqrt(total)
+    half = stats.t.isf(_tail(tests), freedom) * np.sqrt(total)
     change = d - drift
     low, high = change - half, change + half
     edge = np.log1p(margin)
-    verdict = np.full(len(both), UNDECIDED, dtype=object)
-    verdict[(low > 0) & (high > edge)] = SLOWER
-    verdict[(high < 0) & (low < -edge)] = FASTER
-    verdict[(low >= -edge) & (high <= edge)] = SAME
     cases = both[["case", *_PLACE, "backend"]].assign(
         before_s=both["median_s_before"],
         after_s=both["median_s_after"],
         ratio=np.exp(change),
         low=np.exp(low),
         high=np.exp(high),
-        verdict=verdict,
+        verdict=_verdicts(low, high, edge, sure_of=edge / 3),
     )
+    place = pd.MultiIndex.from_frame(both[_PLACE])
+    pooled = pools.pooled(place, both, d, variance, control)
     shift = float(np.exp(np.median(d[is_control]))) if is_control.any() else None
-    return Changes(cases[~is_control].reset_index(drop=True), control, shift, scatter, notes)
+    cases = cases[~is_control].reset_index(drop=True)
+    return Changes(cases, _judged(pooled, edge), control, shift, scatter, notes)
+
+
+def _tail(tests: int) -> float:
+    """What an interval leaves out at either end, so that all ``tests`` of one of two families hold.
+
+    Cases are one family, pools the other.
+    """
+    return (1 - _LEVEL ** (1 / (2 * max(1, tests)))) / 2
+
+
+def _verdicts(low: np.ndarray, high: np.ndarray, edge: float, *, sure_of: float) -> np.ndarray:
+    """Of intervals of log ratios; a change has to be surely past ``sure_of``, either way."""
+    verdict = np.full(len(low), UNDECIDED, dtype=object)
+    verdict[(low > sure_of) & (high > edge)] = SLOWER
+    verdict[(high < -sure_of) & (low < -edge)] = FASTER
+    verdict[(low >= -edge) & (high <= edge)] = SAME
+    return verdict
+
+
+def _judged(pooled: pd.DataFrame, edge: float) -> pd.DataFrame:
+    change, error, freedom = (pooled[c].to_numpy(float) for c in ("change", "error", "freedom"))
+    half = stats.t.isf(_tail(len(pooled)), freedom) * error
+    low, high = change - half, change + half
+    return pooled[[*pools.KEY, "cases"]].assign(
+        ratio=np.exp(change),
+        low=np.exp(low),
+        high=np.exp(high),
+        verdict=_verdicts(low, high, edge, sure_of=edge),
+    )
 
 
 def render(found: Changes) -> str:
-    """The comparison as text: verdicts that matter first, then the count of each."""
+    """The comparison as text: verdicts that matter first, pools before cases; the count of each."""
     lines = []
+    for row in found.pools.to_dict("records"):
+        what = f"{row['operation']} {row['pass']} {row['dtype']} {row['backend']}"
+        lines.append((row, f"{what:64} {row['cases']:4} cases together"))
     for row in found.cases.to_dict("records"):
         times = f"{plots.duration(row['before_s']):>8} → {plots.duration(row['after_s']):>8}"
-        lines.append(
-            (
-                VERDICTS.index(row["verdict"]),
-                f"{row['verdict']:9}  {row['case']:64} {times}  {row['ratio']:.3f}× the time "
-                f"({row['low']:.3f} to {row['high']:.3f})",
-            )
-        )
-    text = [line for _, line in sorted(lines, key=lambda item: item[0])]
+        lines.append((row, f"{row['case']:64} {times}"))
+    lines.sort(key=lambda line: VERDICTS.index(line[0]["verdict"]))
+    text = [
+        f"{row['verdict']:9}  {what}  {row['ratio']:.3f}× the time "
+        f"({row['low']:.3f} to {row['high']:.3f})"
+        for row, what in lines
+    ]
     if found.drift is not None:
         text.append(
             f"control {found.control}: {found.drift:.3f}× the time between the runs, taken off"
@@ -177,8 +219,11 @@ def render(found: Changes) -> str:
     if found.scatter is not None:
         text.append(f"scatter from run to run beyond that of the rounds: {found.scatter:.1%}")
     text += [f"note: {note}" for note in found.notes]
-    counts = found.cases["verdict"].value_counts()
-    text.append(", ".join(f"{counts.get(verdict, 0)} {verdict}" for verdict in VERDICTS))
+    for words, frame in (("all lengths together", found.pools), ("cases", found.cases)):
+        if not frame.empty:
+            counts = frame["verdict"].value_counts()
+            counted = ", ".join(f"{counts.get(verdict, 0)} {verdict}" for verdict in VERDICTS)
+            text.append(f"{words}: {counted}")
     return "\n".join(text)
 
 

@@ -9,7 +9,7 @@ from tests.reports import saved
 BACKENDS = ("torch", "compiled", "reference")
 LENGTHS = tuple(2**i for i in range(6, 12))
 ROUNDS = 60
-NOISES = ("independent", "dependent", "spikes", "drift", "process")
+NOISES = ("independent", "dependent", "spikes", "drift", "process", "machine")
 
 
 def run(
@@ -25,9 +25,11 @@ def run(
         noise: ``independent``: 2 % a round; ``dependent``: each round much like the last;
             ``spikes``: one round in ten up to five times as long; ``drift``: the machine is some
             4 % off as a whole, differently for each length, and wanders while rounds take turns;
-            ``process``: each case is 1 % off for as long as its process lives.
+            ``process``: each case is 1 % off for as long as its process lives; ``machine``: drift,
+            spikes and process at once, and each backend 0.7 % off in all of a process's cases.
     """
     benchmarks = []
+    luck = {backend: 0.007 * rng.standard_normal() for backend in backends}
     whole = 0.04 * rng.standard_normal()
     for tokens in LENGTHS:
         place = whole + 0.02 * rng.standard_normal()
@@ -38,13 +40,15 @@ def run(
             if noise == "dependent":
                 for i in range(1, ROUNDS):
                     logs[i] = 0.7 * logs[i - 1] + 0.7 * logs[i]
-            elif noise == "spikes":
+            if noise in ("spikes", "machine"):
                 hit = rng.random(ROUNDS) < 0.1
                 logs[hit] += np.log(rng.uniform(1, 5, hit.sum()))
-            elif noise == "drift":
+            if noise in ("drift", "machine"):
                 logs += place + wander
-            elif noise == "process":
+            if noise in ("process", "machine"):
                 logs += 0.01 * rng.standard_normal()
+            if noise == "machine":
+                logs += luck[backend]
             truth = case["stats"]["median"] * (slower or {}).get(case["name"], 1.0)
             seconds = truth * np.exp(logs)
             q1, median, q3 = (float(x) for x in np.quantile(seconds, (0.25, 0.5, 0.75)))
