@@ -3,6 +3,7 @@
 Both answers come with an interval, or with the reason why the data gives none.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -15,8 +16,15 @@ _WIDEST_INTERVAL = 0.5
 _FEWEST_LENGTHS = 5
 _LARGEST_RESIDUAL = 0.25
 _EXPONENTS = np.linspace(0.0, 3.5, 71)
-# The constant a over the growing part at the shortest length; 0 is the pure power law.
-_FLOORS = np.concatenate([[0.0], np.logspace(-2, 4, 121)])
+_LEAST_RSS = 1e-12  # of times that lie on a curve to the last digit
+# The constant a over the growing part at the shortest length, as log(a + _FLOOR_UNIT): the first is
+# a pure power law. Each of a few looks nearer is three times as fine.
+_FLOOR_UNIT = 1e-3
+_FLOORS = np.linspace(np.log(_FLOOR_UNIT), np.log(1e4), 25)
+_LOOKS = 8
+# The exponents whose interval is read off: so many within it, unless it is narrower than what the
+# times can tell apart.
+_INSIDE, _FINE = 10, 41
 
 
 @dataclass(frozen=True)
@@ -62,20 +70,20 @@ def fit_scaling(lengths: ArrayLike, seconds: ArrayLike) -> Fit:
         return Fit(nan, nan, nan, nan, nan, nan, nan, count, few)
     slope = float((y[-1] - y[-2]) / np.log(n[-1] / n[-2]))
 
-    # RSS(p) on a coarse grid of exponents, then on a fine one around its minimum.
-    freedom = count - 3
-    allowed = 1 + float(stats.t.ppf(0.975, freedom)) ** 2 / freedom
-    profile, _, _ = _profile(n, y, _EXPONENTS)
-    near = np.flatnonzero(profile <= max(float(profile.min()), 1e-12) * allowed)
-    ends = max(0, near[0] - 1), min(len(_EXPONENTS) - 1, near[-1] + 1)
-    exponents = np.linspace(_EXPONENTS[ends[0]], _EXPONENTS[ends[1]], 121)
-    profile, floors, offsets = _profile(n, y, exponents)
-    best = int(profile.argmin())
-    least = max(float(profile[best]), 1e-12)
-    inside = np.flatnonzero(profile <= least * allowed)
-    # The ends lie up to one grid step outside of the last points that are inside.
-    low = float(exponents[max(0, inside[0] - 1)])
-    high = float(exponents[min(len(exponents) - 1, inside[-1] + 1)])
+    # RSS(p) on a coarse grid of exponents, then on finer ones around those within the interval.
+    allowed = 1 + float(stats.t.ppf(0.975, count - 3)) ** 2 / (count - 3)
+    exponents = _EXPONENTS
+    while True:
+        profile, floors, offsets = _profile(n, y, exponents)
+        best = int(profile.argmin())
+        least = max(float(profile[best]), _LEAST_RSS)
+        inside = np.flatnonzero(profile <= least * allowed)
+        if len(inside) >= _INSIDE or exponents[1] - exponents[0] < 1e-5:
+            break
+        first, last = max(0, inside[0] - 1), min(len(exponents) - 1, inside[-1] + 1)
+        exponents = np.linspace(exponents[first], exponents[last], _FINE)
+    low = _edge(exponents, profile, least * allowed, inside[0], -1)
+    high = _edge(exponents, profile, least * allowed, inside[-1], 1)
 
     p, floor = float(exponents[best]), float(floors[best])
     unit = float(np.exp(offsets[best]))
@@ -91,17 +99,40 @@ def fit_scaling(lengths: ArrayLike, seconds: ArrayLike) -> Fit:
     return Fit(p, low, high, floor * unit, scale, residual, slope, count, reason)
 
 
+def _edge(exponents: np.ndarray, profile: np.ndarray, level: float, last: int, step: int) -> float:
+    """Where RSS(p) passes the level, between the last exponent below it and the next."""
+    beyond = last + step
+    if not 0 <= beyond < len(exponents):
+        return float(exponents[last])
+    share = (level - profile[last]) / (profile[beyond] - profile[last])
+    return float(exponents[last] + np.clip(share, 0, 1) * (exponents[beyond] - exponents[last]))
+
+
 def _profile(
     n: np.ndarray, y: np.ndarray, exponents: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Per exponent: the least RSS of y = offset + log(floor + (n/n₀)^p), its floor and offset."""
-    growth = (n / n[0])[None, :] ** exponents[:, None]
-    residuals = y - np.log(_FLOORS[None, :, None] + growth[:, None, :])
-    offset = residuals.mean(axis=2)
-    rss = ((residuals - offset[..., None]) ** 2).sum(axis=2)
-    best = rss.argmin(axis=1)
+    growth = ((n / n[0])[None, :] ** exponents[:, None])[:, None, :]
     rows = np.arange(len(exponents))
-    return rss[rows, best], _FLOORS[best], offset[rows, best]
+    candidates = np.broadcast_to(_FLOORS, (len(exponents), len(_FLOORS)))
+    step = float(_FLOORS[1] - _FLOORS[0])
+    for _ in range(_LOOKS + 1):
+        floors = np.maximum(np.exp(candidates) - _FLOOR_UNIT, 0)
+        residuals = y - np.log(floors[..., None] + growth)
+        offsets = residuals.mean(axis=2)
+        rss = ((residuals - offsets[..., None]) ** 2).sum(axis=2)
+        best = rss.argmin(axis=1)
+        centre = candidates[rows, best]
+        step /= 3
+        candidates = np.maximum(centre[:, None] + step * np.arange(-3, 4), _FLOORS[0])
+    return rss[rows, best], floors[rows, best], offsets[rows, best]
+
+
+_Interpolator = Callable[..., Callable[[np.ndarray], np.ndarray]]
+_INTERPOLATORS: tuple[_Interpolator, ...] = (
+    interpolate.PchipInterpolator,
+    interpolate.CubicSpline,
+)
 
 
 @dataclass(frozen=True)
@@ -130,7 +161,9 @@ def crossover(
     """Where the ratio of two measured curves passes 1 for good.
 
     The log of the ratio is interpolated between measured lengths (monotone cubics in log N); the
-    interval comes from redrawing it with the given error. Nothing is extrapolated.
+    interval comes from redrawing it with the given error. Since what lies between two lengths is
+    not known either, the draws are interpolated by splines, too, and the interval covers those of
+    both. Nothing is extrapolated.
 
     Args:
         lengths: where both were measured.
@@ -146,10 +179,10 @@ def crossover(
     if len(n) < 2:
         return Crossover(float("nan"), float("nan"), float("nan"), "too few common lengths")
     noise = np.random.default_rng(seed).standard_normal((draws, len(n)))
-    estimate = float(_crossings(x, d[None])[0])
-    crossings = np.sort(_crossings(x, d + noise * error))
-    low = float(crossings[int(0.025 * (draws - 1))])
-    high = float(crossings[int(np.ceil(0.975 * (draws - 1)))])
+    estimate = float(_crossings(x, d[None], _INTERPOLATORS[0])[0])
+    drawn = [np.sort(_crossings(x, d + noise * error, between)) for between in _INTERPOLATORS]
+    low = float(min(crossings[int(0.025 * (draws - 1))] for crossings in drawn))
+    high = float(max(crossings[int(np.ceil(0.975 * (draws - 1)))] for crossings in drawn))
     shortest, longest = f"{np.exp(x[0]):.0f}", f"{np.exp(x[-1]):.0f}"
     if high == 0:
         text = f"below N = {shortest}, the shortest measured"
@@ -163,11 +196,11 @@ def crossover(
     return Crossover(estimate, low, high, text)
 
 
-def _crossings(x: np.ndarray, d: np.ndarray) -> np.ndarray:
+def _crossings(x: np.ndarray, d: np.ndarray, between: _Interpolator) -> np.ndarray:
     """Per row, the last zero crossing of the log ratio: 0 if all is above, inf if it ends below."""
     # Between lengths a factor of two apart the ratio is curved: straight lines would be biased.
     fine = np.unique(np.concatenate([np.linspace(a, b, 17) for a, b in pairwise(x)]))
-    x, d = fine, interpolate.PchipInterpolator(x, d, axis=1)(fine)
+    x, d = fine, between(x, d, axis=1)(fine)
     below = d < 0
     last = np.where(below.any(axis=1), d.shape[1] - 1 - below[:, ::-1].argmax(axis=1), -1)
     left = np.clip(last, 0, d.shape[1] - 2)
