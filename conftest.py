@@ -18,6 +18,7 @@ _OPTIONS = (
     "dry_run",
     "resume_bench",
     "profile",
+    "limits",
 )
 
 
@@ -57,6 +58,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         action="store_true",
         default=None,
         help="go on with the killed or interrupted run of the same --benchmark-json",
+    )
+    group.addoption(
+        "--limits",
+        choices=("kept", "fresh"),
+        help="kept (default): the machine's copy and matmul rates as measured within a day; "
+        "fresh: measure them anew",
     )
     group.addoption(
         "--profile",

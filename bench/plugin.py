@@ -22,6 +22,7 @@ from bench import (
     clock,
     energy,
     estimate,
+    kept_limits,
     limits,
     machine,
     memory,
@@ -319,9 +320,14 @@ class Benchmarks:
             },
         )
 
-    def _limits(self) -> limits.Limits:
+    @functools.cached_property
+    def _kept_limits(self) -> kept_limits.Kept:
         names = sorted({case.dtype for case in self.sweep.cases})
-        return limits.measure(self.sweep.device, tuple(names))
+        fresh = self._config.getoption("limits") == "fresh"
+        return kept_limits.limits_of(self.sweep.device, names, fresh=fresh)
+
+    def _limits(self) -> limits.Limits:
+        return self._kept_limits.limits
 
     def _training_step(self, model: str, backend: str | None) -> Callable[[], None]:
         from training.step import make_step
@@ -503,6 +509,12 @@ class Benchmarks:
         terminalreporter.write(summary.render(self._rows, width, terminalreporter._tw.hasmarkup))
         for what, why in self.sweep.left_out.items():
             terminalreporter.write_line(f"not timed: {what}: {why}")
+        when = self._kept_limits.measured[:16].replace("T", " ")
+        terminalreporter.write_line(
+            f"limits measured {when} UTC (--limits fresh measures them anew)"
+        )
+        for remark in self._kept_limits.remarks:
+            terminalreporter.write_line(remark)
         for case, reason in self._failures.items():
             terminalreporter.write_line(f"failed: {case}: {reason}", red=True)
         if self._journal is not None and not self._progress.finished:
@@ -518,7 +530,7 @@ class Benchmarks:
             "sweep": self.sweep.extent,
             "device": self.sweep.device.type,
             "machine": machine.describe(self.sweep.device),
-            "limits": dataclasses.asdict(self._limits()) if self._rows else None,
+            "limits": self._kept_limits.record() if self._rows else None,
             "not_timed": self.sweep.left_out,
             "failed": {c: r for c, r in self._failures.items() if c not in no_memory},
             "out_of_memory": no_memory,

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,8 @@ ROOT = Path(__file__).resolve().parents[2]
 
 # Benchmarks refuse to run in a worker of pytest-xdist, which these tests may well be in.
 ENVIRONMENT = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST_")}
+# What is measured beside other tests is not to be kept as the machine's limits.
+ENVIRONMENT["LINEAR_VIT_LIMITS"] = tempfile.mkdtemp()
 
 
 def run_pytest(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -50,7 +53,7 @@ def test_only_the_cases_asked_for_are_run(run) -> None:
 
 
 def test_extra_info_has_what_a_report_needs(run) -> None:
-    _, document = run
+    output, document = run
     for benchmark, work in zip(document["benchmarks"], (1, 3), strict=True):
         info, stats = benchmark["extra_info"], benchmark["stats"]
         assert info["schema"] == 1
@@ -71,6 +74,10 @@ def test_extra_info_has_what_a_report_needs(run) -> None:
     suite = document["kernel_suite"]
     assert suite["kind"] == "benchmarks"
     assert suite["failed"] == {}
+    assert suite["limits"]["matmul_flop_per_s"]["float32"] > 0
+    (kept,) = Path(ENVIRONMENT["LINEAR_VIT_LIMITS"]).glob("*.json")
+    assert json.loads(kept.read_text())["measured"] == suite["limits"]["measured"]
+    assert f"limits measured {suite['limits']['measured'][:10]}" in output
 
 
 def test_statistics_are_those_of_the_measured_rounds(run) -> None:
