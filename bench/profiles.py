@@ -87,7 +87,9 @@ def _ncu(name: str) -> tuple[dict[str, dict[str, float]] | None, str]:
     ncu = shutil.which("ncu")
     if ncu is None:
         return None, "ncu is not installed (it comes with Nsight Compute)"
-    command = [ncu, "--csv", "--page", "raw", "--metrics", ",".join(COUNTERS)]
+    # Else ncu picks a unit for each value, and the values alone would not say which.
+    command = [ncu, "--csv", "--page", "raw", "--print-units", "base"]
+    command += ["--metrics", ",".join(COUNTERS)]
     command += ["--profile-from-start", "off", sys.executable, "-m", "bench.profiles", name]
     root = Path(__file__).resolve().parent.parent
     try:
