@@ -32,6 +32,7 @@ class Documents:
     cpus: list[Saved] = field(default_factory=list)
     statics: list[Saved] = field(default_factory=list)
     traffics: list[Saved] = field(default_factory=list)
+    gpus: list[Saved] = field(default_factory=list)  # a file a section, those of a device together
     skipped: list[str] = field(default_factory=list)
 
     def each(self, saved: Iterable[Saved], build: Callable[[Saved], T]) -> list[T]:
@@ -53,6 +54,8 @@ def _kind(name: str, rows: str) -> Callable[[Content], Any]:
     return lambda c: c["kind"] == name and c["schema"] == 1 and isinstance(c[rows], list)
 
 
+# The files of bench.gpu; another command has a check.json, too.
+_GPU_SECTIONS = ("check", "ceilings", "sweep", "huge", "capture", "training", "graphs")
 # File name, where it is kept, and whether a document is what its name says.
 _KINDS: tuple[tuple[str, str, Callable[[Content], Any]], ...] = (
     ("check.json", "checks", _kind("check", "results")),
@@ -64,17 +67,18 @@ _KINDS: tuple[tuple[str, str, Callable[[Content], Any]], ...] = (
     ("cpu.json", "cpus", lambda c: c.get("schema", 1) == 1 and c["machine"] and c["rows"]),
     ("static.json", "statics", _kind("static", "rows")),
     ("traffic.json", "traffics", _kind("traffic", "rows")),
+    *((f"{section}.json", "gpus", _kind("gpu", "results")) for section in _GPU_SECTIONS),
 )
-# Machine code and counted bytes are the same anywhere.
-_ANYWHERE = ("statics", "traffics")
+# Machine code and counted bytes are the same anywhere; what a GPU did says which it was.
+_ANYWHERE = ("statics", "traffics", "gpus")
 
 
 def load(paths: Sequence[Path], results: Path) -> Documents:
     """Read timed runs from ``paths``, and all else from ``results`` and its sub-folders.
 
     Without ``paths``, the newest run in ``results``, else the repository's measurements. Where
-    ``results`` holds nothing at all, so are the other documents; static and traffic reports are the
-    repository's wherever ``results`` lacks them.
+    ``results`` holds nothing at all, so are the other documents; static and traffic reports and
+    what a GPU did are the repository's wherever ``results`` lacks them.
 
     Raises:
         reports.runs.NoRuns: ``paths`` were given and hold no run.
@@ -105,6 +109,9 @@ def _read_all(found: Documents, folder: Path, wanted: tuple[str, ...]) -> None:
         for path in sorted(folder.rglob(pattern)):
             try:
                 content = json.loads(path.read_text(encoding="utf-8"))
+                of_gpu = isinstance(content, dict) and content.get("kind") == "gpu"
+                if of_gpu != (name == "gpus"):
+                    continue
                 if not isinstance(content, dict) or not is_right(content):
                     raise ValueError("of another schema")
             except (OSError, ValueError) as error:
@@ -121,10 +128,11 @@ CASE = ("operation", "pass", "dtype", "N", "total_tokens", "backend")
 
 @dataclass(frozen=True)
 class RunExtras:
-    """What a benchmark run holds beyond times: its machine's limits, and by case lines of text."""
+    """What a run holds beyond times: its machine's limits; by case, lines of text and a profile."""
 
     limits: Content
     details: dict[tuple[Any, ...], str]
+    profiles: dict[tuple[Any, ...], Content]
 
 
 def extras(run: str) -> RunExtras:
@@ -132,20 +140,24 @@ def extras(run: str) -> RunExtras:
     try:
         content = json.loads(Path(run).read_text(encoding="utf-8"))
     except (OSError, ValueError):  # gone since it was loaded
-        return RunExtras({}, {})
-    details = {}
+        return RunExtras({}, {}, {})
+    details: dict[tuple[Any, ...], str] = {}
+    profiles: dict[tuple[Any, ...], Content] = {}
     for benchmark in content["benchmarks"]:
         info = benchmark.get("extra_info") if isinstance(benchmark, dict) else None
         if not isinstance(info, dict):
             continue
         info = info | {"total_tokens": info.get("total_tokens") or 0}
+        case = tuple(map(info.get, CASE))
+        if isinstance(info.get("profile"), dict):
+            profiles[case] = info["profile"]
         try:
-            details[tuple(map(info.get, CASE))] = _lines(info)
+            details[case] = _lines(info)
         except (TypeError, ValueError, AttributeError):
             continue  # a damaged case, which Runs has named
     suite = content.get("kernel_suite")
     limits = suite.get("limits") if isinstance(suite, dict) else None
-    return RunExtras(limits if isinstance(limits, dict) else {}, details)
+    return RunExtras(limits if isinstance(limits, dict) else {}, details, profiles)
 
 
 def _lines(info: Content) -> str:

@@ -33,6 +33,12 @@ class Extras:
         """The machine's limits that a run measured; empty where it has none."""
         return self._runs[file].limits if file in self._runs else {}
 
+    def profile(self, case: Case) -> dict[str, Any] | None:
+        """What ``--profile`` wrote of a case."""
+        if self.left_out or case["file"] not in self._runs:
+            return None
+        return self._runs[case["file"]].profiles.get(tuple(case[n] for n in documents.CASE))
+
     def leave_out_details(self) -> None:
         """Keep the limits, and say nothing more of single cases."""
         self.left_out = True
@@ -119,15 +125,17 @@ def speed(found: list[Group], extras: Extras) -> Section:
         "Speed",
         "Median time per call; the fastest of a row is marked. GFLOP/s and GB/s are those of the "
         "fastest, by the operation's least work and least traffic, whatever the implementation "
-        "does. Of limit: the time that the machine's copy or matmul rate, measured in the same "
-        "run, allows for that, over the time taken.",
+        "does. Of limit: the time that the machine's copy or matmul rate, measured on it within "
+        "a day, allows for that, over the time taken.",
     )
     if not found:
         section.missing = runs.HOW_TO_MEASURE
         return section
     section.figures = _heat_maps(found)
     if extras.left_out:
-        section.notes.append("What ran in each case is left out, to keep this page under 3 MB.")
+        section.notes.append(
+            "What ran in each case, and its profile, is left out, to keep this page under 3 MB."
+        )
     section.tables = [
         _speed_table(group, operation, mode, part, extras)
         for group in found

@@ -12,7 +12,17 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, select_autoescape
 from markupsafe import Markup
 
-from reports import documents, kernel_sections, plots, proofs, rooflines, scaling, training_sections
+from reports import (
+    documents,
+    gpu_sections,
+    kernel_sections,
+    plots,
+    profile_sections,
+    proofs,
+    rooflines,
+    scaling,
+    training_sections,
+)
 from reports.documents import Documents, Saved
 from reports.parts import FACETS, Figure, Row, Section, Table, columns, word
 from reports.runs import ROOT
@@ -36,16 +46,19 @@ def write(paths: Sequence[Path], results: Path, out: Path) -> int:
     found = documents.load(paths, results)
     groups = scaling.groups(found.runs) if found.runs else []
     extras = kernel_sections.Extras(found.runs)
-    text = _text(found, groups, extras)
+    text = _text(found, groups, extras, out.parent)
     if len(text.encode()) >= _MOST_BYTES:  # a sweep of thousands of cases
         extras.leave_out_details()
-        text = _text(found, groups, extras)
+        text = _text(found, groups, extras, out.parent)
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(text, encoding="utf-8")
     return len(text.encode())
 
 
-def _text(found: Documents, groups: list[scaling.Group], extras: kernel_sections.Extras) -> str:
+def _text(
+    found: Documents, groups: list[scaling.Group], extras: kernel_sections.Extras, folder: Path
+) -> str:
+    """``folder``: where the page will be, which its links start from."""
     cpu_parts = [part for parts in found.each(found.cpus, rooflines.cpu) for part in parts]
     sections = [
         training_sections.results(found),
@@ -53,6 +66,8 @@ def _text(found: Documents, groups: list[scaling.Group], extras: kernel_sections
         kernel_sections.speed(groups, extras),
         rooflines.section(groups, cpu_parts, extras),
         kernel_sections.memory(groups),
+        profile_sections.section(groups, extras, folder),
+        gpu_sections.section(found),
         training_sections.steps(found),
         proofs.correctness(found),
         proofs.static(found),
@@ -145,6 +160,7 @@ def _where(found: Documents) -> Section:
         rows += found.each(kind, _training_source)
     for kind in (found.cpus, found.statics, found.traffics):
         rows += found.each(kind, _proof_source)
+    rows += found.each(found.gpus, _gpu_source)
     if rows:
         section.tables.append(Table("", columns(titles, titles), rows))
     for head in found.runs.heads if found.runs else []:
@@ -219,6 +235,15 @@ def _proof_source(saved: Saved) -> Row:
     what = f"{len(content['rows']):,} rows ({content.get('kind', 'C++ kernels')})"
     machine = proofs.machine(facts) if facts else "any"
     return _source(saved.path, what, machine, (facts or {}).get("git"), content.get("created"))
+
+
+def _gpu_source(saved: Saved) -> Row:
+    content = saved.content
+    done = sum(r["status"] == "measured" for r in content["results"])
+    what = f"{content['section']}, {done} of {len(content['results'])} cases (gpu)"
+    what += ", dry run" if content["dry_run"] else ""
+    facts = content["machine"]
+    return _source(saved.path, what, proofs.machine(facts), facts.get("git"), None)
 
 
 def _newest(found: Documents) -> str:

@@ -15,12 +15,16 @@ Facets = dict[str, str]  # a facet's name to one value, or to several with | bet
 
 @dataclass(frozen=True)
 class Cell:
-    """``value`` is what a column is sorted by (None sorts last), ``tip`` the exact figure."""
+    """``value`` is what a column is sorted by (None sorts last), ``tip`` the exact figure.
+
+    ``link`` is an address relative to the page, or empty.
+    """
 
     text: str
     value: float | str | None = None
     tip: str = ""
     mark: str = ""
+    link: str = ""
 
 
 @dataclass(frozen=True)

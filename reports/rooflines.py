@@ -18,7 +18,7 @@ def section(found: list[Group], extra: Iterable[Table | Figure], extras: Extras)
         "Roofline",
         "What a case does per second against what it must do per byte: FLOP of the operation's "
         "least work over bytes of its least traffic. Under the slope the memory's copy rate binds, "
-        "under the roof the matmul rate; both were measured in the same run.",
+        "under the roof the matmul rate; both were measured on the same machine within a day.",
     )
     for group in found:
         for (file,), part in by(cases(group.frame), "file").items():
@@ -26,7 +26,8 @@ def section(found: list[Group], extra: Iterable[Table | Figure], extras: Extras)
             peak = (limits.get("matmul_flop_per_s") or {}).get(group.dtype)
             copy = limits.get("copy_bytes_per_s")
             if peak and copy:
-                made.figures.append(_of_group(group, part, float(copy), float(peak)))
+                when = str(limits.get("measured", ""))
+                made.figures.append(_of_group(group, part, float(copy), float(peak), when))
     for one in extra:
         if isinstance(one, Figure):
             made.figures.append(one)
@@ -39,7 +40,8 @@ def section(found: list[Group], extra: Iterable[Table | Figure], extras: Extras)
     return made
 
 
-def _of_group(group: Group, part: list[Case], copy: float, peak: float) -> Figure:
+def _of_group(group: Group, part: list[Case], copy: float, peak: float, when: str) -> Figure:
+    """``when`` the limits were measured (ISO 8601, UTC); empty where the run doesn't say."""
     ridge = peak / copy
     for case in part:
         case["x"] = case["tflop_per_s"] / case["gb_per_s"] * 1e3  # FLOP per byte
@@ -67,6 +69,8 @@ def _of_group(group: Group, part: list[Case], copy: float, peak: float) -> Figur
         "marks are longer sequences; a case above the roof reads from a cache, or does less than "
         "the dense work that is counted."
     )
+    if when:
+        caption += f" Limits measured {when[:16].replace('T', ' ')} UTC."
     names = " and ".join(plots.label(name) for name in group.operations)
     return _figure(f"{names.capitalize()}; {group.where}", caption, lines, copy, {"matmul": peak})
 

@@ -57,6 +57,21 @@ def case(
     }
 
 
+def profile(case: dict[str, Any], ncu: bool = False) -> dict[str, Any]:
+    """What --profile writes of a case: its trace's name, its top kernels, and counters."""
+    top = [
+        {"name": "void state_kernel<64, (bool)1>(float const*)", "calls": 3, "total_us": 90.0},
+        {"name": "aten::copy_", "calls": 6, "total_us": 30.0},
+    ]
+    counted = {"gpu__time_duration.sum": 25_000.0, "dram__bytes_read.sum": 4e6}
+    return {
+        "trace": f"profiles/{case['name']}.trace.json.gz",
+        "top": [{**row, "share": row["total_us"] / 120} for row in top],
+        "ncu": {"state_kernel": counted} if ncu else None,
+        "ncu_why": "" if ncu else "ncu is not installed",
+    }
+
+
 def step(model: str, images_per_s: float) -> dict[str, Any]:
     made = case("linear_attention", "torch", "forward", 64)
     made["extra_info"] |= {
@@ -88,7 +103,11 @@ def run(when: str = "2030-01-02T03:04:05+00:00", **changes: Any) -> dict[str, An
         "device": "cpu",
         "not_timed": {"backend cuda": "no CUDA device here"},
         "failed": {"linear_attention-forward-float32-N64-odd": "wrong result: out"},
-        "limits": {"copy_bytes_per_s": 2e10, "matmul_flop_per_s": {"float32": 2e11}},
+        "limits": {
+            "copy_bytes_per_s": 2e10,
+            "matmul_flop_per_s": {"float32": 2e11},
+            "measured": "2030-01-01T22:04:05+00:00",
+        },
     }
     return {"datetime": when, "benchmarks": benchmarks, "kernel_suite": suite, **changes}
 
@@ -282,6 +301,8 @@ def save_all(folder: Path) -> None:
     save(folder / "training" / "table.json", table())
     save(folder / "training" / "step-speed.json", step_speed())
     save(folder / "training" / "step-breakdown.json", step_breakdown())
+    for name, document in gpu().items():
+        save(folder / "test-gpu" / "gpu" / f"{name}.json", document)
     save(folder / "ablation" / "ablation-ripple_stages.json", ablation())
 
 
@@ -301,6 +322,76 @@ def traffic() -> dict[str, Any]:
     }
     workspace = row | {"tensor": "workspace", "loaded": 4096, "stored": 4096, "ratio": 0.0123}
     return {"kind": "traffic", "schema": 1, "rows": [row, workspace]}
+
+
+def gpu() -> dict[str, dict[str, Any]]:
+    """As bench.gpu writes it: by section, a document each."""
+    machine = MACHINE | {"device": "cuda", "device_name": "Test GPU", "torch": "2.99"}
+    rival = {"linear_attention/triton": 1.0, "linear_attention/torch": 4.0, "sdpa/flash": 0.5}
+
+    def times(scale: float) -> dict[str, Any]:
+        return {
+            "seconds": scale,
+            "interval_s": [0.99 * scale, 1.01 * scale],
+            "relative_iqr": 0.02,
+            "rounds": 40,
+            "stop": "interval",
+            "clock": "device time (CUDA events, L2 flushed)",
+        }
+
+    def sweep(mode: str, tokens: int) -> dict[str, Any]:
+        shape = {"B": 1, "H": 16, "Hk": 16, "N": tokens, "M": tokens, "D": 64}
+        work = {"least_bytes": 8192 * tokens, "least_flop": 8 * 64 * 64 * 16 * tokens}
+        timed = {}
+        for name, factor in rival.items():
+            s = factor * 4e-9 * tokens * (tokens / 1024 if name.startswith("sdpa") else 1)
+            rates = {"bytes_per_s": work["least_bytes"] / s, "flop_per_s": work["least_flop"] / s}
+            joules = {"joules": 0.25, "joules_how": "NVML"}
+            more = {"peak_memory_bytes": 2**20, "implementation": f"tiles of {name}"}
+            timed[name] = times(s) | work | rates | joules | more
+        described = {"what": "long", "shape": shape, "dtype": "bfloat16", "mode": mode}
+        return described | {"times": timed, "absent": {"sdpa/math": "out of memory"}}
+
+    error = {"rms_error": 1e-3, "rms_tolerance": 3e-3, "max_error": 2e-3, "max_tolerance": 8e-3}
+    check = {"operation": "linear_attention", "dtype": "bfloat16", "off": None}
+    check |= {"errors": {"B1 H4 N77": {"out": error | {"passed": True}}}}
+    failed = {"status": "failed", "reason": "grad q: rms 1e-1"}
+    ceilings = {"copy_bytes_per_s": 4e12, "launch_s": 4e-6}
+    ceilings |= {"matmul_flop_per_s": {"float32": 5e13, "bfloat16": 8e14}}
+    graph_times = {
+        f"linear_attention/triton {how}": times(seconds)
+        for how, seconds in (("called", 2e-5), ("replayed", 1e-5))
+    }
+    graphs = {"shape": sweep("forward", 64)["shape"], "dtype": "bfloat16", "mode": "forward"}
+    training = {"model": "ripple", "backend": "triton", "settings": SETTING, "joules": None}
+    training |= times(0.02) | {"images_per_s": 6400.0, "peak_memory_bytes": 2**30}
+    training |= {"peak_memory_how": "allocator", "joules_how": "no counter"}
+    sections: dict[str, list[dict[str, Any]]] = {
+        "check": [
+            check | {"case": "linear_attention bfloat16 D=64 triton", "backend": "triton"},
+            failed | {"case": "linear_attention bfloat16 D=64 cuda"},
+            check | {"case": "linear_attention bfloat16 D=64 torch", "off": "grad k: rms 9e-3"},
+        ],
+        "ceilings": [ceilings | {"case": "copy, matmul, launch"}],
+        "sweep": [
+            {"case": f"bfloat16 {mode} long N={n}"} | sweep(mode, n)
+            for mode in ("forward", "backward")
+            for n in (1024, 4096, 16_384)
+        ],
+        "huge": [failed | {"case": "33 heads", "status": "out of memory", "reason": "no memory"}],
+        "capture": [{"case": "linear_attention triton"}],
+        "graphs": [graphs | {"case": "vit", "times": graph_times, "absent": {}}],
+        "training": [
+            training | {"case": "ripple triton"},
+            {"case": "hydra cuda", "status": "left out", "reason": "no time left"},
+        ],
+    }
+    head = {"kind": "gpu", "schema": 1, "dry_run": False, "machine": machine}
+    sound = {"status": "measured", "reason": None, "key": "0"}
+    return {
+        name: head | {"section": name, "results": [sound | row for row in rows]}
+        for name, rows in sections.items()
+    }
 
 
 def static() -> dict[str, Any]:

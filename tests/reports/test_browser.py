@@ -30,6 +30,11 @@ def html(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ]
     run["benchmarks"] += bfloat16
     saved.save_all(folder)
+    for case in run["benchmarks"][:14]:  # linear attention with reference, forward and both
+        case["extra_info"]["profile"] = saved.profile(case, ncu=case["extra_info"]["N"] == 64)
+    (folder / "profiles").mkdir()
+    trace = run["benchmarks"][0]["extra_info"]["profile"]["trace"]
+    (folder / trace).write_bytes(b"")
     saved.save(folder / "run.json", run)
     out = folder / "index.html"
     assert main(["page", "--results", str(folder), "--out", str(out)]) == 0
@@ -139,6 +144,31 @@ def test_filters_hide_tables_columns_rows_and_curves(browser: Browser, html: Pat
     browser.run("document.querySelector('.filters button').click()")
     assert [visible(browser, "figure"), visible(browser, ".table")] == [figures, tables]
     assert visible(browser, curve) == curves
+    assert browser.complaints == []
+
+
+def test_gpu_results_and_profiles_filter_sort_and_link(browser: Browser, html: Path) -> None:
+    browser.open(html)
+    shares = f"{COLUMN}('Attention, forward; bfloat16, Test GPU', 'of copy')"
+    click = f"{CLICK}('Attention, forward; bfloat16, Test GPU', 'of copy')"
+    browser.run(click)
+    assert browser.run(shares)[:2] == ["6%", "13%"]
+    assert browser.run(shares)[-3:] == ["–"] * 3  # what was not measured comes last
+    browser.run(click)
+    assert browser.run(shares)[:2] == ["102%", "51%"]
+
+    # Traces that are there are linked, from where the page is.
+    links = "[...document.querySelectorAll('#profiles td a')].map(a => a.getAttribute('href'))"
+    (link,) = set(browser.run(links))
+    assert (html.parent / link.replace("%2B", "+")).is_file()
+
+    choose(browser, "backend", "triton")
+    assert visible(browser, "#gpu figure") == 2
+    assert visible(browser, "#gpu figure .legend button") == 2
+    assert visible(browser, "#profiles tbody tr") == 0
+    choose(browser, "backend", "reference")
+    assert visible(browser, "#gpu figure") == 0
+    assert visible(browser, "#profiles tbody tr") > 0
     assert browser.complaints == []
 
 
