@@ -1,6 +1,8 @@
 """The page's section on a GPU: what ``python -m bench.gpu`` saved, a folder of files a device."""
 
+import functools
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,10 @@ _SWEEPS = {
     "crossover": "a batch of sequences",
     "vit": "a batch of images",
 }
+_OUTCOMES = {
+    "huge": "Sizes past 2³¹ elements",
+    "capture": "CUDA graphs: a captured call replayed on other inputs",
+}
 Result = dict[str, Any]
 
 
@@ -29,12 +35,11 @@ def section(found: Documents) -> Section:
         "implementation moves; of copy: that over the copy rate measured on the same device.",
     )
     for run in _folders(found.gpus):
-        for part in found.each([run[0]], lambda _, run=run: list(_parts(run))):
-            for one in part:
-                if isinstance(one, str):
-                    made.notes.append(one)
-                else:
-                    (made.figures if isinstance(one, Figure) else made.tables).append(one)
+        copy = next((rate for rate in found.each(run, _copy_rate) if rate), None)
+        for part in found.each(run, functools.partial(_parts, copy)):
+            made.tables += part.tables
+            made.figures += part.figures
+            made.notes += [note for note in part.notes if note not in made.notes]
     if not found.gpus:
         made.missing = HOW_TO_MEASURE
     return made
@@ -47,29 +52,47 @@ def _folders(files: Iterable[Saved]) -> list[list[Saved]]:
     return list(folders.values())
 
 
-def _parts(run: list[Saved]) -> Iterator[Table | Figure | str]:
-    """What one folder shows; every file of it is of the same device."""
-    content = run[0].content
+def _measured(results: list[Result]) -> list[Result]:
+    return [r for r in results if r["status"] == _MEASURED]
+
+
+def _copy_rate(saved: Saved) -> float | None:
+    """Bytes a second, of the file that has it."""
+    found = _measured(saved.content["results"]) if saved.content["section"] == "ceilings" else []
+    return float(found[0]["copy_bytes_per_s"]) if found else None
+
+
+@dataclass
+class _Parts:
+    tables: list[Table] = field(default_factory=list)
+    figures: list[Figure] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+
+def _parts(copy: float | None, saved: Saved) -> _Parts:
+    """What one file shows; ``copy`` is its device's copy rate."""
+    content, made = saved.content, _Parts()
+    section, results = content["section"], content["results"]
     where = proofs.machine(content["machine"])
     if content["dry_run"]:
         where = f"dry run, {where}"
-        yield f"A {where}: tiny sizes, to walk the code without a GPU; its times mean nothing."
-    sections = {one.content["section"]: one.content["results"] for one in run}
-    done = {name: [r for r in rows if r["status"] == _MEASURED] for name, rows in sections.items()}
-    ceilings = done.get("ceilings", [])
-    copy = ceilings[0]["copy_bytes_per_s"] if ceilings else None
-    if ceilings:
-        yield _ceilings(ceilings[0], where)
-    if sections.get("check"):
-        yield _checks(sections["check"], where)
-    yield from _figures(done.get("sweep", []), where)
-    yield from _sweeps(done.get("sweep", []), copy, where)
-    if done.get("graphs"):
-        yield _graphs(done["graphs"], where)
-    if done.get("training"):
-        yield _training(done["training"], where)
-    yield from _beyond(sections, where)
-    yield from _not_measured(sections)
+        made.notes.append(
+            f"A {where}: tiny sizes, to walk the code without a GPU; its times mean nothing."
+        )
+    done = _measured(results)
+    if section == "check" and results:
+        made.tables.append(_checks(results, where))
+    elif section in _OUTCOMES and results:
+        made.tables.append(_outcomes(f"{_OUTCOMES[section]}; {where}", results))
+    elif section == "sweep":
+        made.figures += _figures(done, where)
+        made.tables += _sweeps(done, copy, where)
+    elif done:
+        tables = {"ceilings": _ceilings, "graphs": _graphs, "training": _training}
+        made.tables.append(tables[section](done, where))
+    if section in ("ceilings", "sweep", "graphs", "training"):
+        made.notes += _not_measured(section, results)
+    return made
 
 
 def _contender(name: str) -> tuple[str, str]:
@@ -92,7 +115,8 @@ def _shape(shape: dict[str, int]) -> str:
     return f"B{shape['B']} H{shape['H']} N{shape['N']:,} D{shape['D']}"
 
 
-def _ceilings(found: Result, where: str) -> Table:
+def _ceilings(rows: list[Result], where: str) -> Table:
+    found = rows[0]
     rates = found["matmul_flop_per_s"]
     copy, launch = found["copy_bytes_per_s"], found["launch_s"]
     cells = [number(f"{copy / 1e9:,.0f} GB/s", copy, exact(copy / 1e9, "GB/s"))]
@@ -213,7 +237,7 @@ def _see(part: list[Result]) -> str:
 def _sweeps(rows: list[Result], copy: float | None, where: str) -> Iterator[Table]:
     """A table per pass and dtype, a row per shape and contender; the fastest are marked."""
     for mode, dtype in dict.fromkeys((r["mode"], r["dtype"]) for r in rows):
-        lines = []
+        lines: list[Row] = []
         for r in rows:
             if (r["mode"], r["dtype"]) == (mode, dtype):
                 lines += _sweep_rows(r, copy, dtype)
@@ -313,29 +337,22 @@ def _training(rows: list[Result], where: str) -> Table:
 # What has no time.
 
 
-def _beyond(sections: dict[str, list[Result]], where: str) -> Iterator[Table]:
-    """Sizes past 2³¹ elements, and captured calls on other inputs: right or not."""
+def _outcomes(title: str, results: list[Result]) -> Table:
     lines = []
-    for name, what in (("huge", "past 2³¹ elements"), ("capture", "replayed on other inputs")):
-        for r in sections.get(name, ()):
-            status = {_MEASURED: "✓ right", "failed": "✗ wrong"}.get(r["status"], r["status"])
-            mark = {_MEASURED: "passed", "failed": "failed"}.get(r["status"], "")
-            reason = str(r["reason"] or "")
-            lines.append(Row([word(what), word(r["case"]), word(status, reason, mark)]))
-    if lines:
-        titles = ["what", "case", "result"]
-        yield Table(f"Beyond times; {where}", columns(titles, titles), lines)
+    for r in results:
+        words = {_MEASURED: "✓ right", "failed": "✗ wrong"}.get(r["status"], r["status"])
+        mark = {_MEASURED: "passed", "failed": "failed"}.get(r["status"], "")
+        lines.append(Row([word(r["case"]), word(words, str(r["reason"] or ""), mark)]))
+    return Table(title, columns(["case", "result"], ["case", "result"]), lines)
 
 
-def _not_measured(sections: dict[str, list[Result]]) -> Iterator[str]:
+def _not_measured(section: str, results: list[Result]) -> Iterator[str]:
     """One note a reason, for the cases that no table has."""
     reasons: dict[str, list[str]] = {}
-    for name in ("ceilings", "sweep", "graphs", "training"):
-        for r in sections.get(name, ()):
-            if r["status"] != _MEASURED:
-                reasons.setdefault(f"{r['status']}: {r['reason']}", []).append(
-                    f"{name}: {r['case']}"
-                )
+    for r in results:
+        if r["status"] != _MEASURED:
+            why = f"{r['status']}: {r['reason']}"
+            reasons.setdefault(why, []).append(f"{section}: {r['case']}")
     for why, cases in reasons.items():
         others = f" and {len(cases) - 1} more cases" if cases[1:] else ""
         yield f"{cases[0]}{others}: {why}"

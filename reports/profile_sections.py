@@ -69,13 +69,14 @@ def _is_sound(seen: dict[str, Any]) -> bool:
             if not (isinstance(one["name"], str) and all(float(one[n]) > 0 for n in numbers)):
                 return False
         counted = [value for values in (seen["ncu"] or {}).values() for value in values.values()]
-        return isinstance(seen["trace"], str) and all(isinstance(v, float) for v in counted)
+        return isinstance(seen["trace"], str) and all(isinstance(v, int | float) for v in counted)
     except (KeyError, TypeError, ValueError, AttributeError):
         return False
 
 
 def _top(title: str, profiled: Iterable[_Profiled], facets: dict[str, str], folder: Path) -> Table:
-    rows, why = [], {}
+    rows: list[Row] = []
+    why: dict[str, None] = {}
     for case, seen in profiled:
         trace = _trace(case, str(seen["trace"]), folder)
         for one in seen["top"][:_MOST]:

@@ -45,9 +45,10 @@ def test_every_section_of_a_gpu_run_is_shown(tmp_path: Path) -> None:
         *("2,048", "51%"),
     ]
     assert forward[3][2:4] == ["sdpa_math", "–"]
-    assert text(table(section, "CUDA graphs"))[0][4:] == ["20.0 µs", "10.0 µs", "2.00×"]
+    assert text(table(section, "CUDA graphs;"))[0][4:] == ["20.0 µs", "10.0 µs", "2.00×"]
     assert text(table(section, "Training step"))[0][:4] == ["ripple", "triton", "20.0 ms", "6,400"]
-    assert [row[2] for row in text(table(section, "Beyond times"))] == ["out of memory", "✓ right"]
+    assert text(table(section, "Sizes past"))[0][1] == "out of memory"
+    assert text(table(section, "CUDA graphs: a captured call"))[0][1] == "✓ right"
     assert section.notes == ["training: hydra cuda: left out: no time left"]
     assert len(section.figures) == 2
     first = section.figures[0].data["series"][0]
@@ -79,7 +80,19 @@ def test_a_damaged_file_is_named_and_the_rest_shown(tmp_path: Path, name: str) -
     (folder / f"{name}.json").write_text('{"kind": "gpu", "schema": 1, "resu')
     found = documents.load([], tmp_path)
     assert {line.partition(": ")[0] for line in found.skipped} == {str(folder / f"{name}.json")}
-    assert table(gpu_sections.section(found), "CUDA graphs")
+    assert table(gpu_sections.section(found), "CUDA graphs;")
+
+
+def test_a_file_that_lacks_a_figure_costs_no_other(tmp_path: Path) -> None:
+    folder = gpu_folder(tmp_path)
+    sweep = saved.gpu()["sweep"]
+    del sweep["results"][0]["times"]["sdpa/flash"]["seconds"]
+    saved.save(folder / "sweep.json", sweep)
+    found = documents.load([], tmp_path)
+    section = gpu_sections.section(found)
+    assert found.skipped == [f"{folder / 'sweep.json'}: damaged (KeyError: 'seconds')"]
+    assert table(section, "CUDA graphs;")
+    assert section.figures == []
 
 
 def test_another_schema_is_named_and_not_guessed_at(tmp_path: Path) -> None:
