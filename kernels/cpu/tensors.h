@@ -71,13 +71,41 @@ inline Tensor readable(const Tensor& x) {
   return x.stride(last) == 1 || x.size(last) == 1 ? x : torch::stable::contiguous(x);
 }
 
-inline Tensor empty_floats(const Tensor& like, const Sizes& sizes) {
-  return torch::stable::new_empty(like, sizes, torch::headeronly::ScalarType::Float);
+// Uninitialised, its axes nested in this order: the last one of `order` is contiguous. (Not through
+// the stable headers' new_empty, which takes the dispatcher's slow way, some µs.)
+inline Tensor empty_nested(const Sizes& sizes, const Sizes& order, int32_t dtype) {
+  const auto axes = static_cast<int64_t>(sizes.size());
+  Sizes strides(axes);
+  int64_t stride = 1;
+  for (int64_t i = axes - 1; i >= 0; --i) {
+    strides[order[i]] = stride;
+    stride *= std::max<int64_t>(sizes[order[i]], 1);
+  }
+  AtenTensorHandle out = nullptr;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(axes, sizes.data(), strides.data(), dtype,
+                                                  aoti_torch_device_type_cpu(), 0, &out));
+  return Tensor(out);
 }
 
-// Uninitialised and contiguous, of x's sizes and dtype.
+inline Tensor empty_contiguous(const Sizes& sizes, int32_t dtype) {
+  Sizes order(sizes.size());
+  std::iota(order.begin(), order.end(), 0);
+  return empty_nested(sizes, order, dtype);
+}
+
+inline int32_t dtype_of(const Tensor& x) {
+  int32_t dtype = 0;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(x.get(), &dtype));
+  return dtype;
+}
+
+inline Tensor empty_floats(const Sizes& sizes) {
+  return empty_contiguous(sizes, aoti_torch_dtype_float32());
+}
+
+// Of x's sizes and dtype.
 inline Tensor empty_contiguous(const Tensor& x) {
-  return torch::stable::new_empty(x, x.sizes());
+  return empty_contiguous(x.sizes().vec(), dtype_of(x));
 }
 
 // Asks for pages of 2 MB inside a large new tensor. The allocator gives such memory back to the system
@@ -103,22 +131,11 @@ inline Tensor output_like(const Tensor& x) {
 
 // The same with other sizes: the axes nest as x's do, densely.
 inline Tensor output_like(const Tensor& x, const Sizes& sizes) {
-  const int64_t axes = x.dim();
-  Sizes order(axes), strides(axes);
+  Sizes order(sizes.size());
   std::iota(order.begin(), order.end(), 0);
   std::stable_sort(order.begin(), order.end() - 1,
                    [&](int64_t a, int64_t b) { return x.stride(a) > x.stride(b); });
-  int64_t stride = 1;
-  for (int64_t i = axes - 1; i >= 0; --i) {
-    strides[order[i]] = stride;
-    stride *= std::max<int64_t>(sizes[order[i]], 1);
-  }
-  int32_t dtype = 0;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(x.get(), &dtype));
-  AtenTensorHandle out = nullptr;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(axes, sizes.data(), strides.data(), dtype,
-                                                  aoti_torch_device_type_cpu(), 0, &out));
-  return in_large_pages(Tensor(out));
+  return in_large_pages(empty_nested(sizes, order, dtype_of(x)));
 }
 
 // Uninitialised floats from the start of a cache line on, the call's own.

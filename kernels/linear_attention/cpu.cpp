@@ -210,12 +210,12 @@ struct Call {
   }
 };
 
-// S and z for keys like k's, or like nothing: of shape (0,).
-Pair empty_state(const Tensor& like, const View& k, bool save) {
+// S and z for keys like k's, of shape (0,) if they are not to be saved.
+Pair empty_state(const View& k, bool save) {
   const int64_t batch = k.size[0], heads = k.size[1], head_dim = k.size[3];
-  if (!save) return {empty_floats(like, {0}), empty_floats(like, {0})};
-  return {empty_floats(like, {batch, heads, 2 * head_dim, head_dim}),
-          empty_floats(like, {batch, heads, 2 * head_dim})};
+  if (!save) return {empty_floats({0}), empty_floats({0})};
+  return {empty_floats({batch, heads, 2 * head_dim, head_dim}),
+          empty_floats({batch, heads, 2 * head_dim})};
 }
 
 void forward_into(const Call& call, const View& q, const View& k, const View& v, const View& out,
@@ -269,7 +269,7 @@ Call call_on_queries(const View& q, const Tensor& S) {
 Triple forward(const Tensor& q, const Tensor& k, const Tensor& v, double eps, bool save_state) {
   const Tensor out = output_like(q);
   const View queries(q), keys(k);
-  const auto [S, z] = empty_state(k, keys, save_state);
+  const auto [S, z] = empty_state(keys, save_state);
   forward_into(call_on(queries, keys), queries, keys, View(v), View(out), Dense(S, z),
                static_cast<float>(eps));
   return {out, S, z};
@@ -300,7 +300,7 @@ View heads_first(const Tensor& x) {
 Triple forward_packed(const Tensor& qkv, double eps, bool save_state) {
   const Tensor out = output_like(torch::stable::select(qkv, 2, 0));
   const View q = unpacked(qkv, 0), k = unpacked(qkv, 1);
-  const auto [S, z] = empty_state(qkv, k, save_state);
+  const auto [S, z] = empty_state(k, save_state);
   forward_into(call_on(q, k), q, k, unpacked(qkv, 2), heads_first(out), Dense(S, z),
                static_cast<float>(eps));
   return {out, S, z};
@@ -319,7 +319,7 @@ Tensor backward_packed(const Tensor& dout_any, const Tensor& qkv, const Tensor& 
 Pair state(const Tensor& k, const Tensor& v) {
   const View keys(k);
   const Call call = call_on_keys(keys);
-  const auto [S, z] = empty_state(k, keys, true);
+  const auto [S, z] = empty_state(keys, true);
   call.store_all(call.key_states(keys, View(v)), Dense(S, z));
   return {S, z};
 }
