@@ -55,6 +55,13 @@ struct Channels {
                     (token * line.stride + first + (past ? kWidth * kLanes : 0)) * sizeof(Element);
     for (int64_t at = 0; at < kBytes; at += 64) __builtin_prefetch(p + at);
   }
+  // As far ahead, in the next line where this one ends: next to loads with much to address, deciding
+  // between two places costs more than it brings.
+  INLINE void fetch_on(Rows line, int64_t j) const {
+    constexpr int64_t kAhead = 6, kBytes = kWidth * kLanes * sizeof(Element);
+    const char* p = (const char*)line.data + ((j + kAhead) * line.stride + first) * sizeof(Element);
+    for (int64_t at = 0; at < kBytes; at += 64) __builtin_prefetch(p + at);
+  }
   // Weights are padded: never partial.
   INLINE Floats weight(const float* taps, int w) const { return load(taps + first + w * kLanes); }
   INLINE void add(float* taps, int w, Floats x) const {
@@ -91,23 +98,31 @@ INLINE Floats share(const C& c, const Window& window, const Floats* x, int tap, 
   return total;
 }
 
-void same(ElementType element, int64_t channels, int64_t cols, const Window& window, Rows out,
-          const Spread* spread) {
-  const int64_t pad = padded(channels);
-  with_lines(window.lines, [&](auto lines) {
+// Below, loops work on copies of their arguments: a result that is stored may, for all the compiler
+// knows, be stored in the arguments, and they would be read again for each one.
+
+void same(ElementType element, int64_t channels, int64_t cols_, const Window& window_, Rows out_,
+          const Spread* spread_) {
+  with_lines(window_.lines, [&](auto lines) {
     constexpr int kLines = lines;
-    for_channels(element, channels, [&](const auto& c) {
-      constexpr int kWidth = std::decay_t<decltype(c)>::width;
+    for_channels(element, channels, [&](auto c) {
+      constexpr int kWidth = decltype(c)::width;
+      const Window window = window_;
+      const Rows out = out_;
+      const bool spreads = spread_ != nullptr;
+      const Spread spread = spreads ? *spread_ : Spread{};
+      const int64_t cols = cols_, pad = padded(channels);
       Floats waiting[kWidth] = {}, next[kWidth] = {};
       const auto emit = [&](int64_t j, int w, Floats x) INLINE_LAMBDA {
-        if (spread != nullptr) {
-          const int64_t at = spread->along ? j / 2 : j;
-          x += c.get(spread->z, at, w) * c.weight(spread->pair[spread->along ? j % 2 : 0], w);
+        if (spreads) {
+          const int64_t at = spread.along ? j / 2 : j;
+          x += c.get(spread.z, at, w) * c.weight(spread.pair[spread.along ? j % 2 : 0], w);
         }
         c.put(out, j, w, x);
       };
       for (int64_t j = 0; j < cols; ++j) {
         for (int r = 0; r < kLines; ++r) c.fetch(window.line[r], j, cols);
+#pragma GCC unroll 4
         for (int w = 0; w < kWidth; ++w) {
           Floats x[kLines];
           for (int r = 0; r < kLines; ++r) x[r] = c.get(window.line[r], j, w);
@@ -121,17 +136,20 @@ void same(ElementType element, int64_t channels, int64_t cols, const Window& win
   });
 }
 
-void halve(ElementType element, int64_t channels, int64_t fine_cols, const Window& window,
-           Rows out) {
-  const int64_t pad = padded(channels);
-  for_channels(element, channels, [&](const auto& c) {
-    constexpr int kWidth = std::decay_t<decltype(c)>::width;
+void halve(ElementType element, int64_t channels, int64_t fine_cols_, const Window& window_,
+           Rows out_) {
+  for_channels(element, channels, [&](auto c) {
+    constexpr int kWidth = decltype(c)::width;
+    const Window window = window_;
+    const Rows out = out_;
+    const int64_t fine_cols = fine_cols_, pad = padded(channels);
     Floats waiting[kWidth] = {};
     for (int64_t j = 0; j < fine_cols; j += 2) {
       for (int r = 0; r < 3; ++r) {
         c.fetch(window.line[r], j, fine_cols);
         if (j + 1 < fine_cols) c.fetch(window.line[r], j + 1, fine_cols);
       }
+#pragma GCC unroll 4
       for (int w = 0; w < kWidth; ++w) {
         Floats x[3];
         for (int r = 0; r < 3; ++r) x[r] = c.get(window.line[r], j, w);
@@ -147,14 +165,17 @@ void halve(ElementType element, int64_t channels, int64_t fine_cols, const Windo
   });
 }
 
-void twice(ElementType element, int64_t channels, int64_t fine_cols, const Window& window,
-           Rows out) {
-  const int64_t pad = padded(channels);
-  for_channels(element, channels, [&](const auto& c) {
-    constexpr int kWidth = std::decay_t<decltype(c)>::width;
+void twice(ElementType element, int64_t channels, int64_t fine_cols_, const Window& window_,
+           Rows out_) {
+  for_channels(element, channels, [&](auto c) {
+    constexpr int kWidth = decltype(c)::width;
+    const Window window = window_;
+    const Rows out = out_;
+    const int64_t fine_cols = fine_cols_, pad = padded(channels);
     Floats waiting[kWidth] = {};
     for (int64_t j = 0; j < fine_cols; j += 2) {
       for (int r = 0; r < 3; ++r) c.fetch(window.line[r], j / 2, (fine_cols + 1) / 2);
+#pragma GCC unroll 4
       for (int w = 0; w < kWidth; ++w) {
         Floats x[3];
         for (int r = 0; r < 3; ++r) x[r] = c.get(window.line[r], j / 2, w);
@@ -169,11 +190,14 @@ void twice(ElementType element, int64_t channels, int64_t fine_cols, const Windo
   });
 }
 
-void weight_gradient(ElementType element, int64_t channels, int64_t cols, int64_t stride,
-                     const Window& window, Rows dout) {
-  const int64_t pad = padded(channels), last = (cols - 1) / stride;
-  for_channels(element, channels, [&](const auto& c) {
-    for (int w = 0; w < std::decay_t<decltype(c)>::width; ++w) {
+void weight_gradient(ElementType element, int64_t channels, int64_t cols_, int64_t stride_,
+                     const Window& window_, Rows dout_) {
+  for_channels(element, channels, [&](auto c) {
+    const Window window = window_;
+    const Rows dout = dout_;
+    const int64_t cols = cols_, stride = stride_, pad = padded(channels);
+    const int64_t last = (cols - 1) / stride;
+    for (int w = 0; w < decltype(c)::width; ++w) {
       Floats total[3][3] = {};
       const auto add = [&](int tap, Floats g, const Floats* x) INLINE_LAMBDA {
         for (int r = 0; r < 3; ++r) total[r][tap] += g * x[r];
@@ -181,10 +205,10 @@ void weight_gradient(ElementType element, int64_t channels, int64_t cols, int64_
       Floats before = {}, here = c.get(dout, 0, w);
       for (int64_t j = 0; j <= last; ++j) {
         if (w == 0) {  // the first vector of four brings the others
-          c.fetch(dout, j, last + 1);
+          c.fetch_on(dout, j);
           for (int r = 0; r < 3; ++r) {
-            c.fetch(window.line[r], stride * j, cols);
-            if (stride == 2) c.fetch(window.line[r], 2 * j + 1, cols);
+            c.fetch_on(window.line[r], stride * j);
+            if (stride == 2) c.fetch_on(window.line[r], 2 * j + 1);
           }
         }
         const Floats after = j < last ? c.get(dout, j + 1, w) : Floats{};
