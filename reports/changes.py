@@ -209,7 +209,7 @@ def render(found: Changes) -> str:
     lines.sort(key=lambda line: VERDICTS.index(line[0]["verdict"]))
     text = [
         f"{row['verdict']:9}  {what}  {row['ratio']:.3f}× the time "
-        f"({row['low']:.3f} to {row['high']:.3f})"
+        f"({_bound(row['low'])} to {_bound(row['high'])})"
         for row, what in lines
     ]
     if found.drift is not None:
@@ -225,6 +225,13 @@ def render(found: Changes) -> str:
             counted = ", ".join(f"{counts.get(verdict, 0)} {verdict}" for verdict in VERDICTS)
             text.append(f"{words}: {counted}")
     return "\n".join(text)
+
+
+def _bound(ratio: float) -> str:
+    """Of three rounds an interval may reach anywhere; how far past 1,000 is no matter."""
+    if ratio > 1000:
+        return "over 1,000"
+    return f"{ratio:.3f}" if ratio >= 0.001 else "under 0.001"
 
 
 def _comparable(before: Runs, after: Runs) -> tuple[set[str], list[str]]:

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from reports.__main__ import main
-from reports.changes import FASTER, SAME, SLOWER, UNDECIDED, changes
+from reports.changes import FASTER, SAME, SLOWER, UNDECIDED, changes, render
 from reports.runs import MEASUREMENTS, NoRuns, load
 from tests.reports import saved, synthetic
 
@@ -88,8 +88,11 @@ def test_few_rounds_decide_nothing(tmp_path: Path) -> None:
             if case["name"].endswith("compiled"):
                 case["stats"] |= {k: factor * case["stats"][k] for k in ("median", "q1", "q3")}
     loaded = [load([path]) for path in pair(tmp_path, before, after)]
-    cases = changes(*loaded).cases
+    found = changes(*loaded)
+    cases = found.cases
     assert set(cases[cases["backend"] == "compiled"]["verdict"]) == {UNDECIDED}
+    found.cases.loc[0, ["low", "high"]] = 0.0, 1e100
+    assert "(under 0.001 to over 1,000)" in render(found)
 
 
 def test_a_change_below_the_margin_is_none(tmp_path: Path) -> None:
