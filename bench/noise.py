@@ -3,8 +3,8 @@
 Times linear attention at twelve lengths in three runs of pytest, each a process of its own, beside
 a process that keeps one core busy a tenth of the time: twice as it is, and once with more work
 planted in the kernel under test (it runs again on a tenth of the tokens). Then ``reports compare``
-has to call that kernel slower, all lengths together, and nothing between the two plain runs slower
-or faster. A few minutes; not one of the tests, since it measures time.
+has to call all lengths together slower, and between the two plain runs the same. A few minutes; not
+one of the tests, since it measures time.
 """
 
 import argparse
@@ -21,6 +21,7 @@ import kernels
 _ROOT = Path(__file__).resolve().parent.parent
 _SHARE = 0.1
 _LENGTHS = "512,640,768,1024,1280,1536,1792,2048,2560,3072,3584,4096"
+_TOGETHER = " cases together "  # of the line in which compare judges all lengths
 _NEIGHBOUR = (
     "import time\n"
     "while True:\n"
@@ -98,20 +99,25 @@ def _time(path: Path, backend: str, plant: Path | None = None) -> Path:
 
 
 def _judge(before: Path, same: Path, slower: Path, backend: str) -> int:
-    failures = []
-    for after, wanted, alarms in ((same, 0, ("slower", "faster")), (slower, 1, ("slower",))):
+    """What counts is the verdict on all lengths together: single ones may be right by luck."""
+    verdicts, codes = {}, {}
+    for after in (same, slower):
         command = [sys.executable, "-m", "reports", "compare", str(before), str(after)]
-        for alarm in alarms:
-            command += ["--fail-on", alarm]
+        command += ["--fail-on", "slower"]
         done = subprocess.run(command, cwd=_ROOT, capture_output=True, text=True)
         print(f"{before.stem} → {after.stem}\n{done.stdout}{done.stderr}", flush=True)
-        if done.returncode != wanted:
-            failures.append(f"{after.stem}: compare ended with {done.returncode}, not {wanted}")
-    for failure in failures:
-        print(f"FAILED {failure}", file=sys.stderr)
-    if not failures:
-        print(f"a tenth more work in {backend} is caught; two runs of the same code raise no alarm")
-    return 1 if failures else 0
+        together = [line.split()[0] for line in done.stdout.splitlines() if _TOGETHER in line]
+        verdicts[after.stem] = together[0] if len(together) == 1 else "not compared"
+        codes[after.stem] = done.returncode
+    print(
+        f"the same code in {backend}: {verdicts['same']}; a tenth more work: {verdicts['slower']}"
+    )
+    right = verdicts == {"same": "same", "slower": "slower"} and codes == {"same": 0, "slower": 1}
+    if not right:
+        print(
+            "FAILED: wanted same and slower (undecided: the machine is too noisy)", file=sys.stderr
+        )
+    return 0 if right else 1
 
 
 if __name__ == "__main__":
