@@ -10,8 +10,9 @@ sources, flags, architectures and PyTorch's version. So a rebuild happens when o
 and never otherwise.
 
 A CPU extension holds its kernels (``cpu_simd.cpp``) once per instruction set, and chooses when it
-runs: what is built here is right on any machine of the same family. Its four sources compile side
-by side, and only one of them reads PyTorch's headers, which take longer than all the code in it.
+runs: what is built here is right on any machine of the same family. It compiles side by side, and
+only its operators read PyTorch's headers: the stable ones, since all of PyTorch takes longer than
+everything else here together.
 """
 
 import argparse
@@ -47,7 +48,7 @@ _SOURCES: dict[str, tuple[str, ...]] = {
 }
 _HEADERS = {
     "cuda": ("cuda.h", "tiles.h", "*.cuh", "../cuda/*", "../*.h"),
-    "cpu": ("cpu.h", "../cpu/*", "../*.h"),
+    "cpu": ("cpu.h", "../cpu/*", "../element_type.h"),
 }
 _LABELS = {"cuda": "CUDA", "cpu": "CPU"}
 _CXX_FLAGS = ("-O2",)
@@ -65,9 +66,8 @@ _SIMD_FLAGS = (
     "-Wno-psabi",
     "-Wno-maybe-uninitialized",
 )
-# cpu.cpp: at::parallel_for is PyTorch's own threads only where OpenMP is on. -O1: it shares the
-# work out, and optimising PyTorch's headers would be most of the build.
-_OPERATOR_FLAGS: tuple[str, ...] = ("-std=c++20", "-O1", "-fPIC", "-fopenmp")
+# cpu.cpp only shares the work out: -O1.
+_OPERATOR_FLAGS: tuple[str, ...] = ("-std=c++20", "-O1", "-fPIC")
 if _X86:
     _OPERATOR_FLAGS += ("-DLINEAR_VIT_X86",)
 _AVX2 = ("-mavx2", "-mfma", "-mf16c", "-mbmi", "-mbmi2")
@@ -362,7 +362,7 @@ def _compile_cpu(room: str, folder: Path, flags: Sequence[str]) -> None:
     libraries += ["-lc10", "-ltorch_cpu", "-ltorch"]
     # A name of its own first: a killed link leaves no library that looks whole.
     unfinished = str(folder / "unfinished.so")
-    _run_compiler(["-shared", "-fopenmp", *flags, *objects.values(), *libraries, "-o", unfinished])
+    _run_compiler(["-shared", *flags, *objects.values(), *libraries, "-o", unfinished])
     os.replace(unfinished, _library(folder))
 
 

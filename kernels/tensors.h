@@ -1,4 +1,4 @@
-// What every operation's cpu.cpp and cuda.cpp share: element types and memory order of tensors.
+// Element types and memory order of tensors, for the operators of every cuda.cpp.
 #pragma once
 
 #include <ATen/core/Tensor.h>
