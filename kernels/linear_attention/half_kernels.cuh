@@ -134,12 +134,19 @@ __device__ float* scratch_of(TokenTile<T, D>& tile) {
 // ---- state, apply --------------------------------------------------------------------------------------
 
 // S and z are results too, held to float32's accuracy: tensor cores add up 256 tokens, whose sums are
-// then added up rounding to nearest. At D = 128 there are no registers for both, and a sum over 16,384
-// tokens is off by about 3e-5 of its size at worst.
+// then added up rounding to nearest. At D = 128 there are no registers for both (on sm_100a, where the
+// same code takes more, not at 96 either), and a sum over 16,384 tokens is off by about 3e-5 of its size
+// at worst.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
+constexpr int kWidestOfTwoLevels = 64;
+#else
+constexpr int kWidestOfTwoLevels = 96;
+#endif
+
 template <int D, typename T>
 __global__ void __launch_bounds__(kThreads, 1) half_state_kernel(Problem<T> p) {
   using Shared = StateShared<T, D>;
-  constexpr bool kTwoLevels = D <= 96;
+  constexpr bool kTwoLevels = D <= kWidestOfTwoLevels;
   constexpr int kChunk = 256 / Half<D>::kTokens;
   Shared& s = shared<Shared>();
   const Part part(p.kv_heads, p.num_splits, tiles_of(1, p.keys, Half<D>::kTokens));
