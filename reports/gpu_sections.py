@@ -8,7 +8,7 @@ from typing import Any
 
 from reports import plots, proofs
 from reports.documents import Documents, Saved
-from reports.kernel_sections import rate, short
+from reports.kernel_sections import against_tokens, rate, short
 from reports.parts import Cell, Column, Figure, Row, Section, Table, columns, exact, number, word
 
 HOW_TO_MEASURE = "python -m bench.gpu --minutes 8"
@@ -203,16 +203,11 @@ def _figures(rows: list[Result], where: str) -> Iterator[Figure]:
             lines.append(_facets(name, dtype) | line)
         shape = part[0]["shape"]
         title = f"{_SWEEPS.get(what, what)}, B = {shape['B']}, H = {shape['H']}"
-        yield Figure(
-            "curves",
+        yield against_tokens(
             f"Attention: time per call, {mode}, {title}; {dtype}, {where}",
             f"{_see(part)} Points: medians, with their 95 % intervals.",
-            {
-                "series": lines,
-                "x": {"label": "tokens N", "base": 2, "unit": "tokens"},
-                "y": {"label": "time per call", "base": 10, "unit": "seconds"},
-                "rule": None,
-            },
+            lines,
+            {"label": "time per call", "base": 10, "unit": "seconds"},
         )
 
 
@@ -256,7 +251,6 @@ def _sweep_rows(r: Result, copy: float | None, dtype: str) -> Iterator[Row]:
     for name, t in r["times"].items():
         operation, backend = _contender(name)
         share = t["bytes_per_s"] / copy if copy else None
-        joules, peak = t["joules"], t["peak_memory_bytes"]
         mark = "best" if t["seconds"] == fastest[operation] else ""
         cells = [
             word(_shape(r["shape"])),
@@ -266,10 +260,8 @@ def _sweep_rows(r: Result, copy: float | None, dtype: str) -> Iterator[Row]:
             number(rate(t["bytes_per_s"] / 1e9), t["bytes_per_s"]),
             Cell("–") if share is None else number(f"{share:.0%}", share, exact(100 * share, "%")),
             number(rate(t["flop_per_s"] / 1e12), t["flop_per_s"]),
-            Cell("–") if peak is None else number(plots.mebibytes(peak / 2**20), peak),
-            Cell("–", tip=str(t["joules_how"]))
-            if joules is None
-            else number(f"{joules:.3g} J", joules, exact(joules, "J a call")),
+            _peak(t),
+            _energy(t, "J a call"),
         ]
         yield Row(cells, _facets(name, dtype))
     for name, why in r["absent"].items():
@@ -277,6 +269,20 @@ def _sweep_rows(r: Result, copy: float | None, dtype: str) -> Iterator[Row]:
         cells = [word(_shape(r["shape"])), word(plots.label(operation)), word(backend)]
         cells += [Cell("–", tip=str(why)), *(Cell("–") for _ in range(5))]
         yield Row(cells, _facets(name, dtype))
+
+
+def _peak(t: Result) -> Cell:
+    peak = t["peak_memory_bytes"]
+    if peak is None:
+        return Cell("–", tip=str(t.get("peak_memory_how", "")))
+    return number(plots.mebibytes(peak / 2**20), peak)
+
+
+def _energy(t: Result, unit: str) -> Cell:
+    joules = t["joules"]
+    if joules is None:
+        return Cell("–", tip=str(t["joules_how"]))
+    return number(f"{joules:.3g} J", joules, exact(joules, unit))
 
 
 def _time_tip(t: Result) -> str:
@@ -314,18 +320,13 @@ def _graphs(rows: list[Result], where: str) -> Table:
 def _training(rows: list[Result], where: str) -> Table:
     lines = []
     for r in rows:
-        peak, joules = r["peak_memory_bytes"], r["joules"]
         cells = [
             word(r["model"]),
             word(r["backend"]),
             number(plots.duration(r["seconds"]), r["seconds"], _time_tip(r)),
             number(f"{r['images_per_s']:,.0f}", r["images_per_s"]),
-            Cell("–", tip=str(r["peak_memory_how"]))
-            if peak is None
-            else number(plots.mebibytes(peak / 2**20), peak),
-            Cell("–", tip=str(r["joules_how"]))
-            if joules is None
-            else number(f"{joules:.3g} J", joules, exact(joules, "J a step")),
+            _peak(r),
+            _energy(r, "J a step"),
         ]
         lines.append(Row(cells, {"backend": str(r["backend"])}))
     settings = rows[0]["settings"]

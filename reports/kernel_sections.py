@@ -174,17 +174,25 @@ def _curve_figure(group: Group, picture: Picture, mode: str, part: list[Case]) -
                 point |= {"low": short(case["q1_s"]), "high": short(case["q3_s"])}
             points.append(point)
         lines.append(series(group, operation, backend, text, points))
-    return Figure(
-        "curves",
+    return against_tokens(
         f"{plots.title(group.operations, picture)}, {mode.replace('+', ' + ')}; {group.where}",
         f"{_see(group, picture, mode, part)} {picture.caption}",
-        {
-            "series": lines,
-            "x": {"label": "tokens N", "base": 2, "unit": "tokens"},
-            "y": {"label": picture.unit, "base": 10, "unit": _UNITS[picture]},
-            "rule": 1 if _UNITS[picture] == "factor" else None,
-        },
+        lines,
+        {"label": picture.unit, "base": 10, "unit": _UNITS[picture]},
+        rule=1 if _UNITS[picture] == "factor" else None,
     )
+
+
+def against_tokens(
+    title: str,
+    caption: str,
+    lines: list[dict[str, Any]],
+    y: dict[str, Any],
+    rule: float | None = None,
+) -> Figure:
+    """Curves over N; ``y`` has ``label``, ``base`` of the logarithm and ``unit``."""
+    x = {"label": "tokens N", "base": 2, "unit": "tokens"}
+    return Figure("curves", title, caption, {"series": lines, "x": x, "y": y, "rule": rule})
 
 
 def series(
