@@ -9,6 +9,7 @@ import gc
 import random
 import statistics
 import time
+import uuid
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -44,6 +45,7 @@ class Timing:
     stop: str = "asked for"  # why there are no more rounds: see measure_interleaved
     cache: str = "hot"  # or "cold": overwritten before every round
     dropped: int = 0  # rounds that a throttled machine spoilt, thrown away
+    turns: str | None = None  # alike for timings whose i-th rounds were of one turn
 
     @functools.cached_property
     def interval(self) -> tuple[float, float]:
@@ -143,7 +145,9 @@ def measure_interleaved(
                 for one in turn:
                     one.drop_turn()
             watch.gave_up |= throttled and retries == _MOST_RETRIES
-    return {name: one.timing() for name, one in rounds.items()}
+    # On CUDA a turn is a batch of rounds, of another size for each call.
+    turns = None if device.type == "cuda" else uuid.uuid4().hex
+    return {name: one.timing(turns) for name, one in rounds.items()}
 
 
 def warm_up(call: Callable[[], object], device: torch.device, *, least_s: float = 0.02) -> float:
@@ -216,7 +220,7 @@ class _Rounds(ABC):
         self.dropped += len(self.seconds) - self._before_turn
         del self.seconds[self._before_turn :]
 
-    def timing(self) -> Timing:
+    def timing(self, turns: str | None) -> Timing:
         return Timing(
             tuple(self.seconds),
             self.calls_per_round,
@@ -224,6 +228,7 @@ class _Rounds(ABC):
             self.stop,
             self.cache,
             self.dropped,
+            turns,
         )
 
 

@@ -388,6 +388,7 @@ class Benchmarks:
             "relative_iqr": timing.relative_iqr,
             "median_interval_s": timing.interval,
             "stop": timing.stop,
+            "turns": timing.turns,
             "telemetry": watch.summary(timing.dropped),
             "machine": machine.describe(self.sweep.device),
         }

@@ -76,6 +76,8 @@ def test_interleaved_calls_take_turns() -> None:
     for turn in range(rounds):
         assert sorted(timed[3 * turn : 3 * turn + 3]) == ["a", "b", "slow"]
     assert len({tuple(timed[3 * turn : 3 * turn + 3]) for turn in range(rounds)}) > 1
+    assert len({timing.turns for timing in timings.values()}) == 1
+    assert clock.measure(lambda: None, CPU, budget_s=0).turns != timings["a"].turns
 
 
 def test_stops_when_the_median_is_known() -> None:
