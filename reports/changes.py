@@ -7,6 +7,10 @@ rounds of both medians. Four things other than the code mislead, and each is dea
   off the control: a backend whose code is the same in both runs (``torch`` unless told otherwise).
   Drifts of single cases scatter about that of the whole run, and a control's own d is noisy; the
   two are weighed as their variances say (the best linear prediction of a random effect).
+- *A machine of several speeds*, which a median of rounds may be at either of. Where both runs say
+  which rounds were of one turn, the part of a case's own control in that weighing is the change of
+  the ratio to it, turn by turn (:mod:`reports.turns`), and it is all of it where the medians of
+  case and control, or of control and run, differ from each other by more than they may.
 - *Luck of a process* (where its memory lies): the scatter of the changes beyond what their rounds
   explain, by their median absolute deviation, so that a few true changes do not count as scatter.
 - *Luck of a process in all cases of a backend alike*, which one pair of processes can't show: a
@@ -26,7 +30,7 @@ import numpy as np
 import pandas as pd
 from scipy import stats
 
-from reports import plots, pools
+from reports import plots, pools, turns
 from reports.runs import NoRuns, Runs
 
 SLOWER, FASTER, SAME, UNDECIDED = "slower", "faster", "same", "undecided"
@@ -34,6 +38,8 @@ VERDICTS = (SLOWER, FASTER, UNDECIDED, SAME)
 DEFAULT_CONTROL = "torch"
 MARGIN = 0.03  # a change that is surely smaller is called none
 _LEVEL = 0.95
+# Medians of a machine that kept one speed differ by less than so many of their standard errors.
+_STEADY = 3
 # Of fewer values a scatter is a guess.
 _FEWEST_FOR_SCATTER = 6
 _SIGMA_PER_MAD = 1.4826
@@ -52,6 +58,7 @@ _FINGERPRINT = {
     "multiprocessors": "multiprocessors",
     "torch": "PyTorch",
 }
+_ANYTHING = 100.0  # half an interval of logarithms: exp of more may overflow
 _WHEN = ("before", "after")
 _PLACE = ["total_tokens", "operation", "pass", "dtype", "N"]
 
@@ -135,22 +142,28 @@ def changes(
         raise NoRuns("the two runs have no case in common")
 
     d = np.log(both["median_s_after"].to_numpy() / both["median_s_before"].to_numpy())
-    variance, freedom = _sum_of_errors(both)
+    own = _sums_of_errors(*(_of(both, when) for when in _WHEN))
     control = _usable_control(both, control, why, notes)
     is_control = (both["backend"] == control).to_numpy()
-    drift, drift_variance = _drift(both, d, variance, is_control)
-    scatter = _excess(d[~is_control] - drift[~is_control], (variance + drift_variance)[~is_control])
+    of_place = _controls(both, is_control)
+    relative, against = _against_controls(both, d, own, of_place)
+    weight, centre, of_centre = _shares(d, own.variance, is_control, of_place, relative, against)
+    change = np.where(weight > 0, weight * relative, 0) + (1 - weight) * (d - centre)
+    from_own = (1 - weight) * own.variance
+    from_control = np.where(weight > 0, weight * against.variance, 0)
+    variance = from_own + from_control + (1 - weight) * of_centre
+    scatter = _excess(change[~is_control], variance[~is_control])
     if scatter is None and not is_control.all():
         notes.append("too few cases to see how much runs of the same code differ from one another")
     tests = max(1, int((~is_control).sum()))
     between = (scatter or 0.0) ** 2
-    total = variance + drift_variance + between
+    total = variance + between
     # Welch and Satterthwaite: each variance counts with what it is known from.
-    unsure = variance**2 / freedom
-    unsure += (drift_variance**2 + between**2) / (_MAD_EFFICIENCY * tests)
+    unsure = from_own**2 / own.freedom + np.where(weight > 0, from_control**2 / against.freedom, 0)
+    unsure += (((1 - weight) * of_centre) ** 2 + between**2) / (_MAD_EFFICIENCY * tests)
     freedom = total**2 / unsure
     half = stats.t.isf(_tail(tests), freedom) * np.sqrt(total)
-    change = d - drift
+    half = np.minimum(half, _ANYTHING)
     low, high = change - half, change + half
     edge = np.log1p(margin)
     cases = both[["case", *_PLACE, "backend"]].assign(
@@ -161,8 +174,11 @@ def changes(
         high=np.exp(high),
         verdict=_verdicts(low, high, edge, sure_of=edge / 3),
     )
-    place = pd.MultiIndex.from_frame(both[_PLACE])
-    pooled = pools.pooled(place, both, d, variance, control)
+    pooled = pools.pooled(
+        both,
+        d if control is None else relative,
+        own.variance if control is None else against.variance,
+    )
     shift = float(np.exp(np.median(d[is_control]))) if is_control.any() else None
     cases = cases[~is_control].reset_index(drop=True)
     return Changes(cases, _judged(pooled, edge), control, shift, scatter, notes)
@@ -260,7 +276,7 @@ def _cases(runs: Runs) -> pd.DataFrame:
         "independent_rounds",
         "clock",
     ]
-    columns += ["least_bytes", "settings"]
+    columns += ["least_bytes", "settings", "seconds", "turns"]
     parts = []
     if not runs.kernels.empty:
         kernels = runs.kernels.copy()
@@ -310,14 +326,63 @@ def _same_method(both: pd.DataFrame, notes: list[str]) -> pd.DataFrame:
     return both.rename(columns=renamed)
 
 
-def _sum_of_errors(both: pd.DataFrame) -> tuple[np.ndarray, np.ndarray]:
-    """Variance of the log ratio of the medians, and its degrees of freedom (Welch)."""
+@dataclass
+class _Errors:
+    """Per case the variance of an estimate and its degrees of freedom."""
+
+    variance: np.ndarray
+    freedom: np.ndarray
+
+
+def _of(both: pd.DataFrame, when: str) -> pd.DataFrame:
+    columns = ("error", "independent_rounds", "seconds", "turns")
+    return pd.DataFrame({name: both[f"{name}_{when}"] for name in columns})
+
+
+def _sums_of_errors(before: pd.DataFrame, after: pd.DataFrame) -> _Errors:
+    """Of differences of two medians, from ``error`` and ``independent_rounds`` of each (Welch)."""
     # Rounds that are all alike to the clock's last digit do not make a median exact.
-    a, b = (np.maximum(both[f"error_{when}"].to_numpy(float) ** 2, 1e-8) for when in _WHEN)
+    a, b = (np.maximum(x["error"].to_numpy(float) ** 2, 1e-8) for x in (before, after))
     df_a, df_b = (
-        np.maximum(both[f"independent_rounds_{when}"].to_numpy(float) - 1, 1.0) for when in _WHEN
+        np.maximum(x["independent_rounds"].to_numpy(float) - 1, 1.0) for x in (before, after)
     )
-    return a + b, (a + b) ** 2 / (a**2 / df_a + b**2 / df_b)
+    return _Errors(a + b, (a + b) ** 2 / (a**2 / df_a + b**2 / df_b))
+
+
+def _controls(both: pd.DataFrame, is_control: np.ndarray) -> np.ndarray:
+    """Per case the row of the control at its place, −1 where that is none or the case itself."""
+    place = pd.MultiIndex.from_frame(both[_PLACE])
+    at = dict(zip(place[is_control], np.flatnonzero(is_control), strict=True))
+    rows = np.array([at.get(where, -1) for where in place], int)
+    return np.where(is_control, -1, rows)
+
+
+def _against_controls(
+    both: pd.DataFrame, d: np.ndarray, own: _Errors, of_place: np.ndarray
+) -> tuple[np.ndarray, _Errors]:
+    """Change of each case's ratio to the control of its place; NaN where that is nobody else.
+
+    Turn by turn where both runs took turns and say so, else of the medians.
+    """
+    none = turns.Ratio(np.nan, np.nan, np.nan)
+    ratios = []
+    for when in _WHEN:
+        rows = _of(both, when).to_dict("records")
+        found = (
+            turns.ratio(row, rows[j]) if j >= 0 else None
+            for row, j in zip(rows, of_place, strict=True)
+        )
+        ratios.append(pd.DataFrame([ratio or none for ratio in found]))
+    before, after = ratios
+    turned = (after["log"] - before["log"]).to_numpy()
+    errors = _sums_of_errors(before, after)
+    by_turns = np.isfinite(turned)
+    of_medians = np.where(of_place >= 0, d - d[of_place], np.nan)
+    a, b = own.variance, own.variance[of_place]
+    freedom = (a + b) ** 2 / (a**2 / own.freedom + b**2 / own.freedom[of_place])
+    return np.where(by_turns, turned, of_medians), _Errors(
+        np.where(by_turns, errors.variance, a + b), np.where(by_turns, errors.freedom, freedom)
+    )
 
 
 def _usable_control(
@@ -344,31 +409,38 @@ def _usable_control(
     return control
 
 
-def _drift(
-    both: pd.DataFrame, d: np.ndarray, variance: np.ndarray, is_control: np.ndarray
-) -> tuple[np.ndarray, np.ndarray]:
-    """Per case the predicted drift of the machine while it ran, and the prediction's variance."""
+def _shares(
+    d: np.ndarray,
+    variance: np.ndarray,
+    is_control: np.ndarray,
+    of_place: np.ndarray,
+    relative: np.ndarray,
+    against: _Errors,
+) -> tuple[np.ndarray, float, np.ndarray]:
+    """How much of a case's change is that against its own control, and the rest's drift.
+
+    Returns:
+        Per case the share of ``relative``; the drift of the whole run, which the rest is free of
+        when it is taken off; per case the variance of that.
+    """
     if not is_control.any():
-        return np.zeros(len(d)), np.zeros(len(d))
+        return np.zeros(len(d)), 0.0, np.zeros(len(d))
     shifts, noise = d[is_control], variance[is_control]
     centre = float(np.median(shifts))
     excess = _excess(shifts, noise)
     # Too few controls to tell drift from their noise: each is all drift for its own place.
     spread = np.inf if excess is None else excess**2
-    # A case with no control of its place: the run's, give or take how much controls differ.
-    drift = np.full(len(d), centre)
+    of_control = variance[of_place]
+    share = np.ones(len(d)) if np.isinf(spread) else spread / (spread + of_control)
+    # Medians that differ by more than they may are of a machine of several speeds.
+    steady = np.abs(d[of_place] - centre) <= _STEADY * np.sqrt(of_control)
+    steady &= np.abs(d - d[of_place] - relative) <= _STEADY * np.sqrt(against.variance)
+    share = np.where(steady, share, 1.0)
     of_centre = np.median(noise) / len(shifts)
+    # A case with no control of its place: the run's, give or take how much controls differ.
     apart = np.var(shifts) + np.median(noise) if excess is None else spread
-    uncertain = np.full(len(d), apart + of_centre)
-    place = pd.MultiIndex.from_frame(both[_PLACE])
-    of_place = dict(zip(place[is_control], zip(shifts, noise, strict=True), strict=True))
-    for i, where in enumerate(place):
-        if where in of_place:
-            shift, own = of_place[where]
-            weight = 1.0 if np.isinf(spread) else spread / (spread + own)
-            drift[i] = centre + weight * (shift - centre)
-            uncertain[i] = weight * own + (1 - weight) * of_centre
-    return drift, uncertain
+    alone = np.isnan(relative)
+    return np.where(alone, 0.0, share), centre, np.where(alone, apart + of_centre, of_centre)
 
 
 def _excess(values: np.ndarray, variance: np.ndarray) -> float | None:

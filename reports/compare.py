@@ -1,16 +1,18 @@
 """``python -m reports compare --baseline NAME``: every backend against one, case by case.
 
-A case's speed-up is the ratio of two medians of one run, whose rounds took turns. Its interval is
-95 %, from the standard errors of both medians. Over the lengths of a group stand the geometric mean
-and the worst.
+A case's speed-up is the ratio of two backends' times turn by turn (:mod:`reports.turns`); in a run
+that does not say which rounds were of one turn, the ratio of two medians. Its interval is 95 %,
+from the standard error of that, or of both medians. Over the lengths of a group stand the geometric
+mean and the worst.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import pandas as pd
 
-from reports import plots
+from reports import plots, turns
 from reports.runs import NoRuns, Runs
 
 _GROUP = ["machine", "total_tokens", "operation", "pass", "dtype", "backend"]
@@ -39,18 +41,28 @@ def speedups(runs: Runs, baseline: str, backends: Sequence[str] = ()) -> pd.Data
             raise NoRuns(f"no saved case is of backend {name!r}; there are {listed}")
     case = [name for name in _GROUP if name != "backend"] + ["N"]
     base = frame[frame["backend"] == baseline]
-    base = base[[*case, "file", "median_s", "error"]]
+    base = base[[*case, "file", "median_s", "error", "seconds", "turns"]]
     others = frame[frame["backend"].isin(backends or set(there) - {baseline})]
     # Of one run: medians of different runs were not taken by turns.
     both = others.merge(base, on=[*case, "file"], suffixes=("", "_base"))
     if both.empty:
         raise NoRuns(f"no run has a case of {baseline!r} and of another backend, too")
     both["baseline_s"] = both["median_s_base"]
-    both["speedup"] = both["baseline_s"] / both["median_s"]
-    half = _NORMAL_95 * np.hypot(both["error"], both["error_base"])
-    both["low"], both["high"] = both["speedup"] * np.exp(-half), both["speedup"] * np.exp(half)
+    estimates = [_estimate(row) for row in both.to_dict("records")]
+    log, error = np.array(estimates).T
+    both["speedup"] = np.exp(log)
+    both["low"], both["high"] = (np.exp(log + side * _NORMAL_95 * error) for side in (-1, 1))
     columns = [*_GROUP, "N", "median_s", "baseline_s", "speedup", "low", "high"]
     return both[columns].sort_values([*_GROUP, "N"], kind="stable").reset_index(drop=True)
+
+
+def _estimate(row: Mapping[Any, Any]) -> tuple[float, float]:
+    """log(baseline's time / this one's) and its standard error."""
+    own, base = ({name: row[name + of] for name in ("seconds", "turns")} for of in ("", "_base"))
+    if (found := turns.ratio(base, own)) is not None:
+        return found.log, found.error
+    log = np.log(row["baseline_s"] / row["median_s"])
+    return float(log), float(np.hypot(row["error"], row["error_base"]))
 
 
 def summarise(cases: pd.DataFrame) -> pd.DataFrame:

@@ -9,6 +9,8 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from reports import turns
+
 # The version of a case's extra_info that this file reads.
 SCHEMA = 1
 ROOT = Path(__file__).resolve().parent
@@ -29,7 +31,6 @@ _KERNEL_COLUMNS = {
     "least_bytes": "least_bytes",
     "clock": "clock",
 }
-_FEWEST_FOR_DEPENDENCE = 8
 _CASE = ["machine", "total_tokens", "operation", "pass", "dtype", "N", "backend"]
 
 
@@ -43,10 +44,12 @@ class Runs:
 
     ``kernels``: a row per case, with the columns of ``_KERNEL_COLUMNS``, ``machine`` (a label),
     ``median_s``, its standard ``error`` over itself, ``q1_s``, ``q3_s``, ``rounds``, how many
-    ``independent_rounds`` these are worth, ``file`` and ``total_tokens``: 0 where a call is one
-    sequence of N tokens, else how many tokens the sequences of a call have together;
-    ``other_function`` says what a peer computes instead. ``training``: a row per training step.
-    ``skipped``: a line per file that could not be used. ``heads``: per file, where and when.
+    ``independent_rounds`` these are worth, the ``seconds`` of each (empty where they were not
+    saved), ``turns`` (alike for cases whose rounds took turns, else None), ``file`` and
+    ``total_tokens``: 0 where a call is one sequence of N tokens, else how many tokens the sequences
+    of a call have together; ``other_function`` says what a peer computes instead. ``training``: a
+    row per training step. ``skipped``: a line per file that could not be used. ``heads``: per file,
+    where and when.
     """
 
     kernels: pd.DataFrame
@@ -177,7 +180,9 @@ def _rows(
                 "rounds": int(stats["rounds"]),
             }
             row["error"] = _relative_error(row, info.get("median_interval_s"))
-            dependence = _dependence(stats.get("data") or ())
+            row["seconds"] = _seconds(stats, row["rounds"])
+            row["turns"] = info.get("turns")
+            dependence = turns.dependence(row["seconds"])
             row["error"] *= dependence
             row["independent_rounds"] = row["rounds"] / dependence**2
             if info["operation"] == "training_step":
@@ -221,32 +226,11 @@ def _relative_error(row: dict[str, Any], interval: list[float] | None) -> float:
     """Standard error of the median, over the median.
 
     From its 95 % bootstrap interval; where a run does not have that, from the quartiles of the
-    rounds: 1.2533 σ / √n with σ = IQR / 1.349.
+    rounds.
     """
     if interval is not None:
         return (float(interval[1]) - float(interval[0])) / (2 * 1.96) / row["median_s"]
-    spread = (row["q3_s"] - row["q1_s"]) / row["median_s"]
-    return 1.2533 / 1.349 * spread / row["rounds"] ** 0.5
-
-
-def _dependence(seconds: Sequence[float]) -> float:
-    """By how much rounds that follow one another in drift widen the error of their median, ≥ 1.
-
-    The variance of a median is that of independent rounds times 1 + 2·Σ ρₖ, with ρₖ the
-    autocorrelation of the signs of their deviations; here of an AR(1) process, whose φ follows from
-    ρ₁ (Gaussian: ρₖ = 2/π·asin φᵏ) and is corrected for the bias (1 + 4φ)/n of few rounds.
-    """
-    n = len(seconds)
-    if n < _FEWEST_FOR_DEPENDENCE:
-        return 1.0
-    rounds = np.asarray(seconds, float)
-    signs = np.sign(rounds - np.median(rounds))
-    power = float(signs @ signs)
-    if power == 0:
-        return 1.0
-    phi = np.sin(np.pi / 2 * float(signs[1:] @ signs[:-1]) / power)
-    phi = np.clip(phi + (1 + 4 * max(phi, 0.0)) / n, 0.0, 0.95)
-    return float(np.sqrt(1 + 4 / np.pi * np.arcsin(phi ** np.arange(1, n)).sum()))
+    return turns.error_of_median(row["q1_s"], row["q3_s"], row["rounds"]) / row["median_s"]
 
 
 def machine_label(facts: dict[str, Any]) -> str:
@@ -255,6 +239,12 @@ def machine_label(facts: dict[str, Any]) -> str:
         return f"{facts['device_name']}, torch {facts['torch']}"
     threads = f"{facts['threads']} thread{'s' if facts['threads'] != 1 else ''}"
     return f"{facts['cpu']}, {threads}, torch {facts['torch']}"
+
+
+def _seconds(stats: dict[str, Any], rounds: int) -> np.ndarray:
+    """The rounds as they followed one another, none where the run does not have them."""
+    seconds = np.array([_positive(value) for value in stats.get("data") or ()])
+    return seconds if len(seconds) == rounds else np.empty(0)
 
 
 def _positive(value: Any) -> float:

@@ -19,13 +19,16 @@ def pair(folder: Path, before: dict, after: dict) -> tuple[Path, Path]:
     return saved.save(folder / "before.json", before), saved.save(folder / "after.json", after)
 
 
-@pytest.mark.parametrize("noise", synthetic.NOISES)
-def test_two_draws_of_the_same_give_no_alarm(tmp_path: Path, noise: str) -> None:
+@pytest.mark.parametrize(
+    ("noise", "turns"),
+    [(noise, True) for noise in synthetic.NOISES] + [("independent", False), ("machine", False)],
+)
+def test_two_draws_of_the_same_give_no_alarm(tmp_path: Path, noise: str, turns: bool) -> None:
     """No case and no pool of a comparison is called changed, in 95 % of comparisons."""
     alarms = 0
     for seed in range(DRAWS):
         rng = np.random.default_rng(seed)
-        runs = (synthetic.run(rng, noise), synthetic.run(rng, noise))
+        runs = [synthetic.run(rng, noise, turns=turns) for _ in range(2)]
         before, after = (load([path]) for path in pair(tmp_path, *runs))
         alarms += bool(changes(before, after).verdicts & {SLOWER, FASTER})
     # 5 % of draws in the long run, and two standard deviations for there being 40 of them.
@@ -59,6 +62,26 @@ def test_a_change_of_10_percent_is_called_on_a_drifting_machine(tmp_path: Path) 
         row = cases[(cases["backend"] == "compiled") & (cases["N"] == 512)].iloc[0]
         called += row["verdict"] == SLOWER
     assert called >= 0.9 * DRAWS / 2
+
+
+def test_a_planted_10_percent_is_seen_on_a_machine_of_several_speeds(tmp_path: Path) -> None:
+    """Three times as often as by medians, of which one may be of each speed."""
+    called = {True: 0, False: 0}
+    for turns in called:
+        for seed in range(DRAWS // 2):
+            rng = np.random.default_rng(seed)
+            changed = {
+                f"linear_attention-forward-float32-N{n}-compiled": 1.1 for n in synthetic.LENGTHS
+            }
+            runs = (
+                synthetic.run(rng, "speeds", turns=turns),
+                synthetic.run(rng, "speeds", changed, turns=turns),
+            )
+            before, after = (load([path]) for path in pair(tmp_path, *runs))
+            pools = changes(before, after).pools.set_index("backend")["verdict"]
+            called[turns] += pools["compiled"] == SLOWER
+    assert called[True] >= 0.9 * DRAWS / 2
+    assert called[False] <= called[True] / 3
 
 
 def test_drift_of_the_machine_is_told_from_a_change_only_by_a_control(tmp_path: Path) -> None:
