@@ -3,8 +3,9 @@
 Times linear attention at twelve lengths in three runs of pytest, each a process of its own, beside
 a process that keeps one core busy a tenth of the time: twice as it is, and once with more work
 planted in the kernel under test (it runs again on a tenth of the tokens). Then ``reports compare``
-has to call all lengths together slower, and between the two plain runs the same. A few minutes; not
-one of the tests, since it measures time.
+has to call all lengths together slower, and of the two plain runs nothing may be called changed:
+they are the same, or the machine is too noisy to be sure of that. A few minutes; not one of the
+tests, since it measures time.
 """
 
 import argparse
@@ -112,11 +113,11 @@ def _judge(before: Path, same: Path, slower: Path, backend: str) -> int:
     print(
         f"the same code in {backend}: {verdicts['same']}; a tenth more work: {verdicts['slower']}"
     )
-    right = verdicts == {"same": "same", "slower": "slower"} and codes == {"same": 0, "slower": 1}
+    right = verdicts["slower"] == "slower" and verdicts["same"] in ("same", "undecided")
+    right &= codes == {"same": 0, "slower": 1}
     if not right:
-        print(
-            "FAILED: wanted same and slower (undecided: the machine is too noisy)", file=sys.stderr
-        )
+        wanted = "FAILED: wanted slower of a tenth more work, and no change of the same code"
+        print(f"{wanted} (undecided: the machine is too noisy)", file=sys.stderr)
     return 0 if right else 1
 
 

@@ -32,4 +32,4 @@ def test_a_tenth_unseen_and_a_false_alarm_fail(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], planted: float, luck: float
 ) -> None:
     assert noise._judge(*runs(tmp_path, planted, luck), "compiled") == 1
-    assert "FAILED: wanted same and slower" in capsys.readouterr().err
+    assert "FAILED: wanted slower of a tenth more work" in capsys.readouterr().err
