@@ -64,6 +64,16 @@ class Timing:
         low, _, high = statistics.quantiles(self.seconds, n=4, method="inclusive")
         return (high - low) / self.median
 
+    def over(self, other: "Timing") -> float:
+        """How many times as long as the other: the median over the turns that both had.
+
+        Where they took none together, the ratio of their medians. A machine of two speeds has two
+        medians, but within a turn one speed (see :mod:`reports.turns`).
+        """
+        if self.turns is None or self.turns != other.turns:
+            return self.median / other.median
+        return statistics.median(a / b for a, b in zip(self.seconds, other.seconds, strict=False))
+
 
 def median_interval(seconds: Sequence[float], draws: int = 1000) -> tuple[float, float]:
     """95 % percentile-bootstrap interval of the median: (low, high), in the unit of ``seconds``.

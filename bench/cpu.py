@@ -32,7 +32,7 @@ from typing import Any
 import torch
 
 import kernels
-from bench.clock import measure_interleaved
+from bench.clock import Timing, measure_interleaved
 from bench.machine import describe
 from bench.problems import (
     FORWARD,
@@ -166,8 +166,11 @@ def save(path: Path, content: Mapping[str, Any]) -> None:
 # ---- measuring -----------------------------------------------------------------------------------
 
 
-def medians(calls: Mapping[str, Callable[[], object]], budget: float) -> dict[str, float]:
-    timings = measure_interleaved(calls, CPU, budget_s=budget)
+def by_turns(calls: Mapping[str, Callable[[], object]], budget: float) -> dict[str, Timing]:
+    return measure_interleaved(calls, CPU, budget_s=budget)
+
+
+def medians(timings: Mapping[str, Timing]) -> dict[str, float]:
     return {name: timing.median for name, timing in timings.items()}
 
 
@@ -189,7 +192,8 @@ def attention_row(n: int, dtype: torch.dtype, mode: str, against: str, budget: f
     if n <= LONGEST_SOFTMAX:
         softmax = make_problem("softmax_attention", shape, dtype, CPU)
         calls["softmax"] = softmax.call("torch", mode)
-    times = medians(calls, budget)
+    timings = by_turns(calls, budget)
+    own = timings["cpu"]
     flop = least_work("linear_attention", mode, shape, dtype.itemsize).flop
     name = str(dtype).removeprefix("torch.")
     return {
@@ -197,11 +201,11 @@ def attention_row(n: int, dtype: torch.dtype, mode: str, against: str, budget: f
         "table": f"Linear attention, {mode}, {name}",
         "tokens": n,
         "against": against,
-        "seconds": times,
+        "seconds": medians(timings),
         "flop": flop,
-        "ratio": times[against] / times["cpu"],
-        "over_matmul": flop / times["cpu"] / (2 * 2048**3 / times["matmul"]),
-        "over_softmax": times["softmax"] / times["cpu"] if "softmax" in times else None,
+        "ratio": timings[against].over(own),
+        "over_matmul": flop / (2 * 2048**3) * timings["matmul"].over(own),
+        "over_softmax": timings["softmax"].over(own) if "softmax" in timings else None,
     }
 
 
@@ -212,7 +216,7 @@ def ripple_rows(budget: float) -> list[Row]:
             shape = RippleShape(max(1, 8192 // side**2), side, side, CHANNELS)
             problem = make_problem(operation, shape, torch.float32, CPU)
             calls = {b: problem.call(b, FORWARD_BACKWARD) for b in ("cpu", "torch")}
-            times = medians(calls, budget)
+            timings = by_turns(calls, budget)
             rows.append(
                 {
                     "name": f"{operation}, {side}x{side}",
@@ -221,8 +225,8 @@ def ripple_rows(budget: float) -> list[Row]:
                     "grid": side,
                     "batch": shape.B,
                     "bytes": least_work(operation, FORWARD_BACKWARD, shape, 4).bytes,
-                    "seconds": times,
-                    "ratio": times["torch"] / times["cpu"],
+                    "seconds": medians(timings),
+                    "ratio": timings["torch"].over(timings["cpu"]),
                 }
             )
     return rows
@@ -241,7 +245,7 @@ def scaling_rows(budget: float) -> list[Row]:
     table = "Time against N, one sequence, forward, float32"
     return [
         {"name": f"scaling, N = {n}", "table": table, "tokens": int(n), "seconds": {"cpu": seconds}}
-        for n, seconds in medians(calls, budget).items()
+        for n, seconds in medians(by_turns(calls, budget)).items()
     ]
 
 
@@ -253,16 +257,14 @@ def roofline_rows(budget: float) -> list[Row]:
     big = torch.empty(1 << 26)
     other = torch.empty_like(big)
     fresh = 100_000_000 // mmap.PAGESIZE * mmap.PAGESIZE
-    limits = medians(
-        {
-            "fma": lambda: probe(False, repeats),
-            "load": lambda: probe(True, repeats),
-            "copy": lambda: other.copy_(big),
-            "fresh": lambda: write_fresh(fresh, large_pages=False),
-            "fresh_large": lambda: write_fresh(fresh, large_pages=True),
-        },
-        budget,
-    )
+    calls: dict[str, Callable[[], object]] = {
+        "fma": lambda: probe(False, repeats),
+        "load": lambda: probe(True, repeats),
+        "copy": lambda: other.copy_(big),
+        "fresh": lambda: write_fresh(fresh, large_pages=False),
+        "fresh_large": lambda: write_fresh(fresh, large_pages=True),
+    }
+    limits = medians(by_turns(calls, budget))
     rates = {
         "fma": flop / limits["fma"],
         "load": flop / limits["load"],
@@ -276,7 +278,7 @@ def roofline_rows(budget: float) -> list[Row]:
         for n in (1024, 65_536):
             shape = AttentionShape(TOTAL_TOKENS // n, HEADS, HEADS, n, n, HEAD_DIM)
             problem = make_problem(operation, shape, torch.float32, CPU)
-            seconds = medians({"cpu": problem.call("cpu", FORWARD)}, budget)["cpu"]
+            seconds = by_turns({"cpu": problem.call("cpu", FORWARD)}, budget)["cpu"].median
             work = least_work(operation, FORWARD, shape, 4)
             done = work.flop / 2  # the rows that a sign picks
             written = 4 * HEADS * TOTAL_TOKENS * HEAD_DIM if operation.endswith("apply") else 0

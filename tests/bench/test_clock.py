@@ -112,6 +112,15 @@ def test_spread_of_known_rounds() -> None:
     assert timing.relative_iqr == pytest.approx(2 / 3)
 
 
+def test_over_is_turn_by_turn() -> None:
+    """The machine slows down fivefold after three turns; one of the two stopped after four."""
+    one = clock.Timing((2.0, 2.0, 2.0, 10.0, 10.0, 10.0, 10.0), 1, "made up", turns="a")
+    other = clock.Timing((1.0, 1.0, 1.0, 5.0), 1, "made up", turns="a")
+    assert one.over(other) == 2
+    apart = clock.Timing(other.seconds, 1, "made up", turns="b")
+    assert one.over(apart) == 10
+
+
 def test_peak_memory_counts_what_lives_at_once_beyond_the_result() -> None:
     x = torch.randn(512, 1024)  # 2 MiB
 
