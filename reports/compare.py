@@ -6,8 +6,7 @@ from the standard error of that, or of both medians. Over the lengths of a group
 mean and the worst.
 """
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import numpy as np
 import pandas as pd
@@ -41,28 +40,19 @@ def speedups(runs: Runs, baseline: str, backends: Sequence[str] = ()) -> pd.Data
             raise NoRuns(f"no saved case is of backend {name!r}; there are {listed}")
     case = [name for name in _GROUP if name != "backend"] + ["N"]
     base = frame[frame["backend"] == baseline]
-    base = base[[*case, "file", "median_s", "error", "seconds", "turns"]]
+    base = base[[*case, "file", *turns.OF_A_CASE]]
     others = frame[frame["backend"].isin(backends or set(there) - {baseline})]
     # Of one run: medians of different runs were not taken by turns.
     both = others.merge(base, on=[*case, "file"], suffixes=("", "_base"))
     if both.empty:
         raise NoRuns(f"no run has a case of {baseline!r} and of another backend, too")
     both["baseline_s"] = both["median_s_base"]
-    estimates = [_estimate(row) for row in both.to_dict("records")]
-    log, error = np.array(estimates).T
-    both["speedup"] = np.exp(log)
-    both["low"], both["high"] = (np.exp(log + side * _NORMAL_95 * error) for side in (-1, 1))
+    found = turns.speedups(both)
+    both["speedup"] = np.exp(found["log"])
+    for name, side in (("low", -1), ("high", 1)):
+        both[name] = np.exp(found["log"] + side * _NORMAL_95 * found["error"])
     columns = [*_GROUP, "N", "median_s", "baseline_s", "speedup", "low", "high"]
     return both[columns].sort_values([*_GROUP, "N"], kind="stable").reset_index(drop=True)
-
-
-def _estimate(row: Mapping[Any, Any]) -> tuple[float, float]:
-    """log(baseline's time / this one's) and its standard error."""
-    own, base = ({name: row[name + of] for name in ("seconds", "turns")} for of in ("", "_base"))
-    if (found := turns.ratio(base, own)) is not None:
-        return found.log, found.error
-    log = np.log(row["baseline_s"] / row["median_s"])
-    return float(log), float(np.hypot(row["error"], row["error_base"]))
 
 
 def summarise(cases: pd.DataFrame) -> pd.DataFrame:

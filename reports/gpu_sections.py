@@ -341,7 +341,7 @@ def _training(rows: list[Result], where: str) -> Table:
 def _outcomes(title: str, results: list[Result]) -> Table:
     lines = []
     for r in results:
-        words = {_MEASURED: "✓ right", "failed": "✗ wrong"}.get(r["status"], r["status"])
+        words = {_MEASURED: "✓ right", "failed": "✗ failed"}.get(r["status"], r["status"])
         mark = {_MEASURED: "passed", "failed": "failed"}.get(r["status"], "")
         lines.append(Row([word(r["case"]), word(words, str(r["reason"] or ""), mark)]))
     return Table(title, columns(["case", "result"], ["case", "result"]), lines)

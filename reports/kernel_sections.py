@@ -378,7 +378,9 @@ def _time_tip(case: Case) -> str:
 
 
 def _ratio_tip(case: Case) -> str:
-    return f"{exact(case['median_s'] * 1e3, 'ms')} against {exact(case['base_s'] * 1e3, 'ms')}"
+    return (
+        f"{exact(case['median_s'] * 1e3, 'ms')} against {exact(case['median_s_base'] * 1e3, 'ms')}"
+    )
 
 
 def rate(value: float) -> str:

@@ -15,11 +15,13 @@ import matplotlib as mpl
 mpl.use("Agg")
 
 import matplotlib.pyplot as plt
+import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
+from reports import turns
 from reports.fits import Fit
 
 _STYLES = {
@@ -197,9 +199,9 @@ def picture_data(frame: pd.DataFrame, picture: Picture) -> pd.DataFrame:
         else:
             frame = frame[frame["backend"] != "torch"]
             key = ["operation", "pass", "N"]
-        times = base[[*key, "median_s"]].rename(columns={"median_s": "base_s"})
-        frame = frame.merge(times, on=key)
-        frame["value"] = frame["base_s"] / frame["median_s"]
+        base = base[[*key, *turns.OF_A_CASE]]
+        frame = frame.merge(base, on=key, suffixes=("", "_base"))
+        frame["value"] = np.exp(turns.speedups(frame)["log"])
     return frame.reset_index(drop=True)
 
 

@@ -12,7 +12,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import pandas as pd
 
+OF_A_CASE = ["median_s", "error", "seconds", "turns"]
 # Of fewer turns a median is luck, and its error too.
 _FEWEST = 5
 _FEWEST_FOR_DEPENDENCE = 8
@@ -41,6 +43,27 @@ def ratio(own: Mapping[Any, Any], base: Mapping[Any, Any]) -> Ratio | None:
     q1, median, q3 = (float(x) for x in np.quantile(logs, (0.25, 0.5, 0.75)))
     widened = dependence(logs)
     return Ratio(median, widened * error_of_median(q1, q3, n), n / widened**2)
+
+
+def speedups(both: pd.DataFrame) -> pd.DataFrame:
+    """How many times as fast as its base each case is: ``log`` and its standard ``error``.
+
+    Turn by turn, and of the medians where the two did not take turns.
+
+    Args:
+        both: rows of :attr:`reports.runs.Runs.kernels`, with the columns ``OF_A_CASE`` of their
+            base as well, ``_base`` at the end of their names.
+    """
+    rows = []
+    for row in both.to_dict("records"):
+        own, base = ({n: row[n + end] for n in ("seconds", "turns")} for end in ("", "_base"))
+        found = ratio(base, own)
+        if found is None:
+            log = np.log(row["median_s_base"] / row["median_s"])
+            rows.append((log, np.hypot(row["error"], row["error_base"])))
+        else:
+            rows.append((found.log, found.error))
+    return pd.DataFrame(rows, columns=["log", "error"], index=both.index, dtype=float)
 
 
 def error_of_median(q1: float, q3: float, rounds: int) -> float:
