@@ -184,15 +184,17 @@ def crossover(
     low = float(min(crossings[int(0.025 * (draws - 1))] for crossings in drawn))
     high = float(max(crossings[int(np.ceil(0.975 * (draws - 1)))] for crossings in drawn))
     shortest, longest = f"{np.exp(x[0]):.0f}", f"{np.exp(x[-1]):.0f}"
-    if high == 0:
+    least, most = (_length(value, shortest, longest) for value in (low, high))
+    if low == 0 and high == np.inf:
+        text = f"not to be told: {least} to {most}"
+    elif estimate == 0:
         text = f"below N = {shortest}, the shortest measured"
-    elif low == np.inf:
+        text += f" (or up to {most})" if high > 0 else ""
+    elif estimate == np.inf:
         text = f"none up to N = {longest}"
+        text += f" (or from {least} on)" if low < np.inf else ""
     else:
-        text = (
-            f"N ≈ {_length(estimate, shortest, longest)} "
-            f"({_length(low, shortest, longest)} to {_length(high, shortest, longest)})"
-        )
+        text = f"N ≈ {_length(estimate, shortest, longest)} ({least} to {most})"
     return Crossover(estimate, low, high, text)
 
 

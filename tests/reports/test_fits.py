@@ -118,3 +118,9 @@ def test_an_unclear_crossover_is_an_open_interval() -> None:
     assert answer.low == 0
     assert answer.high == np.inf
     assert "under 64 to over 512" in answer.text
+    first = crossover(lengths, [1.01, 1.3, 2.0, 4.0], np.ones(4), 0.02)
+    assert first.estimate == 0 < first.high < np.inf
+    assert first.text.startswith("below N = 64, the shortest measured (or up to ")
+    last = crossover(lengths, np.ones(4), [4.0, 2.0, 1.3, 1.01], 0.02)
+    assert last.estimate == np.inf > last.low > 0
+    assert last.text.startswith("none up to N = 512 (or from ")
