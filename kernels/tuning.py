@@ -89,8 +89,10 @@ SPLITS = Splits(
 # registers, so that the other architectures hold less of S at once.
 _WGMMA = ("sm_90", "sm_100", "interpreter")
 _WIDE = range(65, 129)
-# Of narrow heads a tile has 16 bytes for each of 128 threads, and no more.
+# Of narrow heads a tile has 16 bytes for each of 128 threads, and no more; on sm_100 those that
+# differentiate would spill, and 256 threads share it.
 _NARROW = (Rule(_tile(4, 3, BLOCK_N=64), dims=range(1, 33), dtypes=HALF),)
+_NARROW_SM_100 = (Rule(_tile(8, 3, BLOCK_N=64), ("sm_100",), range(17, 33), HALF),)
 _STREAMED = (
     Rule(_tile(8, 2, RESIDENT=0, BLOCK_N=32, BLOCK_F=16), dtypes=FLOAT32),
     Rule(_tile(8, 2, RESIDENT=0, BLOCK_N=32, BLOCK_F=32)),
@@ -116,6 +118,7 @@ TABLE: dict[str, tuple[Rule, ...]] = {
         *_NARROW,
         *_streamed(_WIDE, architectures=("sm_80", "sm_86")),
         *_streamed(_WIDE, dtypes=FLOAT32),
+        Rule(_tile(8, 2, BLOCK_N=16), dims=range(33, 65), dtypes=FLOAT32),
         Rule(_tile(8, 2, BLOCK_N=32), dtypes=FLOAT32),
         Rule(_tile(16, 3, BLOCK_N=32), dims=_WIDE, architectures=("sm_90", "interpreter")),
         Rule(_tile(8, 2, BLOCK_N=64), dims=_WIDE),
@@ -133,11 +136,16 @@ TABLE: dict[str, tuple[Rule, ...]] = {
         Rule(_tile(8, 3, BLOCK_N=32)),
     ),
     "linear_attention.query_gradient": (
+        *_NARROW_SM_100,
         *_NARROW,
+        Rule(_tile(8, 2, RESIDENT=0, BLOCK_N=32, BLOCK_F=16), ("sm_100",), range(65, 97), FLOAT32),
         Rule(_tile(8, 2, RESIDENT=0, BLOCK_N=32, BLOCK_F=32), None, range(65, 97), FLOAT32),
+        Rule(_tile(8, 2, RESIDENT=0, BLOCK_N=16, BLOCK_F=16), ("sm_90",), range(97, 129), FLOAT32),
+        Rule(_tile(8, 2, RESIDENT=0, BLOCK_N=32, BLOCK_F=16), ("sm_90",), range(97, 129), HALF),
         *_streamed(_WIDE),
         *_streamed(range(33, 65), architectures=("sm_80", "sm_86")),
         *_streamed(range(33, 65), dtypes=FLOAT32),
+        Rule(_tile(8, 2, BLOCK_N=32), ("sm_90",), range(17, 33), FLOAT32),
         Rule(_tile(8, 2, BLOCK_N=16), dtypes=FLOAT32),
         Rule(_tile(8, 3, BLOCK_N=64), architectures=("sm_90", "interpreter")),
         Rule(_tile(8, 3, BLOCK_N=32)),
@@ -145,6 +153,7 @@ TABLE: dict[str, tuple[Rule, ...]] = {
     "linear_attention.query_sums": _streamed(),  # where query_gradient is streamed
     "linear_attention.key_value_gradient": (
         *_NARROW,
+        Rule(_tile(8, 2, BLOCK_N=16), ("sm_80",), range(97, 129), HALF),
         Rule(_tile(8, 2, BLOCK_N=32), ("sm_80", *_WGMMA), _WIDE, HALF),
         Rule(_tile(8, 2, RESIDENT=0, BLOCK_N=16, BLOCK_F=16), dims=_WIDE),
         Rule(_tile(8, 2, BLOCK_N=16), dtypes=FLOAT32),
@@ -161,12 +170,13 @@ TABLE: dict[str, tuple[Rule, ...]] = {
         Rule(_tile(8, 3, BLOCK_N=32)),
     ),
     "linear_attention.short_backward": (
+        *_NARROW_SM_100,
         *_NARROW,
         *_streamed(_WIDE),
         *_streamed(range(33, 65), architectures=("sm_80", "sm_86")),
         *_streamed(range(33, 65), dtypes=FLOAT32),
         Rule(_tile(8, 2, BLOCK_N=16), dtypes=FLOAT32),
-        Rule(_tile(8, 3, BLOCK_N=64), architectures=("sm_90", "interpreter")),
+        Rule(_tile(8, 2, BLOCK_N=64), architectures=("sm_90", "interpreter")),
         Rule(_tile(8, 3, BLOCK_N=32)),
     ),
     "softmax_attention.forward": (
@@ -181,13 +191,17 @@ TABLE: dict[str, tuple[Rule, ...]] = {
         Rule(_tile(8, 2, OWNED=32, PASSED=16), dims=range(65, 129), dtypes=FLOAT32),
         Rule(_tile(8, 2, OWNED=32, PASSED=32), dtypes=FLOAT32),
         Rule(_tile(4, 2, OWNED=64, PASSED=64), dims=range(33)),
+        Rule(_tile(8, 2, OWNED=64, PASSED=64), ("sm_100",), range(65, 97)),
         Rule(_tile(8, 2, OWNED=128, PASSED=64), architectures=("sm_90", "sm_100")),
         Rule(_tile(8, 2, OWNED=32, PASSED=64), dims=range(65, 129)),
         Rule(_tile(8, 2, OWNED=128, PASSED=32)),
     ),
     "softmax_attention.key_value_gradient": (
-        # sm_80 spills a few bytes with the tiles that do well elsewhere.
+        # Some architectures spill a few bytes with the tiles that do well elsewhere.
         Rule(_tile(4, 3, OWNED=32, PASSED=16), ("sm_80",), dims=range(33), dtypes=FLOAT32),
+        Rule(_tile(4, 2, OWNED=16, PASSED=16), ("sm_90",), dims=range(33), dtypes=FLOAT32),
+        Rule(_tile(8, 2, OWNED=16, PASSED=16), ("sm_86",), dims=range(33, 65), dtypes=FLOAT32),
+        Rule(_tile(4, 2, OWNED=16, PASSED=16), ("sm_100",), dims=range(97, 129), dtypes=FLOAT32),
         Rule(_tile(4, 2, OWNED=32, PASSED=16), dims=range(33), dtypes=FLOAT32),
         Rule(_tile(8, 2, OWNED=16, PASSED=16), ("sm_80",), dims=range(33, 129), dtypes=FLOAT32),
         Rule(_tile(4, 2, OWNED=16, PASSED=16), dims=range(65, 97), dtypes=FLOAT32),
@@ -206,9 +220,21 @@ TABLE: dict[str, tuple[Rule, ...]] = {
     "ripple.expand": _ripple_rules(4),
     "ripple.expand_backward": _ripple_rules(4),
     "ripple.pool_stages": _ripple_rules(4),
-    "ripple.pool_stages_backward": _ripple_rules(8),
-    "ripple.expand_stages": _ripple_rules(8, tokens=32),
-    "ripple.expand_stages_backward": _ripple_rules(8),
+    # Pyramids of large tiles spill on single architectures.
+    "ripple.pool_stages_backward": (
+        Rule(_tile(8, 1, BLOCK_P=8, BLOCK_C=64), ("sm_80",), range(33, 4097), FLOAT32),
+        Rule(_tile(8, 1, BLOCK_P=8, BLOCK_C=128), ("sm_80",), range(40, 4097, 8), HALF),
+        *_ripple_rules(8),
+    ),
+    "ripple.expand_stages": (
+        Rule(_tile(8, 1, BLOCK_P=4, BLOCK_C=64), ("sm_80",), _UNEVEN, HALF),
+        Rule(_tile(4, 1, BLOCK_P=8, BLOCK_C=64), ("sm_90", "sm_100"), _UNEVEN, FLOAT32),
+        *_ripple_rules(8, tokens=32),
+    ),
+    "ripple.expand_stages_backward": (
+        Rule(_tile(8, 1, BLOCK_P=4, BLOCK_C=64), ("sm_80",), _UNEVEN, HALF),
+        *_ripple_rules(8),
+    ),
     "ripple.sum_partials": (Rule(_tile(4, 1, BLOCK_P=16, BLOCK_C=64)),),
 }
 
