@@ -1,11 +1,12 @@
 """``make check-noise``: is 10 % more work in a real kernel caught end to end, on a noisy machine?
 
-Times linear attention at twelve lengths in three runs of pytest, each a process of its own, beside
-a process that keeps one core busy a tenth of the time: twice as it is, and once with more work
-planted in the kernel under test (it runs again on a tenth of the tokens). Then ``reports compare``
-has to call all lengths together slower, and of the two plain runs nothing may be called changed:
-they are the same, or the machine is too noisy to be sure of that. A few minutes; not one of the
-tests, since it measures time.
+Times linear attention at 24 lengths beside a process that keeps one core busy a tenth of the time:
+twice as it is, and once with more work planted in the kernel under test (it runs again on a tenth
+of the tokens). Six lengths at a time, the three take turns, each in a process of its own, since
+what the machine has to spare changes from minute to minute. Then ``reports compare`` has to call
+all lengths together slower, and of the two plain runs nothing may be called changed: they are the
+same, or the machine is too noisy to be sure of that. Some minutes; not one of the tests, since it
+measures time.
 """
 
 import argparse
@@ -21,7 +22,8 @@ import kernels
 
 _ROOT = Path(__file__).resolve().parent.parent
 _SHARE = 0.1
-_LENGTHS = "512,640,768,1024,1280,1536,1792,2048,2560,3072,3584,4096"
+_LENGTHS = (*range(512, 2048, 128), *range(2048, 5120, 256))
+_TURNS = 4
 _TOGETHER = " cases together "  # of the line in which compare judges all lengths
 _NEIGHBOUR = (
     "import time\n"
@@ -70,33 +72,36 @@ def main(argv: list[str] | None = None) -> int:
             plant = folder / "plant"
             plant.mkdir()
             (plant / "planted.py").write_text(_PLANT.format(backend=backend, share=_SHARE))
-            before = _time(folder / "before.json", backend)
-            same = _time(folder / "same.json", backend)
-            slower = _time(folder / "slower.json", backend, plant)
-            return _judge(before, same, slower, backend)
+            for turn in range(_TURNS):
+                for variant in ("before", "same", "slower"):
+                    path = folder / variant / f"{turn}.json"
+                    _time(path, backend, turn, plant if variant == "slower" else None)
+            return _judge(folder / "before", folder / "same", folder / "slower", backend)
     finally:
         if neighbour is not None:
             neighbour.kill()
 
 
-def _time(path: Path, backend: str, plant: Path | None = None) -> Path:
+def _time(path: Path, backend: str, turn: int, plant: Path | None = None) -> None:
+    path.parent.mkdir(exist_ok=True)
+    lengths = ",".join(map(str, _LENGTHS[turn::_TURNS]))
     options = ["--benchmark-only", "--device", "cpu", "--ops", "linear_attention"]
-    options += ["--seq-lens", _LENGTHS, "--backends", f"torch,{backend}", "--sweep", "full"]
+    options += ["--seq-lens", lengths, "--backends", f"torch,{backend}", "--sweep", "full"]
     options += ["--dtypes", "float32", "-k", "forward-", "-p", "no:cacheprovider"]
     options += [f"--benchmark-json={path}", *(["-p", "planted"] if plant else [])]
-    print(f"timing {path.stem}", flush=True)
+    print(f"timing {path.parent.name}, {turn + 1} of {_TURNS}", flush=True)
     done = subprocess.run(
         [sys.executable, "-c", _COMMAND, str(plant or path.parent), *options],
         cwd=_ROOT,
         # One thread: with as many as there are cores, each would wait for the neighbour's core.
         env={k: v for k, v in os.environ.items() if not k.startswith("PYTEST_")}
-        | {"OMP_NUM_THREADS": "1", "LINEAR_VIT_LIMITS": str(path.parent)},
+        | {"OMP_NUM_THREADS": "1", "LINEAR_VIT_LIMITS": str(path.parent.parent)},
         capture_output=True,
         text=True,
     )
     if done.returncode != 0:
-        raise SystemExit(f"the run {path.stem} failed:\n{done.stdout[-2000:]}{done.stderr[-2000:]}")
-    return path
+        said = done.stdout[-2000:] + done.stderr[-2000:]
+        raise SystemExit(f"the run {path.parent.name} failed:\n{said}")
 
 
 def _judge(before: Path, same: Path, slower: Path, backend: str) -> int:
