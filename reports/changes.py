@@ -1,7 +1,7 @@
 """``python -m reports compare BEFORE AFTER``: what became faster or slower between two runs.
 
 A case's change is d = log(median after / median before); its standard error follows from the
-rounds of both medians. Four things other than the code mislead, and each is dealt with by name:
+rounds of both medians. Five things other than the code mislead, and each is dealt with by name:
 
 - *Drift of the machine*, common to all backends of a case since their rounds took turns. It is read
   off the control: a backend whose code is the same in both runs (``torch`` unless told otherwise).
