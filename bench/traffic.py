@@ -19,7 +19,7 @@ import argparse
 import csv
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -126,8 +126,7 @@ def recording() -> Iterator[Recorder]:
         return store(self, ptrs, value, mask, *rest)
 
     def counted_call(self: Any, *args: Any, **kwargs: Any) -> Any:
-        tensors = [x for x in (*args, *kwargs.values()) if isinstance(x, Tensor)]
-        recorder.launch(self.fn.__name__, tensors)
+        recorder.launch(self.fn.__name__, [*_tensors(args), *_tensors(kwargs.values())])
         return call(self, *args, **kwargs)
 
     def refused(self: Any, *args: Any) -> Any:
@@ -237,6 +236,15 @@ def _rows(
         # Of the least traffic of the pass.
         "ratio": (loaded + stored) / least if least else None,
     }
+
+
+def _tensors(arguments: Iterable[Any]) -> Iterator[Tensor]:
+    """Those among a launch's arguments, and in the tuples among them."""
+    for x in arguments:
+        if isinstance(x, Tensor):
+            yield x
+        elif isinstance(x, tuple | list):
+            yield from _tensors(x)
 
 
 def _tokens(shape: "Shape") -> int:

@@ -102,6 +102,21 @@ def test_linear_attention_reads_and_writes_every_token_once(folder: Path) -> Non
     held(rows)
 
 
+def test_ripple_stores_once_and_reads_nothing_but_its_taps(folder: Path) -> None:
+    """Each output once; of inputs all and nothing else, each element for at most 3×3 taps and z."""
+    rows = counted(folder, "--ops", "ripple_pool,ripple_expand", "--dtypes", "bfloat16")
+    assert {row["operation"] for row in rows} == {"ripple_pool", "ripple_expand"}
+    moved = {"x", "z", "weight", "lateral_weight", "out", "dout", "dx", "dz", "dweight"}
+    assert moved <= {row["tensor"] for row in rows}
+    for row in rows:
+        label = f"{row['operation']} {row['pass']} {row['shape']} {row['tensor']}"
+        if row["tensor"] != "workspace":
+            assert row["distinct"] == row["least_loaded"], label
+            assert row["stored"] == row["least_stored"], label
+        if row["tensor"] in ("x", "z", "dout"):
+            assert row["loaded"] <= 10 * row["least_loaded"], label
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("operation", "head_dim"),
