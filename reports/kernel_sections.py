@@ -6,7 +6,7 @@ from typing import Any
 
 import pandas as pd
 
-from reports import documents, plots, runs, scaling
+from reports import documents, plots, runs, scaling, turns
 from reports.fits import Fit
 from reports.parts import Cell, Column, Figure, Row, Section, Table, columns, exact, number, word
 from reports.plots import MEMORY, OVER_SOFTMAX, OVER_TORCH, TIME, Picture
@@ -220,12 +220,13 @@ def _see(group: Group, picture: Picture, mode: str, part: list[Case]) -> str:
 
 def _see_time(group: Group, mode: str, operation: str, curves: list[Case]) -> str:
     longest = max(case["N"] for case in curves)
-    at = {case["backend"]: case["median_s"] for case in curves if case["N"] == longest}
-    best = min(at, key=at.__getitem__)
+    at = {case["backend"]: case for case in curves if case["N"] == longest}
+    best = min(at, key=lambda backend: at[backend]["median_s"])
     text = f"{plots.label(operation).capitalize()} of {longest:,} tokens takes "
-    text += f"{plots.duration(at[best])} at best ({best}"
+    text += f"{plots.duration(at[best]['median_s'])} at best ({best}"
     if "torch" in at and best != "torch":
-        text += f", {at['torch'] / at[best]:.1f}× as fast as torch"
+        log, _ = turns.speedup(at[best], at["torch"])
+        text += f", {math.exp(log):.1f}× as fast as torch"
     text += ")"
     fit = group.fits.get((operation, mode, best))
     if fit is not None:

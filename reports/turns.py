@@ -45,24 +45,31 @@ def ratio(own: Mapping[Any, Any], base: Mapping[Any, Any]) -> Ratio | None:
     return Ratio(median, widened * error_of_median(q1, q3, n), n / widened**2)
 
 
-def speedups(both: pd.DataFrame) -> pd.DataFrame:
-    """How many times as fast as its base each case is: ``log`` and its standard ``error``.
+def speedup(own: Mapping[Any, Any], base: Mapping[Any, Any]) -> tuple[float, float]:
+    """log(base's time / own) and its standard error.
 
     Turn by turn, and of the medians where the two did not take turns.
 
     Args:
-        both: rows of :attr:`reports.runs.Runs.kernels`, with the columns ``OF_A_CASE`` of their
-            base as well, ``_base`` at the end of their names.
+        own, base: rows of :attr:`reports.runs.Runs.kernels`, with the columns ``OF_A_CASE``.
+    """
+    found = ratio(base, own)
+    if found is not None:
+        return found.log, found.error
+    log = np.log(base["median_s"] / own["median_s"])
+    return float(log), float(np.hypot(own["error"], base["error"]))
+
+
+def speedups(both: pd.DataFrame) -> pd.DataFrame:
+    """:func:`speedup` of each row: ``log`` and ``error``.
+
+    Args:
+        both: cases with the columns ``OF_A_CASE`` of their base as well, ``_base`` at the end of
+            their names.
     """
     rows = []
     for row in both.to_dict("records"):
-        own, base = ({n: row[n + end] for n in ("seconds", "turns")} for end in ("", "_base"))
-        found = ratio(base, own)
-        if found is None:
-            log = np.log(row["median_s_base"] / row["median_s"])
-            rows.append((log, np.hypot(row["error"], row["error_base"])))
-        else:
-            rows.append((found.log, found.error))
+        rows.append(speedup(row, {name: row[f"{name}_base"] for name in OF_A_CASE}))
     return pd.DataFrame(rows, columns=["log", "error"], index=both.index, dtype=float)
 
 
