@@ -6,7 +6,7 @@
     environment  as in a run record;  setting: what the models have in common
     rows         one per model: model, title, backends {name: {seconds, relative_iqr,
                  images_per_second} or {reason}}, own (the fastest own backend), speedup (over
-                 PyTorch's)
+                 PyTorch's, turn by turn)
 
 and of the models of a results table among each other, ``speed-SETTING.json`` beside the runs::
 
@@ -54,6 +54,8 @@ class Timed(Protocol):
     @property
     def seconds(self) -> Sequence[float]: ...
 
+    def over(self, other: Any) -> float: ...
+
 
 def prepare(
     config: Config, backends: Sequence[str], device: torch.device
@@ -96,7 +98,9 @@ def summarise(
                 }
         own = min((n for n in cells if n in OWN), key=lambda n: cells[n]["seconds"], default=None)
         both = own is not None and PYTORCH in cells
-        speedup = cells[PYTORCH]["seconds"] / cells[own]["seconds"] if both and own else None
+        speedup = None
+        if both and own:
+            speedup = timings[config.model, PYTORCH].over(timings[config.model, own])
         cells |= {
             name: {"reason": why} for (model, name), why in reasons.items() if model == config.model
         }

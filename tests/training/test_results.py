@@ -4,13 +4,14 @@ import csv
 import io
 import json
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from bench.clock import Timing
 from training import ablation, results, speed
 from training.config import MODELS, Config, model_settings, resolve
 from training.errors import UserError
@@ -343,13 +344,13 @@ def test_ablation_chooses_by_validation_accuracy(tmp_path: Path) -> None:
 
 
 def test_step_speed_table() -> None:
-    @dataclass
-    class Timed:
-        median: float
-        relative_iqr: float = 0.01
+    def timed(*seconds: float) -> Timing:
+        return Timing(seconds, 1, "made up", turns="the same")
 
     configs = [resolve({"preset": "small", "dataset": "digits", **model_settings("hydra")})]
-    timings = {("hydra", "torch"): Timed(0.012), ("hydra", "cpu"): Timed(0.008)}
+    # Turn by turn; a machine that slows down in the third is in neither.
+    timings = {("hydra", "torch"): timed(0.012, 0.012, 0.024, 0.012, 0.012)}
+    timings["hydra", "cpu"] = timed(0.008, 0.008, 0.016)
     reasons = {("hydra", "cuda"): "no CUDA device"}
     found = speed.summarise(configs, timings, reasons, torch.device("cpu"))
     [row] = found["rows"]
