@@ -126,7 +126,7 @@ def _every(tokens: Sequence[int]) -> str:
 def heading(machine: Mapping[str, Any]) -> str:
     return (
         f"{machine['cpu']}, PyTorch {machine['torch']}, {machine['kernels']}. "
-        "Medians of interleaved runs in one process."
+        "Medians of interleaved runs in one process; ratios turn by turn."
     )
 
 

@@ -140,12 +140,14 @@ class Crossover:
     """The length from which the challenger stays below the incumbent, with a 95 % interval.
 
     ``estimate``, ``low`` and ``high`` are 0 where that is below the shortest length measured, and
-    infinite where it is beyond the longest. ``text`` says it in words.
+    infinite where it is beyond the longest. ``brief`` says the estimate in words, ``text`` the
+    interval as well.
     """
 
     estimate: float
     low: float
     high: float
+    brief: str
     text: str
 
 
@@ -177,7 +179,8 @@ def crossover(
     d = (np.log(np.asarray(incumbent, float)) - np.log(np.asarray(challenger, float)))[order]
     error = np.broadcast_to(np.asarray(relative_error, float), d.shape)
     if len(n) < 2:
-        return Crossover(float("nan"), float("nan"), float("nan"), "too few common lengths")
+        why = "too few common lengths"
+        return Crossover(float("nan"), float("nan"), float("nan"), why, why)
     noise = np.random.default_rng(seed).standard_normal((draws, len(n)))
     estimate = float(_crossings(x, d[None], _INTERPOLATORS[0])[0])
     drawn = [np.sort(_crossings(x, d + noise * error, between)) for between in _INTERPOLATORS]
@@ -186,16 +189,15 @@ def crossover(
     shortest, longest = f"{np.exp(x[0]):.0f}", f"{np.exp(x[-1]):.0f}"
     least, most = (_length(value, shortest, longest) for value in (low, high))
     if low == 0 and high == np.inf:
-        text = f"not to be told: {least} to {most}"
+        brief, more = "not to be told", f": {least} to {most}"
     elif estimate == 0:
-        text = f"below N = {shortest}, the shortest measured"
-        text += f" (or up to {most})" if high > 0 else ""
+        brief, more = f"below N = {shortest}", ", the shortest measured"
+        more += f" (or up to {most})" if high > 0 else ""
     elif estimate == np.inf:
-        text = f"none up to N = {longest}"
-        text += f" (or from {least} on)" if low < np.inf else ""
+        brief, more = f"none up to N = {longest}", f" (or from {least} on)" if low < np.inf else ""
     else:
-        text = f"N ≈ {_length(estimate, shortest, longest)} ({least} to {most})"
-    return Crossover(estimate, low, high, text)
+        brief, more = f"N ≈ {_length(estimate, shortest, longest)}", f" ({least} to {most})"
+    return Crossover(estimate, low, high, brief, brief + more)
 
 
 def _crossings(x: np.ndarray, d: np.ndarray, between: _Interpolator) -> np.ndarray:

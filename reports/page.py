@@ -288,7 +288,7 @@ def _scaling_facts(groups: list[scaling.Group]) -> list[tuple[str, str]]:
             backend, answer = min(answers, key=lambda item: item[1].estimate)
             facts.append(
                 (
-                    answer.text.partition(" (")[0].partition(", the")[0],
+                    answer.brief,
                     f"crossover with SDPA ({backend}, forward, {group.dtype}: {answer.text})",
                 )
             )

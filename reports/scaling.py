@@ -200,8 +200,7 @@ def write(found: Sequence[Group], out: Path) -> list[Path]:
             stem = out / f"{prefix}{group.family}-{picture.name}-{group.dtype}{total}"
             written += plots.save(draw(group, picture, frame, group.passes), stem)
             table = stem.with_name(stem.name + ".csv")
-            rounds = [f"{name}{of}" for name in ("seconds", "turns") for of in ("", "_base")]
-            frame.drop(columns=["datetime", *rounds], errors="ignore").to_csv(table, index=False)
+            frame.filter(regex="^(?!datetime|seconds|turns)").to_csv(table, index=False)
             written.append(table)
     for name, table_frame in (
         ("exponents.csv", fit_table(found)),

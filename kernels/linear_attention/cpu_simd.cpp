@@ -19,9 +19,9 @@
 // at the end of each list, which is what keeps it from the FMA rate. Lists of four features at a
 // time (half the loads, a quarter of the tokens each) or of blocks of 128 and 256 tokens (longer, but
 // v leaves the L1 cache) came out no faster, nor did all of the work as a matrix product, φ written
-// out and a tile of it in registers: at the FMA rate, by turns with this, forward took 1.02 to 1.2
-// times as long and backward 1.00 to 1.05 times. S is 2·D² floats; 16 KB of it at a time are in the
-// L1 cache while 64 tokens go by, and the rows of the next 64 are prefetched meanwhile.
+// out and a tile of it in registers: slower forward, about level backward. S is 2·D² floats; 16 KB of
+// it at a time are in the L1 cache while 64 tokens go by, and the rows of the next 64 are prefetched
+// meanwhile.
 //
 // Sums over tokens have two levels, 64 tokens in registers and then the state, and the caller adds a
 // third (partial states).

@@ -252,7 +252,7 @@ def start(*arguments: str) -> subprocess.Popen[str]:
         stderr=subprocess.STDOUT,
         text=True,
         start_new_session=True,
-        # A shell starts what runs in the background with interrupts ignored, and children inherit.
+        # Processes in the background of a shell without job control are born deaf to Ctrl-C.
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
 
@@ -311,7 +311,7 @@ def json_results(path: Path) -> list[Result]:
 
 
 def test_an_interrupt_keeps_what_is_finished(tmp_path: Path) -> None:
-    process = start("--only", "check,sweep,training", "--out", str(tmp_path))  # much is left to do
+    process = start("--only", "check", "--out", str(tmp_path))
     read_until(process, "[ 2/")
     os.killpg(process.pid, signal.SIGINT)  # as a terminal does, to all of them
     output, _ = process.communicate(timeout=60)

@@ -348,7 +348,7 @@ def test_step_speed_table() -> None:
         return Timing(seconds, 1, "made up", turns="the same")
 
     configs = [resolve({"preset": "small", "dataset": "digits", **model_settings("hydra")})]
-    # Turn by turn; a machine that slows down in the third is in neither.
+    # Turn by turn: that the machine slows down in the third turn is not in the ratio.
     timings = {("hydra", "torch"): timed(0.012, 0.012, 0.024, 0.012, 0.012)}
     timings["hydra", "cpu"] = timed(0.008, 0.008, 0.016)
     reasons = {("hydra", "cuda"): "no CUDA device"}
