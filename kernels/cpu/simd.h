@@ -45,6 +45,15 @@ struct BFloat16 {
 constexpr int32_t kSign = INT32_MIN;
 
 INLINE Floats splat(float x) { return x - Floats{}; }  // x - 0 is x for every x, -0 included
+INLINE Floats splat(const float* x) {
+#if defined(__AVX__)
+  Floats lanes;  // one load: the compiler may add a copy from register to register
+  asm("vbroadcastss %1, %0" : "=v"(lanes) : "m"(*x));
+  return lanes;
+#else
+  return splat(*x);
+#endif
+}
 INLINE Floats where_negative(Floats x, Floats negative, Floats otherwise) {
   return (Ints)x < 0 ? negative : otherwise;
 }
@@ -76,6 +85,46 @@ INLINE void keep(Floats& x) {
   asm("" : "+w"(x));
 #endif
 }
+
+// Keeps an address or offset as it is, in one register: the compiler would rather have several,
+// each of which takes an instruction to make.
+template <typename Scalar>
+INLINE void opaque(Scalar& x) {
+  asm("" : "+r"(x));
+}
+
+// The place of x's lowest set bit; x is not 0.
+INLINE uint64_t lowest_bit(uint64_t x) {
+#if defined(__BMI__)
+  uint64_t place;  // as the compiler does it, but for clearing `place` first, for older processors
+  asm("tzcnt %1, %0" : "=r"(place) : "r"(x) : "cc");
+  return place;
+#else
+  return __builtin_ctzll(x);
+#endif
+}
+
+// One lane in all lanes. AVX-512 has registers for the 16 shuffles, which spare as many loads.
+struct OneLane {
+#if defined(LINEAR_VIT_AVX512)
+  static constexpr bool kLoadless = true;
+  Ints lanes[kLanes];
+
+  INLINE OneLane() {
+#pragma GCC unroll 16
+    for (int j = 0; j < kLanes; ++j) {
+      lanes[j] = Ints{} + j;
+      asm("" : "+v"(lanes[j]));  // or the compiler loads it where it is used
+    }
+  }
+  INLINE Floats operator()(Floats x, int j) const {
+    return (Floats)_mm512_permutexvar_ps((__m512i)lanes[j], (__m512)x);
+  }
+#else
+  static constexpr bool kLoadless = false;
+  INLINE Floats operator()(Floats x, int j) const { return x[j] + Floats{}; }
+#endif
+};
 
 INLINE float sum(Floats x) {
   float lanes[kLanes];
@@ -163,45 +212,58 @@ INLINE void load_row(const Element* from, int64_t count, float* to, int64_t padd
   for (; i < padded; i += kLanes) store(to + i, Floats{});
 }
 
+// The first `count` lanes, or all.
+template <typename Element>
+INLINE void store_some(Element* to, int64_t count, Floats x) {
+  if (count >= kLanes) return store(to, x);
+  Element rest[kLanes];
+  store(rest, x);
+  for (int64_t j = 0; j < count; ++j) to[j] = rest[j];
+}
+
 // `count` elements; reads whole vectors of `from`.
 template <typename Element>
 INLINE void store_row(Element* to, int64_t count, const float* from) {
-  int64_t i = 0;
-  for (; i + kLanes <= count; i += kLanes) store(to + i, load(from + i));
-  if (i < count) {
-    Element rest[kLanes];
-    store(rest, load(from + i));
-    for (int64_t j = i; j < count; ++j) to[j] = rest[j - i];
-  }
+  for (int64_t i = 0; i < count; i += kLanes) store_some(to + i, count - i, load(from + i));
 }
 
 // ---- sums across lanes ---------------------------------------------------------------------------
 
-template <int kStep, int... kLane>
-INLINE Floats merge(Floats a, Floats b, std::integer_sequence<int, kLane...>) {
+// Lane kLane... of a and b, one after the other.
+template <int... kLane>
+INLINE Floats select(Floats a, Floats b, std::integer_sequence<int, kLane...>) {
 #if defined(__clang__) || __GNUC__ >= 12
-  const Floats own = __builtin_shufflevector(a, b, (kLane & kStep ? kLanes + kLane : kLane)...);
-  const Floats other = __builtin_shufflevector(
-      a, b, (kLane & kStep ? kLanes + kLane - kStep : kLane + kStep)...);
+  return __builtin_shufflevector(a, b, kLane...);
 #else
-  const Floats own =
-      __builtin_shuffle(a, b, Ints{(kLane & kStep ? kLanes + kLane : kLane)...});
-  const Floats other = __builtin_shuffle(
-      a, b, Ints{(kLane & kStep ? kLanes + kLane - kStep : kLane + kStep)...});
+  return __builtin_shuffle(a, b, Ints{kLane...});
 #endif
-  return own + other;
+}
+
+// Half of the lanes of two vectors that each hold `count` sums, in parts, and the other half: added,
+// they hold the sums of both. Lanes are taken in fours, as processors shuffle them fastest.
+constexpr int half_lane(int count, bool other, int lane) {
+  const int four = lane / 4, i = lane % 4;
+  if (count == 1) return (i % 2) * kLanes + 4 * four + i / 2 + (other ? 2 : 0);
+  if (count == 2) return (i / 2) * kLanes + 4 * four + i % 2 + (other ? 2 : 0);
+  return 8 * four + i + (other ? 4 : 0);
+}
+
+template <int kCount, int... kLane>
+INLINE Floats merge(Floats a, Floats b, std::integer_sequence<int, kLane...>) {
+  return select(a, b, std::integer_sequence<int, half_lane(kCount, false, kLane)...>()) +
+         select(a, b, std::integer_sequence<int, half_lane(kCount, true, kLane)...>());
 }
 
 // Lane i: the sum over the lanes of vector(i), for kLanes vectors. vector(i) is made when it is
 // needed, so that few are alive at once.
-template <int kStep = 1, int kFirst = 0, typename Vector>
+template <int kCount = kLanes, int kFirst = 0, typename Vector>
 INLINE Floats sums_across(const Vector& vector) {
-  if constexpr (kStep == kLanes) {
+  if constexpr (kCount == 1) {
     return vector(kFirst);
   } else {
-    return merge<kStep>(sums_across<2 * kStep, kFirst>(vector),
-                        sums_across<2 * kStep, kFirst + kStep>(vector),
-                        std::make_integer_sequence<int, kLanes>());
+    return merge<kCount / 2>(sums_across<kCount / 2, kFirst>(vector),
+                             sums_across<kCount / 2, kFirst + kCount / 2>(vector),
+                             std::make_integer_sequence<int, kLanes>());
   }
 }
 

@@ -33,31 +33,30 @@ namespace {
 
 // ---- where things are ----------------------------------------------------------------------------
 
-// Three vectors a piece are for head dim 48 of 16 lanes; of fewer lanes two or four fit as well.
-constexpr bool kThree = kLanes == 16;
+// A row of S, of x (q or k) or of v is `chunks` pieces of `width` vectors, of 16, 32, 48 or 64
+// floats. Pieces lie apart (all first pieces of a block or a state, then all second ones), so that
+// strides inside one are known to the compiler, and the same for x and v.
+constexpr bool kWidths[] = {false, kLanes == 16, kLanes >= 8, kLanes == 16, true};
 
-// A row of S or v is `chunks` pieces of `width` vectors. Pieces lie apart (all first pieces of a
-// block or a state, then all second ones), so that strides inside one are known to the compiler.
 struct Shape {
   int64_t head_dim;
-  int64_t features;  // head_dim rounded up to 16; those past head_dim are zero
   int width;
   int64_t chunks;
+  int64_t features;  // head_dim rounded up to whole pieces, and a row's floats; past head_dim are zeros
 
-  explicit Shape(int64_t d) : head_dim(d), features((d + 15) / 16 * 16), width(1) {
-    const int64_t vectors = (d + kLanes - 1) / kLanes;
+  explicit Shape(int64_t d) : head_dim(d), width(4) {
+    const int64_t vectors = (d + 15) / 16 * 16 / kLanes;
     int64_t least = INT64_MAX;
-    for (int w = vectors < 4 ? (int)vectors : 4; w >= (vectors > 1 ? 2 : 1); --w) {
-      if (w == 3 && !kThree) continue;
+    for (int w = 4; w >= (vectors > 1 ? 2 : 1); --w) {
       const int64_t padded = (vectors + w - 1) / w * w;
-      if (padded < least) least = padded, width = w;
+      if (kWidths[w] && padded < least) least = padded, width = w;
     }
     chunks = (vectors + width - 1) / width;
+    features = chunks * piece();
   }
 
   int64_t piece() const { return width * kLanes; }  // floats
-  int64_t row() const { return chunks * piece(); }
-  int64_t s_floats() const { return 2 * features * row(); }
+  int64_t s_floats() const { return 2 * features * features; }
   int64_t floats() const { return s_floats() + 2 * features; }  // and z [sign][feature]
 };
 
@@ -65,34 +64,35 @@ struct Shape {
 // one have to be there, as zeros.
 INLINE int64_t whole(int64_t tokens) { return (tokens + 15) / 16 * 16; }
 
-// Scratch of one block: k or q; v or dout; what gather and dots make of them.
+// Scratch of one block: k or q; v or dout; what gather and dots make of them. Where a caller's rows
+// lie as x, rows or sums would (see in_place), they are used instead.
 struct Block {
-  int64_t words;    // of 64 features
-  uint64_t* signs;  // [64][words]: bit f % 64 of word f / 64
-  uint64_t* masks;  // [features]: bit n
-  float* x;         // [64][features]
-  float* dots;      // [64][features]
+  uint64_t* masks;  // [features, at least 64]: bit n
+  uint16_t* signs;  // [features / 16][64]: bit f % 16
+  float* x;         // [chunk][64][piece]
   float* rows;      // [chunk][64][piece]
   float* sums;      // [chunk][64][piece]
+  float* dots;      // [chunk][64][piece]
 
-  Block(const Shape& s, float* scratch) : words((s.features + 63) / 64) {
-    signs = (uint64_t*)scratch;
-    masks = signs + kBlock * words;
-    x = (float*)(masks + 64 * words);
-    dots = x + kBlock * s.features;
-    rows = dots + kBlock * s.features;
-    sums = rows + kBlock * s.row();
+  Block(const Shape& s, float* scratch) {
+    const int64_t bits = (s.features + 63) / 64 * 64, floats = kBlock * s.features;
+    masks = (uint64_t*)scratch;
+    signs = (uint16_t*)(masks + bits);
+    x = (float*)(signs + bits / 16 * kBlock);
+    rows = x + floats;
+    sums = rows + floats;
+    dots = sums + floats;
   }
 
   // For the address sanitizer: of arrays by token, what lies past the block's tokens is not there.
   void only(const Shape& s, int64_t tokens) const {
     const int64_t n = whole(tokens), piece = s.piece();
-    hide(signs, n * words, kBlock * words);
-    hide(x, n * s.features, kBlock * s.features);
-    hide(dots, n * s.features, kBlock * s.features);
+    for (int64_t f = 0; f < s.features; f += 16) hide(signs + f / 16 * kBlock, n, kBlock);
     for (int64_t c = 0; c < s.chunks; ++c) {
+      hide(x + c * kBlock * piece, n * piece, kBlock * piece);
       hide(rows + c * kBlock * piece, tokens * piece, kBlock * piece);
       hide(sums + c * kBlock * piece, n * piece, kBlock * piece);
+      hide(dots + c * kBlock * piece, n * piece, kBlock * piece);
     }
   }
 };
@@ -101,7 +101,7 @@ int64_t state_floats(int64_t head_dim) { return Shape(head_dim).floats(); }
 
 int64_t scratch_floats(int64_t head_dim) {
   const Shape s(head_dim);
-  return 4 * kBlock * ((s.features + 63) / 64) + 2 * kBlock * (s.features + s.row());
+  return (s.features + 63) / 64 * 256 + 4 * kBlock * s.features;
 }
 
 template <typename Element>
@@ -126,9 +126,8 @@ struct Ahead {
         bytes(head_dim * (element == kFloat32 ? 4 : 2)),
         tokens(end - next < kBlock ? end - next : kBlock) {}
 
-  // The i-th of `of` equal shares.
-  INLINE void fetch(int64_t i, int64_t of) const {
-    for (int64_t n = kBlock * i / of; n < kBlock * (i + 1) / of && n < tokens; ++n) {
+  INLINE void fetch(int64_t first_token, int64_t count) const {
+    for (int64_t n = first_token; n < first_token + count && n < tokens; ++n) {
       for (int64_t at = 0; at < bytes; at += 64) __builtin_prefetch(first + n * stride + at, 0, 2);
     }
   }
@@ -143,49 +142,81 @@ INLINE void with_element(ElementType element, const Function& function) {
 }
 
 // function(std::integral_constant<int, width>)
-template <typename Function>
+template <int kWidth = 4, typename Function>
 INLINE void with_width(const Shape& s, const Function& function) {
-  if (s.width == 4) return function(std::integral_constant<int, 4>());
-  if constexpr (kThree) {
-    if (s.width == 3) return function(std::integral_constant<int, 3>());
+  if constexpr (kWidth > 0) {
+    if constexpr (kWidths[kWidth]) {
+      if (s.width == kWidth) return function(std::integral_constant<int, kWidth>());
+    }
+    with_width<kWidth - 1>(s, function);
   }
-  if (s.width == 2) return function(std::integral_constant<int, 2>());
-  return function(std::integral_constant<int, 1>());
 }
 
 // ---- a block in and out of scratch ---------------------------------------------------------------
 
+// Whether a block's rows can be read or written where they are: a copy costs as much as a tenth of a
+// product. Not so with rows apart, as of a packed qkv: few sets of the cache would hold them all.
 template <typename Element>
-void load_signed(const Shape& s, int64_t tokens, Rows x, const Block& b) {
-  b.only(s, tokens);
-  for (int64_t n = 0; n < tokens; ++n) {
-    float* values = b.x + n * s.features;
-    load_row(row_of<const Element>(x, n), s.head_dim, values, s.features);
-    for (int64_t word = 0; word < b.words; ++word) b.signs[n * b.words + word] = 0;
-    for (int64_t f = 0; f < s.features; f += kLanes) {
-      b.signs[n * b.words + f / 64] |= (uint64_t)sign_bits(load(values + f)) << (f % 64);
-    }
-  }
-  const int64_t past = whole(tokens) - tokens;
-  __builtin_memset(b.x + tokens * s.features, 0, past * s.features * sizeof(float));
-  __builtin_memset(b.signs + tokens * b.words, 0, past * b.words * sizeof(uint64_t));
+INLINE bool in_place(const Shape& s, int64_t tokens, Rows rows) {
+  return std::is_same_v<Element, float> && tokens == kBlock && s.chunks == 1 &&
+         s.head_dim == s.features && rows.stride == s.head_dim &&
+         (uintptr_t)rows.data % sizeof(Floats) == 0;
 }
 
+// Rows as floats, in pieces: those of x or, copied, scratch.
 template <typename Element>
-void load_rows(const Shape& s, int64_t tokens, Rows x, float* rows) {
+const float* load_rows(const Shape& s, int64_t tokens, Rows x, float* scratch) {
+  if (in_place<Element>(s, tokens, x)) return (const float*)x.data;
   const int64_t piece = s.piece();
   for (int64_t n = 0; n < tokens; ++n) {
     const Element* from = row_of<const Element>(x, n);
     for (int64_t c = 0; c < s.chunks; ++c) {
       const int64_t left = s.head_dim - c * piece;
-      load_row(from + c * piece, left < piece ? left : piece, rows + (c * kBlock + n) * piece,
+      load_row(from + c * piece, left < piece ? left : piece, scratch + (c * kBlock + n) * piece,
                piece);
     }
   }
+  return scratch;
+}
+
+// x as load_rows has it, and its signs.
+template <typename Element>
+const float* load_signed(const Shape& s, int64_t tokens, Rows rows, const Block& b) {
+  b.only(s, tokens);
+  const float* x = load_rows<Element>(s, tokens, rows, b.x);
+  const int64_t past = whole(tokens) - tokens;
+  with_width(s, [&](auto width) {
+    constexpr int kPiece = width * kLanes;
+    for (int64_t c = 0; c < s.chunks; ++c) {
+      uint16_t* signs = b.signs + c * kPiece / 16 * kBlock;
+      for (int64_t n = 0; n < tokens; ++n) {
+        for (int f = 0; f < kPiece; f += 16) {
+          uint32_t bits = 0;
+          for (int i = 0; i < 16; i += kLanes) {
+            bits |= sign_bits(load(x + (c * kBlock + n) * kPiece + f + i)) << i;
+          }
+          signs[f / 16 * kBlock + n] = (uint16_t)bits;
+        }
+      }
+      if (past == 0) continue;
+      __builtin_memset(b.x + (c * kBlock + tokens) * kPiece, 0, past * kPiece * sizeof(float));
+      for (int f = 0; f < kPiece; f += 16) {
+        __builtin_memset(signs + f / 16 * kBlock + tokens, 0, past * sizeof(uint16_t));
+      }
+    }
+  });
+  return x;
+}
+
+// Where a block's rows are made: in `to` itself or, for store_rows, in scratch.
+template <typename Element>
+INLINE float* rows_for(const Shape& s, int64_t tokens, Rows to, float* scratch) {
+  return in_place<Element>(s, tokens, to) ? (float*)to.data : scratch;
 }
 
 template <typename Element>
 void store_rows(const Shape& s, int64_t tokens, const float* rows, Rows to) {
+  if (rows == to.data) return;
   const int64_t piece = s.piece();
   for (int64_t n = 0; n < tokens; ++n) {
     for (int64_t c = 0; c < s.chunks; ++c) {
@@ -196,30 +227,49 @@ void store_rows(const Shape& s, int64_t tokens, const float* rows, Rows to) {
   }
 }
 
-// rows_n *= scale_n
-void scale_rows(const Shape& s, int64_t tokens, const float* scale, float* rows) {
+// to_n = scale_n rows_n
+void scale_rows(const Shape& s, int64_t tokens, const float* scale, const float* rows, float* to) {
   const int64_t piece = s.piece();
   for (int64_t c = 0; c < s.chunks; ++c) {
     for (int64_t n = 0; n < tokens; ++n) {
-      float* row = rows + (c * kBlock + n) * piece;
-      for (int64_t i = 0; i < piece; i += kLanes) store(row + i, load(row + i) * scale[n]);
+      const int64_t row = (c * kBlock + n) * piece;
+      for (int64_t i = 0; i < piece; i += kLanes) {
+        store(to + row + i, load(rows + row + i) * scale[n]);
+      }
     }
   }
 }
 
-// 64×64 bits: bit n of out[f] is bit f of token n's word (Warren, Hacker's Delight, 7-3).
-void transpose_bits(const uint64_t* in, int64_t stride, int64_t tokens, uint64_t* out) {
-  for (int64_t n = 0; n < 64; ++n) out[n] = n < tokens ? in[n * stride] : 0;
+// masks[f] of 64 features: bit n is token n's sign, of tokens that there are.
+void transpose_signs(const uint16_t* signs, int64_t tokens, uint64_t* masks) {
+#if defined(LINEAR_VIT_AVX512)
+  const uint64_t there = tokens == 64 ? ~0ull : (1ull << tokens) - 1;
+  for (int f = 0; f < 64; f += 16) {
+    const __m512i first = _mm512_loadu_si512(signs + f * 4);
+    const __m512i second = _mm512_loadu_si512(signs + f * 4 + 32);
+    for (int bit = 0; bit < 16; ++bit) {
+      const __m512i one = _mm512_set1_epi16((int16_t)(1 << bit));
+      masks[f + bit] = there & _mm512_kunpackd(_mm512_test_epi16_mask(second, one),
+                                               _mm512_test_epi16_mask(first, one));
+    }
+  }
+#else
+  // 64×64 bits (Warren, Hacker's Delight, 7-3).
+  for (int64_t n = 0; n < 64; ++n) {
+    masks[n] = 0;
+    for (int f = 0; f < 64 && n < tokens; f += 16) masks[n] |= (uint64_t)signs[f * 4 + n] << f;
+  }
   uint64_t mask = 0xffffffff;
   for (int width = 32; width > 0; width /= 2, mask ^= mask << width) {
     for (int base = 0; base < 64; base += 2 * width) {
       for (int i = base; i < base + width; ++i) {
-        const uint64_t swap = ((out[i] >> width) ^ out[i + width]) & mask;
-        out[i + width] ^= swap;
-        out[i] ^= swap << width;
+        const uint64_t swap = ((masks[i] >> width) ^ masks[i + width]) & mask;
+        masks[i + width] ^= swap;
+        masks[i] ^= swap << width;
       }
     }
   }
+#endif
 }
 
 // z of x's sign.
@@ -228,46 +278,63 @@ INLINE Floats signed_z(const Shape& s, const float* z, int64_t f, Floats x) {
 }
 
 // 1 / (φ(q)·z + eps), 0 for 1 / 0; of whole vectors of tokens, those past the last are zeros' own.
-void invert_normalisers(const Shape& s, int64_t tokens, const Block& b, const float* z, float eps,
+void invert_normalisers(const Shape& s, int64_t tokens, const float* x, const float* z, float eps,
                         float* inverse) {
-  for (int64_t n = 0; n < tokens; n += kLanes) {
-    const Floats normaliser = eps + sums_across([&](int j) INLINE_LAMBDA {
-      Floats total = {};
-      for (int64_t f = 0; f < s.features; f += kLanes) {
-        const Floats q = load(b.x + (n + j) * s.features + f);
-        total += q * signed_z(s, z, f, q);
-      }
-      return total;
-    });
-    store(inverse + n, where_zero(normaliser, Floats{}, 1.0f / normaliser));
-  }
+  with_width(s, [&](auto width) {
+    constexpr int kWidth = width, kPiece = width * kLanes;
+    for (int64_t n = 0; n < tokens; n += kLanes) {
+      const Floats normaliser = eps + sums_across([&](int j) INLINE_LAMBDA {
+        Floats total = {};
+        for (int64_t c = 0; c < s.chunks; ++c) {
+          for (int w = 0; w < kWidth; ++w) {
+            const Floats q = load(x + (c * kBlock + n + j) * kPiece + w * kLanes);
+            total += q * signed_z(s, z, c * kPiece + w * kLanes, q);
+          }
+        }
+        return total;
+      });
+      store(inverse + n, where_zero(normaliser, Floats{}, 1.0f / normaliser));
+    }
+  });
 }
 
-// z[sign of x][f] += scale_n · x_nf over the block's tokens; without scales, of 1.
-void accumulate_z(const Shape& s, int64_t tokens, const Block& b, const float* scale, float* z) {
-  for (int64_t f = 0; f < s.features; f += kLanes) {
-    Floats positive = {}, negative = {};
-    for (int64_t n = 0; n < tokens; ++n) {
-      const Floats x = load(b.x + n * s.features + f);
-      const Floats value = scale == nullptr ? x : x * scale[n];
-      positive += where_negative(x, Floats{}, value);
-      negative += where_negative(x, value, Floats{});
+// z[sign of x][f] += scale_n · x_nf over the block's tokens; unless kScaled, of 1.
+template <bool kScaled>
+void accumulate_z(const Shape& s, int64_t tokens, const float* x, const float* scale, float* z) {
+  with_width(s, [&](auto width) {
+    constexpr int kWidth = width, kPiece = width * kLanes;
+    for (int64_t c = 0; c < s.chunks; ++c) {
+      Floats positive[kWidth] = {}, negative[kWidth] = {};
+      for (int64_t n = 0; n < tokens; ++n) {
+        for (int w = 0; w < kWidth; ++w) {
+          const Floats value = load(x + (c * kBlock + n) * kPiece + w * kLanes);
+          const Floats term = kScaled ? value * scale[n] : value;
+          positive[w] = where_negative(value, positive[w], positive[w] + term);
+          negative[w] = where_negative(value, negative[w] + term, negative[w]);
+        }
+      }
+      for (int w = 0; w < kWidth; ++w) {
+        float* sum = z + c * kPiece + w * kLanes;
+        store(sum, load(sum) + positive[w]);
+        store(sum + s.features, load(sum + s.features) + negative[w]);
+      }
     }
-    store(z + f, load(z + f) + positive);
-    store(z + s.features + f, load(z + s.features + f) + negative);
-  }
+  });
 }
 
 // ---- the three products --------------------------------------------------------------------------
 
-// Two features' sums over the tokens that the bits of `listed` name.
+// Two features' sums over the tokens that the bits of `listed` name. One offset, in one register,
+// serves x and rows: every instruction here counts, as many as can start a cycle are needed.
 template <int kWidth>
-INLINE void add_listed(uint64_t listed, const float* x, int64_t features, const float* rows,
-                       Floats (&first)[kWidth], Floats (&second)[kWidth]) {
+INLINE void add_listed(uint64_t listed, const float* x, const float* rows, Floats (&first)[kWidth],
+                       Floats (&second)[kWidth]) {
   for (; listed != 0; listed &= listed - 1) {
-    const int64_t n = __builtin_ctzll(listed);
-    const float a = x[n * features], b = x[n * features + 1];
-    const float* row = rows + n * kWidth * kLanes;
+    uint64_t at = lowest_bit(listed) * (kWidth * sizeof(Floats));
+    opaque(at);
+    const float* pair = (const float*)((const char*)x + at);
+    const float* row = (const float*)((const char*)rows + at);
+    const Floats a = splat(pair), b = splat(pair + 1);
     for (int w = 0; w < kWidth; ++w) {
       Floats value = load(row + w * kLanes);
       keep(value);
@@ -286,29 +353,32 @@ INLINE void flush(Floats (&sums)[kWidth], float* row) {
 }
 
 // S[f][sign] += Σₙ x_nf rows_n, the sum over the tokens of that sign.
-void accumulate_block(const Shape& s, int64_t tokens, const Block& b, float* S_all,
-                      const Ahead& ahead, const Ahead& ahead_too) {
-  for (int64_t word = 0; word < b.words; ++word) {
-    transpose_bits(b.signs + word, b.words, tokens, b.masks + 64 * word);
+void accumulate_block(const Shape& s, int64_t tokens, const Block& b, const float* x_all,
+                      const float* rows_all, float* S_all, const Ahead& ahead,
+                      const Ahead& ahead_too) {
+  for (int64_t f = 0; f < s.features; f += 64) {
+    transpose_signs(b.signs + f * 4, tokens, b.masks + f);
   }
   const uint64_t all = tokens == 64 ? ~0ull : (1ull << tokens) - 1;
+  const int64_t share = 2 * kBlock / s.head_dim + 1;  // of the next tokens, for each pair of features
   with_width(s, [&](auto width) {
     constexpr int kWidth = width;
     constexpr int64_t kPiece = kWidth * kLanes;
     for (int64_t c = 0; c < s.chunks; ++c) {
-      const float* rows = b.rows + c * kBlock * kPiece;
+      const float* rows = rows_all + c * kBlock * kPiece;
       float* S = S_all + c * 2 * s.features * kPiece;
       for (int64_t f = 0; f < s.head_dim; f += 2) {
         if (c == 0) {
-          ahead.fetch(f / 2, (s.head_dim + 1) / 2);
-          ahead_too.fetch(f / 2, (s.head_dim + 1) / 2);
+          ahead.fetch(f / 2 * share, share);
+          ahead_too.fetch(f / 2 * share, share);
         }
+        const float* x = x_all + f / kPiece * kBlock * kPiece + f % kPiece;
         const uint64_t negative = b.masks[f], negative_next = b.masks[f + 1];
         float* row = S + 2 * kPiece * f;
         float* next = row + 2 * kPiece;
         Floats sums[kWidth] = {}, sums_next[kWidth] = {};
         const auto add = [&](uint64_t listed) INLINE_LAMBDA {
-          add_listed<kWidth>(listed & all, b.x + f, s.features, rows, sums, sums_next);
+          add_listed<kWidth>(listed & all, x, rows, sums, sums_next);
         };
         // From one list to the next one sign changes, so one row is written.
         add(~negative & ~negative_next);
@@ -325,9 +395,25 @@ void accumulate_block(const Shape& s, int64_t tokens, const Block& b, float* S_a
   });
 }
 
-// Features whose rows of one piece fit half of a 32 KB L1 cache.
+// Features at a time: a whole piece of x or half of one, whose rows of one piece fill up to half of a
+// 32 KB L1 cache.
 template <int kWidth>
-constexpr int64_t kFeatures = 2048 / (16 * kWidth * kLanes) * 16;
+constexpr int64_t kFeatures = kWidth == 4 && kLanes == 16 ? 32 : kWidth * kLanes;
+
+// Where those are that begin at feature `first`: of token 0, in x (and dots), signs and S.
+template <int kWidth>
+struct Features {
+  int64_t x;
+  const uint16_t* signs;
+  const float* S;
+
+  Features(const Block& b, const float* S_all, int64_t first) {
+    constexpr int64_t kPiece = kWidth * kLanes;
+    x = first / kPiece * kBlock * kPiece + first % kPiece;
+    signs = b.signs + first / 16 * kBlock;
+    S = S_all + 2 * kPiece * first;
+  }
+};
 
 // The j-th feature's row, from S on, of the sign that bit j tells.
 template <int kPiece>
@@ -341,106 +427,120 @@ INLINE const float* signed_row(const float* S, int j, uint32_t signs) {
     offset = -((signs >> j) & 1) & kBytes;
   }
   const char* row = (const char*)S + offset;
-  asm("" : "+r"(row));  // one register and a constant: indexed loads don't fuse with their FMA
+  opaque(row);  // one register and a constant: indexed loads don't fuse with their FMA
   return (const float*)row + 2 * kPiece * j;
 }
 
-INLINE uint32_t signs_from(const Block& b, int64_t n, int64_t f) {
-  return (uint32_t)(b.signs[n * b.words + f / 64] >> (f % 64));
-}
-
-// sums_n (+)= Σ_f x_nf S[f][sign] for kTokens tokens, features from `first` to `last`.
+// sums_n (+)= Σ_f x_nf S[f][sign] for kTokens tokens; after the last features times scale_n.
 template <int kWidth, int kTokens>
-INLINE void gather_tokens(const Shape& s, int64_t n, const Block& b, const float* S, int64_t first,
-                          int64_t last, float* sums) {
-  constexpr int kPiece = kWidth * kLanes;
+INLINE void gather_tokens(const Features<kWidth>& at, int64_t n, const OneLane& one_lane,
+                          const float* x_all, bool first, const float* scale, float* sums) {
+  constexpr int64_t kPiece = kWidth * kLanes;
+  constexpr bool kFromRegisters = OneLane::kLoadless && kTokens <= 4;  // that many x in registers
+  const float* x = x_all + at.x + n * kPiece;
   Floats total[kTokens][kWidth];
   for (int t = 0; t < kTokens; ++t) {
     for (int w = 0; w < kWidth; ++w) {
-      total[t][w] = first == 0 ? Floats{} : load(sums + (n + t) * kPiece + w * kLanes);
+      total[t][w] = first ? Floats{} : load(sums + (n + t) * kPiece + w * kLanes);
     }
   }
-  for (int64_t f = first; f < last; f += 16) {
+  for (int64_t f = 0; f < kFeatures<kWidth>; f += 16) {
+    const float* S = at.S + 2 * kPiece * f;
+    opaque(S);
     uint32_t signs[kTokens];
-    for (int t = 0; t < kTokens; ++t) signs[t] = signs_from(b, n + t, f);
+    Floats values[kTokens];
+    for (int t = 0; t < kTokens; ++t) {
+      signs[t] = at.signs[f / 16 * kBlock + n + t];
+      if (kFromRegisters) values[t] = load(x + t * kPiece + f);
+    }
 #pragma GCC unroll 16
     for (int j = 0; j < 16; ++j) {
       for (int t = 0; t < kTokens; ++t) {
-        const float* row = signed_row<kPiece>(S + 2 * kPiece * f, j, signs[t]);
-        const float x = b.x[(n + t) * s.features + f + j];
-        for (int w = 0; w < kWidth; ++w) total[t][w] += x * load(row + w * kLanes);
+        const float* row = signed_row<kPiece>(S, j, signs[t]);
+        const Floats value =
+            kFromRegisters ? one_lane(values[t], j) : splat(x + t * kPiece + f + j);
+        for (int w = 0; w < kWidth; ++w) total[t][w] += value * load(row + w * kLanes);
       }
     }
   }
   for (int t = 0; t < kTokens; ++t) {
-    for (int w = 0; w < kWidth; ++w) store(sums + (n + t) * kPiece + w * kLanes, total[t][w]);
+    for (int w = 0; w < kWidth; ++w) {
+      const Floats sum = scale == nullptr ? total[t][w] : total[t][w] * scale[n + t];
+      store(sums + (n + t) * kPiece + w * kLanes, sum);
+    }
   }
 }
 
-// b.sums_n = Σ_f x_nf S[f][sign], for whole groups of tokens: those past the last are zeros.
-void gather_block(const Shape& s, int64_t tokens, const Block& b, const float* S_all,
-                  const Ahead& ahead) {
+// sums_n = scale_n Σ_f x_nf S[f][sign], for whole groups of tokens: those past the last are zeros.
+void gather_block(const Shape& s, int64_t tokens, const Block& b, const float* x,
+                  const float* S_all, const float* scale, float* sums_all, const Ahead& ahead) {
   with_width(s, [&](auto width) {
     constexpr int kWidth = width;
     constexpr int kTokens = kWidth >= 3 ? 2 : 8 / kWidth;  // 6 or 8 sums hide the FMA's latency
     constexpr int64_t kPiece = kWidth * kLanes;
+    const OneLane one_lane;
     for (int64_t c = 0; c < s.chunks; ++c) {
       const float* S = S_all + c * 2 * s.features * kPiece;
-      float* sums = b.sums + c * kBlock * kPiece;
+      float* sums = sums_all + c * kBlock * kPiece;
       for (int64_t f = 0; f < s.features; f += kFeatures<kWidth>) {
-        const int64_t end = f + kFeatures<kWidth>;
-        const int64_t last = end < s.features ? end : s.features;
+        const Features<kWidth> at(b, S, f);
+        const bool last = f + kFeatures<kWidth> == s.features;
         for (int64_t n = 0; n < tokens; n += kTokens) {
-          if (c == 0 && f == 0) ahead.fetch(n / kTokens, kBlock / kTokens);
-          gather_tokens<kWidth, kTokens>(s, n, b, S, f, last, sums);
+          if (c == 0 && f == 0) ahead.fetch(n, kTokens);
+          gather_tokens<kWidth, kTokens>(at, n, one_lane, x, f == 0, last ? scale : nullptr, sums);
         }
       }
     }
   });
 }
 
-// b.dots_nf = S[f][sign] · rows_n; and where kGather, b.sums_n = Σ_f x_nf S[f][sign] on the way.
+// dots_nf = S[f][sign] · rows_n; and where kGather, sums_n = Σ_f x_nf S[f][sign] on the way.
 template <bool kGather>
-void dots_block(const Shape& s, int64_t tokens, const Block& b, const float* S_all,
-                const Ahead& ahead, const Ahead& ahead_too) {
+void dots_block(const Shape& s, int64_t tokens, const Block& b, const float* x_all,
+                const float* rows_all, const float* S_all, float* sums_all, const Ahead& ahead,
+                const Ahead& ahead_too) {
   with_width(s, [&](auto width) {
     constexpr int kWidth = width;
+    constexpr int kSums = kGather ? 2 : 1;  // of every other feature, for the FMA's latency
     constexpr int64_t kPiece = kWidth * kLanes;
     for (int64_t c = 0; c < s.chunks; ++c) {
-      const float* S = S_all + c * 2 * s.features * kPiece;
       for (int64_t first = 0; first < s.features; first += kFeatures<kWidth>) {
-        const int64_t end = first + kFeatures<kWidth>;
-        const int64_t last = end < s.features ? end : s.features;
+        const Features<kWidth> at(b, S_all + c * 2 * s.features * kPiece, first);
         for (int64_t n = 0; n < tokens; ++n) {
           if (c == 0 && first == 0) {
-            ahead.fetch(n, kBlock);
-            ahead_too.fetch(n, kBlock);
+            ahead.fetch(n, 1);
+            ahead_too.fetch(n, 1);
           }
-          const float* values = b.rows + (c * kBlock + n) * kPiece;
-          float* sums_n = b.sums + (c * kBlock + n) * kPiece;
-          Floats value[kWidth], total[kWidth];
+          const float* x = x_all + at.x + n * kPiece;
+          const float* values = rows_all + (c * kBlock + n) * kPiece;
+          float* dots = b.dots + at.x + n * kPiece;
+          float* sums = sums_all + (c * kBlock + n) * kPiece;
+          Floats value[kWidth], total[kSums][kWidth] = {};
           for (int w = 0; w < kWidth; ++w) {
             value[w] = load(values + w * kLanes);
-            total[w] = first == 0 || !kGather ? Floats{} : load(sums_n + w * kLanes);
+            if (kGather && first != 0) total[0][w] = load(sums + w * kLanes);
           }
-          for (int64_t f = first; f < last; f += kLanes) {
-            const uint32_t signs = signs_from(b, n, f);
-            const float* x = b.x + n * s.features + f;
-            float* dots = b.dots + n * s.features + f;
+          for (int64_t f = 0; f < kFeatures<kWidth>; f += kLanes) {
+            const uint32_t signs = at.signs[f / 16 * kBlock + n] >> f % 16;
+            const float* S = at.S + 2 * kPiece * f;
+            opaque(S);
             const Floats dot = sums_across([&](int j) INLINE_LAMBDA {
-              const float* row = signed_row<kPiece>(S + 2 * kPiece * f, j, signs);
+              const float* row = signed_row<kPiece>(S, j, signs);
+              const Floats x_j = kGather ? splat(x + f + j) : Floats{};
               Floats lanes = {};
               for (int w = 0; w < kWidth; ++w) {
                 Floats part = load(row + w * kLanes);
                 if (kGather) keep(part);
                 lanes = w == 0 ? part * value[w] : lanes + part * value[w];
-                if (kGather) total[w] += x[j] * part;
+                if (kGather) total[j % kSums][w] += x_j * part;
               }
               return lanes;
             });
-            store(dots, c == 0 ? dot : load(dots) + dot);
+            store(dots + f, c == 0 ? dot : load(dots + f) + dot);
           }
-          for (int w = 0; kGather && w < kWidth; ++w) store(sums_n + w * kLanes, total[w]);
+          for (int w = 0; kGather && w < kWidth; ++w) {
+            store(sums + w * kLanes, total[0][w] + total[kSums - 1][w]);
+          }
         }
       }
     }
@@ -467,12 +567,12 @@ void accumulate(ElementType element, int64_t head_dim, int64_t tokens, Rows k, R
   const Block b(s, scratch);
   for_blocks(element, tokens, s, b, [&](int64_t n, int64_t count, auto example) {
     using Element = decltype(example);
-    load_signed<Element>(s, count, from_row(element, k, n), b);
-    load_rows<Element>(s, count, from_row(element, v, n), b.rows);
+    const float* x = load_signed<Element>(s, count, from_row(element, k, n), b);
+    const float* rows = load_rows<Element>(s, count, from_row(element, v, n), b.rows);
     const Ahead next_k(element, head_dim, k, n + count, tokens);
     const Ahead next_v(element, head_dim, v, n + count, tokens);
-    accumulate_block(s, count, b, state, next_k, next_v);
-    accumulate_z(s, count, b, nullptr, state + s.s_floats());
+    accumulate_block(s, count, b, x, rows, state, next_k, next_v);
+    accumulate_z<false>(s, count, x, nullptr, state + s.s_floats());
   });
 }
 
@@ -548,12 +648,49 @@ void apply(ElementType element, int64_t head_dim, int64_t tokens, Rows q, Rows o
   for_blocks(element, tokens, s, b, [&](int64_t n, int64_t count, auto example) {
     using Element = decltype(example);
     float inverse[kBlock];
-    load_signed<Element>(s, count, from_row(element, q, n), b);
-    invert_normalisers(s, count, b, state + s.s_floats(), eps, inverse);
-    gather_block(s, count, b, state, Ahead(element, head_dim, q, n + count, tokens));
-    scale_rows(s, count, inverse, b.sums);
-    store_rows<Element>(s, count, b.sums, from_row(element, out, n));
+    const Rows to = from_row(element, out, n);
+    float* sums = rows_for<Element>(s, count, to, b.sums);
+    const float* x = load_signed<Element>(s, count, from_row(element, q, n), b);
+    invert_normalisers(s, count, x, state + s.s_floats(), eps, inverse);
+    const Ahead next_q(element, head_dim, q, n + count, tokens);
+    gather_block(s, count, b, x, state, inverse, sums, next_q);
+    store_rows<Element>(s, count, sums, to);
   });
+}
+
+// weight_n = -inverse_n Σ_f x_nf dots_nf, of whole vectors of tokens.
+void pull_to(const Shape& s, int64_t tokens, const float* x, const float* dots,
+             const float* inverse, float* weight) {
+  const int64_t piece = s.piece();
+  for (int64_t n = 0; n < tokens; n += kLanes) {
+    const Floats total = sums_across([&](int j) INLINE_LAMBDA {
+      Floats lanes = {};
+      for (int64_t c = 0; c < s.chunks; ++c) {
+        const int64_t at = (c * kBlock + n + j) * piece;
+        for (int64_t i = 0; i < piece; i += kLanes) lanes += load(x + at + i) * load(dots + at + i);
+      }
+      return lanes;
+    });
+    store(weight + n, Floats{} - total * load(inverse + n));
+  }
+}
+
+// to_nf = dots_nf + weight(n) · z_f of x's sign: the gradient of x; 0 where x is 0, as φ' is.
+template <typename Element, typename Weight>
+void slopes(const Shape& s, int64_t tokens, const float* x, const float* dots, const float* z,
+            const Weight& weight, Rows to, Element) {
+  const int64_t piece = s.piece();
+  for (int64_t c = 0; c < s.chunks; ++c) {
+    for (int64_t n = 0; n < tokens; ++n) {
+      Element* row = row_of<Element>(to, n);
+      for (int64_t i = 0; i < piece; i += kLanes) {
+        const int64_t at = (c * kBlock + n) * piece + i, f = c * piece + i;
+        const Floats value = load(x + at);
+        const Floats slope = load(dots + at) + weight(n) * signed_z(s, z, f, value);
+        store_some(row + f, s.head_dim - f, where_zero(value, Floats{}, slope));
+      }
+    }
+  }
 }
 
 void query_gradient(ElementType element, int64_t head_dim, int64_t tokens, Rows dout, Rows q,
@@ -564,30 +701,19 @@ void query_gradient(ElementType element, int64_t head_dim, int64_t tokens, Rows 
   for_blocks(element, tokens, s, b, [&](int64_t n, int64_t count, auto example) {
     using Element = decltype(example);
     float inverse[kBlock], weight[kBlock];
-    load_signed<Element>(s, count, from_row(element, q, n), b);
-    load_rows<Element>(s, count, from_row(element, dout, n), b.rows);
-    invert_normalisers(s, count, b, z, eps, inverse);
+    const float* x = load_signed<Element>(s, count, from_row(element, q, n), b);
+    const float* rows = load_rows<Element>(s, count, from_row(element, dout, n), b.rows);
+    invert_normalisers(s, count, x, z, eps, inverse);
+    scale_rows(s, count, inverse, rows, b.rows);
     const Ahead next_q(element, head_dim, q, n + count, tokens);
     const Ahead next_dout(element, head_dim, dout, n + count, tokens);
-    dots_block<false>(s, count, b, state, next_q, next_dout);
-    for (int64_t i = 0; i < count; ++i) {
-      const float* x = b.x + i * s.features;
-      float* dots = b.dots + i * s.features;
-      Floats total = {};
-      for (int64_t f = 0; f < s.features; f += kLanes) total += load(x + f) * load(dots + f);
-      const float pull = sum(total) * inverse[i] * inverse[i];  // φ(q)·a / E²
-      for (int64_t f = 0; f < s.features; f += kLanes) {
-        const Floats value = load(x + f);
-        const Floats slope = load(dots + f) * inverse[i] - pull * signed_z(s, z, f, value);
-        store(dots + f, where_zero(value, Floats{}, slope));
-      }
-      weight[i] = -pull;
-      store_row(row_of<Element>(dq, n + i), s.head_dim, dots);
-    }
-    scale_rows(s, count, inverse, b.rows);
+    dots_block<false>(s, count, b, x, b.rows, state, nullptr, next_q, next_dout);
+    pull_to(s, count, x, b.dots, inverse, weight);
+    slopes(s, count, x, b.dots, z, [&](int64_t i) INLINE_LAMBDA { return weight[i]; },
+           from_row(element, dq, n), example);
     const Ahead none(element, head_dim, q, 0, 0);  // dots_block has fetched it
-    accumulate_block(s, count, b, gradient, none, none);
-    accumulate_z(s, count, b, weight, gradient + s.s_floats());
+    accumulate_block(s, count, b, x, b.rows, gradient, none, none);
+    accumulate_z<true>(s, count, x, weight, gradient + s.s_floats());
   });
 }
 
@@ -598,21 +724,16 @@ void key_gradient(ElementType element, int64_t head_dim, int64_t tokens, Rows k,
   const float* dz = gradient + s.s_floats();
   for_blocks(element, tokens, s, b, [&](int64_t n, int64_t count, auto example) {
     using Element = decltype(example);
-    load_signed<Element>(s, count, from_row(element, k, n), b);
-    load_rows<Element>(s, count, from_row(element, v, n), b.rows);
+    const Rows to = from_row(element, dv, n);
+    float* sums = rows_for<Element>(s, count, to, b.sums);
+    const float* x = load_signed<Element>(s, count, from_row(element, k, n), b);
+    const float* rows = load_rows<Element>(s, count, from_row(element, v, n), b.rows);
     const Ahead next_k(element, head_dim, k, n + count, tokens);
     const Ahead next_v(element, head_dim, v, n + count, tokens);
-    dots_block<true>(s, count, b, gradient, next_k, next_v);
-    for (int64_t i = 0; i < count; ++i) {
-      float* dots = b.dots + i * s.features;
-      for (int64_t f = 0; f < s.features; f += kLanes) {
-        const Floats value = load(b.x + i * s.features + f);
-        const Floats slope = load(dots + f) + signed_z(s, dz, f, value);
-        store(dots + f, where_zero(value, Floats{}, slope));
-      }
-      store_row(row_of<Element>(dk, n + i), s.head_dim, dots);
-    }
-    store_rows<Element>(s, count, b.sums, from_row(element, dv, n));
+    dots_block<true>(s, count, b, x, rows, gradient, sums, next_k, next_v);
+    slopes(s, count, x, b.dots, dz, [](int64_t) INLINE_LAMBDA { return 1.0f; },
+           from_row(element, dk, n), example);
+    store_rows<Element>(s, count, sums, to);
   });
 }
 
