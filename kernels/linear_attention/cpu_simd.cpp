@@ -167,15 +167,21 @@ INLINE bool in_place(const Shape& s, int64_t tokens, Rows rows) {
 template <typename Element>
 const float* load_rows(const Shape& s, int64_t tokens, Rows x, float* scratch) {
   if (in_place<Element>(s, tokens, x)) return (const float*)x.data;
-  const int64_t piece = s.piece();
-  for (int64_t n = 0; n < tokens; ++n) {
-    const Element* from = row_of<const Element>(x, n);
+  with_width(s, [&](auto width) {
+    constexpr int64_t kPiece = width * kLanes;
     for (int64_t c = 0; c < s.chunks; ++c) {
-      const int64_t left = s.head_dim - c * piece;
-      load_row(from + c * piece, left < piece ? left : piece, scratch + (c * kBlock + n) * piece,
-               piece);
+      const int64_t left = s.head_dim - c * kPiece;
+      for (int64_t n = 0; n < tokens; ++n) {
+        const Element* from = row_of<const Element>(x, n) + c * kPiece;
+        float* to = scratch + (c * kBlock + n) * kPiece;
+        if (left < kPiece) {
+          load_row(from, left, to, kPiece);
+          continue;
+        }
+        for (int64_t i = 0; i < kPiece; i += kLanes) store(to + i, load(from + i));
+      }
     }
-  }
+  });
   return scratch;
 }
 
@@ -217,14 +223,21 @@ INLINE float* rows_for(const Shape& s, int64_t tokens, Rows to, float* scratch) 
 template <typename Element>
 void store_rows(const Shape& s, int64_t tokens, const float* rows, Rows to) {
   if (rows == to.data) return;
-  const int64_t piece = s.piece();
-  for (int64_t n = 0; n < tokens; ++n) {
+  with_width(s, [&](auto width) {
+    constexpr int64_t kPiece = width * kLanes;
     for (int64_t c = 0; c < s.chunks; ++c) {
-      const int64_t left = s.head_dim - c * piece;
-      store_row(row_of<Element>(to, n) + c * piece, left < piece ? left : piece,
-                rows + (c * kBlock + n) * piece);
+      const int64_t left = s.head_dim - c * kPiece;
+      for (int64_t n = 0; n < tokens; ++n) {
+        const float* from = rows + (c * kBlock + n) * kPiece;
+        Element* row = row_of<Element>(to, n) + c * kPiece;
+        if (left < kPiece) {
+          store_row(row, left, from);
+          continue;
+        }
+        for (int64_t i = 0; i < kPiece; i += kLanes) store(row + i, load(from + i));
+      }
     }
-  }
+  });
 }
 
 // to_n = scale_n rows_n
