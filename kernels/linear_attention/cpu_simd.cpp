@@ -257,20 +257,20 @@ void scale_rows(const Shape& s, int64_t tokens, const float* scale, const float*
 void transpose_signs(const uint16_t* signs, int64_t tokens, uint64_t* masks) {
 #if defined(LINEAR_VIT_AVX512)
   const uint64_t there = tokens == 64 ? ~0ull : (1ull << tokens) - 1;
-  for (int f = 0; f < 64; f += 16) {
-    const __m512i first = _mm512_loadu_si512(signs + f * 4);
-    const __m512i second = _mm512_loadu_si512(signs + f * 4 + 32);
+  for (int f = 0; f < 64; f += 16, signs += kBlock) {
+    const __m512i first = _mm512_maskz_loadu_epi16((__mmask32)there, signs);
+    const __m512i second = _mm512_maskz_loadu_epi16((__mmask32)(there >> 32), signs + 32);
     for (int bit = 0; bit < 16; ++bit) {
       const __m512i one = _mm512_set1_epi16((int16_t)(1 << bit));
-      masks[f + bit] = there & _mm512_kunpackd(_mm512_test_epi16_mask(second, one),
-                                               _mm512_test_epi16_mask(first, one));
+      masks[f + bit] = _mm512_kunpackd(_mm512_test_epi16_mask(second, one),
+                                       _mm512_test_epi16_mask(first, one));
     }
   }
 #else
   // 64×64 bits (Warren, Hacker's Delight, 7-3).
   for (int64_t n = 0; n < 64; ++n) {
     masks[n] = 0;
-    for (int f = 0; f < 64 && n < tokens; f += 16) masks[n] |= (uint64_t)signs[f * 4 + n] << f;
+    for (int f = 0; f < 64 && n < tokens; f += 16) masks[n] |= (uint64_t)signs[f / 16 * kBlock + n] << f;
   }
   uint64_t mask = 0xffffffff;
   for (int width = 32; width > 0; width /= 2, mask ^= mask << width) {
