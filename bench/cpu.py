@@ -51,22 +51,26 @@ FASTER_THAN_SOFTMAX_FROM = 128
 LENGTHS = tuple(1024 << i for i in range(11))
 LONGEST_SOFTMAX = 1024  # a quadratic operation: seconds a call beyond
 GRIDS, CHANNELS = (8, 16, 32, 64), 384
-# Loads from the L1 cache per FMA, as cpu_simd.cpp's header counts them.
-LOADS = {
-    "linear_attention_state": 6 / 8,
-    "linear_attention_apply": 5 / 4,
+# What linear_attention's extension can measure of the processor, by its numbers, and what a forward
+# product takes of each per FMA, as cpu_simd.cpp's header counts it for AVX-512.
+PROBES = {"fma": 0, "load": 1, "instructions": 2}
+PER_FMA = {
+    "linear_attention_state": {"fma": 1, "load": 6 / 8, "instructions": 18 / 8},
+    "linear_attention_apply": {"fma": 1, "load": 4 / 4, "instructions": 8 / 4},
 }
+LIMITS = {"fma": "FMA rate", "load": "L1 loads", "instructions": "instructions"}
 TABLES = ("attention", "ripple", "scaling", "roofline")
 KIND = "cpu kernels"  # what reports take the file for
 Row = dict[str, Any]
 WHAT_LIMITS = """\
 What keeps the kernels from the matmul's rate. They do half of the dense work, but a row that a
-sign picks is loaded for one token and used once: 5 loads from the L1 cache for 4 FMAs where a query
-reads the state, 6 for 8 where keys make it; a matmul's register tile uses each load several times.
-So they are held by the rate of FMAs with loads, the lower of the two under Roofline, and where a
-core's loads are slowed by other programs the matmul loses less. Lists of tokens by sign end in a
-mispredicted branch every 16 tokens. And an output of 100 MB is memory fresh from the system at
-every call: the column "fresh pages" is the time to have that cleared, whoever computes."""
+sign picks serves one token, or two features: 8 instructions for 4 FMAs where a query reads the
+state, 18 for 8 where keys make it. A core that can start four instructions in a cycle, of which two
+may be FMAs, so has none to spare for what comes on top, and the shares below add up: lists of tokens
+by sign end in a mispredicted branch every 16 tokens, and tensors larger than the caches are waited
+for. A matmul needs little more than one instruction an FMA, and works from the caches. And an
+output of 100 MB is memory fresh from the system at every call: the column "fresh pages" is the time
+to have that cleared, whoever computes."""
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -250,49 +254,47 @@ def scaling_rows(budget: float) -> list[Row]:
 
 
 def roofline_rows(budget: float) -> list[Row]:
-    """Each product of the forward, and how long each limit alone would let it take."""
+    """Each product of the forward, and how long each limit alone would let it take, by turns."""
     probe = torch.ops.linear_vit.cpu_linear_attention_probe
     repeats = 200_000
-    flop = probe(False, repeats)
     big = torch.empty(1 << 26)
     other = torch.empty_like(big)
     fresh = 100_000_000 // mmap.PAGESIZE * mmap.PAGESIZE
     calls: dict[str, Callable[[], object]] = {
-        "fma": lambda: probe(False, repeats),
-        "load": lambda: probe(True, repeats),
+        name: functools.partial(probe, kind, repeats) for name, kind in PROBES.items()
+    }
+    calls |= {
         "copy": lambda: other.copy_(big),
         "fresh": lambda: write_fresh(fresh, large_pages=False),
         "fresh_large": lambda: write_fresh(fresh, large_pages=True),
     }
-    limits = medians(by_turns(calls, budget))
-    rates = {
-        "fma": flop / limits["fma"],
-        "load": flop / limits["load"],
-        "copy": 2 * big.nbytes / limits["copy"],
-        "fresh": fresh / limits["fresh"],
-        "fresh_large": fresh / limits["fresh_large"],
-    }
+    cases = [
+        (operation, AttentionShape(TOTAL_TOKENS // n, HEADS, HEADS, n, n, HEAD_DIM))
+        for operation in PER_FMA
+        for n in (1024, 65_536)
+    ]
+    for operation, shape in cases:
+        problem = make_problem(operation, shape, torch.float32, CPU)
+        calls[f"{operation}, N = {shape.N}"] = problem.call("cpu", FORWARD)
+    seconds = medians(by_turns(calls, budget))
+    amounts = {name: probe(kind, repeats) for name, kind in PROBES.items()}
+    amounts |= {"copy": 2 * big.nbytes, "fresh": fresh, "fresh_large": fresh}
+    rates = {name: amount / seconds[name] for name, amount in amounts.items()}
     table = "Roofline"
     rows: list[Row] = [{"name": "limits", "table": table, "limits": rates}]
-    for operation, loads in LOADS.items():
-        for n in (1024, 65_536):
-            shape = AttentionShape(TOTAL_TOKENS // n, HEADS, HEADS, n, n, HEAD_DIM)
-            problem = make_problem(operation, shape, torch.float32, CPU)
-            seconds = by_turns({"cpu": problem.call("cpu", FORWARD)}, budget)["cpu"].median
-            work = least_work(operation, FORWARD, shape, 4)
-            done = work.flop / 2  # the rows that a sign picks
-            written = 4 * HEADS * TOTAL_TOKENS * HEAD_DIM if operation.endswith("apply") else 0
-            bounds = {
-                "FMA rate": done / rates["fma"],
-                "L1 loads": done * loads / rates["load"],
-                "memory": work.bytes / rates["copy"],
-                "fresh pages": written / rates["fresh_large"],
-            }
-            rows.append(
-                {"name": f"roofline, {operation}, N = {n}", "table": table, "tokens": n}
-                | {"operation": operation, "seconds": {"cpu": seconds}}
-                | {"flop_done": done, "bounds": bounds}
-            )
+    for operation, shape in cases:
+        work = least_work(operation, FORWARD, shape, 4)
+        done = work.flop / 2  # the rows that a sign picks
+        written = 4 * HEADS * TOTAL_TOKENS * HEAD_DIM if operation.endswith("apply") else 0
+        bounds = {LIMITS[name]: done * n / rates[name] for name, n in PER_FMA[operation].items()}
+        bounds |= {"memory": work.bytes / rates["copy"]}
+        bounds |= {"fresh pages": written / rates["fresh_large"]}
+        name = f"{operation}, N = {shape.N}"
+        rows.append(
+            {"name": f"roofline, {name}", "table": table, "tokens": shape.N}
+            | {"operation": operation, "seconds": {"cpu": seconds[name]}}
+            | {"flop_done": done, "bounds": bounds}
+        )
     return rows
 
 
@@ -389,9 +391,11 @@ def _roofline_table(rows: Sequence[Row]) -> list[str]:
     rates = next(row["limits"] for row in rows if "limits" in row)
     lines = [
         f"All threads together: {rates['fma'] / 1e9:.0f} GFLOP/s of FMAs on registers, "
-        f"{rates['load'] / 1e9:.0f} with a load from the L1 cache each; {rates['copy'] / 1e9:.1f} "
-        f"GB/s copied; fresh memory written at {rates['fresh'] / 1e9:.1f} GB/s in small pages, "
-        f"{rates['fresh_large'] / 1e9:.1f} GB/s in pages of 2 MB. Below: the share of the time "
+        f"{rates['load'] / 1e9:.0f} with a load from the L1 cache each, and as many instructions "
+        f"that do nothing as would be {rates['instructions'] / 1e9:.0f} GFLOP/s of FMAs; "
+        f"{rates['copy'] / 1e9:.1f} GB/s copied; fresh memory written at "
+        f"{rates['fresh'] / 1e9:.1f} GB/s in small pages, {rates['fresh_large'] / 1e9:.1f} GB/s "
+        "in pages of 2 MB. Below: the share of the time "
         "that each limit alone would take; they overlap in part only.",
         "",
     ]

@@ -356,11 +356,12 @@ Triple apply_backward(const Tensor& dout_any, const Tensor& q, const Tensor& S_a
 std::string instruction_set() { return kernels().name; }
 
 // FLOP of the roofline's probe, which ran on every thread.
-double probe(bool loading, int64_t repeats) {
+double probe(int64_t kind, int64_t repeats) {
+  if (kind < kRegisters || kind > kInstructions) throw std::runtime_error("linear_vit: no such probe");
   const int64_t threads = torch::stable::get_num_threads();
   std::vector<double> flop(threads);
   parallel(threads, kernels().scratch_floats(64), [&](int64_t item, float* scratch) {
-    flop[item] = kernels().probe(loading, repeats, scratch);
+    flop[item] = kernels().probe(static_cast<Probe>(kind), repeats, scratch);
   });
   return std::accumulate(flop.begin(), flop.end(), 0.0);
 }
@@ -389,7 +390,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(linear_vit, m) {
       "cpu_linear_attention_apply_backward(Tensor dout, Tensor q, Tensor S, Tensor z, float eps)"
       " -> (Tensor, Tensor, Tensor)");
   m.def("cpu_linear_attention_instruction_set() -> str");
-  m.def("cpu_linear_attention_probe(bool loading, int repeats) -> float");
+  m.def("cpu_linear_attention_probe(int kind, int repeats) -> float");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(linear_vit, CPU, m) {

@@ -6,6 +6,8 @@
 
 #include "../cpu/arguments.h"
 
+enum Probe { kRegisters, kLoads, kInstructions };
+
 struct LinearAttentionKernels {
   const char* name;
 
@@ -35,8 +37,8 @@ struct LinearAttentionKernels {
                        Rows dv, const float* gradient, float* scratch);
 
   // For the roofline: `repeats` times a few FMAs on registers, or each with a load from the L1
-  // cache. Returns their FLOP.
-  double (*probe)(bool loading, int64_t repeats, float* scratch);
+  // cache, or as many instructions that do nothing. Returns the FLOP of that many FMAs.
+  double (*probe)(Probe, int64_t repeats, float* scratch);
 };
 
 // Tokens of a block: ranges that start at multiples of it have the same sums however they are cut.

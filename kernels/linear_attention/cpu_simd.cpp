@@ -12,16 +12,20 @@
 // first; dk and dv (fused: both read the same row of dS) the third and the second. φ is never in
 // memory.
 //
-// Blocks of 64 tokens are converted to float32 scratch, with the signs as bit masks. `gather` and
-// `dots` load the row that a sign bit addresses: no branch, 5 loads for 4 FMAs (gather), so load
-// ports are the limit. `accumulate` holds two features' sums in registers and visits the tokens of
-// each pair of signs in turn, as the masks list them: 6 loads for 8 FMAs, and a mispredicted branch
-// at the end of each list, which is what keeps it from the FMA rate. Lists of four features at a
-// time (half the loads, a quarter of the tokens each) or of blocks of 128 and 256 tokens (longer, but
-// v leaves the L1 cache) came out no faster, nor did all of the work as a matrix product, φ written
-// out and a tile of it in registers: slower forward, about level backward. S is 2·D² floats; 16 KB of
-// it at a time are in the L1 cache while 64 tokens go by, and the rows of the next 64 are prefetched
-// meanwhile.
+// Blocks of 64 tokens are read where they are, or converted to float32 scratch; their signs become
+// bit masks. `gather` and `dots` load the row that a sign bit addresses: no branch, and per row of
+// four vectors 4 loads (with AVX-512 the q_f come from a register by a shuffle: a fifth load costs a
+// tenth), 4 FMAs and 8 instructions in all. `accumulate` holds two features' sums in registers and
+// visits the tokens of each pair of signs in turn, as the masks list them: 6 loads, 8 FMAs, 18
+// instructions, and a mispredicted branch at the end of each list. So a core that can start four
+// instructions in a cycle, two of them FMAs, has none to spare for what comes on top: the ends of
+// lists, a tenth to a seventh of the time, and waiting for tensors that are not in a cache.
+//
+// No faster: lists of four features at a time (28 instructions for 16 FMAs, and four times as many
+// lists), of blocks of 128 and 256 tokens (v leaves the L1 cache), of offsets written out beforehand;
+// both signs of one feature at once; all of the work as a matrix product, φ written out and a tile of
+// it in registers. S is 2·D² floats; 16 KB of it at a time are in the L1 cache while 64 tokens go by,
+// and the rows of the next 64 are prefetched meanwhile.
 //
 // Sums over tokens have two levels, 64 tokens in registers and then the state, and the caller adds a
 // third (partial states).
@@ -750,15 +754,28 @@ void key_gradient(ElementType element, int64_t head_dim, int64_t tokens, Rows k,
   });
 }
 
-double probe(bool loading, int64_t repeats, float* scratch) {
+// Instructions that take a place in the pipeline's front and nothing else. (x86: of three bytes, as
+// few as its cache of decoded instructions has room for.)
+template <int kCount>
+INLINE void do_nothing() {
+#if defined(__x86_64__)
+  asm volatile("nopl (%rax)");
+#else
+  asm volatile("nop");
+#endif
+  if constexpr (kCount > 1) do_nothing<kCount - 1>();
+}
+
+double probe(Probe kind, int64_t repeats, float* scratch) {
   constexpr int kChains = 10;  // two FMAs a cycle, four or five cycles each
-  const auto run = [&](auto load_too) INLINE_LAMBDA {
+  const auto run = [&](auto of) INLINE_LAMBDA {
     Floats sums[kChains] = {}, x = load(scratch);
     for (int64_t i = 0; i < repeats; ++i) {
 #pragma GCC unroll 10
       for (int j = 0; j < kChains; ++j) {
-        if (load_too) sums[j] += x * load(scratch + j * kLanes);
-        if (!load_too) sums[j] = sums[j] * x + x;
+        if (of == kRegisters) sums[j] = sums[j] * x + x;
+        if (of == kLoads) sums[j] += x * load(scratch + j * kLanes);
+        if (of == kInstructions) do_nothing<4>();
         keep(sums[j]);  // or the compiler sees that all chains are one
       }
       asm volatile("" : : : "memory");  // and loads each time
@@ -767,12 +784,10 @@ double probe(bool loading, int64_t repeats, float* scratch) {
     for (int j = 0; j < kChains; ++j) store(scratch + j * kLanes, sums[j]);
   };
   __builtin_memset(scratch, 0, kChains * sizeof(Floats));
-  if (loading) {
-    run(std::true_type());
-  } else {
-    run(std::false_type());
-  }
-  return 2.0 * kChains * kLanes * repeats;
+  if (kind == kRegisters) run(std::integral_constant<Probe, kRegisters>());
+  if (kind == kLoads) run(std::integral_constant<Probe, kLoads>());
+  if (kind == kInstructions) run(std::integral_constant<Probe, kInstructions>());
+  return 2.0 * kChains * kLanes * repeats * (kind == kInstructions ? 4 : 1);
 }
 
 }  // namespace
