@@ -65,12 +65,12 @@ Row = dict[str, Any]
 WHAT_LIMITS = """\
 What keeps the kernels from the matmul's rate. They do half of the dense work, but a row that a
 sign picks serves one token, or two features: 8 instructions for 4 FMAs where a query reads the
-state, 18 for 8 where keys make it. A core that can start four instructions in a cycle, of which two
-may be FMAs, so has none to spare for what comes on top, and the shares below add up: lists of tokens
-by sign end in a mispredicted branch every 16 tokens, and tensors larger than the caches are waited
-for. A matmul needs little more than one instruction an FMA, and works from the caches. And an
-output of 100 MB is memory fresh from the system at every call: the column "fresh pages" is the time
-to have that cleared, whoever computes."""
+state, 18 for 8 where keys make it. A core that can start four instructions in a cycle, of which
+two may be FMAs, so has none to spare for what comes on top, and the shares below add up: lists of
+tokens by sign end in a mispredicted branch every 16 tokens, and tensors larger than the caches
+are waited for. A matmul needs little more than one instruction an FMA, and works from the caches.
+And an output of 100 MB is memory fresh from the system at every call: the column "fresh pages" is
+the time to have that cleared, whoever computes."""
 
 
 def main(arguments: list[str] | None = None) -> int:
