@@ -3,6 +3,7 @@
     python -m bench.cpu                          # the tables below, in some minutes
     python -m bench.cpu --only attention --dtypes float32 --tokens 64,1024 --json cpu.json
     python -m bench.cpu --only none --json cpu.json --markdown cpu.md
+    python -m bench.cpu --keep-memory            # without the system's part in large tensors
 
 All backends of a row take turns in one process (medians). Linear attention: 6 heads of 64,
 batch · N = 65,536 tokens, against ``compiled``, PyTorch's softmax attention and the machine's own
@@ -15,10 +16,12 @@ measured again replaces the one before. ``--markdown`` writes all rows of that f
 targets, as tables.
 
 The roofline holds what limits the kernels, measured here: FMAs on registers, FMAs that each load a
-vector from the L1 cache, the memory's copy rate, and how fast fresh pages can be written at all.
+vector from the L1 cache, instructions of any kind, the memory's copy rate, and how fast fresh pages
+can be written at all. ``--keep-memory`` measures without fresh pages, for all backends alike.
 """
 
 import argparse
+import ctypes
 import functools
 import json
 import mmap
@@ -61,6 +64,7 @@ PER_FMA = {
 LIMITS = {"fma": "FMA rate", "load": "L1 loads", "instructions": "instructions"}
 TABLES = ("attention", "ripple", "scaling", "roofline")
 KIND = "cpu kernels"  # what reports take the file for
+KEPT = "kept"  # memory that is freed, by the process
 Row = dict[str, Any]
 WHAT_LIMITS = """\
 What keeps the kernels from the matmul's rate. They do half of the dense work, but a row that a
@@ -69,8 +73,9 @@ state, 18 for 8 where keys make it. A core that can start four instructions in a
 two may be FMAs, so has none to spare for what comes on top, and the shares below add up: lists of
 tokens by sign end in a mispredicted branch every 16 tokens, and tensors larger than the caches
 are waited for. A matmul needs little more than one instruction an FMA, and works from the caches.
-And an output of 100 MB is memory fresh from the system at every call: the column "fresh pages" is
-the time to have that cleared, whoever computes."""
+And an output of 100 MB is memory fresh from the system at every call, unless the process keeps
+what is freed (`--keep-memory`): the column "fresh pages" is the time to have that cleared,
+whoever computes."""
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -81,6 +86,11 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--budget", type=float, default=1.0, help="seconds per timed call")
     parser.add_argument("--against", default="compiled", help="backend to compare with")
     parser.add_argument("--threads", type=int, help="PyTorch threads (default: its own choice)")
+    parser.add_argument(
+        "--keep-memory",
+        action="store_true",
+        help="freed memory stays with the process (glibc): no fresh pages for anyone's tensors",
+    )
     parser.add_argument("--json", type=Path, help="add every median to this file")
     parser.add_argument("--markdown", type=Path, help="write all rows, the file's too, as tables")
     options = parser.parse_args(arguments)
@@ -93,6 +103,9 @@ def main(arguments: list[str] | None = None) -> int:
 
     machine = describe(CPU) | {"kernels": kernels.implementation("linear_attention", "cpu")}
     try:
+        if options.keep_memory:
+            keep_freed_memory()
+            machine["memory"] = KEPT
         rows = earlier_rows(options.json, machine)
     except ValueError as error:
         print(error, file=sys.stderr)
@@ -105,8 +118,9 @@ def main(arguments: list[str] | None = None) -> int:
             tables[f"attention, {dtype}, {mode}"] = functools.partial(
                 attention_rows, tokens, getattr(torch, dtype), mode, options.against, budget
             )
-    for name, rows_of in zip(TABLES[1:], (ripple_rows, scaling_rows, roofline_rows), strict=True):
-        tables[name] = functools.partial(rows_of, budget)
+    tables["ripple"] = functools.partial(ripple_rows, budget)
+    tables["scaling"] = functools.partial(scaling_rows, budget)
+    tables["roofline"] = functools.partial(roofline_rows, budget, kept=options.keep_memory)
     print(heading(machine))
     for name, measure in tables.items():
         if options.only not in (None, name.partition(",")[0]):
@@ -128,10 +142,27 @@ def _every(tokens: Sequence[int]) -> str:
 
 
 def heading(machine: Mapping[str, Any]) -> str:
+    kept = " Freed memory stays with the process (`--keep-memory`)." if "memory" in machine else ""
     return (
         f"{machine['cpu']}, PyTorch {machine['torch']}, {machine['kernels']}. "
-        "Medians of interleaved runs in one process; ratios turn by turn."
+        f"Medians of interleaved runs in one process; ratios turn by turn.{kept}"
     )
+
+
+def keep_freed_memory() -> None:
+    """Have malloc keep what is freed, as the allocators that are recommended for PyTorch do.
+
+    Otherwise glibc gives every block of more than 32 MB back to the system, which clears its pages
+    anew for the next one: a share of the time that has nothing to do with the kernels, and is
+    the larger the more intermediate tensors an implementation makes.
+
+    Raises:
+        ValueError: malloc is not glibc's.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    never_map, never_trim = (-4, 0), (-1, 2**31 - 1)  # M_MMAP_MAX, M_TRIM_THRESHOLD
+    if mallopt is None or not (mallopt(*never_map) and mallopt(*never_trim)):
+        raise ValueError("--keep-memory sets glibc's malloc, which this process does not use")
 
 
 # ---- rows kept in a file -------------------------------------------------------------------------
@@ -146,11 +177,11 @@ def earlier_rows(path: Path | None, machine: Mapping[str, Any]) -> list[Row]:
         rows, before = saved["rows"], saved["machine"]
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path} is not a file of bench.cpu: choose another name") from error
-    for fact in ("cpu", "threads", "torch", "kernels"):
-        if before.get(fact) != machine[fact]:
+    for fact in ("cpu", "threads", "torch", "kernels", "memory"):
+        if before.get(fact) != machine.get(fact):
             raise ValueError(
-                f"{path} was measured with {fact} {before.get(fact)!r}, this is {machine[fact]!r}: "
-                "choose another file"
+                f"{path} was measured with {fact} {before.get(fact)!r}, this is "
+                f"{machine.get(fact)!r}: choose another file"
             )
     return list(rows)
 
@@ -253,8 +284,11 @@ def scaling_rows(budget: float) -> list[Row]:
     ]
 
 
-def roofline_rows(budget: float) -> list[Row]:
-    """Each product of the forward, and how long each limit alone would let it take, by turns."""
+def roofline_rows(budget: float, *, kept: bool) -> list[Row]:
+    """Each product of the forward, and how long each limit alone would let it take, by turns.
+
+    Where freed memory is ``kept``, outputs are not of fresh pages.
+    """
     probe = torch.ops.linear_vit.cpu_linear_attention_probe
     repeats = 200_000
     big = torch.empty(1 << 26)
@@ -285,7 +319,8 @@ def roofline_rows(budget: float) -> list[Row]:
     for operation, shape in cases:
         work = least_work(operation, FORWARD, shape, 4)
         done = work.flop / 2  # the rows that a sign picks
-        written = 4 * HEADS * TOTAL_TOKENS * HEAD_DIM if operation.endswith("apply") else 0
+        makes_output = operation.endswith("apply") and not kept
+        written = 4 * HEADS * TOTAL_TOKENS * HEAD_DIM if makes_output else 0
         bounds = {LIMITS[name]: done * n / rates[name] for name, n in PER_FMA[operation].items()}
         bounds |= {"memory": work.bytes / rates["copy"]}
         bounds |= {"fresh pages": written / rates["fresh_large"]}

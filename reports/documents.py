@@ -64,7 +64,7 @@ _KINDS: tuple[tuple[str, str, Callable[[Content], Any]], ...] = (
     ("step-speed.json", "speeds", _schema("linear-vit-step-speed/1")),
     ("step-breakdown.json", "breakdowns", _schema("linear-vit-step-breakdown/1")),
     # bench.cpu's file says no schema of its own.
-    ("cpu.json", "cpus", lambda c: c.get("schema", 1) == 1 and c["machine"] and c["rows"]),
+    ("cpu*.json", "cpus", lambda c: c.get("schema", 1) == 1 and c["machine"] and c["rows"]),
     ("static*.json", "statics", _kind("static", "rows")),
     ("traffic.json", "traffics", _kind("traffic", "rows")),
     *((f"{section}.json", "gpus", _kind("gpu", "results")) for section in _GPU_SECTIONS),

@@ -1,6 +1,8 @@
 """bench.cpu's rows: kept in a file in pieces, of one machine, and judged against the targets."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +34,8 @@ def test_rows_of_another_machine_are_refused(tmp_path: Path) -> None:
     assert cpu.earlier_rows(path, MACHINE) == [row(64, 1.0)]
     with pytest.raises(ValueError, match="was measured with threads 2, this is 8: choose another"):
         cpu.earlier_rows(path, MACHINE | {"threads": 8})
+    with pytest.raises(ValueError, match="was measured with memory None, this is 'kept': choose"):
+        cpu.earlier_rows(path, MACHINE | {"memory": cpu.KEPT})
     path.write_text(json.dumps([1]))
     with pytest.raises(ValueError, match=r"is not a file of bench\.cpu"):
         cpu.earlier_rows(path, MACHINE)
@@ -53,3 +57,22 @@ def test_lengths_that_are_no_target_do_not_count() -> None:
     lines = cpu.targets_met([row(64, 5.0), row(128, 0.1), row(1024, 5.0, over_matmul=1.6)])
     assert "mean 5.00×, worst 5.00×" in lines[2]
     assert "mean 1.60×, worst 1.60×" in lines[3]
+
+
+def test_memory_that_is_kept_is_not_cleared_again() -> None:
+    """Page faults of the second of two tensors of 64 MB, in a process of its own."""
+    source = (
+        "import resource, sys, torch\n"
+        "from bench import cpu\n"
+        "if 'keep' in sys.argv: cpu.keep_freed_memory()\n"
+        "del (first := [torch.ones(1 << 24)])[0]\n"
+        "before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt\n"
+        "again = torch.ones(1 << 24)\n"
+        "print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)\n"
+    )
+
+    def faults(*arguments: str) -> int:
+        command = [sys.executable, "-c", source, *arguments]
+        return int(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+
+    assert 2 * faults("keep") + 20 < faults()  # of 4 KB or 2 MB each
