@@ -106,7 +106,7 @@ def _read_all(found: Documents, folder: Path, wanted: tuple[str, ...]) -> None:
     for pattern, name, is_right in _KINDS:
         if name not in wanted or not folder.is_dir():
             continue
-        for path in sorted(folder.rglob(pattern)):
+        for path in sorted(folder.rglob(pattern), key=lambda path: path.with_suffix("")):
             try:
                 content = json.loads(path.read_text(encoding="utf-8"))
                 of_gpu = isinstance(content, dict) and content.get("kind") == "gpu"

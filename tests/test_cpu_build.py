@@ -128,7 +128,7 @@ for name in ("avx512", "avx2", "portable"):
         qkv = torch.randn(2, 65, 3, 2, 24).to(dtype)
         out, S, z = check(*ops.cpu_linear_attention_packed(qkv, 1e-6, False))
         check(ops.cpu_linear_attention_packed_backward(out, qkv, S, z, 1e-6))
-        for rows, cols, channels in ((1, 1, 1), (5, 4, 70), (2, 7, 64)):
+        for rows, cols, channels in ((1, 1, 1), (5, 4, 70), (2, 7, 64), (2, 33, 70)):
             for axis in (0, 1):
                 x, w = torch.randn(2, rows, cols, channels), torch.randn(channels, 3, 3)
                 x, w, pair = x.to(dtype), w.to(dtype), torch.randn(2, channels).to(dtype)

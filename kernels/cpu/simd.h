@@ -126,15 +126,6 @@ struct OneLane {
 #endif
 };
 
-INLINE float sum(Floats x) {
-  float lanes[kLanes];
-  __builtin_memcpy(lanes, &x, sizeof x);
-  for (int width = kLanes / 2; width > 0; width /= 2) {
-    for (int i = 0; i < width; ++i) lanes[i] += lanes[i + width];
-  }
-  return lanes[0];
-}
-
 // Bit i: whether lane i's sign bit is set.
 INLINE uint32_t sign_bits(Floats x) {
 #if defined(LINEAR_VIT_AVX512)

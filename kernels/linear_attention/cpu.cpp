@@ -357,7 +357,9 @@ std::string instruction_set() { return kernels().name; }
 
 // FLOP of the roofline's probe, which ran on every thread.
 double probe(int64_t kind, int64_t repeats) {
-  if (kind < kRegisters || kind > kInstructions) throw std::runtime_error("linear_vit: no such probe");
+  if (kind < kRegisters || kind > kInstructions) {
+    throw std::runtime_error("linear_vit: no such probe");
+  }
   const int64_t threads = torch::stable::get_num_threads();
   std::vector<double> flop(threads);
   parallel(threads, kernels().scratch_floats(64), [&](int64_t item, float* scratch) {

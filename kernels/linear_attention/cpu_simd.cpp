@@ -39,7 +39,7 @@ namespace {
 
 // A row of S, of x (q or k) or of v is `chunks` pieces of `width` vectors, of 16, 32, 48 or 64
 // floats. Pieces lie apart (all first pieces of a block or a state, then all second ones), so that
-// strides inside one are known to the compiler, and the same for x and v.
+// strides inside one are known to the compiler, and the same for x and v. kWidths: which there are.
 constexpr bool kWidths[] = {false, kLanes == 16, kLanes >= 8, kLanes == 16, true};
 
 struct Shape {
@@ -274,7 +274,9 @@ void transpose_signs(const uint16_t* signs, int64_t tokens, uint64_t* masks) {
   // 64×64 bits (Warren, Hacker's Delight, 7-3).
   for (int64_t n = 0; n < 64; ++n) {
     masks[n] = 0;
-    for (int f = 0; f < 64 && n < tokens; f += 16) masks[n] |= (uint64_t)signs[f / 16 * kBlock + n] << f;
+    for (int f = 0; f < 64 && n < tokens; f += 16) {
+      masks[n] |= (uint64_t)signs[f / 16 * kBlock + n] << f;
+    }
   }
   uint64_t mask = 0xffffffff;
   for (int width = 32; width > 0; width /= 2, mask ^= mask << width) {
@@ -724,7 +726,7 @@ void query_gradient(ElementType element, int64_t head_dim, int64_t tokens, Rows 
     scale_rows(s, count, inverse, rows, b.rows);
     const Ahead next_q(element, head_dim, q, n + count, tokens);
     const Ahead next_dout(element, head_dim, dout, n + count, tokens);
-    dots_block<false>(s, count, b, x, b.rows, state, nullptr, next_q, next_dout);
+    dots_block<false>(s, count, b, x, b.rows, state, b.sums, next_q, next_dout);
     pull_to(s, count, x, b.dots, inverse, weight);
     slopes(s, count, x, b.dots, z, [&](int64_t i) INLINE_LAMBDA { return weight[i]; },
            from_row(element, dq, n), example);

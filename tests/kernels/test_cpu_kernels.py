@@ -255,6 +255,15 @@ def test_ripple(instruction_set: str, op: str, axis: int, dtype: torch.dtype) ->
             assert_accurate(dataclasses.replace(case, layout=layout), "cpu")
 
 
+@pytest.mark.parametrize("cols", [15, 16, 17, 32, 33])
+@pytest.mark.parametrize("axis", [0, 1])
+@pytest.mark.parametrize("op", ["ripple_pool", "ripple_expand"])
+def test_ripple_where_its_pieces_of_16_tokens_end(
+    instruction_set: str, op: str, axis: int, cols: int
+) -> None:
+    assert_accurate(Ripple(op, rows=3, cols=cols, channels=70, axis=axis), "cpu")
+
+
 @pytest.mark.parametrize("op", ["ripple_pool", "ripple_expand"])
 @pytest.mark.parametrize("batch", [0, 40])
 def test_ripple_batches(op: str, batch: int) -> None:
