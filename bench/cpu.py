@@ -54,14 +54,13 @@ FASTER_THAN_SOFTMAX_FROM = 128
 LENGTHS = tuple(1024 << i for i in range(11))
 LONGEST_SOFTMAX = 1024  # a quadratic operation: seconds a call beyond
 GRIDS, CHANNELS = (8, 16, 32, 64), 384
-# What linear_attention's extension can measure of the processor, by its numbers, and what a forward
-# product takes of each per FMA, as cpu_simd.cpp's header counts it for AVX-512.
-PROBES = {"fma": 0, "load": 1, "instructions": 2}
+# What linear_attention's extension can measure of the processor, in the order of its numbers, and
+# what a forward product takes of each per FMA, as cpu_simd.cpp's header counts it for AVX-512.
+PROBES = {"fma": "FMA rate", "load": "L1 loads", "instructions": "instructions"}
 PER_FMA = {
     "linear_attention_state": {"fma": 1, "load": 6 / 8, "instructions": 18 / 8},
     "linear_attention_apply": {"fma": 1, "load": 4 / 4, "instructions": 8 / 4},
 }
-LIMITS = {"fma": "FMA rate", "load": "L1 loads", "instructions": "instructions"}
 TABLES = ("attention", "ripple", "scaling", "roofline")
 KIND = "cpu kernels"  # what reports take the file for
 KEPT = "kept"  # memory that is freed, by the process
@@ -295,7 +294,7 @@ def roofline_rows(budget: float, *, kept: bool) -> list[Row]:
     other = torch.empty_like(big)
     fresh = 100_000_000 // mmap.PAGESIZE * mmap.PAGESIZE
     calls: dict[str, Callable[[], object]] = {
-        name: functools.partial(probe, kind, repeats) for name, kind in PROBES.items()
+        name: functools.partial(probe, kind, repeats) for kind, name in enumerate(PROBES)
     }
     calls |= {
         "copy": lambda: other.copy_(big),
@@ -311,7 +310,7 @@ def roofline_rows(budget: float, *, kept: bool) -> list[Row]:
         problem = make_problem(operation, shape, torch.float32, CPU)
         calls[f"{operation}, N = {shape.N}"] = problem.call("cpu", FORWARD)
     seconds = medians(by_turns(calls, budget))
-    amounts = {name: probe(kind, repeats) for name, kind in PROBES.items()}
+    amounts = {name: probe(kind, repeats) for kind, name in enumerate(PROBES)}
     amounts |= {"copy": 2 * big.nbytes, "fresh": fresh, "fresh_large": fresh}
     rates = {name: amount / seconds[name] for name, amount in amounts.items()}
     table = "Roofline"
@@ -321,7 +320,7 @@ def roofline_rows(budget: float, *, kept: bool) -> list[Row]:
         done = work.flop / 2  # the rows that a sign picks
         makes_output = operation.endswith("apply") and not kept
         written = 4 * HEADS * TOTAL_TOKENS * HEAD_DIM if makes_output else 0
-        bounds = {LIMITS[name]: done * n / rates[name] for name, n in PER_FMA[operation].items()}
+        bounds = {PROBES[name]: done * n / rates[name] for name, n in PER_FMA[operation].items()}
         bounds |= {"memory": work.bytes / rates["copy"]}
         bounds |= {"fresh pages": written / rates["fresh_large"]}
         name = f"{operation}, N = {shape.N}"

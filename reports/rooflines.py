@@ -105,8 +105,6 @@ def _figure(
 def cpu(saved: documents.Saved) -> list[Table | Figure]:
     """Its cases against other backends, time against N, and each product beside its limits."""
     machine = runs.machine_label(saved.content["machine"])
-    if saved.content["machine"].get("memory"):
-        machine += f", freed memory {saved.content['machine']['memory']}"
     rows = saved.content["rows"]
     parts: list[Table | Figure] = []
     limits = next((row["limits"] for row in rows if "limits" in row), None)

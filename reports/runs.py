@@ -238,7 +238,8 @@ def machine_label(facts: dict[str, Any]) -> str:
     if facts["device"] == "cuda":
         return f"{facts['device_name']}, torch {facts['torch']}"
     threads = f"{facts['threads']} thread{'s' if facts['threads'] != 1 else ''}"
-    return f"{facts['cpu']}, {threads}, torch {facts['torch']}"
+    memory = f", freed memory {facts['memory']}" if facts.get("memory") else ""
+    return f"{facts['cpu']}, {threads}, torch {facts['torch']}{memory}"
 
 
 def _seconds(stats: dict[str, Any], rounds: int) -> np.ndarray:

@@ -694,10 +694,11 @@ void pull_to(const Shape& s, int64_t tokens, const float* x, const float* dots,
   }
 }
 
-// to_nf = dots_nf + weight(n) · z_f of x's sign: the gradient of x; 0 where x is 0, as φ' is.
-template <typename Element, typename Weight>
+// to_nf = dots_nf + weight_n · z_f of x's sign: the gradient of x; 0 where x is 0, as φ' is. Without
+// weights, of 1.
+template <typename Element>
 void slopes(const Shape& s, int64_t tokens, const float* x, const float* dots, const float* z,
-            const Weight& weight, Rows to, Element) {
+            const float* weight, Rows to) {
   const int64_t piece = s.piece();
   for (int64_t c = 0; c < s.chunks; ++c) {
     for (int64_t n = 0; n < tokens; ++n) {
@@ -705,7 +706,8 @@ void slopes(const Shape& s, int64_t tokens, const float* x, const float* dots, c
       for (int64_t i = 0; i < piece; i += kLanes) {
         const int64_t at = (c * kBlock + n) * piece + i, f = c * piece + i;
         const Floats value = load(x + at);
-        const Floats slope = load(dots + at) + weight(n) * signed_z(s, z, f, value);
+        const float factor = weight == nullptr ? 1.0f : weight[n];
+        const Floats slope = load(dots + at) + factor * signed_z(s, z, f, value);
         store_some(row + f, s.head_dim - f, where_zero(value, Floats{}, slope));
       }
     }
@@ -728,8 +730,7 @@ void query_gradient(ElementType element, int64_t head_dim, int64_t tokens, Rows 
     const Ahead next_dout(element, head_dim, dout, n + count, tokens);
     dots_block<false>(s, count, b, x, b.rows, state, b.sums, next_q, next_dout);
     pull_to(s, count, x, b.dots, inverse, weight);
-    slopes(s, count, x, b.dots, z, [&](int64_t i) INLINE_LAMBDA { return weight[i]; },
-           from_row(element, dq, n), example);
+    slopes<Element>(s, count, x, b.dots, z, weight, from_row(element, dq, n));
     const Ahead none(element, head_dim, q, 0, 0);  // dots_block has fetched it
     accumulate_block(s, count, b, x, b.rows, gradient, none, none);
     accumulate_z<true>(s, count, x, weight, gradient + s.s_floats());
@@ -750,8 +751,7 @@ void key_gradient(ElementType element, int64_t head_dim, int64_t tokens, Rows k,
     const Ahead next_k(element, head_dim, k, n + count, tokens);
     const Ahead next_v(element, head_dim, v, n + count, tokens);
     dots_block<true>(s, count, b, x, rows, gradient, sums, next_k, next_v);
-    slopes(s, count, x, b.dots, dz, [](int64_t) INLINE_LAMBDA { return 1.0f; },
-           from_row(element, dk, n), example);
+    slopes<Element>(s, count, x, b.dots, dz, nullptr, from_row(element, dk, n));
     store_rows<Element>(s, count, sums, to);
   });
 }

@@ -1,6 +1,7 @@
 """bench.cpu's rows: kept in a file in pieces, of one machine, and judged against the targets."""
 
 import json
+import platform
 import subprocess
 import sys
 from pathlib import Path
@@ -59,6 +60,7 @@ def test_lengths_that_are_no_target_do_not_count() -> None:
     assert "mean 1.60×, worst 1.60×" in lines[3]
 
 
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="--keep-memory sets glibc's malloc")
 def test_memory_that_is_kept_is_not_cleared_again() -> None:
     """Page faults of the last of ten tensors of 64 MB, one after the other, in another process.
 
