@@ -76,7 +76,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     if _benchmark_only(config):
-        from bench.plugin import Benchmarks
+        from linear_vit.bench.plugin import Benchmarks
 
         config.pluginmanager.register(Benchmarks(config), "kernel-benchmarks")
         return

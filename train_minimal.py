@@ -33,10 +33,9 @@ from typing import Any
 
 import torch
 
-from bench.clock import measure_interleaved
-from training import ablation, board, breakdown, datasets, distributed, evaluation, results, speed
-from training.augmentation import torchvision_v2
-from training.checkpoints import (
+from linear_vit.bench.instruments.clock import measure_interleaved
+from linear_vit.training import ablation, board, breakdown, distributed, evaluation, results, speed
+from linear_vit.training.checkpoints import (
     load_checkpoint,
     load_for_resume,
     load_weights,
@@ -44,8 +43,8 @@ from training.checkpoints import (
     save_checkpoint,
     set_rng_state,
 )
-from training.clock import StepClock, median_images_per_second
-from training.config import (
+from linear_vit.training.clock import StepClock, median_images_per_second
+from linear_vit.training.config import (
     DATASETS,
     MODELS,
     PRESETS,
@@ -55,11 +54,13 @@ from training.config import (
     model_settings,
     resolve,
 )
-from training.errors import UserError
-from training.loader import Loader
-from training.metrics import accuracy, predict
-from training.progress import Progress
-from training.record import (
+from linear_vit.training.data import datasets
+from linear_vit.training.data.augmentation import torchvision_v2
+from linear_vit.training.data.loader import Loader
+from linear_vit.training.errors import UserError
+from linear_vit.training.metrics import accuracy, predict
+from linear_vit.training.progress import Progress
+from linear_vit.training.record import (
     SCHEMA,
     check_writable,
     environment,
@@ -68,8 +69,8 @@ from training.record import (
     write_json,
     write_text,
 )
-from training.step import make_optimizer, make_scaler, step_of, training_step
-from training.streams import stream
+from linear_vit.training.step import make_optimizer, make_scaler, step_of, training_step
+from linear_vit.training.streams import stream
 
 WARMUP_STEPS = 5  # steps left out of images/s: they allocate, compile and fill caches
 

@@ -10,10 +10,10 @@ et al.'s *Ripple Attention* (attention weighted by spatial distance) is not this
 (linear attention at the top of a token pyramid).
 """
 
-from attention.baseline import BaselineAttention
-from attention.hydra import HydraAttention
-from attention.ripple import RippleAttention
-from attention.vit import ATTENTION_TYPES, VisionTransformer
+from linear_vit.attention.baseline import BaselineAttention
+from linear_vit.attention.hydra import HydraAttention
+from linear_vit.attention.ripple import RippleAttention
+from linear_vit.attention.vit import ATTENTION_TYPES, VisionTransformer
 
 __all__ = [
     "ATTENTION_TYPES",

@@ -2,8 +2,8 @@
 
 from torch import Tensor, nn
 
-from attention.layers import Grid, LocalBranch, check_tokens, head_count
-from kernels import softmax_attention_packed
+from linear_vit.attention.layers import Grid, LocalBranch, check_tokens, head_count
+from linear_vit.kernels import softmax_attention_packed
 
 
 class BaselineAttention(nn.Module):

@@ -2,8 +2,8 @@
 
 from torch import Tensor, nn
 
-from attention.layers import Grid, LocalBranch, branch_count, check_tokens
-from kernels import linear_attention
+from linear_vit.attention.layers import Grid, LocalBranch, branch_count, check_tokens
+from linear_vit.kernels import linear_attention
 
 
 class HydraAttention(nn.Module):

@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor, nn
 
-from attention.layers import Grid, LocalBranch, check_tokens, head_count
-from kernels import linear_attention_packed, ripple_expand_stages, ripple_pool_stages
+from linear_vit.attention.layers import Grid, LocalBranch, check_tokens, head_count
+from linear_vit.kernels import linear_attention_packed, ripple_expand_stages, ripple_pool_stages
 
 
 def halving_axes(grid: Grid, stages: int) -> list[int]:

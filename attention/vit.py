@@ -5,10 +5,10 @@ import zlib
 import torch
 from torch import Tensor, nn
 
-from attention.baseline import BaselineAttention
-from attention.hydra import HydraAttention
-from attention.layers import Grid, LocalBranch
-from attention.ripple import RippleAttention, RippleStage, halving_axes
+from linear_vit.attention.baseline import BaselineAttention
+from linear_vit.attention.hydra import HydraAttention
+from linear_vit.attention.layers import Grid, LocalBranch
+from linear_vit.attention.ripple import RippleAttention, RippleStage, halving_axes
 
 ATTENTION_TYPES = ("baseline", "ripple", "hydra")
 

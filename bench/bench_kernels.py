@@ -2,8 +2,8 @@
 
 import pytest
 
-from bench.plugin import Benchmarks, measured_time
-from bench.sweep import Case
+from linear_vit.bench.plugin import Benchmarks, measured_time
+from linear_vit.bench.sweep import Case
 
 # The durations come from bench.clock; pytest-benchmark keeps the statistics and the files.
 pytestmark = [

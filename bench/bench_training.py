@@ -2,7 +2,7 @@
 
 import pytest
 
-from bench.plugin import Benchmarks, measured_time
+from linear_vit.bench.plugin import Benchmarks, measured_time
 
 pytestmark = [
     pytest.mark.benchmark(timer=measured_time),

@@ -19,10 +19,10 @@ from typing import Any
 
 import torch
 
-import kernels
-from bench import machine
-from bench.memory import is_out_of_memory
-from bench.problems import (
+from linear_vit import kernels
+from linear_vit.bench.instruments import machine
+from linear_vit.bench.instruments.memory import is_out_of_memory
+from linear_vit.bench.problems import (
     FORWARD_BACKWARD,
     PACKED,
     AttentionShape,
@@ -35,7 +35,7 @@ from bench.problems import (
     make_problem,
     worst,
 )
-from bench.sweep import DTYPES, SweepError, resolve_device
+from linear_vit.bench.sweep import DTYPES, SweepError, resolve_device
 
 SCHEMA = 1
 # Ragged on purpose: no power of two, N ≠ M, grouped heads, an odd grid. One head dim: `compiled`
@@ -263,7 +263,7 @@ def _progress(plain: bool) -> Iterator[Callable[[str], None]]:
 
 def _matrix(results: list[Result]) -> str:
     """Operation and dtype down, backends across; reasons once, below."""
-    from bench.summary import draw
+    from linear_vit.bench.summary import draw
 
     backends = list(dict.fromkeys(r["backend"] for r in results))
     rows: dict[tuple[str, str], dict[str, str]] = {}

@@ -2,7 +2,7 @@
 
 import pytest
 
-from bench.plugin import Benchmarks
+from linear_vit.bench.plugin import Benchmarks
 
 
 @pytest.fixture(scope="session")

@@ -34,10 +34,10 @@ from typing import Any
 
 import torch
 
-import kernels
-from bench.clock import Timing, measure_interleaved
-from bench.machine import describe
-from bench.problems import (
+from linear_vit import kernels
+from linear_vit.bench.instruments.clock import Timing, measure_interleaved
+from linear_vit.bench.instruments.machine import describe
+from linear_vit.bench.problems import (
     FORWARD,
     FORWARD_BACKWARD,
     AttentionShape,
@@ -45,7 +45,7 @@ from bench.problems import (
     least_work,
     make_problem,
 )
-from reports.fits import fit_scaling
+from linear_vit.reports.statistics.fits import fit_scaling
 
 CPU = torch.device("cpu")
 TOTAL_TOKENS, HEADS, HEAD_DIM = 65_536, 6, 64

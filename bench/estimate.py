@@ -4,7 +4,7 @@ from pathlib import Path
 
 import torch
 
-from bench.problems import (
+from linear_vit.bench.problems import (
     FORWARD_BACKWARD,
     PACKED,
     AttentionShape,

@@ -25,12 +25,13 @@ from typing import Any
 
 import torch
 
-import kernels
-from bench import gpu_measure, machine
-from bench.gpu_plan import plan
-from bench.gpu_runner import FAILED, MEASURED, Case, Result, Store, run
-from bench.gpu_verdicts import verdicts
-from bench.summary import format_seconds
+from linear_vit import kernels
+from linear_vit.bench import gpu_measure
+from linear_vit.bench.gpu_plan import plan
+from linear_vit.bench.gpu_runner import FAILED, MEASURED, Case, Result, Store, run
+from linear_vit.bench.gpu_verdicts import verdicts
+from linear_vit.bench.instruments import machine
+from linear_vit.bench.summary import format_seconds
 
 _ROOT = Path(__file__).resolve().parent.parent
 MEASUREMENTS = _ROOT / "reports" / "measurements"
@@ -188,7 +189,7 @@ def _start_builds(
     needed = {case.builds for case in cases if case.builds and store.finished(case) is None}
     if dry_run or "cuda" not in needed:
         return {}
-    command = "from kernels import extension; extension.load('cuda')"
+    command = "from linear_vit.kernels import build; build.load('cuda')"
     return {"cuda": subprocess.Popen([sys.executable, "-c", command], cwd=_ROOT)}
 
 

@@ -15,11 +15,11 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-import kernels
-from bench import clock, limits, memory
-from bench import energy as energy_of
-from bench.gpu_runner import Case, NotHere, Result
-from bench.problems import (
+from linear_vit import kernels
+from linear_vit.bench.gpu_runner import Case, NotHere, Result
+from linear_vit.bench.instruments import clock, limits, memory
+from linear_vit.bench.instruments import energy as energy_of
+from linear_vit.bench.problems import (
     FORWARD,
     FORWARD_BACKWARD,
     AttentionShape,
@@ -32,8 +32,8 @@ from bench.problems import (
     make_problem,
     worst,
 )
-from bench.sweep import DTYPES
-from kernels.accuracy import compare
+from linear_vit.bench.sweep import DTYPES
+from linear_vit.kernels.accuracy import compare
 
 BACKWARD = "backward"
 MODES = (FORWARD, BACKWARD)
@@ -333,8 +333,8 @@ def _training_case(
     amp: str,
     budget_s: float,
 ) -> Result:
-    from training.config import model_settings, resolve
-    from training.step import make_step
+    from linear_vit.training.config import model_settings, resolve
+    from linear_vit.training.step import make_step
 
     if model == "baseline":
         reason = kernels.backends("softmax_attention_packed", device)[backend]

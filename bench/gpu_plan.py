@@ -6,11 +6,11 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-import kernels
-from bench.gpu_measure import MODES, OURS, SDPA
-from bench.gpu_runner import Case
-from bench.problems import FORWARD, FORWARD_BACKWARD, AttentionShape
-from bench.sweep import DTYPES
+from linear_vit import kernels
+from linear_vit.bench.gpu_measure import MODES, OURS, SDPA
+from linear_vit.bench.gpu_runner import Case
+from linear_vit.bench.problems import FORWARD, FORWARD_BACKWARD, AttentionShape
+from linear_vit.bench.sweep import DTYPES
 
 
 @dataclass(frozen=True)

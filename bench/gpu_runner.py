@@ -260,7 +260,7 @@ def _attempt(case: Case, measure: Callable[[Case], Result]) -> tuple[Result, boo
     except Exception as error:
         lines = str(error).strip().splitlines() or ["no message"]
         reason = f"{type(error).__name__}: {lines[0][:400]}"
-        from bench.memory import is_out_of_memory
+        from linear_vit.bench.instruments.memory import is_out_of_memory
 
         out_of_memory = is_out_of_memory(error)
         # After an error on the device every later call on it fails: a new process is needed.

@@ -9,9 +9,9 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from bench.gpu_measure import BACKWARD, OURS
-from bench.gpu_runner import FAILED, MEASURED, Result
-from bench.problems import FORWARD
+from linear_vit.bench.gpu_measure import BACKWARD, OURS
+from linear_vit.bench.gpu_runner import FAILED, MEASURED, Result
+from linear_vit.bench.problems import FORWARD
 
 _KERNELS = tuple(f"linear_attention/{backend}" for backend in OURS)
 

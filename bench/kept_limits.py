@@ -17,8 +17,8 @@ from typing import Any
 
 import torch
 
-from bench import limits, machine
-from bench.limits import Limits
+from linear_vit.bench.instruments import limits, machine
+from linear_vit.bench.instruments.limits import Limits
 
 KEPT_FOR = timedelta(days=1)
 _SCHEMA = 1

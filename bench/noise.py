@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 
-import kernels
+from linear_vit import kernels
 
 _ROOT = Path(__file__).resolve().parent.parent
 _SHARE = 0.1
@@ -34,7 +34,7 @@ _NEIGHBOUR = (
 )
 # A plugin for the timed process: the tenth is real work of the kernel, not a sleep.
 _PLANT = """
-import kernels
+from linear_vit import kernels
 
 plain = kernels.linear_attention
 

@@ -18,22 +18,19 @@ from typing import Any
 import pytest
 import torch
 
-from bench import (
+from linear_vit.bench import estimate, kept_limits, peers, summary
+from linear_vit.bench.instruments import (
     clock,
     energy,
-    estimate,
-    kept_limits,
     limits,
     machine,
     memory,
-    peers,
     profiles,
     proof,
-    summary,
     telemetry,
 )
-from bench.journal import Journal, JournalError
-from bench.problems import (
+from linear_vit.bench.journal import Journal, JournalError
+from linear_vit.bench.problems import (
     FORWARD,
     Expected,
     Problem,
@@ -44,9 +41,9 @@ from bench.problems import (
     make_problem,
     worst,
 )
-from bench.progress import Progress
-from bench.progress import clock as minutes
-from bench.sweep import (
+from linear_vit.bench.progress import Progress
+from linear_vit.bench.progress import clock as minutes
+from linear_vit.bench.sweep import (
     DTYPES,
     TRAINING_STEP,
     Case,
@@ -141,7 +138,7 @@ class Benchmarks:
             values = [dataclasses.astuple(case) for case in cases]
             metafunc.parametrize(names, values, ids=[str(c) for c in cases])
         elif "step_backend" in metafunc.fixturenames:
-            from training.config import MODELS
+            from linear_vit.training.config import MODELS
 
             steps = [(m, b) for b in self.sweep.training_backends for m in MODELS]
             ids = [f"{m}-{b or 'default'}" for m, b in steps]
@@ -290,7 +287,7 @@ class Benchmarks:
         self, model: str, backend: str | None, benchmark: Any, item: pytest.Item
     ) -> None:
         """Time one optimiser step of a model on a random batch; images/s beside the time."""
-        from training.config import MODELS, model_settings, resolve
+        from linear_vit.training.config import MODELS, model_settings, resolve
 
         device = self.sweep.device
         if self._finished_before(f"{model}-{backend or 'default'}", benchmark, item):
@@ -330,7 +327,7 @@ class Benchmarks:
         return self._kept_limits.limits
 
     def _training_step(self, model: str, backend: str | None) -> Callable[[], None]:
-        from training.step import make_step
+        from linear_vit.training.step import make_step
 
         settings = _TRAINING[self.sweep.device.type]
         return make_step(model, device=self.sweep.device, backend=backend, **settings)
@@ -612,7 +609,7 @@ def _parameters(item: pytest.Item) -> dict[str, Any]:
 
 
 def _implementation(problem: Problem, case: Case) -> str:
-    import kernels
+    from linear_vit import kernels
 
     if case.backend in peers.NAMES:
         return peers.other_function(case.backend) or f"peer: {case.backend}"

@@ -11,11 +11,11 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-import kernels
-from attention.ripple import halving_axes
-from bench import peers
-from kernels.accuracy import Comparison, compare
-from kernels.layout import unpack_qkv
+from linear_vit import kernels
+from linear_vit.attention.ripple import halving_axes
+from linear_vit.bench import peers
+from linear_vit.kernels.accuracy import Comparison, compare
+from linear_vit.kernels.layout import unpack_qkv
 
 FORWARD = "forward"
 FORWARD_BACKWARD = "forward+backward"

@@ -6,9 +6,9 @@ from dataclasses import dataclass, field
 
 import torch
 
-import kernels
-from bench import estimate, peers
-from bench.problems import (
+from linear_vit import kernels
+from linear_vit.bench import estimate, peers
+from linear_vit.bench.problems import (
     PASSES,
     AttentionShape,
     RippleShape,

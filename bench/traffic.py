@@ -32,7 +32,7 @@ from torch import Tensor
 if TYPE_CHECKING:
     import numpy as np
 
-    from bench.problems import Shape
+    from linear_vit.bench.problems import Shape
 
 SCHEMA = 1
 WORKSPACE = "workspace"
@@ -160,8 +160,8 @@ def count(
         architecture, multiprocessors: of the GPU assumed; by default as many multiprocessors as
             leave each the tokens that 132 have of 512k.
     """
-    from bench.problems import make_problem
-    from kernels import tuning
+    from linear_vit.bench.problems import make_problem
+    from linear_vit.kernels.triton import tuning
 
     if multiprocessors is None:
         multiprocessors = max(1, _tokens(shape) // _TOKENS_A_MULTIPROCESSOR)
@@ -248,7 +248,7 @@ def _tensors(arguments: Iterable[Any]) -> Iterator[Tensor]:
 
 
 def _tokens(shape: "Shape") -> int:
-    from bench.problems import AttentionShape
+    from linear_vit.bench.problems import AttentionShape
 
     if isinstance(shape, AttentionShape):
         return shape.B * shape.H * shape.N
@@ -263,9 +263,9 @@ def _interpreting() -> bool:
 
 def shapes(operation: str, head_dim: int) -> list["Shape"]:
     """Problems that take an operation's different kernels, small enough for the interpreter."""
-    from bench.launches import has_head_dims, rooms
-    from bench.launches import operations as operations_of
-    from bench.problems import AttentionShape, RippleShape
+    from linear_vit.bench.problems import AttentionShape, RippleShape
+    from linear_vit.bench.static.launches import has_head_dims, rooms
+    from linear_vit.bench.static.launches import operations as operations_of
 
     (room,) = (r for r in rooms() if operation in operations_of(r))
     if not has_head_dims(room):
@@ -300,8 +300,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = parser.parse_args(argv)
     # Before Triton is imported: its decorators choose between compiling and interpreting.
     os.environ["TRITON_INTERPRET"] = "1"
-    import kernels
-    from bench import launches, static
+    from linear_vit import kernels
+    from linear_vit.bench.static import launches
+    from linear_vit.bench.static import table as static
 
     if options.dtypes == "all":
         options.dtypes = ",".join(DTYPES)
@@ -350,7 +351,7 @@ def _cases(operation: str, dtypes: str, head_dims: str) -> Iterator[tuple["Shape
 
 def document(rows: list[Row]) -> dict[str, Any]:
     """The rows with where and with what they were counted."""
-    from bench import machine
+    from linear_vit.bench.instruments import machine
 
     return {
         "kind": "traffic",
@@ -372,7 +373,7 @@ def write_csv(rows: list[Row], path: Path) -> None:
 
 def render(rows: list[Row]) -> str:
     """A table an operation: bytes of each pass and tensor, and how often the least that is."""
-    from bench.summary import draw
+    from linear_vit.bench.summary import draw
 
     columns = ["pass", "dtype", "GPU", "shape", "launches", "tensor", "loaded", "distinct"]
     columns += ["stored", "least", "× least"]

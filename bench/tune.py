@@ -20,9 +20,8 @@ from unittest import mock
 
 import torch
 
-from bench import clock
-from bench.machine_code import LIMITS
-from bench.problems import (
+from linear_vit.bench.instruments import clock
+from linear_vit.bench.problems import (
     FORWARD,
     FORWARD_BACKWARD,
     AttentionShape,
@@ -33,7 +32,8 @@ from bench.problems import (
     expected_results,
     make_problem,
 )
-from kernels import tuning
+from linear_vit.bench.static.machine_code import LIMITS
+from linear_vit.kernels.triton import tuning
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 # A candidate has to win by this much: less is noise.
@@ -195,8 +195,9 @@ def compiles_well(
     kernel: str, options: Options, architecture: str, dim: int, dtype: torch.dtype
 ) -> str:
     """Compile a candidate with no GPU, and say what became of it, in a few words."""
-    from bench import launches, static
-    from bench.compiled_triton import compile_room
+    from linear_vit.bench.static import launches
+    from linear_vit.bench.static import table as static
+    from linear_vit.bench.static.triton import compile_room
 
     room = kernel.partition(".")[0]
     problem = WORKLOADS[kernel].smaller().problem(dim, dtype, torch.device("cpu"))

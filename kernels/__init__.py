@@ -5,7 +5,8 @@ takes one, ``backend=None`` the fastest usable. Importing this package imports n
 compiles nothing.
 """
 
-from kernels.backends import (
+import linear_vit
+from linear_vit.kernels.backends import (
     BACKENDS,
     OPERATIONS,
     backends,
@@ -13,19 +14,19 @@ from kernels.backends import (
     implementation,
     is_timeable,
 )
-from kernels.linear_attention import (
+from linear_vit.kernels.linear_attention import (
     linear_attention,
     linear_attention_apply,
     linear_attention_packed,
     linear_attention_state,
 )
-from kernels.ripple import (
+from linear_vit.kernels.ripple import (
     ripple_expand,
     ripple_expand_stages,
     ripple_pool,
     ripple_pool_stages,
 )
-from kernels.softmax_attention import softmax_attention, softmax_attention_packed
+from linear_vit.kernels.softmax_attention import softmax_attention, softmax_attention_packed
 
 __all__ = [
     "BACKENDS",
@@ -45,3 +46,6 @@ __all__ = [
     "softmax_attention",
     "softmax_attention_packed",
 ]
+
+if __name__ == "kernels":  # imported from a checkout's root
+    linear_vit.answer_to_short_name("kernels")

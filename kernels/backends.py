@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from kernels.layout import without_autocast
+from linear_vit.kernels.layout import without_autocast
 
 # Operation -> the room (sub-package) its backends live in.
 _ROOMS = {
@@ -180,7 +180,7 @@ def _choose(
 
 
 def _module(op: str, backend: str) -> Any:
-    return importlib.import_module(f"kernels.{_ROOMS[op]}.{backend}")
+    return importlib.import_module(f"linear_vit.kernels.{_ROOMS[op]}.{backend}")
 
 
 def _list(usable: dict[str, str | None]) -> str:
@@ -300,17 +300,19 @@ def _probe_cuda(device: torch.device) -> str | None:
         return f"CUDA kernels run on CUDA devices, not on {device.type}"
     if not torch.cuda.is_available():
         return _no_cuda_device()
-    from kernels import extension
 
-    return extension.unavailable("cuda", device)
+    from linear_vit.kernels import build
+
+    return build.unavailable("cuda", device)
 
 
 def _probe_cpu(device: torch.device) -> str | None:
     if device.type != "cpu":
         return f"C++ kernels run on the CPU, not on {device.type}: use a CPU tensor"
-    from kernels import extension
 
-    return extension.unavailable("cpu", device)
+    from linear_vit.kernels import build
+
+    return build.unavailable("cpu", device)
 
 
 def _no_cuda_device() -> str:

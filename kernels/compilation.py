@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kernels.layout import needs_gradient
+from linear_vit.kernels.layout import needs_gradient
 
 # Variants of one function that differ in what the compiler must know about: head counts, an axis of
 # size 1 or 0, strides, broadcast heads. Each costs one compilation, none a fallback.

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kernels.layout import empty_like
+from linear_vit.kernels.layout import empty_like
 
 NAMESPACE = "linear_vit"
 

@@ -4,7 +4,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from reports import runs
+from linear_vit.reports.saved import runs
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -102,7 +102,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _scaling(arguments: argparse.Namespace) -> int:
-    from reports import scaling
+    from linear_vit.reports import scaling
 
     loaded = _load(arguments.paths or runs.default_paths())
     found = scaling.groups(loaded, arguments.op, arguments.dtype)
@@ -120,7 +120,7 @@ def _scaling(arguments: argparse.Namespace) -> int:
 def _compare(arguments: argparse.Namespace) -> int:
     if arguments.baseline is None:
         return _compare_runs(arguments)
-    from reports import compare
+    from linear_vit.reports import compare
 
     loaded = _load(arguments.paths or runs.default_paths())
     cases = compare.speedups(loaded, arguments.baseline, arguments.backend)
@@ -131,7 +131,7 @@ def _compare(arguments: argparse.Namespace) -> int:
 
 
 def _compare_runs(arguments: argparse.Namespace) -> int:
-    from reports import changes
+    from linear_vit.reports import changes
 
     if not 1 <= len(arguments.paths) <= 2:
         raise runs.NoRuns(
@@ -168,7 +168,7 @@ def _percent(text: str) -> float:
 
 
 def _page(arguments: argparse.Namespace) -> int:
-    from reports import page
+    from linear_vit.reports.page import page
 
     size = page.write(arguments.paths, arguments.results, arguments.out)
     print(f"{arguments.out} ({size / 2**20:.2f} MiB)")

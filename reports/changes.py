@@ -30,8 +30,9 @@ import numpy as np
 import pandas as pd
 from scipy import stats
 
-from reports import plots, pools, turns
-from reports.runs import NoRuns, Runs
+from linear_vit.reports import plots
+from linear_vit.reports.saved.runs import NoRuns, Runs
+from linear_vit.reports.statistics import pools, turns
 
 SLOWER, FASTER, SAME, UNDECIDED = "slower", "faster", "same", "undecided"
 VERDICTS = (SLOWER, FASTER, UNDECIDED, SAME)

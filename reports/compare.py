@@ -11,8 +11,9 @@ from collections.abc import Sequence
 import numpy as np
 import pandas as pd
 
-from reports import plots, turns
-from reports.runs import NoRuns, Runs
+from linear_vit.reports import plots
+from linear_vit.reports.saved.runs import NoRuns, Runs
+from linear_vit.reports.statistics import turns
 
 _GROUP = ["machine", "total_tokens", "operation", "pass", "dtype", "backend"]
 _NORMAL_95 = 1.96

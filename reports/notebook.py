@@ -6,8 +6,8 @@ Static plots, since a notebook that is not trusted, or exported, runs no script 
 import html
 import math
 
-from reports import plots, scaling
-from reports.runs import Runs
+from linear_vit.reports import plots, scaling
+from linear_vit.reports.saved.runs import Runs
 
 
 def show(loaded: Runs) -> str:

@@ -21,8 +21,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
-from reports import turns
-from reports.fits import Fit
+from linear_vit.reports.statistics import turns
+from linear_vit.reports.statistics.fits import Fit
 
 _STYLES = {
     "reference": ("#7f7f7f", "x"),

@@ -9,10 +9,18 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
-from reports import plots
-from reports.fits import Crossover, Fit, crossover, fit_scaling
-from reports.plots import FAMILIES, MEMORY, OVER_SOFTMAX, OVER_TORCH, TIME, FitTable, Picture
-from reports.runs import NoRuns, Runs
+from linear_vit.reports import plots
+from linear_vit.reports.plots import (
+    FAMILIES,
+    MEMORY,
+    OVER_SOFTMAX,
+    OVER_TORCH,
+    TIME,
+    FitTable,
+    Picture,
+)
+from linear_vit.reports.saved.runs import NoRuns, Runs
+from linear_vit.reports.statistics.fits import Crossover, Fit, crossover, fit_scaling
 
 PASSES = ("forward", "forward+backward")
 

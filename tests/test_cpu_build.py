@@ -10,12 +10,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from kernels import extension
+from linear_vit.kernels import build
 
 ROOT = Path(__file__).resolve().parent.parent
 CPU = torch.device("cpu")
 needs_toolchain = pytest.mark.skipif(
-    extension._no_cpp_toolchain("CPU") is not None, reason=str(extension._no_cpp_toolchain("CPU"))
+    build._no_cpp_toolchain("CPU") is not None, reason=str(build._no_cpp_toolchain("CPU"))
 )
 
 
@@ -45,7 +45,7 @@ def test_a_missing_compiler_is_a_reason_and_the_others_go_on(tmp_path: Path) -> 
 
 
 def test_it_is_for_the_cpu() -> None:
-    reason = extension.unavailable("cpu", torch.device("cuda"))
+    reason = build.unavailable("cpu", torch.device("cuda"))
     assert reason is not None
     assert "C++ kernels run on the CPU, not on cuda" in reason
 
@@ -55,20 +55,20 @@ def test_a_failed_build_is_remembered_with_its_reason(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
-    monkeypatch.setattr(extension, "_failures", {})
-    monkeypatch.setattr(extension, "_loaded", set())
+    monkeypatch.setattr(build, "_failures", {})
+    monkeypatch.setattr(build, "_loaded", set())
     flags = ("-include", "no_such_header.h")
-    with pytest.raises(extension.BuildError, match=r"no_such_header\.h: No such file") as caught:
-        extension.load("cpu", "ripple", flags=flags)
+    with pytest.raises(build.BuildError, match=r"no_such_header\.h: No such file") as caught:
+        build.load("cpu", "ripple", flags=flags)
     message = str(caught.value)
     assert message.startswith("building the CPU extension failed: ")
     assert "\n" not in message
     log = re.search(r"all of it in (\S+);", message)
     assert log is not None
     assert "error" in Path(log.group(1)).read_text()
-    assert extension.unavailable("cpu", CPU) == message
-    folder = extension._folder("cpu", "ripple", (), flags)
-    assert extension._earlier_failure(folder) == message  # in a later process too
+    assert build.unavailable("cpu", CPU) == message
+    folder = build._folder("cpu", "ripple", (), flags)
+    assert build._earlier_failure(folder) == message  # in a later process too
 
 
 @needs_toolchain
@@ -94,11 +94,11 @@ def test_it_builds_once(tmp_path: Path) -> None:
 SANITIZED = """
 import os, sys
 import torch
-from kernels import extension
+from linear_vit.kernels import build
 
 flags = ("-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-g1", "-O1")
 for room in ("linear_attention", "ripple"):
-    extension.load("cpu", room, flags=flags)
+    build.load("cpu", room, flags=flags)
 ops = torch.ops.linear_vit
 torch.set_num_threads(2)
 ran = []

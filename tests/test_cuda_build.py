@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from kernels import extension
+from linear_vit.kernels import build
 
 ROOT = Path(__file__).resolve().parent.parent
 ROOMS = ("linear_attention", "softmax_attention", "ripple")
@@ -23,10 +23,10 @@ ROOMS = ("linear_attention", "softmax_attention", "ripple")
 NARROW = ("-DLINEAR_VIT_HEAD_DIMS=64", "-DLINEAR_VIT_ELEMENT_TYPES=__half")
 
 needs_nvcc = pytest.mark.skipif(
-    extension.cuda_root() is None, reason="no nvcc on this machine: install the CUDA toolkit"
+    build.cuda_root() is None, reason="no nvcc on this machine: install the CUDA toolkit"
 )
 needs_toolchain = pytest.mark.skipif(
-    extension._no_toolchain() is not None, reason=str(extension._no_toolchain())
+    build._no_toolchain() is not None, reason=str(build._no_toolchain())
 )
 
 
@@ -34,10 +34,10 @@ def compile_for(
     architecture: str, room: str, folder: Path, flags: tuple[str, ...] = ()
 ) -> dict[str, int]:
     """Compile a room's kernels as the extension does; returns kernel -> bytes of spills."""
-    root = extension.cuda_root()
+    root = build.cuda_root()
     assert root is not None
     source = ROOT / "kernels" / room / "cuda.cu"
-    command = [str(root / "bin" / "nvcc"), "-std=c++17", *extension._NVCC_FLAGS, *flags]
+    command = [str(root / "bin" / "nvcc"), "-std=c++17", *build._NVCC_FLAGS, *flags]
     command += [f"-arch={architecture}", "-Xptxas=-v", "-c", str(source)]
     result = subprocess.run(
         [*command, "-o", str(folder / "kernels.o")], capture_output=True, text=True, check=False
@@ -70,11 +70,11 @@ LOAD = """
 import importlib, json, sys
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
-from kernels import extension
+from linear_vit.kernels import build
 
 room, flags = sys.argv[1], sys.argv[2:]
-extension.load("cuda", room, architectures=("9.0a",), flags=flags)
-module = importlib.import_module(f"kernels.{room}.cuda")
+build.load("cuda", room, architectures=("9.0a",), flags=flags)
+module = importlib.import_module(f"linear_vit.kernels.{room}.cuda")
 ops = torch.ops.linear_vit
 with FakeTensorMode(), torch.no_grad():
     # Laid out (B, N, H, D), read as (B, H, N, D).
@@ -169,7 +169,7 @@ def test_one_variant_builds_links_and_loads_once(tmp_path: Path) -> None:
 def test_everything_builds_ahead_of_time(tmp_path: Path) -> None:
     environment = os.environ | {"TORCH_EXTENSIONS_DIR": str(tmp_path)}
     result = subprocess.run(
-        [sys.executable, "-m", "kernels.extension", "--arch", "9.0a"],
+        [sys.executable, "-m", "linear_vit.kernels.build", "--arch", "9.0a"],
         cwd=ROOT,
         env=environment,
         capture_output=True,
@@ -194,7 +194,7 @@ def fresh_toolchain(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
     """Look for the toolchain anew, before and after the test."""
 
     def forget() -> None:
-        for cached in (extension.cuda_root, extension._nvcc_version, extension._no_toolchain):
+        for cached in (build.cuda_root, build._nvcc_version, build._no_toolchain):
             cached.cache_clear()
 
     forget()
@@ -219,8 +219,8 @@ def test_cuda_home_is_honoured_if_it_holds_an_nvcc(
 ) -> None:
     root = fake_nvcc(tmp_path / "toolkit", "echo 'release 13.1, V13.1.0'")
     fresh_toolchain.setenv("CUDA_HOME", str(root))
-    assert extension.cuda_root() == root
-    assert extension._nvcc_version() == (13, 1)
+    assert build.cuda_root() == root
+    assert build._nvcc_version() == (13, 1)
 
 
 def test_a_wrapper_on_path_is_asked_where_the_toolkit_is(
@@ -229,7 +229,7 @@ def test_a_wrapper_on_path_is_asked_where_the_toolkit_is(
     toolkit = fake_nvcc(tmp_path / "toolkit", "true")
     wrapper = fake_nvcc(tmp_path / "usr", f"echo '#$ TOP={toolkit}/bin/..' >&2")
     fresh_toolchain.setenv("PATH", str(wrapper / "bin"), prepend=os.pathsep)
-    assert extension.cuda_root() == toolkit
+    assert build.cuda_root() == toolkit
 
 
 def test_another_major_version_of_cuda_is_named(
@@ -237,7 +237,7 @@ def test_another_major_version_of_cuda_is_named(
 ) -> None:
     root = fake_nvcc(tmp_path / "toolkit", "echo 'release 12.4, V12.4.1'")
     fresh_toolchain.setenv("CUDA_HOME", str(root))
-    reason = extension._no_toolchain()
+    reason = build._no_toolchain()
     assert reason is not None
     assert "12.4" in reason
     assert "13.2" in reason
@@ -248,7 +248,7 @@ def test_a_missing_compiler_is_named(fresh_toolchain: pytest.MonkeyPatch, tmp_pa
     root = fake_nvcc(tmp_path / "toolkit", "echo 'release 13.0, V13.0.88'")
     fresh_toolchain.setenv("CUDA_HOME", str(root))
     fresh_toolchain.setenv("CXX", "no-such-compiler")
-    reason = extension._no_toolchain()
+    reason = build._no_toolchain()
     assert reason is not None
     assert "no-such-compiler" in reason
     assert "install g++" in reason
@@ -256,14 +256,14 @@ def test_a_missing_compiler_is_named(fresh_toolchain: pytest.MonkeyPatch, tmp_pa
 
 def test_a_cpu_build_of_torch_is_named(fresh_toolchain: pytest.MonkeyPatch) -> None:
     fresh_toolchain.setattr(torch.version, "cuda", None)
-    reason = extension.unavailable("cuda", torch.device("cuda"))
+    reason = build.unavailable("cuda", torch.device("cuda"))
     assert reason is not None
     assert "install a CUDA build of torch" in reason
 
 
 def test_an_unknown_extension_is_an_error() -> None:
     with pytest.raises(ValueError, match="unknown extension 'rocm': there are cuda"):
-        extension.unavailable("rocm", torch.device("cuda"))
+        build.unavailable("rocm", torch.device("cuda"))
 
 
 @needs_toolchain
@@ -271,25 +271,23 @@ def test_a_failed_build_is_remembered_with_its_reason(
     fresh_toolchain: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     fresh_toolchain.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
-    fresh_toolchain.setattr(extension, "_failures", {})
+    fresh_toolchain.setattr(build, "_failures", {})
     flags = ("-include", "no_such_header.h")
-    with pytest.raises(
-        extension.BuildError, match=r"error: no_such_header\.h: No such file"
-    ) as caught:
-        extension.load("cuda", "ripple", architectures=("9.0a",), flags=flags)
+    with pytest.raises(build.BuildError, match=r"error: no_such_header\.h: No such file") as caught:
+        build.load("cuda", "ripple", architectures=("9.0a",), flags=flags)
     message = str(caught.value)
     assert "\n" not in message
     log = re.search(r"all of it in (\S+);", message)
     assert log is not None
     assert "error" in Path(log.group(1)).read_text()
-    assert extension._failures["cuda", "ripple"] == message
-    folder = extension._folder("cuda", "ripple", ("9.0a",), flags)
-    assert extension._earlier_failure(folder) == message  # in a later process too
+    assert build._failures["cuda", "ripple"] == message
+    folder = build._folder("cuda", "ripple", ("9.0a",), flags)
+    assert build._earlier_failure(folder) == message  # in a later process too
 
 
 def test_the_command_says_what_is_wrong(
     fresh_toolchain: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    fresh_toolchain.setattr(extension, "_no_toolchain", lambda: "no nvcc: install it")
-    assert extension.main([]) == 1
+    fresh_toolchain.setattr(build, "_no_toolchain", lambda: "no nvcc: install it")
+    assert build.main([]) == 1
     assert "no nvcc: install it" in capsys.readouterr().err

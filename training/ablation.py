@@ -23,10 +23,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from training import speed
-from training.config import DATASETS, MODELS, Config
-from training.metrics import interval_text, paired_ratios, ratio_text, t_interval
-from training.record import MACHINE, read_records, writing
+from linear_vit.training import speed
+from linear_vit.training.config import DATASETS, MODELS, Config
+from linear_vit.training.metrics import interval_text, paired_ratios, ratio_text, t_interval
+from linear_vit.training.record import MACHINE, read_records, writing
 
 SCHEMA = "linear-vit-ablation/1"
 MODEL_OF = {"ripple_stages": "ripple", "hydra_branches": "hydra"}

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from training.config import DatasetInfo
+from linear_vit.training.config import DatasetInfo
 
 _CURVES = ("loss", "train_accuracy", "val_accuracy", "lr", "images_per_second", "seconds")
 _notices: set[str] = set()

@@ -20,12 +20,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from training.clock import StepClock
-from training.config import DATASETS, MODELS, Config, build_model
-from training.datasets import Split
-from training.loader import Loader
-from training.record import environment
-from training.step import make_optimizer, make_scaler, training_step
+from linear_vit.training.clock import StepClock
+from linear_vit.training.config import DATASETS, MODELS, Config, build_model
+from linear_vit.training.data.datasets import Split
+from linear_vit.training.data.loader import Loader
+from linear_vit.training.record import environment
+from linear_vit.training.step import make_optimizer, make_scaler, training_step
 
 SCHEMA = "linear-vit-step-breakdown/1"
 SHARES = ("attention", "projections", "mlp", "optimizer", "augmentation", "loader", "other")

@@ -20,9 +20,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from training.config import Config
-from training.errors import UserError
-from training.record import writing
+from linear_vit.training.config import Config
+from linear_vit.training.errors import UserError
+from linear_vit.training.record import writing
 
 SCHEMA = "linear-vit-checkpoint/2"
 

@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from attention import ATTENTION_TYPES, VisionTransformer
-from training.errors import UserError
+from linear_vit.attention import ATTENTION_TYPES, VisionTransformer
+from linear_vit.training.errors import UserError
 
 
 @dataclass(frozen=True)

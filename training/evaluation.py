@@ -9,12 +9,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from training import datasets
-from training.checkpoints import load_weights
-from training.config import build_model
-from training.errors import UserError
-from training.metrics import predict
-from training.record import environment, write_json, write_text, writing
+from linear_vit.training.checkpoints import load_weights
+from linear_vit.training.config import build_model
+from linear_vit.training.data import datasets
+from linear_vit.training.errors import UserError
+from linear_vit.training.metrics import predict
+from linear_vit.training.record import environment, write_json, write_text, writing
 
 SCHEMA = "linear-vit-evaluation/1"
 

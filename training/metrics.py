@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from training.augmentation import normalise
-from training.config import DatasetInfo
-from training.step import autocast
+from linear_vit.training.config import DatasetInfo
+from linear_vit.training.data.augmentation import normalise
+from linear_vit.training.step import autocast
 
 
 @torch.inference_mode()

@@ -34,8 +34,8 @@ from typing import Any
 
 import torch
 
-from training import distributed
-from training.errors import UserError
+from linear_vit.training import distributed
+from linear_vit.training.errors import UserError
 
 SCHEMA = "linear-vit-run/2"
 # Speeds compare where these facts of the environment are equal.

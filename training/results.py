@@ -52,11 +52,11 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from training import ablation, speed
-from training.config import DATASETS, MODELS, digest
-from training.errors import UserError
-from training.metrics import interval_text, paired_ratios, ratio_text, t_interval
-from training.record import MACHINE
+from linear_vit.training import ablation, speed
+from linear_vit.training.config import DATASETS, MODELS, digest
+from linear_vit.training.errors import UserError
+from linear_vit.training.metrics import interval_text, paired_ratios, ratio_text, t_interval
+from linear_vit.training.record import MACHINE
 
 SCHEMA = "linear-vit-table/1"
 ROWS = ("baseline", "baseline-local", "ripple", "hydra", "hydra-local")

@@ -26,11 +26,11 @@ from typing import Any, Protocol
 
 import torch
 
-from kernels import BACKENDS
-from training.config import MODELS, Config, digest
-from training.errors import UserError
-from training.record import environment, read_records
-from training.step import step_of
+from linear_vit.kernels import BACKENDS
+from linear_vit.training.config import MODELS, Config, digest
+from linear_vit.training.errors import UserError
+from linear_vit.training.record import environment, read_records
+from linear_vit.training.step import step_of
 
 SCHEMA = "linear-vit-step-speed/1"
 MODELS_SCHEMA = "linear-vit-model-speed/1"

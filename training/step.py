@@ -7,8 +7,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from training import distributed
-from training.config import DATASETS, Config, build_model, model_settings, resolve
+from linear_vit.training import distributed
+from linear_vit.training.config import DATASETS, Config, build_model, model_settings, resolve
 
 
 def make_optimizer(model: nn.Module, *, lr: float, weight_decay: float) -> torch.optim.AdamW:

@@ -16,7 +16,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from bench.peers import fla, flash_bla, litemla, sdpa
+from linear_vit.bench.peers import fla, flash_bla, litemla, sdpa
 
 _MODULES: tuple[ModuleType, ...] = (sdpa, fla, flash_bla, litemla)
 _OF = {name: module for module in _MODULES for name in module.NAMES}

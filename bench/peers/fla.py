@@ -9,7 +9,7 @@ import importlib.util
 import torch
 from torch import Tensor
 
-from bench.peers.features import phi, through_state
+from linear_vit.bench.peers.features import phi, through_state
 
 OPERATION = "linear_attention"
 NAMES = {"fla": "chunk_"}

@@ -8,7 +8,7 @@ import importlib.util
 import torch
 from torch import Tensor
 
-from bench.peers.features import phi
+from linear_vit.bench.peers.features import phi
 
 OPERATION = "linear_attention"
 NAMES = {"flash_bla": "fwd_kernel"}

@@ -10,9 +10,9 @@ Non-causal, and linear in the number of tokens: the keys and values are summed o
 # Not `import torch`: this package has a submodule of that name, and loading it rebinds the name.
 from torch import Tensor
 
-from kernels.backends import run
-from kernels.layout import autocast_inputs
-from kernels.validation import (
+from linear_vit.kernels.backends import run
+from linear_vit.kernels.layout import autocast_inputs
+from linear_vit.kernels.validation import (
     check_attention,
     check_grouping,
     check_key_value,

@@ -8,10 +8,10 @@ from typing import Any
 
 import torch
 
-from kernels import extension
-from kernels.linear_attention.operators import attach
+from linear_vit.kernels import build
+from linear_vit.kernels.linear_attention.operators import attach
 
-extension.load("cpu", "linear_attention")
+build.load("cpu", "linear_attention")
 
 (
     linear_attention,

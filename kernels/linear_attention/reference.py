@@ -8,7 +8,7 @@ Any floating dtype; sums are float32, or float64 for float64.
 import torch
 from torch import Tensor
 
-from kernels.layout import gradients_in_order, in_order_of, unpack_qkv
+from linear_vit.kernels.layout import gradients_in_order, in_order_of, unpack_qkv
 
 
 def feature_map(x: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ The products are batched matrix products in float32, since a half-precision norm
 import torch
 from torch import Tensor
 
-from kernels.layout import gradients_in_order, in_order_of, unpack_qkv
+from linear_vit.kernels.layout import gradients_in_order, in_order_of, unpack_qkv
 
 
 def linear_attention(q: Tensor, k: Tensor, v: Tensor, eps: float) -> Tensor:

@@ -52,12 +52,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels import tuning
-from kernels.layout import unpack_qkv
-from kernels.linear_attention import triton_streamed as streamed
-from kernels.linear_attention.operators import attach, empty_state
-from kernels.operators import empty_like, readable
-from kernels.triton_support import (
+from linear_vit.kernels.layout import unpack_qkv
+from linear_vit.kernels.linear_attention import triton_streamed as streamed
+from linear_vit.kernels.linear_attention.operators import attach, empty_state
+from linear_vit.kernels.operators import empty_like, readable
+from linear_vit.kernels.triton import tuning
+from linear_vit.kernels.triton.support import (
     balanced_splits,
     dot,
     launch_options,

@@ -22,7 +22,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.triton_support import (
+from linear_vit.kernels.triton.support import (
     balanced_splits,
     dot,
     exact_dot,

@@ -4,10 +4,10 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from kernels.backends import run
-from kernels.layout import autocast_inputs
-from kernels.ripple.stages import level_shapes
-from kernels.validation import check_axis, check_same, check_size, check_tensor
+from linear_vit.kernels.backends import run
+from linear_vit.kernels.layout import autocast_inputs
+from linear_vit.kernels.ripple.stages import level_shapes
+from linear_vit.kernels.validation import check_axis, check_same, check_size, check_tensor
 
 _GRID = "(B, rows, cols, C)"
 

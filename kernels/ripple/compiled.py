@@ -3,9 +3,9 @@
 import torch
 from torch import Tensor
 
-from kernels.compilation import compiled
-from kernels.ripple import torch as composition
-from kernels.ripple.stages import compose
+from linear_vit.kernels.compilation import compiled
+from linear_vit.kernels.ripple import torch as composition
+from linear_vit.kernels.ripple.stages import compose
 
 GRID = (0, 1, 2)  # batch, rows, columns
 # Inductor of PyTorch 2.11 stops at a channels-last convolution of symbolic size ("cannot determine

@@ -8,11 +8,11 @@ from typing import Any
 
 import torch
 
-from kernels import extension
-from kernels.ripple.operators import attach
-from kernels.ripple.stages import compose
+from linear_vit.kernels import build
+from linear_vit.kernels.ripple.operators import attach
+from linear_vit.kernels.ripple.stages import compose
 
-extension.load("cpu", "ripple")
+build.load("cpu", "ripple")
 
 ripple_pool, ripple_expand = attach("cpu")
 ripple_pool_stages, ripple_expand_stages = compose(ripple_pool, ripple_expand)

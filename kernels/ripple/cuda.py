@@ -7,11 +7,11 @@ import functools
 
 import torch
 
-from kernels import extension
-from kernels.ripple.operators import attach, attach_stages
-from kernels.ripple.stages import compose, fused_where_it_fits
+from linear_vit.kernels import build
+from linear_vit.kernels.ripple.operators import attach, attach_stages
+from linear_vit.kernels.ripple.stages import compose, fused_where_it_fits
 
-extension.load("cuda", "ripple")
+build.load("cuda", "ripple")
 
 
 @functools.cache

@@ -32,9 +32,9 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from kernels.operators import empty_like, register
-from kernels.ripple import stages
-from kernels.ripple.stages import level_shapes, pooled_shape
+from linear_vit.kernels.operators import empty_like, register
+from linear_vit.kernels.ripple import stages
+from linear_vit.kernels.ripple.stages import level_shapes, pooled_shape
 
 
 class Functions(NamedTuple):

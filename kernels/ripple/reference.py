@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.layout import empty_like, gradients_in_order
-from kernels.ripple.stages import compose
+from linear_vit.kernels.layout import empty_like, gradients_in_order
+from linear_vit.kernels.ripple.stages import compose
 
 
 def ripple_pool(x: Tensor, weight: Tensor, axis: int) -> Tensor:

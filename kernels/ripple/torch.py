@@ -7,8 +7,8 @@ nothing is copied.
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.layout import gradients_in_order, in_order_of
-from kernels.ripple.stages import compose
+from linear_vit.kernels.layout import gradients_in_order, in_order_of
+from linear_vit.kernels.ripple.stages import compose
 
 
 def ripple_pool(x: Tensor, weight: Tensor, axis: int) -> Tensor:

@@ -34,11 +34,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels import tuning
-from kernels.operators import empty_like, readable
-from kernels.ripple.operators import attach, attach_stages
-from kernels.ripple.stages import compose, fused_where_it_fits, level_shapes
-from kernels.triton_support import launch_options, multiprocessors, narrow, operator
+from linear_vit.kernels.operators import empty_like, readable
+from linear_vit.kernels.ripple.operators import attach, attach_stages
+from linear_vit.kernels.ripple.stages import compose, fused_where_it_fits, level_shapes
+from linear_vit.kernels.triton import tuning
+from linear_vit.kernels.triton.support import launch_options, multiprocessors, narrow, operator
 
 # Tiles that one float32 sum takes at most: of more, it would lose too much.
 _MOST_TILES = 512

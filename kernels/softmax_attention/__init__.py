@@ -2,9 +2,9 @@
 
 from torch import Tensor
 
-from kernels.backends import run
-from kernels.layout import autocast_inputs
-from kernels.validation import check_attention, check_packed, check_real, check_same
+from linear_vit.kernels.backends import run
+from linear_vit.kernels.layout import autocast_inputs
+from linear_vit.kernels.validation import check_attention, check_packed, check_real, check_same
 
 
 def softmax_attention(

@@ -2,8 +2,8 @@
 
 from torch import Tensor
 
-from kernels.compilation import compiled
-from kernels.softmax_attention import torch as composition
+from linear_vit.kernels.compilation import compiled
+from linear_vit.kernels.softmax_attention import torch as composition
 
 BATCH_AND_TOKENS, BATCH_AND_PACKED_TOKENS = (0, 2), (0, 1)
 

@@ -6,10 +6,10 @@ Importing this loads the extension, and builds it the first time.
 import torch
 from torch import Tensor
 
-from kernels import extension
-from kernels.softmax_attention.operators import attach
+from linear_vit.kernels import build
+from linear_vit.kernels.softmax_attention.operators import attach
 
-extension.load("cuda", "softmax_attention")
+build.load("cuda", "softmax_attention")
 
 softmax_attention, softmax_attention_packed = attach("cuda")
 

@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from kernels.operators import empty_like, register
+from linear_vit.kernels.operators import empty_like, register
 
 
 class Functions(NamedTuple):

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from kernels.layout import gradients_in_order, in_order_of, unpack_qkv
+from linear_vit.kernels.layout import gradients_in_order, in_order_of, unpack_qkv
 
 
 def softmax_attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.layout import gradients_in_order, in_order_of, unpack_qkv
+from linear_vit.kernels.layout import gradients_in_order, in_order_of, unpack_qkv
 
 
 def softmax_attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:

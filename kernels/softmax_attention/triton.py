@@ -37,11 +37,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels import tuning
-from kernels.layout import unpack_qkv
-from kernels.operators import empty_like, readable
-from kernels.softmax_attention.operators import attach
-from kernels.triton_support import dot, launch_options, narrow, operator
+from linear_vit.kernels.layout import unpack_qkv
+from linear_vit.kernels.operators import empty_like, readable
+from linear_vit.kernels.softmax_attention.operators import attach
+from linear_vit.kernels.triton import tuning
+from linear_vit.kernels.triton.support import dot, launch_options, narrow, operator
 
 _LOG2_E = tl.constexpr(1.4426950408889634)
 

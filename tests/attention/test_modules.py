@@ -7,15 +7,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from attention import (
+from linear_vit.attention import (
     ATTENTION_TYPES,
     BaselineAttention,
     HydraAttention,
     RippleAttention,
     VisionTransformer,
 )
-from attention.ripple import halving_axes
-from attention.vit import DropPath
+from linear_vit.attention.ripple import halving_axes
+from linear_vit.attention.vit import DropPath
 
 MODULES = {
     "baseline": lambda dim, **options: BaselineAttention(dim, heads=2, **options),

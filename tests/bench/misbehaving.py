@@ -5,7 +5,7 @@ import signal
 import time
 from pathlib import Path
 
-from bench.gpu_runner import Case, NotHere, Result
+from linear_vit.bench.gpu_runner import Case, NotHere, Result
 
 
 def misbehave(case: Case) -> Result:

@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 import torch
 
-from bench.plugin import sweep_from
-from bench.sweep import SweepError
+from linear_vit.bench.plugin import sweep_from
+from linear_vit.bench.sweep import SweepError
 
 ROOT = Path(__file__).resolve().parents[2]
 

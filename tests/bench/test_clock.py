@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from bench import clock
-from bench.memory import is_out_of_memory, peak_beyond_outputs
+from linear_vit.bench.instruments import clock
+from linear_vit.bench.instruments.memory import is_out_of_memory, peak_beyond_outputs
 
 CPU = torch.device("cpu")
 

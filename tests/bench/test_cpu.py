@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from bench import cpu
+from linear_vit.bench import cpu
 
 MACHINE = {"cpu": "a", "threads": 2, "torch": "2", "kernels": "AVX-512"}
 

@@ -13,9 +13,17 @@ from typing import Any
 import pytest
 import torch
 
-from bench import gpu, gpu_plan, gpu_runner
-from bench.gpu_runner import FAILED, LEFT_OUT, MEASURED, OUT_OF_MEMORY, Case, Result, Store
-from bench.gpu_verdicts import Verdict, verdicts
+from linear_vit.bench import gpu, gpu_plan, gpu_runner
+from linear_vit.bench.gpu_runner import (
+    FAILED,
+    LEFT_OUT,
+    MEASURED,
+    OUT_OF_MEMORY,
+    Case,
+    Result,
+    Store,
+)
+from linear_vit.bench.gpu_verdicts import Verdict, verdicts
 from tests.bench.misbehaving import misbehave
 
 ROOT = Path(__file__).resolve().parents[2]

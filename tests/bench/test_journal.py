@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from bench.journal import Journal, JournalError
+from linear_vit.bench.journal import Journal, JournalError
 
 HEAD = {"machine": {"cpu": "A"}, "sweep": "quick"}
 

@@ -8,9 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench import kept_limits, limits, machine
-from bench.kept_limits import KEPT_FOR, limits_of
-from bench.limits import Limits
+from linear_vit.bench import kept_limits
+from linear_vit.bench.instruments import limits, machine
+from linear_vit.bench.instruments.limits import Limits
+from linear_vit.bench.kept_limits import KEPT_FOR, limits_of
 
 CPU = torch.device("cpu")
 

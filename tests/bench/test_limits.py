@@ -5,9 +5,9 @@ import time
 import pytest
 import torch
 
-from bench import limits
-from bench.limits import Limits
-from bench.problems import Work
+from linear_vit.bench.instruments import limits
+from linear_vit.bench.instruments.limits import Limits
+from linear_vit.bench.problems import Work
 
 KNOWN = Limits(
     copy_bytes_per_s=1e10, matmul_flop_per_s={"float32": 1e11, "bfloat16": 1e12}, launch_s=1e-6

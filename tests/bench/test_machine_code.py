@@ -7,9 +7,17 @@ from pathlib import Path
 
 import pytest
 
-from bench import machine_code
-from bench.machine_code import KIB, LIMITS, count, occupancy, read_ptxas, read_sass, resident_blocks
-from kernels import extension
+from linear_vit.bench.static import machine_code
+from linear_vit.bench.static.machine_code import (
+    KIB,
+    LIMITS,
+    count,
+    occupancy,
+    read_ptxas,
+    read_sass,
+    resident_blocks,
+)
+from linear_vit.kernels import build
 
 LOG = """\
 ptxas info    : 0 bytes gmem
@@ -142,7 +150,7 @@ int main() {
 
 
 def test_agrees_with_the_toolkits_calculator(tmp_path: Path) -> None:
-    root, compiler = extension.cuda_root(), shutil.which("c++")
+    root, compiler = build.cuda_root(), shutil.which("c++")
     if root is None or compiler is None or not (root / "include" / "cuda_occupancy.h").exists():
         pytest.skip("no cuda_occupancy.h, or no C++ compiler")
     (tmp_path / "calculator.cpp").write_text(CALCULATOR)

@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from bench import noise
+from linear_vit.bench import noise
 from tests.reports import saved, synthetic
 
 BACKENDS = ("torch", "compiled")

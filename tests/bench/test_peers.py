@@ -7,9 +7,9 @@ from types import ModuleType
 import pytest
 import torch
 
-from bench import peers
-from bench.peers.features import phi
-from bench.problems import (
+from linear_vit.bench import peers
+from linear_vit.bench.peers.features import phi
+from linear_vit.bench.problems import (
     FORWARD_BACKWARD,
     AttentionShape,
     check,
@@ -17,8 +17,8 @@ from bench.problems import (
     expected_results,
     make_problem,
 )
-from bench.sweep import make_sweep
-from kernels.accuracy import compare
+from linear_vit.bench.sweep import make_sweep
+from linear_vit.kernels.accuracy import compare
 
 CPU = torch.device("cpu")
 SHAPE = AttentionShape(B=2, H=3, Hk=3, N=37, M=37, D=16)
@@ -72,7 +72,7 @@ def test_adapters_make_our_function_of_theirs(
 
 
 def test_litemla_is_checked_against_its_own_function_and_marked(monkeypatch) -> None:
-    from bench.peers import litemla
+    from linear_vit.bench.peers import litemla
 
     class StandIn:
         """timm's LiteMLA._attn by its definition: the last column of v is ones."""

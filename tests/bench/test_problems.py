@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-import kernels
-from bench import problems
-from bench.problems import (
+from linear_vit import kernels
+from linear_vit.bench import problems
+from linear_vit.bench.problems import (
     FORWARD,
     FORWARD_BACKWARD,
     AttentionShape,

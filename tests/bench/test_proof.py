@@ -3,11 +3,11 @@
 import pytest
 import torch
 
-import kernels
-from bench import peers
-from bench.problems import FORWARD, FORWARD_BACKWARD, make_problem
-from bench.proof import fallback, names_of, shown
-from bench.sweep import shape_of
+from linear_vit import kernels
+from linear_vit.bench import peers
+from linear_vit.bench.instruments.proof import fallback, names_of, shown
+from linear_vit.bench.problems import FORWARD, FORWARD_BACKWARD, make_problem
+from linear_vit.bench.sweep import shape_of
 
 CPU = torch.device("cpu")
 PLAIN = ("aten::matmul", "aten::relu")

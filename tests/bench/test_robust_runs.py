@@ -210,7 +210,7 @@ def test_resume_needs_a_file() -> None:
 
 
 def test_ncu_output_is_read() -> None:
-    from bench.profiles import read_ncu
+    from linear_vit.bench.instruments.profiles import read_ncu
 
     text = (
         "==PROF== Connected to process 1\n"

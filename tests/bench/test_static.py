@@ -11,14 +11,14 @@ from typing import Any
 import pytest
 import torch
 
-from bench import static
-from kernels import extension
+from linear_vit.bench.static import table as static
+from linear_vit.kernels import build
 
 needs_triton = pytest.mark.skipif(
     static.machine._version("triton") is None, reason="Triton is not installed here"
 )
 needs_toolchain = pytest.mark.skipif(
-    extension._no_toolchain() is not None, reason=str(extension._no_toolchain())
+    build._no_toolchain() is not None, reason=str(build._no_toolchain())
 )
 BACKENDS = (
     pytest.param("triton", marks=needs_triton),
@@ -96,7 +96,7 @@ def test_triton_kernels_ship_without_faults(architecture: str) -> None:
         head_dims=None if main else (64, 128),
     )
     healthy(rows)
-    from bench.compiled_triton import shipped_kernels
+    from linear_vit.bench.static.triton import shipped_kernels
 
     for room in ROOMS if main else ():
         assert shipped_kernels(room) - {r["kernel"] for r in rows if r["room"] == room} == set()
@@ -273,7 +273,7 @@ def test_what_is_kept_is_named_by_its_sources(
 
 @needs_toolchain
 def test_objects_are_named_by_all_that_the_build_reads() -> None:
-    from bench.compiled_cuda import _sources
+    from linear_vit.bench.static.cuda import _sources
 
     found = [path.resolve() for path in _sources("linear_attention")]
     names = {str(path.relative_to(static._ROOT / "kernels")) for path in found}
@@ -294,7 +294,7 @@ def test_a_triton_kernel_is_compiled_once_whatever_changes_around_it(
     pytest.importorskip("triton")
     from triton.runtime.jit import JITFunction
 
-    from bench.compiled_triton import compile_room
+    from linear_vit.bench.static.triton import compile_room
 
     asked = ("ripple", "sm_90a", torch.bfloat16, None, tmp_path)
     monkeypatch.setattr(

@@ -5,9 +5,9 @@ from dataclasses import replace
 import pytest
 import torch
 
-import kernels
-from bench.problems import AttentionShape
-from bench.sweep import TRAINING_STEP, SweepError, make_sweep, shape_of
+from linear_vit import kernels
+from linear_vit.bench.problems import AttentionShape
+from linear_vit.bench.sweep import TRAINING_STEP, SweepError, make_sweep, shape_of
 
 CPU_BACKENDS = ("reference", "torch")  # usable wherever PyTorch is
 

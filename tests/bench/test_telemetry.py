@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import torch
 
-from bench import clock
-from bench.telemetry import Linux, Nvml, Reading, Watch, source_for
+from linear_vit.bench.instruments import clock
+from linear_vit.bench.instruments.telemetry import Linux, Nvml, Reading, Watch, source_for
 
 CPU = torch.device("cpu")
 

@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 
-from bench import traffic
-from bench.problems import FORWARD, FORWARD_BACKWARD, AttentionShape, least_work
+from linear_vit.bench import traffic
+from linear_vit.bench.problems import FORWARD, FORWARD_BACKWARD, AttentionShape, least_work
 from tests.kernels.test_triton import ROOT, interpreter_reason, pytestmark
 
 __all__ = ["pytestmark"]

@@ -7,8 +7,9 @@ from typing import Any
 import pytest
 import torch
 
-from bench import machine, tune
-from kernels import tuning
+from linear_vit.bench import tune
+from linear_vit.bench.instruments import machine
+from linear_vit.kernels.triton import tuning
 
 CPU = torch.device("cpu")
 START = {"BLOCK_N": 64, "num_warps": 8, "num_stages": 3}

@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from kernels.accuracy import compare
+from linear_vit.kernels.accuracy import compare
 from tests.cuda_host import emulator
 from tests.cuda_host.emulator import guarded
 

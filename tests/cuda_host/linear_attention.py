@@ -5,7 +5,7 @@ from typing import Any
 
 from torch import Tensor
 
-from kernels.layout import unpack_qkv
+from linear_vit.kernels.layout import unpack_qkv
 from tests.cuda_host.emulator import ELEMENT_TYPES, Emulator, structure, view
 
 _Arguments = structure(

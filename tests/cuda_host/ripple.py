@@ -6,8 +6,8 @@ from typing import Any
 
 from torch import Tensor
 
-from kernels.layout import empty_like
-from kernels.ripple.stages import FUSED_STAGES, level_shapes
+from linear_vit.kernels.layout import empty_like
+from linear_vit.kernels.ripple.stages import FUSED_STAGES, level_shapes
 from tests.cuda_host.emulator import ELEMENT_TYPES, Emulator, structure, view
 
 _Ripple = structure(

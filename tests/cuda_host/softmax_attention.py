@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from kernels.layout import empty_like, unpack_qkv
+from linear_vit.kernels.layout import empty_like, unpack_qkv
 from tests.cuda_host.emulator import ELEMENT_TYPES, Emulator, structure, view
 
 _SoftmaxForward = structure(

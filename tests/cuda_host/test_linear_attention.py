@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from kernels.accuracy import compare
-from kernels.linear_attention import reference
-from kernels.linear_attention import torch as torch_backend
+from linear_vit.kernels.accuracy import compare
+from linear_vit.kernels.linear_attention import reference
+from linear_vit.kernels.linear_attention import torch as torch_backend
 from tests.cuda_host.checks import (
     DTYPES,
     HEAD_DIMS,

@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from kernels.ripple import reference
-from kernels.ripple.stages import level_shapes
+from linear_vit.kernels.ripple import reference
+from linear_vit.kernels.ripple.stages import level_shapes
 from tests.cuda_host.checks import (
     DTYPES,
     ORDERS,

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from kernels.softmax_attention import reference
+from linear_vit.kernels.softmax_attention import reference
 from tests.cuda_host.checks import (
     DTYPES,
     HEAD_DIMS,

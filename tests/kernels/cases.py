@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-import kernels
-from kernels.accuracy import Comparison, compare
+from linear_vit import kernels
+from linear_vit.kernels.accuracy import Comparison, compare
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)

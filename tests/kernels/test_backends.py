@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-import kernels
-from kernels.backends import BACKENDS, HEAD_DIMS, OPERATIONS
+from linear_vit import kernels
+from linear_vit.kernels.backends import BACKENDS, HEAD_DIMS, OPERATIONS
 from tests.kernels.cases import Attention
 
 ROOT = Path(__file__).parents[2]
@@ -72,7 +72,7 @@ def test_import_is_light() -> None:
     done = python(
         "import sys, kernels\n"
         "def loaded(*unwanted): return [m for m in sys.modules if m.startswith(unwanted)]\n"
-        "print(loaded('triton', 'kernels.extension', 'torch.utils.cpp_extension'))\n"
+        "print(loaded('triton', 'linear_vit.kernels.build', 'torch.utils.cpp_extension'))\n"
         "kernels.backends('linear_attention', 'cpu')\n"
         "print(loaded('triton', 'torch.utils.cpp_extension'))"
     )
@@ -134,7 +134,7 @@ def test_compiled_runs_out_of_variants_with_an_error(monkeypatch: pytest.MonkeyP
     """Past the recompile limit there is an error, never a silent fall back to eager."""
     if kernels.backends("linear_attention", "cpu")["compiled"] is not None:
         pytest.skip("torch.compile is not usable here")
-    from kernels import compilation
+    from linear_vit.kernels import compilation
 
     monkeypatch.setattr(compilation, "RECOMPILE_LIMIT", 1)
     compilation._compile.cache_clear()

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-import kernels
+from linear_vit import kernels
 from tests.kernels.cases import (
     DTYPES,
     Attention,

@@ -10,7 +10,7 @@ import pytest
 import torch
 from hypothesis import strategies as st
 
-from kernels.backends import HEAD_DIMS
+from linear_vit.kernels.backends import HEAD_DIMS
 from tests.kernels.cases import (
     ATTENTION,
     DEVICE,
@@ -163,7 +163,7 @@ def test_repeats_bit_for_bit(op: str, backend: str) -> None:
 @pytest.mark.parametrize(("op", "backend"), op_backend_pairs("linear_attention_state"))
 def test_state_and_apply(op: str, backend: str) -> None:
     """Float32 states against float64 ones; their gradients too, through arbitrary weights."""
-    import kernels
+    from linear_vit import kernels
 
     case = Attention(heads=4, kv_heads=2, queries=50, keys=45, head_dim=32)
     q, k, v = case.inputs()
@@ -182,7 +182,7 @@ def test_state_and_apply(op: str, backend: str) -> None:
 
 
 def _compare_all(actual, expected, inputs, exact_inputs, weights) -> None:  # type: ignore[no-untyped-def]
-    from kernels.accuracy import compare
+    from linear_vit.kernels.accuracy import compare
 
     gradients = torch.autograd.grad(actual, inputs, weights)
     exact = torch.autograd.grad(expected, exact_inputs, [w.double() for w in weights])
@@ -208,8 +208,8 @@ def test_reference_is_held_to_itself() -> None:
 )
 def test_float32_sum_over_many_tokens(op: str, backend: str) -> None:
     """The state of many tokens is still float32-accurate: sums over tokens are not plain."""
-    import kernels
-    from kernels.accuracy import compare
+    from linear_vit import kernels
+    from linear_vit.kernels.accuracy import compare
 
     k, v = torch.randn(2, 1, 1, 20_000, 16, generator=torch.Generator().manual_seed(0)).to(DEVICE)
     exact = kernels.linear_attention_state(k.double(), v.double(), backend="reference")

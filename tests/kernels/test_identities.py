@@ -5,7 +5,7 @@ import pytest
 import torch
 from hypothesis import strategies as st
 
-import kernels
+from linear_vit import kernels
 from tests.kernels.cases import ATTENTION, DEVICE, Attention, op_backend_pairs
 
 LINEAR = op_backend_pairs("linear_attention")
@@ -147,7 +147,7 @@ def test_zero_query_row(op: str, backend: str, eps: float, dtype: torch.dtype) -
     exact_gradients = torch.autograd.grad(
         case.run("reference", exact), exact, case.gradient().double()
     )
-    from kernels.accuracy import compare
+    from linear_vit.kernels.accuracy import compare
 
     for a, b in zip(gradients, exact_gradients, strict=True):
         assert compare(a, b, gradient=True).passed

@@ -105,7 +105,7 @@ SLOW = [
     ),
     Mutation(
         "NaN is dropped on the way in",
-        "kernels/triton_support.py",
+        "kernels/triton/support.py",
         "    return tl.load(pointer + offsets, mask=mask, other=0.0)\n\n\n@",
         "    x = tl.load(pointer + offsets, mask=mask, other=0.0)\n"
         "    return tl.where(x == x, x, 0.0)\n\n\n@",
@@ -168,6 +168,7 @@ def test_broken_kernel_is_noticed(mutation: Mutation, tmp_path: Path) -> None:
     if reason:
         pytest.skip(reason)
     shutil.copytree(ROOT / "kernels", tmp_path / "kernels")
+    shutil.copytree(ROOT / "linear_vit", tmp_path / "linear_vit", symlinks=True)
     shutil.copytree(ROOT / "tests" / "kernels", tmp_path / "tests" / "kernels")
     shutil.copy(ROOT / "pyproject.toml", tmp_path)
     source = (tmp_path / mutation.file).read_text()

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 from torch._subclasses import FakeTensorMode
 
-import kernels
-from kernels.backends import _ROOMS
+from linear_vit import kernels
+from linear_vit.kernels.backends import _ROOMS
 from tests.kernels.cases import ATTENTION, DEVICE, Attention, Case, Ripple, op_backend_pairs
 
 CASES: dict[str, Case] = {
@@ -27,7 +27,7 @@ KERNEL_BACKENDS = ("triton", "cuda", "cpu")
 
 def _operators(op: str, backend: str) -> list[tuple[Any, tuple[Any, ...]]]:
     """The backend's operators behind an operation, with arguments to call them with."""
-    importlib.import_module(f"kernels.{_ROOMS[op]}.{backend}")
+    importlib.import_module(f"linear_vit.kernels.{_ROOMS[op]}.{backend}")
     case = CASES[op]
     inputs, gradient = case.inputs(), case.gradient()
     plain = [x.detach() for x in inputs]

@@ -9,11 +9,11 @@ import pytest
 import torch
 from torch import Tensor
 
-import kernels
-from attention import RippleAttention
-from kernels.accuracy import compare
-from kernels.ripple import ripple_expand_stages, ripple_pool_stages, stages
-from kernels.ripple.reference import ripple_pool as exact_pool
+from linear_vit import kernels
+from linear_vit.attention import RippleAttention
+from linear_vit.kernels.accuracy import compare
+from linear_vit.kernels.ripple import ripple_expand_stages, ripple_pool_stages, stages
+from linear_vit.kernels.ripple.reference import ripple_pool as exact_pool
 from tests.kernels.cases import DEVICE, usable_backends
 
 FUSED = ("triton", "cuda")  # backends with kernels of their own for a pyramid
@@ -169,7 +169,7 @@ def test_fused_equals_single_stages(case: Pyramid, backend: str) -> None:
 
 
 def _single_stages(backend: str):  # type: ignore[no-untyped-def]
-    room = importlib.import_module(f"kernels.ripple.{backend}")
+    room = importlib.import_module(f"linear_vit.kernels.ripple.{backend}")
     return room.ripple_pool, room.ripple_expand
 
 
@@ -222,7 +222,7 @@ def test_repeats_bit_for_bit(backend: str) -> None:
 
 @pytest.mark.parametrize("backend", backends(fused=True))
 def test_opcheck(backend: str) -> None:
-    importlib.import_module(f"kernels.ripple.{backend}")
+    importlib.import_module(f"linear_vit.kernels.ripple.{backend}")
     case = Pyramid((2, 5, 6, 8), (0, 1))
     axes = list(case.axes)
     op = lambda name: getattr(torch.ops.linear_vit, f"{backend}_ripple_{name}").default  # noqa: E731

@@ -4,9 +4,9 @@ import pytest
 import torch
 from torch import Tensor
 
-import kernels
-from kernels.accuracy import compare
-from kernels.softmax_attention.torch import _grouped_as_rows
+from linear_vit import kernels
+from linear_vit.kernels.accuracy import compare
+from linear_vit.kernels.softmax_attention.torch import _grouped_as_rows
 from tests.kernels.cases import DEVICE, DTYPES, Attention, assert_accurate, op_backend_pairs
 
 BACKENDS = op_backend_pairs("softmax_attention", compiled=False)

@@ -128,6 +128,7 @@ SLOW = [
 )
 def test_broken_kernel_is_noticed(mutation: Mutation, tmp_path: Path) -> None:
     shutil.copytree(ROOT / "kernels", tmp_path / "kernels")
+    shutil.copytree(ROOT / "linear_vit", tmp_path / "linear_vit", symlinks=True)
     shutil.copytree(ROOT / "tests" / "kernels", tmp_path / "tests" / "kernels")
     shutil.copy(ROOT / "pyproject.toml", tmp_path)
     source = (tmp_path / FILE).read_text()

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from kernels import tuning
+from linear_vit.kernels.triton import tuning
 from tests.kernels.cases import DTYPES, Attention, assert_accurate, results, usable_backends
 
 pytestmark = pytest.mark.skipif(
@@ -87,7 +87,7 @@ def test_triton_streamed(dtype: torch.dtype, streamed: None) -> None:
 
 
 def test_the_choice_depends_on_shape_and_device() -> None:
-    from kernels.linear_attention.triton import implementation
+    from linear_vit.kernels.linear_attention.triton import implementation
 
     short, long = Attention(queries=64, keys=64), Attention(queries=900, keys=900)
     with tuning.assume("sm_90a", 132):
@@ -100,7 +100,7 @@ def test_the_choice_depends_on_shape_and_device() -> None:
 
 @pytest.mark.parametrize("heads", [1, 2, 16, 64, 100, 132, 200, 263, 264, 300, 768, 3000])
 def test_splits_cover_the_tokens_and_fill_the_gpu(heads: int) -> None:
-    from kernels.triton_support import balanced_splits
+    from linear_vit.kernels.triton.support import balanced_splits
 
     for tokens in (1, 64, 1000, 8192, 65536, 1 << 20):
         with tuning.assume("sm_90", 132):
@@ -115,7 +115,7 @@ def test_splits_cover_the_tokens_and_fill_the_gpu(heads: int) -> None:
 @pytest.mark.parametrize("heads", [1, 4, 16, 64, 256])
 def test_workspace_is_small_beside_the_least_traffic(heads: int) -> None:
     """From 512k tokens of D = 64, half precision, on: at most 8 % of either pass."""
-    from kernels.triton_support import balanced_splits
+    from linear_vit.kernels.triton.support import balanced_splits
 
     D, state = 64, 4 * (2 * 64 * 64 + 2 * 64)
     for total in (1 << 19, 1 << 20, 1 << 23):

@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch import Tensor
 
-import kernels
-from kernels.backends import BACKENDS
+from linear_vit import kernels
+from linear_vit.kernels.backends import BACKENDS
 
 
 def qkv(**changes: Tensor) -> dict[str, Tensor]:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from reports.__main__ import main
+from linear_vit.reports.__main__ import main
 from tests.reports import saved
 from tests.reports.browser import WHY_NONE, Browser, executable
 

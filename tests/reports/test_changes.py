@@ -6,9 +6,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from reports.__main__ import main
-from reports.changes import FASTER, SAME, SLOWER, UNDECIDED, changes, render
-from reports.runs import MEASUREMENTS, NoRuns, load
+from linear_vit.reports.__main__ import main
+from linear_vit.reports.changes import FASTER, SAME, SLOWER, UNDECIDED, changes, render
+from linear_vit.reports.saved.runs import MEASUREMENTS, NoRuns, load
 from tests.reports import saved, synthetic
 
 HIT = "linear_attention-forward-float32-N512-compiled"

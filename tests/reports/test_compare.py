@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from reports.__main__ import main
-from reports.compare import speedups, summarise
-from reports.runs import NoRuns, load
+from linear_vit.reports.__main__ import main
+from linear_vit.reports.compare import speedups, summarise
+from linear_vit.reports.saved.runs import NoRuns, load
 from tests.reports import saved
 
 

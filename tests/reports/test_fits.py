@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from scipy.optimize import brentq
 
-from reports.fits import crossover, fit_scaling
+from linear_vit.reports.statistics.fits import crossover, fit_scaling
 
 LENGTHS = 2.0 ** np.arange(6, 17)
 DRAWS = 300

@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from reports.__main__ import main
-from reports.changes import FASTER, SAME, SLOWER, changes
-from reports.pools import mean_change
-from reports.runs import load
+from linear_vit.reports.__main__ import main
+from linear_vit.reports.changes import FASTER, SAME, SLOWER, changes
+from linear_vit.reports.saved.runs import load
+from linear_vit.reports.statistics.pools import mean_change
 from tests.reports import saved, synthetic
 
 DRAWS = 40

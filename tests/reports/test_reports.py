@@ -10,9 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from reports import documents, training_sections
-from reports.__main__ import main
-from reports.runs import NoRuns, load
+from linear_vit.reports.__main__ import main
+from linear_vit.reports.page import training_sections
+from linear_vit.reports.saved import documents
+from linear_vit.reports.saved.runs import NoRuns, load
 from tests.reports import saved
 
 
@@ -128,7 +129,7 @@ def test_without_runs_it_says_what_makes_one(tmp_path: Path, capsys) -> None:
 
 
 def test_default_input_is_the_newest_run_of_the_folder(tmp_path: Path, monkeypatch) -> None:
-    from reports.runs import DEFAULT_OUT, MEASUREMENTS, default_paths
+    from linear_vit.reports.saved.runs import DEFAULT_OUT, MEASUREMENTS, default_paths
 
     monkeypatch.chdir(tmp_path)
     assert default_paths() == [MEASUREMENTS]
@@ -260,7 +261,7 @@ def test_equal_files_make_an_equal_page(tmp_path: Path) -> None:
 
 
 def test_a_page_too_large_leaves_out_details_of_cases(tmp_path: Path, monkeypatch) -> None:
-    from reports import page
+    from linear_vit.reports.page import page
 
     saved.save(tmp_path / "run.json", saved.run())
     monkeypatch.setattr(page, "_MOST_BYTES", 600_000)
@@ -347,7 +348,7 @@ def test_strings_from_files_stay_text(tmp_path: Path) -> None:
 
 
 def test_page_without_data_says_which_commands_make_it(tmp_path: Path, monkeypatch) -> None:
-    from reports import runs
+    from linear_vit.reports.saved import runs
 
     monkeypatch.setattr(runs, "MEASUREMENTS", tmp_path)
     (tmp_path / "check.json").write_text("{damaged")
@@ -367,7 +368,7 @@ def test_page_without_data_says_which_commands_make_it(tmp_path: Path, monkeypat
 
 
 def test_library_files_are_those_that_are_named() -> None:
-    folder = Path(documents.__file__).parent / "vendor"
+    folder = Path(documents.__file__).parents[1] / "page" / "vendor"
     text = (folder / "README.md").read_text(encoding="utf-8")
     for path in folder.glob("*.js"):
         assert f"`{path.name}`" in text
@@ -375,7 +376,7 @@ def test_library_files_are_those_that_are_named() -> None:
 
 
 def test_backends_keep_their_colour_and_markers() -> None:
-    from reports.plots import style
+    from linear_vit.reports.plots import style
 
     names = ("reference", "torch", "compiled", "triton", "cuda", "cpu")
     assert len({style(name)[0] for name in names}) == len(names)
@@ -384,7 +385,7 @@ def test_backends_keep_their_colour_and_markers() -> None:
 
 
 def test_page_draws_a_backend_as_the_papers_plots_do() -> None:
-    from reports.plots import page_style, style
+    from linear_vit.reports.plots import page_style, style
 
     names = ("reference", "torch", "compiled", "triton", "cuda", "cpu")
     assert {page_style(name)["colour"] for name in names} == {style(name)[0] for name in names}

@@ -7,9 +7,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from reports import turns
-from reports.compare import speedups
-from reports.runs import load
+from linear_vit.reports.compare import speedups
+from linear_vit.reports.saved.runs import load
+from linear_vit.reports.statistics import turns
 from tests.reports import saved, synthetic
 
 DRAWS = 400

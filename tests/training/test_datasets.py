@@ -16,9 +16,9 @@ import numpy as np
 import pytest
 import torch
 
-from training import datasets
-from training.archives import Archive, unpack
-from training.errors import UserError
+from linear_vit.training.data import datasets
+from linear_vit.training.data.archives import Archive, unpack
+from linear_vit.training.errors import UserError
 
 
 @pytest.fixture(autouse=True)

@@ -7,13 +7,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from training import distributed
-from training.augmentation import LightDraws, Mixer, crop_flip, image_transform
-from training.config import DATASETS, RECIPES, Config, DatasetInfo, resolve
-from training.datasets import Split
-from training.errors import UserError
-from training.loader import Loader, sample_order, share
-from training.streams import drawing_from, generator, stream
+from linear_vit.training import distributed
+from linear_vit.training.config import DATASETS, RECIPES, Config, DatasetInfo, resolve
+from linear_vit.training.data.augmentation import LightDraws, Mixer, crop_flip, image_transform
+from linear_vit.training.data.datasets import Split
+from linear_vit.training.data.loader import Loader, sample_order, share
+from linear_vit.training.errors import UserError
+from linear_vit.training.streams import drawing_from, generator, stream
 
 CPU = torch.device("cpu")
 GREY = DatasetInfo("grey", 16, 1, 10, (0.3,), (0.4,), crop_padding=2, flip=True)

@@ -11,11 +11,11 @@ from typing import Any
 import pytest
 import torch
 
-from bench.clock import Timing
-from training import ablation, results, speed
-from training.config import MODELS, Config, model_settings, resolve
-from training.errors import UserError
-from training.record import SCHEMA, read_runs, write_json
+from linear_vit.bench.instruments.clock import Timing
+from linear_vit.training import ablation, results, speed
+from linear_vit.training.config import MODELS, Config, model_settings, resolve
+from linear_vit.training.errors import UserError
+from linear_vit.training.record import SCHEMA, read_runs, write_json
 
 MACHINE = {
     "device": "cpu",

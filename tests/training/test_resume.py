@@ -16,11 +16,12 @@ from typing import Any
 import pytest
 import torch
 
-import train_minimal
-from training import board, checkpoints, datasets
-from training.checkpoints import load_checkpoint
-from training.datasets import Dataset, Split
-from training.errors import UserError
+from linear_vit import train_minimal
+from linear_vit.training import board, checkpoints
+from linear_vit.training.checkpoints import load_checkpoint
+from linear_vit.training.data import datasets
+from linear_vit.training.data.datasets import Dataset, Split
+from linear_vit.training.errors import UserError
 
 ROOT = Path(train_minimal.__file__).parent
 # Dropout, drop path and mixing draw random numbers; 5 steps an epoch, checkpoints between them.

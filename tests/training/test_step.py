@@ -7,13 +7,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from train_minimal import check_finite, learning_rate, out_of_memory
-from training.augmentation import normalise
-from training.clock import median_images_per_second
-from training.config import DATASETS, MODELS, build_model, resolve
-from training.errors import UserError
-from training.metrics import accuracy, predict, t_interval
-from training.step import make_optimizer, make_scaler, make_step, training_step
+from linear_vit.train_minimal import check_finite, learning_rate, out_of_memory
+from linear_vit.training.clock import median_images_per_second
+from linear_vit.training.config import DATASETS, MODELS, build_model, resolve
+from linear_vit.training.data.augmentation import normalise
+from linear_vit.training.errors import UserError
+from linear_vit.training.metrics import accuracy, predict, t_interval
+from linear_vit.training.step import make_optimizer, make_scaler, make_step, training_step
 
 
 def draws(seed: int = 0) -> torch.Generator:
@@ -91,7 +91,7 @@ def test_make_step_trains(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
         seen.append(loss)
         return loss, hits
 
-    monkeypatch.setattr("training.step.training_step", recording)
+    monkeypatch.setattr("linear_vit.training.step.training_step", recording)
     step = make_step(name, batch_size=8)
     for _ in range(6):
         step()

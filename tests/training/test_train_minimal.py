@@ -11,12 +11,13 @@ from typing import Any
 import pytest
 import torch
 
-import train_minimal
-from training import board, datasets, record
-from training.checkpoints import load_checkpoint
-from training.config import build_model
-from training.datasets import Dataset, Split
-from training.errors import UserError
+from linear_vit import train_minimal
+from linear_vit.training import board, record
+from linear_vit.training.checkpoints import load_checkpoint
+from linear_vit.training.config import build_model
+from linear_vit.training.data import datasets
+from linear_vit.training.data.datasets import Dataset, Split
+from linear_vit.training.errors import UserError
 
 open_board = board.open_board
 ROOT = Path(train_minimal.__file__).parent

@@ -1,0 +1,347 @@
+"""How long a call takes: on a CPU by its clock, on CUDA by the device's own.
+
+Both return one duration per round and know nothing of what they time. Whatever has to happen once
+(compilation, allocation of workspaces) happens in :func:`warm_up`, before the first round.
+"""
+
+import functools
+import gc
+import random
+import statistics
+import time
+import uuid
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from linear_vit.bench.instruments.telemetry import Watch
+
+# A CPU round lasts at least this, so that the clock's own cost (some 50 ns) stays under 0.1 %.
+_SHORTEST_ROUND_S = 1e-3
+# A call this long is its own warm-up, and is timed three times rather than five.
+_LONG_CALL_S = 0.2
+# Rounds of one call enqueued on CUDA in a turn, at most: a few calls of these stay below the
+# driver's queue of about 1,000 launches. Calls as long as a turn take one round.
+_ENQUEUED_ROUNDS = 16
+_TURN_S = 0.01
+# Turns of a throttled machine that are thrown away and taken again, at most.
+_MOST_RETRIES = 20
+# A median known to this, from end to end of its interval, is known well enough.
+TARGET = 0.02
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Seconds per call, one per round; a CPU round is the mean of ``calls_per_round`` calls."""
+
+    seconds: tuple[float, ...]
+    calls_per_round: int
+    clock: str
+    stop: str = "asked for"  # why there are no more rounds: see measure_interleaved
+    cache: str = "hot"  # or "cold": overwritten before every round
+    dropped: int = 0  # rounds that a throttled machine spoilt, thrown away
+    turns: str | None = None  # alike for timings whose i-th rounds were of one turn
+
+    @functools.cached_property
+    def interval(self) -> tuple[float, float]:
+        """95 % bootstrap interval of the median, in seconds."""
+        return median_interval(self.seconds)
+
+    @property
+    def median(self) -> float:
+        return statistics.median(self.seconds)
+
+    @property
+    def relative_iqr(self) -> float:
+        """Interquartile range over the median: how noisy the rounds were."""
+        if len(self.seconds) < 2:
+            return float("nan")
+        low, _, high = statistics.quantiles(self.seconds, n=4, method="inclusive")
+        return (high - low) / self.median
+
+    def over(self, other: "Timing") -> float:
+        """How many times as long as the other: the median over the turns that both had.
+
+        Where they took none together, the ratio of their medians. A machine of two speeds has two
+        medians, but within a turn one speed (see :mod:`reports.turns`).
+        """
+        if self.turns is None or self.turns != other.turns:
+            return self.median / other.median
+        return statistics.median(a / b for a, b in zip(self.seconds, other.seconds, strict=False))
+
+
+def median_interval(seconds: Sequence[float], draws: int = 1000) -> tuple[float, float]:
+    """95 % percentile-bootstrap interval of the median: (low, high), in the unit of ``seconds``.
+
+    The draws are the same at every call, so the same rounds give the same interval.
+    """
+    rounds = np.asarray(seconds)
+    drawn = np.random.default_rng(0).integers(len(rounds), size=(draws, len(rounds)))
+    low, high = np.quantile(np.median(rounds[drawn], axis=1), (0.025, 0.975))
+    return float(low), float(high)
+
+
+def measure(
+    call: Callable[[], object],
+    device: torch.device,
+    *,
+    budget_s: float,
+    target: float = TARGET,
+    min_rounds: int = 5,
+    max_rounds: int = 200,
+) -> Timing:
+    """Time one call by itself: :func:`measure_interleaved` of one."""
+    timings = measure_interleaved(
+        {"": call},
+        device,
+        budget_s=budget_s,
+        target=target,
+        min_rounds=min_rounds,
+        max_rounds=max_rounds,
+    )
+    return timings[""]
+
+
+def measure_interleaved(
+    calls: Mapping[str, Callable[[], object]],
+    device: torch.device,
+    *,
+    budget_s: float,
+    target: float = TARGET,
+    min_rounds: int = 5,
+    max_rounds: int = 200,
+    watch: Watch | None = None,
+) -> dict[str, Timing]:
+    """Time calls that are to be compared: they take turns, so that drift hits all of them alike.
+
+    A turn is one round of every call, in an order drawn anew. A call drops out with the reason
+    "interval" (that of its median is narrow enough), "budget" or "rounds" (the most there may be).
+
+    Args:
+        calls: by name; each does one pass and is free of set-up. Its results are dropped.
+        device: where they run. CUDA takes device time, everything else host time.
+        budget_s: seconds to spend on the rounds of each call, at most.
+        target: width of the median's 95 % interval, over the median, that is narrow enough.
+        min_rounds: however long a call is (three for one of more than 0.2 s).
+        max_rounds: however short it is.
+        watch: looks at the machine once a turn. A turn in which it throttled is thrown away and
+            counted; after 20 of them, what comes counts, and ``watch.gave_up`` says so.
+
+    Returns:
+        A :class:`Timing` for each name.
+    """
+    rounds = {name: _rounds_of(call, device, min_rounds) for name, call in calls.items()}
+    order = random.Random(0)
+    watch, retries = watch or Watch(None), 0
+    with _no_garbage_collection():
+        while True:
+            turn = [r for r in rounds.values() if r.wants_more(budget_s, target, max_rounds)]
+            if not turn:
+                break
+            order.shuffle(turn)
+            for one in turn:
+                one.start()
+            throttled = watch.look()
+            _wait_for(device)
+            for one in turn:
+                one.finish()
+            if throttled and retries < _MOST_RETRIES:
+                retries += 1
+                for one in turn:
+                    one.drop_turn()
+            watch.gave_up |= throttled and retries == _MOST_RETRIES
+    # On CUDA a turn is a batch of rounds, of another size for each call.
+    turns = None if device.type == "cuda" else uuid.uuid4().hex
+    return {name: one.timing(turns) for name, one in rounds.items()}
+
+
+def warm_up(call: Callable[[], object], device: torch.device, *, least_s: float = 0.02) -> float:
+    """Run ``call`` for ``least_s`` seconds, twice unless it is long; the fastest call's time."""
+    started, times = time.perf_counter(), []
+    while True:
+        before = time.perf_counter()
+        call()
+        _wait_for(device)
+        now = time.perf_counter()
+        times.append(now - before)
+        if times[-1] > _LONG_CALL_S or (len(times) >= 2 and now - started >= least_s):
+            return min(times)
+
+
+def _rounds_of(call: Callable[[], object], device: torch.device, min_rounds: int) -> "_Rounds":
+    estimate = warm_up(call, device)
+    if estimate > _LONG_CALL_S:
+        min_rounds = min(min_rounds, 3)
+    kind = _CudaRounds if device.type == "cuda" else _CpuRounds
+    return kind(call, device, estimate, min_rounds)
+
+
+class _Rounds(ABC):
+    """The rounds of one call so far, and what they cost."""
+
+    clock: str
+    cache = "hot"
+    calls_per_round = 1
+
+    def __init__(
+        self, call: Callable[[], object], device: torch.device, estimate: float, min_rounds: int
+    ) -> None:
+        self.call, self.device, self.estimate = call, device, estimate
+        self.min_rounds = min_rounds
+        self.seconds: list[float] = []
+        self.dropped = 0
+        self._before_turn = 0
+        self.spent = 0.0
+        self.stop = ""
+        self._judge_at = 2 * min_rounds  # of fewer rounds the interval is luck
+
+    def wants_more(self, budget_s: float, target: float, max_rounds: int) -> bool:
+        """Whether another round is needed; if not, ``stop`` says why."""
+        done = len(self.seconds)
+        if self.stop or done < self.min_rounds:
+            return not self.stop
+        if self.spent >= budget_s:
+            self.stop = "budget"
+        elif done >= max_rounds:
+            self.stop = "rounds"
+        elif done >= self._judge_at:
+            low, high = median_interval(self.seconds)
+            if high - low <= target * statistics.median(self.seconds):
+                self.stop = "interval"
+            # Every look is another chance to stop by luck, and costs a millisecond or two.
+            self._judge_at = max(done + 1, int(1.4 * done))
+        return not self.stop
+
+    @abstractmethod
+    def start(self) -> None:
+        """Begin a round of the call, or a batch of them; on a CPU also end it."""
+
+    @abstractmethod
+    def finish(self) -> None:
+        """Called when the device has nothing left to do."""
+
+    def drop_turn(self) -> None:
+        """Forget the rounds since the last ``start``; the time they took stays spent."""
+        self.dropped += len(self.seconds) - self._before_turn
+        del self.seconds[self._before_turn :]
+
+    def timing(self, turns: str | None) -> Timing:
+        return Timing(
+            tuple(self.seconds),
+            self.calls_per_round,
+            self.clock,
+            self.stop,
+            self.cache,
+            self.dropped,
+            turns,
+        )
+
+
+class _CpuRounds(_Rounds):
+    clock = "host clock (perf_counter_ns)"
+
+    def __init__(self, *arguments: Any) -> None:
+        super().__init__(*arguments)
+        self.calls_per_round = max(1, round(_SHORTEST_ROUND_S / self.estimate))
+
+    def start(self) -> None:
+        self._before_turn = len(self.seconds)
+        call, calls = self.call, self.calls_per_round
+        start = time.perf_counter_ns()
+        for _ in range(calls):
+            call()
+        seconds = (time.perf_counter_ns() - start) * 1e-9
+        self.spent += seconds
+        self.seconds.append(seconds / calls)
+
+    def finish(self) -> None:
+        """Nothing: a CPU call is over when it returns."""
+
+
+class _CudaRounds(_Rounds):
+    """Device time between two events around the call, with a cold L2.
+
+    Each round enqueues, without waiting: a spin, a write over twice the L2, start event, call, stop
+    event. The spin outlasts the host's enqueueing of the round, so the device finds the whole call
+    in its queue and no launch gap is inside the interval.
+    """
+
+    clock = "device time (CUDA events, L2 flushed)"
+    cache = "cold"
+
+    def __init__(self, *arguments: Any) -> None:
+        super().__init__(*arguments)
+        properties = torch.cuda.get_device_properties(self.device)
+        self._flush = torch.empty(
+            2 * properties.L2_cache_size, dtype=torch.int8, device=self.device
+        )
+        self._spin = _spin_cycles(self.call, self.device)
+        self._events: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
+
+    def start(self) -> None:
+        self._before_turn = len(self.seconds)
+        # A batch of rounds a turn: waiting for the device costs more than a short call.
+        rounds = int(min(_ENQUEUED_ROUNDS, max(1.0, _TURN_S / max(self.estimate, 1e-6))))
+        before = time.perf_counter()
+        with torch.cuda.device(self.device):
+            for _ in range(rounds):
+                start = torch.cuda.Event(enable_timing=True)
+                stop = torch.cuda.Event(enable_timing=True)
+                torch.cuda._sleep(self._spin)
+                self._flush.zero_()
+                start.record()
+                self.call()
+                stop.record()
+                self._events.append((start, stop))
+        self.spent += time.perf_counter() - before
+
+    def finish(self) -> None:
+        seconds = [start.elapsed_time(stop) * 1e-3 for start, stop in self._events]
+        self.spent += sum(seconds)
+        self.seconds += seconds
+        self._events.clear()
+
+
+def _spin_cycles(call: Callable[[], object], device: torch.device) -> int:
+    """Cycles of a spin that lasts twice as long as the host needs to enqueue one call."""
+    with torch.cuda.device(device):
+        host = []
+        for _ in range(3):
+            torch.cuda.synchronize(device)
+            before = time.perf_counter()
+            call()
+            host.append(time.perf_counter() - before)
+            torch.cuda.synchronize(device)
+        # The spin counts SM cycles, whose rate is not the nominal one: measure it.
+        start = torch.cuda.Event(enable_timing=True)
+        stop = torch.cuda.Event(enable_timing=True)
+        torch.cuda._sleep(10_000)
+        start.record()
+        torch.cuda._sleep(1_000_000)
+        stop.record()
+        torch.cuda.synchronize(device)
+        cycles_per_s = 1_000_000 / (start.elapsed_time(stop) * 1e-3)
+    return int(2 * (max(host) + 20e-6) * cycles_per_s)
+
+
+def _wait_for(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+@contextmanager
+def _no_garbage_collection() -> Iterator[None]:
+    """A collection pause inside a round would be charged to the call."""
+    enabled = gc.isenabled()
+    gc.collect()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()

@@ -1,0 +1,202 @@
+"""Triton's kernels compiled ahead of time, by running their launchers with the launch left out.
+
+Triton's own ``JITFunction`` does the work: it specialises each launch on the tensors and numbers it
+is given (dtype, alignment, divisibility by 16, equality to 1) as it would on the GPU, and compiles
+for the target that its driver names. Here the driver is one of ours, and every launch a warm-up.
+"""
+
+import contextlib
+import hashlib
+import importlib
+import inspect
+import io
+import json
+import os
+import re
+import tempfile
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.runtime.jit import JITFunction
+
+from linear_vit.bench.static import launches, machine_code
+from linear_vit.kernels.triton import tuning
+
+# What a kept row depends on beside its kernel: how it was compiled and read.
+_READER = hashlib.sha256(
+    b"".join((Path(__file__).parent / f).read_bytes() for f in ("triton.py", "machine_code.py"))
+).hexdigest()
+_NAMES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
+
+
+@dataclass(frozen=True)
+class _Driver:
+    """What Triton asks of a GPU in order to compile for it."""
+
+    target: GPUTarget
+
+    def get_current_target(self) -> GPUTarget:
+        return self.target
+
+    def get_current_device(self) -> int:
+        return self.target.arch  # kernels are cached by device: a device for each architecture
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+
+def compile_room(
+    room: str,
+    architecture: str,
+    dtype: torch.dtype,
+    head_dim: int | None,
+    cache: Path,
+    *,
+    ragged: bool = False,
+) -> list[dict[str, Any]]:
+    """Compile what a room launches for a dtype and head dim; a row (``bench.static``) a kernel.
+
+    Args:
+        cache: a folder; a kernel that was compiled before, from the same source and for the same
+            launch, is read from there, whatever else has changed since.
+    """
+    launched: set[tuple[Any, ...]] = set()
+    rows: dict[str, dict[str, Any]] = {}
+    run, compile_now = JITFunction.run, JITFunction._do_compile
+
+    def compile_only(function: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
+        # Launches that differ in sizes alone run the same code but for a constant or two (an
+        # integer that is 1, or no multiple of 16): the first stands for them.
+        dtypes = (x.dtype for x in (*args, *kwargs.values()) if isinstance(x, torch.Tensor))
+        key = (function.__name__, *dtypes, *_constants(function, args, kwargs))
+        if key not in launched:
+            launched.add(key)
+            run(function, *args, grid=grid, warmup=True, **kwargs)
+
+    def compile_kept(
+        function: Any, key: Any, signature: Any, device: Any, constants: Any, options: Any,
+        attributes: Any, warmup: bool,
+    ) -> None:  # fmt: skip
+        source = function.ASTSource(function, signature, constants, attributes)
+        asked = (source.hash(), options.hash(), architecture, triton.__version__, _READER)
+        name = hashlib.sha256(repr(asked).encode()).hexdigest()[:24]
+        if name in rows:
+            return
+        kept = cache / f"kernel-{name}.json"
+        if not kept.exists():
+            log = io.StringIO()
+            with contextlib.redirect_stdout(log):
+                compiled = compile_now(
+                    function, key, signature, device, constants, options, attributes, warmup
+                )
+            # Or the next call in this process would not come by here, and miss the row.
+            function.device_caches[device][0].pop(key, None)
+            partial = kept.with_suffix(f".{os.getpid()}")
+            partial.write_text(json.dumps(_row(function, compiled, architecture, log.getvalue())))
+            partial.replace(kept)
+        row = json.loads(kept.read_text())
+        of_head_dim = f"D={head_dim}" in row["configuration"].split()  # else of every one
+        own = {"head_dim": head_dim if of_head_dim else None, "layout": exercise.layout}
+        rows[name] = row | own
+
+    with (
+        _target(architecture),
+        mock.patch.object(JITFunction, "run", compile_only),
+        mock.patch.object(JITFunction, "_do_compile", compile_kept),
+    ):
+        for exercise in launches.exercises(room, dtype, head_dim, ragged=ragged):
+            exercise.run("triton")
+    return [{"backend": "triton", "room": room, **row} for row in rows.values()]
+
+
+def shipped_kernels(room: str) -> set[str]:
+    """Names of a room's kernels: its JIT functions that no JIT function calls."""
+    module = importlib.import_module(f"linear_vit.kernels.{room}.triton")
+    functions = {name: f for name, f in inspect.getmembers(module) if isinstance(f, JITFunction)}
+    own = {name for name, f in functions.items() if f.fn.__module__ == module.__name__}
+    called = {
+        name
+        for name in functions
+        for f in functions.values()
+        if re.search(rf"\b{name}\(", f.src.partition(":\n")[2])
+    }
+    return own - called
+
+
+@contextlib.contextmanager
+def _target(architecture: str) -> Iterator[None]:
+    """Triton compiles everything afresh for an architecture, and prints what ptxas says."""
+    if triton.knobs.runtime.interpret:
+        raise RuntimeError("TRITON_INTERPRET is set: Triton interprets and compiles nothing")
+    capability = int(re.sub(r"\D", "", architecture))
+    driver = _Driver(GPUTarget("cuda", capability, 32))
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(triton.knobs.nvidia.scope())
+        stack.enter_context(triton.knobs.compilation.scope())
+        triton.knobs.nvidia.dump_ptxas_log = True
+        triton.knobs.compilation.always_compile = True
+        stack.enter_context(launches.usable("triton"))
+        multiprocessors = machine_code.LIMITS[architecture].multiprocessors
+        stack.enter_context(tuning.assume(architecture, multiprocessors))
+        stack.enter_context(mock.patch.object(triton.runtime.driver, "_active", driver))
+        yield
+
+
+def _constants(
+    function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Iterator[tuple[str, Any]]:
+    """What a launch fixes at compile time: constexpr parameters, and options such as num_warps."""
+    parameters = {p.name: p for p in function.params}
+    yield from (
+        (p.name, value) for p, value in zip(function.params, args, strict=False) if p.is_constexpr
+    )
+    for name, value in sorted(kwargs.items()):
+        if name not in parameters or parameters[name].is_constexpr:
+            yield name, value
+
+
+def _row(function: Any, compiled: Any, architecture: str, log: str) -> dict[str, Any]:
+    (usage,) = machine_code.read_ptxas(log).values()
+    with tempfile.TemporaryDirectory() as folder:
+        cubin = Path(folder) / "kernel.cubin"
+        cubin.write_bytes(compiled.asm["cubin"])
+        # The kernel, and any function of it that was not inlined.
+        instructions = machine_code.together(machine_code.disassemble(cubin).values())
+    metadata, source = compiled.metadata, compiled.src
+    pointers = [t.lstrip("*") for t in _leaves(source.signature.values()) if t.startswith("*")]
+    halves = [p for p in pointers if p in ("fp16", "bf16")]
+    names = list(source.signature)
+    constants = {names[path[0]]: value for path, value in source.constants.items()}
+    options = {name: v for name, v in constants.items() if name.isupper() or name.startswith("BLO")}
+    return {
+        "kernel": function.__name__,
+        "dtype": _NAMES[halves[0]] if halves else "float32",
+        "products": "tt.dot" in compiled.asm["ttir"],
+        "architecture": architecture,
+        "configuration": " ".join(
+            f"{name}={value}"
+            for name, value in {
+                **options,
+                "num_warps": metadata.num_warps,
+                "num_stages": metadata.num_stages,
+            }.items()
+        ),
+        "threads": 32 * metadata.num_warps,
+        "dynamic_shared": metadata.shared,
+        **machine_code.as_columns(usage, instructions),
+    }
+
+
+def _leaves(types: Iterable[Any]) -> Iterator[str]:
+    """A signature's types, those of tuples one by one."""
+    for t in types:
+        if isinstance(t, tuple):
+            yield from _leaves(t)
+        else:
+            yield t

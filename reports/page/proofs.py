@@ -1,0 +1,247 @@
+"""The page's sections on proofs: checked against float64, compiled, bytes counted."""
+
+from typing import Any
+
+import pandas as pd
+from linear_vit.reports.page.page.parts import (
+    Cell,
+    Column,
+    Row,
+    Section,
+    Table,
+    columns,
+    number,
+    word,
+)
+
+from linear_vit.reports import plots
+from linear_vit.reports.saved import runs
+from linear_vit.reports.saved.documents import Documents, Saved
+
+HOW_TO_CHECK = "python -m bench.check --json reports/out/check.json"
+HOW_TO_COMPILE = "python -m bench.static --json reports/out/static.json"
+HOW_TO_COUNT = "python -m bench.traffic --json reports/out/traffic.json"
+
+
+# Checked.
+
+
+def correctness(found: Documents) -> Section:
+    section = Section(
+        "correctness",
+        "Correctness",
+        "Output and every gradient against the float64 reference: ✓ and the largest relative rms "
+        "error where all are within tolerance, ✗ where one is not, – where a backend can't run "
+        "here. Point at a cell for the tensor, its tolerance, or the reason.",
+    )
+    if not found.checks:
+        section.missing = HOW_TO_CHECK
+    for table, notes in found.each(found.checks, _matrix):
+        section.tables.append(table)
+        section.notes += notes
+    return section
+
+
+def _matrix(saved: Saved) -> tuple[Table, list[str]]:
+    results = saved.content["results"]
+    backends = list(dict.fromkeys(str(r["backend"]) for r in results))
+    rows: dict[tuple[str, str], dict[str, Cell]] = {}
+    unusable: dict[str, list[str]] = {}
+    notes = []
+    for r in results:
+        if r["status"] == "failed":
+            where = f"{r['operation']} {r['dtype']} {r['backend']}"
+            notes.append(f"Failed: {where}: {r['reason']}")
+        elif r["status"] != "passed":
+            unusable.setdefault(str(r["reason"]), []).append(str(r["backend"]))
+        rows.setdefault((r["operation"], r["dtype"]), {})[r["backend"]] = _check_cell(r)
+    notes += [f"{', '.join(dict.fromkeys(who))}: {why}" for why, who in unusable.items()]
+    if any(r["mode"] == "interpreter" and r["status"] == "passed" for r in results):
+        notes.append(
+            "(interpreter): Triton's kernels run instruction by instruction on the CPU, on small "
+            "shapes; this shows that they are right and says nothing about their speed."
+        )
+    lines = [
+        Row(
+            [
+                word(plots.label(operation)),
+                word(dtype),
+                *(cells.get(b, Cell("")) for b in backends),
+            ],
+            {"operation": operation, "dtype": dtype},
+        )
+        for (operation, dtype), cells in rows.items()
+    ]
+    titles = columns(["operation", "dtype"], ["operation", "dtype"])
+    titles += [Column(name, words=True, facets={"backend": name}) for name in backends]
+    passed = sum(r["status"] == "passed" for r in results)
+    ran = passed + sum(r["status"] == "failed" for r in results)
+    title = f"{passed} of {ran} that can run here agree; {machine(saved.content['machine'])}"
+    return Table(title, titles, lines), notes
+
+
+def _check_cell(r: dict[str, Any]) -> Cell:
+    if r["status"] == "passed":
+        mark = " (interpreter)" if r["mode"] == "interpreter" else ""
+        error = float(r["worst_rms_error"])
+        return Cell(f"✓ {error:.1e}{mark}", error, _worst(r), "passed")
+    if r["status"] == "failed":
+        return Cell("✗ failed", float("inf"), f"{r['reason']}\n{_worst(r)}".strip(), "failed")
+    why = "not usable here" if r["status"] == "unusable" else r["status"]
+    return Cell("–", None, f"{why}: {r['reason']}", "unusable")
+
+
+def _worst(r: dict[str, Any]) -> str:
+    tensors = [t for t in r["tensors"] if t.get("rms_error") is not None]
+    if not tensors:
+        return f"relative rms error {r['worst_rms_error']:.3e}" if r.get("worst_rms_error") else ""
+    t = max(tensors, key=lambda t: t["rms_error"] / t["rms_tolerance"])
+    return (
+        f"{len(tensors)} tensors checked; nearest to its tolerance: {t['tensor']}, rms "
+        f"{t['rms_error']:.3e} of {t['rms_tolerance']:.0e} allowed, {t['shape']}"
+    )
+
+
+# Compiled.
+
+
+_STATIC_KEY = ["backend", "room", "kernel", "architecture"]
+_STATIC_COLUMNS = (
+    "backend",
+    "kernel",
+    "architecture",
+    "configurations",
+    "registers",
+    "spilled bytes",
+    "shared KiB",
+    "occupancy",
+    "tensor-core instructions",
+    "16-byte accesses",
+)
+
+
+def static(found: Documents) -> Section:
+    section = Section(
+        "static",
+        "Compiled kernels",
+        "Every kernel and configuration that ships, compiled for every architecture, with no GPU. "
+        "A line is a kernel's range over its head dims, dtypes and tiles; spilled bytes and shared "
+        "memory are those that ptxas reports, the instruction counts are of the machine code, and "
+        "the occupancy is what registers and shared memory allow.",
+    )
+    for table, notes in found.each(found.statics, _compiled):
+        section.tables.append(table)
+        section.notes += notes
+    if not section.tables:
+        section.missing = HOW_TO_COMPILE
+    return section
+
+
+def _compiled(saved: Saved) -> tuple[Table, list[str]]:
+    rows = saved.content["rows"]
+    wrong = [row for row in rows if row["faults"]]
+    notes = [
+        f"{row['backend']} {row['room']} {row['kernel']} {row['architecture']} D={row['head_dim']} "
+        f"{row['dtype']}: {'; '.join(row['faults'])}"
+        for row in wrong
+    ]
+    lines = []
+    for (backend, room, kernel, architecture), part in pd.DataFrame(rows).groupby(
+        _STATIC_KEY, sort=False
+    ):
+        shared = (part["static_shared"] + part["dynamic_shared"].fillna(0)) / 1024
+        spilled = int((part["spill_stores"] + part["spill_loads"]).max())
+        cells = [
+            word(backend),
+            word(f"{room}: {kernel}"),
+            word(architecture),
+            number(str(len(part)), len(part)),
+            _range(part["registers"]),
+            number(f"{spilled:,}", spilled, mark="failed" if spilled else ""),
+            _range(shared.round()),
+            _range(100 * part["occupancy"].dropna(), " %"),
+            _range(part["tensor_core"]),
+            _range(part["wide_loads"] + part["wide_stores"]),
+        ]
+        facets = {
+            "operation": "|".join(plots.operations_of(str(room))),
+            "backend": str(backend),
+            "dtype": "|".join(sorted({str(name) for name in part["dtype"]})),
+        }
+        lines.append(Row(cells, facets))
+    title = f"{len(rows):,} kernels compiled, {len(wrong)} at fault"
+    return Table(title, columns(_STATIC_COLUMNS, _STATIC_COLUMNS[:3]), lines), notes
+
+
+# Counted.
+
+
+_TRAFFIC_COLUMNS = (
+    "operation",
+    "pass",
+    "dtype",
+    "shape",
+    "launches",
+    "tensor",
+    "loaded",
+    "of them distinct",
+    "stored",
+    "× least",
+)
+
+
+def traffic(found: Documents) -> Section:
+    section = Section(
+        "traffic",
+        "Traffic",
+        "Bytes that the Triton kernels load and store, counted while Triton's interpreter runs "
+        "them: exact, and the same on any machine. Beside each tensor, how often the least traffic "
+        "that is; what is neither input nor result is workspace, as a share of the whole least "
+        "traffic. A byte loaded twice counts twice, though the second time may come from a cache.",
+    )
+    section.tables = found.each(found.traffics, _counted)
+    if not section.tables:
+        section.missing = HOW_TO_COUNT
+    return section
+
+
+def _counted(saved: Saved) -> Table:
+    rows = saved.content["rows"]
+    lines = []
+    for row in rows:
+        launches = row["launches"].split()
+        cells = [
+            word(plots.label(row["operation"])),
+            word(row["pass"]),
+            word(row["dtype"]),
+            word(row["shape"]),
+            number(str(len(launches)), len(launches), ", ".join(launches)),
+            word(row["tensor"]),
+            *(number(f"{row[k]:,}", row[k]) for k in ("loaded", "distinct", "stored")),
+            _times_least(row),
+        ]
+        facets = {"operation": row["operation"], "backend": "triton", "dtype": row["dtype"]}
+        lines.append(Row(cells, facets))
+    words = ("operation", "pass", "dtype", "shape", "tensor")
+    return Table(f"{len(rows):,} tensors counted", columns(_TRAFFIC_COLUMNS, words), lines)
+
+
+def _times_least(row: dict[str, Any]) -> Cell:
+    ratio = row["ratio"]
+    if row["tensor"] == "workspace":  # beside the least traffic, not a part of it
+        return Cell("–") if ratio is None else number(f"+{ratio:.1%}", ratio)
+    return Cell("not needed") if ratio is None else number(f"{ratio:.2f}", ratio, f"{ratio:.6g}")
+
+
+# Words.
+
+
+def machine(facts: dict[str, Any]) -> str:
+    return f"{runs.machine_label(facts)}, {facts.get('cores', '?')} cores"
+
+
+def _range(values: pd.Series, unit: str = "") -> Cell:
+    if values.empty:
+        return Cell("–")
+    low, high = round(values.min()), round(values.max())
+    return number(f"{low:,}{unit}" if low == high else f"{low:,} – {high:,}{unit}", high)

@@ -1,0 +1,1 @@
+"""Reads what was saved: timed runs, and every other document."""

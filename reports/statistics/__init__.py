@@ -1,0 +1,1 @@
+"""Fits, intervals, ratios of turns: numbers from numbers."""

@@ -1,0 +1,1 @@
+"""Data sets, their archives, loading and augmentation."""

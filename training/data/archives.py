@@ -1,0 +1,86 @@
+"""Downloads that are checked before they are used, and unpacked only where they belong."""
+
+import hashlib
+import sys
+import tarfile
+import tempfile
+import urllib.request
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+
+from linear_vit.training.errors import UserError
+from linear_vit.training.record import writing
+
+_SILENCE_S = 30  # how long a server may say nothing: a silent proxy would hang for good
+
+
+@dataclass(frozen=True)
+class Archive:
+    """A published file: its address, its length in bytes and its MD5, as the publishers give it."""
+
+    url: str
+    size: int
+    md5: str
+
+    @property
+    def name(self) -> str:
+        return self.url.rsplit("/", 1)[1]
+
+
+def fetch(archive: Archive, folder: Path) -> Path:
+    """The archive in ``folder``: put there by hand, or downloaded; checked either way.
+
+    Raises OSError where it can't be downloaded, UserError where the file is not the published one.
+    """
+    path = folder / archive.name
+    if not path.exists():
+        print(f"downloading {archive.url} to {path} ...", file=sys.stderr)
+        with urllib.request.urlopen(archive.url, timeout=_SILENCE_S) as answer:
+            content = answer.read()
+        with writing(path) as temporary:
+            temporary.write_bytes(content)
+            check(temporary, archive, called=path)
+        return path
+    check(path, archive)
+    return path
+
+
+def check(path: Path, archive: Archive, *, called: Path | None = None) -> None:
+    """UserError, naming the file, unless it has the archive's length and checksum."""
+    found = path.stat().st_size
+    reason = f"holds {found:,} bytes, the published one {archive.size:,}"
+    if found == archive.size:
+        with path.open("rb") as file:
+            md5 = hashlib.file_digest(file, "md5").hexdigest()
+        if md5 == archive.md5:
+            return
+        reason = f"has the MD5 {md5}, the published one {archive.md5}"
+    raise UserError(f"{called or path} is damaged: it {reason}; delete it and get it again")
+
+
+def unpack(path: Path, folder: Path) -> None:
+    """Unpacks a .tar.gz or .zip into ``folder``: whole or not at all, and nothing outside of it.
+
+    Raises UserError, naming the archive, for one that is damaged or has paths that lead elsewhere.
+    """
+    with tempfile.TemporaryDirectory(dir=folder, prefix=".unpacking-") as name:
+        inside = Path(name).resolve()
+        try:
+            if path.suffix == ".zip":
+                with zipfile.ZipFile(path) as archive:
+                    for member in archive.namelist():
+                        if not (inside / member).resolve().is_relative_to(inside):
+                            raise ValueError(f"{member!r} leads outside of its folder")
+                    archive.extractall(inside)
+            else:
+                with tarfile.open(path) as tar:
+                    tar.extractall(inside, filter="data")  # refuses links and paths to elsewhere
+        except (tarfile.TarError, zipfile.BadZipFile, EOFError, ValueError, OSError) as error:
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            raise UserError(
+                f"{path} cannot be unpacked into {folder}: {reason:.200}; nothing was; "
+                "delete it and get it again"
+            ) from error
+        for item in inside.iterdir():
+            item.replace(folder / item.name)
