@@ -1,18 +1,13 @@
 """What a case will need before it runs: memory from its tensors, time from the machine's limits."""
 
 from pathlib import Path
+from typing import Protocol
 
 import torch
 
-from linear_vit.bench.problems import (
-    FORWARD_BACKWARD,
-    Shape,
-    Work,
-    least_work,
-)
-from linear_vit.bench.problems import (
-    operation as operation_of,
-)
+from linear_vit import kernels
+from linear_vit.bench.instruments.limits import Limits
+from linear_vit.bench.problems import DTYPES, FORWARD_BACKWARD, Case, least_work, operation
 
 # The float64 reference works in chunks: what those take, and the profiler's and allocator's own.
 _CHUNKS = 256 * 2**20
@@ -25,16 +20,28 @@ _COMPILES_S = 8.0
 _SHARE = 0.9
 
 
-def memory_bytes(operation: str, mode: str, backend: str, shape: Shape, element_size: int) -> int:
+class Plan(Protocol):
+    """What of a run's plan an estimate depends on."""
+
+    @property
+    def budget_s(self) -> float: ...
+
+    @property
+    def limits(self) -> Limits | None: ...
+
+
+def memory_bytes(case: Case) -> int:
     """Bytes that checking and timing one case take at once, an upper bound but not a wild one.
 
     Counted are the problem's tensors and gradients, the float64 reference's inputs and results, and
-    the working set of what is known to need one: φ in float32 for what is composed of PyTorch's
-    operators, the N×M matrices for softmax attention that stores them.
+    the working set of what is known to need one (see :meth:`Operation.working_set`).
     """
-    tensors = least_work(operation_of(operation), FORWARD_BACKWARD, shape, 1).bytes
+    of = operation(case.operation)
+    work = least_work(of, FORWARD_BACKWARD, case.shape, 1)
+    tensors = work.bytes if work is not None else 0
+    element_size = DTYPES[case.dtype].itemsize if case.dtype in DTYPES else 4
     total = tensors * element_size + 2 * tensors * 8 + _CHUNKS
-    return total + operation_of(operation).working_set(mode, backend, shape)
+    return total + of.working_set(case.mode, case.backend, case.shape)
 
 
 def available_bytes(device: torch.device) -> int | None:
@@ -54,19 +61,20 @@ def does_not_fit(need: int, available: int | None) -> str | None:
     return f"it needs about {need / 2**30:.1f} GiB, {available / 2**30:.1f} GiB are free"
 
 
-def call_seconds(backend: str, least_s: float) -> float:
-    """About how long one call takes that the limits allow ``least_s`` for."""
-    return _OVER_LIMIT.get(backend, _OVER_LIMIT_ELSE) * least_s + 20e-6
-
-
-def case_seconds(
-    backend: str, call_s: float, work: Work, flop_per_s: float, budget_s: float
-) -> float:
+def seconds(case: Case, plan: Plan) -> float:
     """About how long a case takes: its check, its rounds, and once in a while a compilation."""
-    rounds = min(budget_s, 60 * max(call_s, 1e-3))
+    of = operation(case.operation)
+    budget = of.budget * plan.budget_s
+    work = least_work(of, case.mode, case.shape, DTYPES.get(case.dtype, torch.float32).itemsize)
+    if work is None or plan.limits is None:
+        return _OVERHEAD_S + 2 * budget
+    allowed = plan.limits.least_seconds(work.bytes, work.flop, case.dtype)
+    call_s = _OVER_LIMIT.get(case.backend, _OVER_LIMIT_ELSE) * max(allowed.values()) + 20e-6
+    rounds = min(budget, 60 * max(call_s, 1e-3))
     # The reference in float64, of eager operators, and both passes.
-    check = 6 * work.flop / flop_per_s
-    compiles = _COMPILES_S / 8 if backend == "compiled" else 0.0
+    check = 6 * work.flop / plan.limits.matmul_flop_per_s.get(case.dtype, 1e11)
+    row = kernels.backend_rows().get(case.backend)
+    compiles = _COMPILES_S / 8 if row is not None and row.compiles else 0.0
     return _OVERHEAD_S + check + max(rounds, 4 * call_s) + compiles
 
 

@@ -1,54 +1,42 @@
-"""Which cases a benchmark run consists of: options in, an ordered list of cases out."""
+"""Which cases a benchmark run consists of: options in, an ordered list of cases out.
 
-import re
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+``quick`` and ``full`` are every operation's lengths; ``gpu`` and ``cpu`` are what a machine of that
+kind should be asked, most important first, as each operation states it. What an operation is asked
+at which size stands in its problem file.
+"""
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 
 import torch
 
 from linear_vit import kernels
 from linear_vit.bench import estimate, peers
 from linear_vit.bench.problems import (
-    PASSES,
-    AttentionShape,
-    RippleShape,
+    DTYPES,
+    Case,
+    Operation,
     Shape,
+    Wanted,
     least_work,
+    operation,
+    operations,
 )
-from linear_vit.bench.problems import (
-    operation as operation_of,
-)
 
-TRAINING_STEP = "training_step"
-OPERATIONS = (*kernels.OPERATIONS, TRAINING_STEP)
-DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
-SWEEPS = ("quick", "full")
-
-# One sequence, six heads of 64: time against N is then the scaling of one attention layer of a
-# ViT-S.
-HEADS, HEAD_DIM, CHANNELS = 6, 64, 384
-
+SWEEPS = ("quick", "full", "gpu", "cpu")
+SPECIAL = ("gpu", "cpu")
 # One call may cost this many FLOP (least work): about a second at 100 GFLOP/s on a CPU, and at 100
-# TFLOP/s on a GPU. This, not a hard-coded length, is what stops a quadratic operation.
-_MOST_FLOP = {"cpu": {"quick": 1e11, "full": 2e12}, "cuda": {"quick": 5e13, "full": 1e16}}
-_LONGEST = {"cpu": {"quick": 16_384, "full": 1_048_576}, "cuda": {"quick": 1_048_576}}
+# TFLOP/s on a GPU. This, not a hard-coded length, is what stops a quadratic operation. A special
+# sweep, whose time is short, stops at a tenth of a second.
+_MOST_FLOP = {
+    "cpu": {"quick": 1e11, "full": 2e12, "cpu": 2e12, "gpu": 1e11},
+    "cuda": {"quick": 5e13, "full": 1e16, "gpu": 3e13, "cpu": 5e13},
+}
 _QUICK_DTYPES = {"cpu": ("float32",), "cuda": ("bfloat16", "float32")}
-# Made of the same kernels as the operations themselves, so a quick sweep leaves them out.
-_FULL_ONLY = (
-    "linear_attention_packed",
-    "linear_attention_state",
-    "linear_attention_apply",
-    "softmax_attention_packed",
-    "ripple_pool_stages",
-    "ripple_expand_stages",
-)
-# Grids from 8×8 to 64×64 tokens; --seq-lens may name others.
-_GRIDS = {"quick": (64, 256, 512, 1024, 4096), "full": tuple(2**i for i in range(6, 13))}
 # The oracle; nobody's choice of an implementation.
 _FULL_ONLY_BACKENDS = ("reference",)
-
-
 _SPARED = "the oracle is timed by --sweep full, or by name with --backends"
+_INTERPRETED = "it runs in Triton's interpreter here: right, but no time worth reporting"
 
 
 class SweepError(ValueError):
@@ -56,133 +44,83 @@ class SweepError(ValueError):
 
 
 @dataclass(frozen=True)
-class Case:
-    """One kernel to time."""
-
-    operation: str
-    mode: str
-    dtype: str
-    tokens: int
-    batch: int
-    backend: str
-
-    def __str__(self) -> str:
-        size = f"B{self.batch}-N{self.tokens}" if self.batch > 1 else f"N{self.tokens}"
-        return f"{self.operation}-{self.mode}-{self.dtype}-{size}-{self.backend}"
-
-
-def parse_case(name: str) -> Case:
-    """The case of this name, as :class:`Case` writes it."""
-    match = re.fullmatch(r"(\w+)-([\w+]+)-(\w+)-(?:B(\d+)-)?N(\d+)-(\w+)", name)
-    if match is None:
-        raise ValueError(f"{name!r} is no case's name")
-    operation, mode, dtype, batch, tokens, backend = match.groups()
-    return Case(operation, mode, dtype, int(tokens), int(batch or 1), backend)
-
-
-@dataclass(frozen=True)
 class Sweep:
-    """The cases in the order they run, and what was left out with the reason for it."""
+    """The cases in the order they run, and what was left out with the reason for it.
+
+    ``groups`` are cases that take turns.
+    """
 
     device: torch.device
     extent: str
-    cases: tuple[Case, ...]
-    training_backends: tuple[str | None, ...]
+    groups: tuple[tuple[Case, ...], ...]
     left_out: dict[str, str] = field(default_factory=dict)
-    total_tokens: int | None = None
+
+    @property
+    def cases(self) -> tuple[Case, ...]:
+        return tuple(case for group in self.groups for case in group)
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """What the options ask for; an empty sequence takes what the sweep has."""
+
+    device: torch.device
+    extent: str
+    dtypes: Sequence[str]
+    tokens: Sequence[int]
+    backends: Sequence[str]
+    operations: Sequence[Operation]
+    total_tokens: int | None
+    with_peers: bool
 
 
 def make_sweep(
     *,
     device: str | None = None,
     dtypes: Sequence[str] = (),
-    seq_lens: Sequence[int] = (),
+    tokens: Sequence[int] = (),
     backends: Sequence[str] = (),
     operations: Sequence[str] = (),
     total_tokens: int | None = None,
     extent: str = "quick",
     with_peers: bool = False,
+    rehearse: bool = False,
 ) -> Sweep:
-    """Enumerate the cases; an empty sequence takes what the extent ("quick", "full") has.
+    """Enumerate the cases; an empty sequence takes what the sweep ``extent`` has.
 
     A case is one sequence, or, with ``total_tokens``, as many of its length as make that many
     tokens: then a call does the same work at every length, and its time says what length costs.
     ``with_peers`` adds other libraries' implementations, of which ``backends`` may name some, too.
+    ``rehearse`` takes every case at a tiny size instead, to walk through the code.
 
     Raises:
         SweepError: an unknown or unusable device, dtype, backend or operation, or nothing left to
             time. A backend that was not asked for by name and can't run is left out instead.
     """
-    where = resolve_device(device)
-    kind = where.type
-    _known("operation", operations, OPERATIONS)
-    _known("dtype", dtypes, tuple(DTYPES))
-    if any(n < 1 for n in seq_lens):
-        raise SweepError(f"--seq-lens: lengths are positive, got {min(seq_lens)}")
-    if total_tokens is not None and total_tokens < 1:
-        raise SweepError(f"--total-tokens: a positive number, got {total_tokens}")
-    unknown = [name for name in backends if name not in (*kernels.BACKENDS, *peers.NAMES)]
-    if unknown:
-        there_are = _list_backends("linear_attention", where)
-        raise SweepError(f"--backends: unknown backend {unknown[0]!r}; there are {there_are}")
-
-    chosen_operations = operations or tuple(
-        op for op in OPERATIONS if extent == "full" or op not in _FULL_ONLY
+    asked = _Asked(
+        resolve_device(device),
+        extent,
+        dtypes,
+        tokens,
+        backends,
+        _chosen(operations, extent),
+        total_tokens,
+        with_peers or extent == "gpu",
     )
-    chosen_dtypes = dtypes or (tuple(DTYPES) if extent == "full" else _QUICK_DTYPES[kind])
+    _check(asked)
     left_out: dict[str, str] = {}
-    available = estimate.available_bytes(where)
-    cases: list[Case] = []
-    for operation in chosen_operations:
-        if operation == TRAINING_STEP:
-            continue
-        usable = _timeable(operation, where, backends, left_out)
-        if extent == "quick" and not backends:
-            usable = tuple(name for name in usable if name not in _FULL_ONLY_BACKENDS)
-            left_out |= {f"backend {name}": _SPARED for name in _FULL_ONLY_BACKENDS}
-        for dtype in chosen_dtypes:
-            others = _peers(operation, where, DTYPES[dtype], backends, with_peers, left_out)
-            lengths = seq_lens or _lengths(operation, kind, extent)
-            for tokens in sorted(set(lengths)):
-                batch = total_tokens // tokens if total_tokens else 1
-                if batch == 0:
-                    what = f"{operation}, N from {tokens}"
-                    left_out.setdefault(what, f"longer than --total-tokens {total_tokens}")
-                    continue
-                for mode in PASSES:
-                    for backend in (*usable, *others):
-                        case = Case(operation, mode, dtype, tokens, batch, backend)
-                        # A length that was asked for is only held to the larger limit.
-                        limit = "full" if seq_lens else extent
-                        reason = _too_much_work(case, kind, limit)
-                        what = f"{operation} {mode} {dtype}"
-                        if reason is None:
-                            reason = _too_much_memory(case, available)
-                            what += f" on {backend}"
-                        if reason is None:
-                            cases.append(case)
-                        elif not any(key.startswith(f"{what}, N") for key in left_out):
-                            left_out[f"{what}, N from {tokens}"] = reason
-
-    training: tuple[str | None, ...] = ()
-    if TRAINING_STEP in chosen_operations and (not seq_lens or 64 in seq_lens):
-        usable = _timeable("linear_attention", where, backends, left_out)
-        training = usable if backends else (None,)
-    if not cases and not training:
+    wanted = _special(asked) if extent in SPECIAL else _regular(asked, left_out)
+    if rehearse:
+        wanted = _tiny(wanted)
+    cases = list(_fitting(asked, wanted, left_out))
+    if not cases:
         why = "; ".join(f"{what}: {reason}" for what, reason in left_out.items())
         raise SweepError(f"nothing to time{': ' if why else ''}{why}")
-    return Sweep(where, extent, tuple(cases), training, left_out, total_tokens)
-
-
-def shape_of(operation: str, tokens: int, batch: int = 1) -> Shape:
-    """The shape timed at N tokens: attention over N = M, ripple on the squarest grid of N."""
-    if operation.startswith("ripple"):
-        rows = next(r for r in range(int(tokens**0.5), 0, -1) if tokens % r == 0)
-        return RippleShape(batch, rows, tokens // rows, CHANNELS)
-    return AttentionShape(batch, HEADS, HEADS, tokens, tokens, HEAD_DIM)
+    return Sweep(asked.device, extent, _groups(cases, extent), left_out)
 
 
 def resolve_device(name: str | None) -> torch.device:
+    """The device of this name, CUDA where there is one by default; SweepError for a bad one."""
     if name is None:
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
@@ -199,30 +137,120 @@ def resolve_device(name: str | None) -> torch.device:
     return device
 
 
-def _known(what: str, asked: Iterable[str], known: tuple[str, ...]) -> None:
-    for name in asked:
+def _chosen(names: Sequence[str], extent: str) -> list[Operation]:
+    known = operations()
+    for name in names:
         if name not in known:
-            option = "--ops" if what == "operation" else f"--{what}s"
-            raise SweepError(f"{option}: unknown {what} {name!r}; there are {', '.join(known)}")
+            raise SweepError(f"--ops: unknown operation {name!r}; there are {', '.join(known)}")
+    if names:
+        return [known[name] for name in known if name in names]
+    return [found for found in known.values() if extent != "quick" or found.quick]
 
 
-def _timeable(
-    operation: str, device: torch.device, asked: Sequence[str], left_out: dict[str, str]
-) -> tuple[str, ...]:
+def _check(asked: _Asked) -> None:
+    for name in asked.dtypes:
+        if name not in DTYPES:
+            raise SweepError(f"--dtypes: unknown dtype {name!r}; there are {', '.join(DTYPES)}")
+    if any(n < 1 for n in asked.tokens):
+        raise SweepError(f"--tokens: lengths are positive, got {min(asked.tokens)}")
+    if asked.total_tokens is not None and asked.total_tokens < 1:
+        raise SweepError(f"--total-tokens: a positive number, got {asked.total_tokens}")
+    known = {*kernels.backend_rows(), *peers.NAMES}
+    for name in asked.backends:
+        if name not in known:
+            there_are = _list_backends("linear_attention", asked.device)
+            raise SweepError(f"--backends: unknown backend {name!r}; there are {there_are}")
+
+
+# What is wanted, whatever can run it.
+
+
+def _regular(asked: _Asked, left_out: dict[str, str]) -> Iterator[tuple[Operation, Wanted]]:
+    """Every length of every operation."""
+    kind, rank = asked.device.type, 0
+    chosen = asked.dtypes or (DTYPES if asked.extent == "full" else _QUICK_DTYPES[kind])
+    for of in asked.operations:
+        for dtype in of.dtypes(kind, tuple(chosen)):
+            for shape in of.sizes(kind, asked.extent, asked.tokens, asked.total_tokens, left_out):
+                for mode in of.modes:
+                    rank += 1
+                    yield of, Wanted(rank, mode, dtype, shape, total_tokens=asked.total_tokens)
+
+
+def _special(asked: _Asked) -> Iterator[tuple[Operation, Wanted]]:
+    """What each operation states for the sweep, most important first, narrowed by the options."""
+    found = [(of, wanted) for of in asked.operations for wanted in of.special(asked.extent)]
+    for of, wanted in sorted(found, key=lambda item: item[1].rank):
+        if asked.dtypes and wanted.dtype not in asked.dtypes:
+            continue
+        if not asked.tokens or wanted.shape.tokens in asked.tokens:
+            yield of, wanted
+
+
+def _tiny(wanted: Iterable[tuple[Operation, Wanted]]) -> Iterator[tuple[Operation, Wanted]]:
+    """Each kind of case once, at the operation's smallest size."""
+    seen = set()
+    for of, one in wanted:
+        small = replace(one, rank=0, shape=of.rehearsal(one.shape), total_tokens=None)
+        if (of.name, small) not in seen:
+            seen.add((of.name, small))
+            yield of, small
+
+
+# What of it can run here.
+
+
+def _fitting(
+    asked: _Asked, wanted: Iterable[tuple[Operation, Wanted]], left_out: dict[str, str]
+) -> Iterator[Case]:
+    """The cases that a usable backend can do in reasonable time and memory."""
+    available = estimate.available_bytes(asked.device)
+    usable: dict[str, tuple[str, ...]] = {}
+    # A length that was asked for is only held to the larger limit.
+    extent = "full" if asked.tokens else asked.extent
+    seen = set()
+    for of, one in wanted:
+        if of.name not in usable:
+            usable[of.name] = _timeable(asked, of, left_out)
+        names = (*usable[of.name], *_peers(asked, of, one.dtype, left_out))
+        if one.backends and not asked.backends:
+            names = tuple(name for name in names if name in one.backends)
+        for name in names:
+            case = Case(
+                of.name, one.mode, one.dtype, one.shape, name, total_tokens=one.total_tokens
+            )
+            what = f"{of.name} {one.mode} {one.dtype}"
+            reason = _too_much_work(case, asked.device.type, extent)
+            if reason is None:
+                what += f" on {name}"
+                reason = estimate.does_not_fit(estimate.memory_bytes(case), available)
+            if reason is not None:
+                if not any(key.startswith(f"{what}, N") for key in left_out):
+                    left_out[f"{what}, N from {one.shape.tokens}"] = reason
+                continue
+            ways = [case]
+            if one.captured and asked.device.type == "cuda" and of.can_be_captured(name):
+                ways.append(replace(case, captured=True))
+            for way in ways:
+                if way not in seen:
+                    seen.add(way)
+                    yield way
+
+
+def _timeable(asked: _Asked, of: Operation, left_out: dict[str, str]) -> tuple[str, ...]:
     """Backends to time, in table order; the others go to ``left_out`` or, if asked for, raise."""
     usable = []
-    reasons = kernels.backends(operation, device, head_dim=HEAD_DIM)
-    for name, reason in reasons.items():
-        if asked and name not in asked:
-            continue
-        if reason is None and not kernels.is_timeable(name, device):
-            reason = "it runs in Triton's interpreter here: right, but no time worth reporting"
+    for name, reason in of.backends(asked.device, asked.backends).items():
+        if reason is None and not kernels.is_timeable(name, asked.device):
+            reason = _INTERPRETED
+        if reason is None and asked.extent != "full" and not asked.backends:
+            reason = _SPARED if name in _FULL_ONLY_BACKENDS else None
         if reason is None:
             usable.append(name)
-        elif asked:
-            there_are = _list_backends(operation, device)
+        elif asked.backends:
+            there_are = _list_backends(of.name, asked.device)
             raise SweepError(
-                f"--backends: {name!r} can't be timed for {operation} on {device}: {reason}. "
+                f"--backends: {name!r} can't be timed for {of.name} on {asked.device}: {reason}. "
                 f"There are {there_are}"
             )
         else:
@@ -230,57 +258,45 @@ def _timeable(
     return tuple(usable)
 
 
-def _peers(
-    operation: str,
-    device: torch.device,
-    dtype: torch.dtype,
-    asked: Sequence[str],
-    wanted: bool,
-    left_out: dict[str, str],
-) -> tuple[str, ...]:
+def _peers(asked: _Asked, of: Operation, dtype: str, left_out: dict[str, str]) -> tuple[str, ...]:
     """Peers to time: all that are usable if wanted, or those asked for by name."""
     usable = []
-    for name, reason in peers.backends(operation, device, dtype).items():
-        if not wanted and name not in asked:
+    for name, reason in peers.backends(of.name, asked.device, DTYPES.get(dtype)).items():
+        if name not in asked.backends and (asked.backends or not asked.with_peers):
             continue
         if reason is None:
             usable.append(name)
         else:
-            kind = str(dtype).removeprefix("torch.")
-            left_out[f"{name}, {operation} {kind}"] = reason
+            left_out[f"{name}, {of.name} {dtype}"] = reason
     return tuple(usable)
 
 
-def _list_backends(operation: str, device: torch.device) -> str:
+def _list_backends(name: str, device: torch.device) -> str:
     return "; ".join(
-        f"{name} ({'usable' if reason is None else reason})"
-        for name, reason in kernels.backends(operation, device).items()
+        f"{backend} ({'usable' if reason is None else reason})"
+        for backend, reason in operation(name).backends(device, ()).items()
     )
 
 
-def _lengths(operation: str, kind: str, extent: str) -> tuple[int, ...]:
-    if operation.startswith("ripple"):
-        return _GRIDS[extent]
-    longest = _LONGEST[kind].get(extent, _LONGEST[kind]["quick"])
-    return tuple(2**i for i in range(6, longest.bit_length()))
-
-
 def _too_much_work(case: Case, kind: str, extent: str) -> str | None:
-    shape = shape_of(case.operation, case.tokens, case.batch)
-    flop = least_work(operation_of(case.operation), case.mode, shape, 4).flop
+    work = least_work(operation(case.operation), case.mode, case.shape, 4)
     limit = _MOST_FLOP[kind][extent]
-    if flop <= limit:
+    if work is None or work.flop <= limit:
         return None
     further = " (--sweep full goes further)" if extent == "quick" else ""
-    return f"one call is {flop:.1e} FLOP, past the {extent} limit of {limit:.0e}{further}"
+    return f"one call is {work.flop:.1e} FLOP, past the {extent} limit of {limit:.0e}{further}"
 
 
-def memory_of(case: Case) -> int:
-    """Bytes that the case is estimated to take at once."""
-    shape = shape_of(case.operation, case.tokens, case.batch)
-    size = DTYPES[case.dtype].itemsize
-    return estimate.memory_bytes(case.operation, case.mode, case.backend, shape, size)
+def _groups(cases: Sequence[Case], extent: str) -> tuple[tuple[Case, ...], ...]:
+    """Cases that take turns: those of one problem, in a special sweep those of one size."""
+    groups: dict[tuple[object, ...], list[Case]] = {}
+    for case in cases:
+        operations_apart = "" if extent in SPECIAL else case.operation
+        key = (operations_apart, case.mode, case.dtype, together(case.operation, case.shape))
+        groups.setdefault((*key, case.total_tokens), []).append(case)
+    return tuple(map(tuple, groups.values()))
 
 
-def _too_much_memory(case: Case, available: int | None) -> str | None:
-    return estimate.does_not_fit(memory_of(case), available)
+def together(name: str, shape: Shape) -> object:
+    """What of a shape keeps cases from taking turns: all of it, but what the operation leaves."""
+    return operation(name).turn_key(shape)

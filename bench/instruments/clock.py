@@ -329,6 +329,28 @@ def _spin_cycles(call: Callable[[], object], device: torch.device) -> int:
     return int(2 * (max(host) + 20e-6) * cycles_per_s)
 
 
+def captured(
+    call: Callable[[], tuple[torch.Tensor, ...]], device: torch.device
+) -> tuple[Callable[[], None], tuple[torch.Tensor, ...]]:
+    """A CUDA graph of the call: what replays it, and the tensors that a replay writes.
+
+    Raises:
+        ValueError: not a CUDA device.
+    """
+    if device.type != "cuda":
+        raise ValueError(f"no CUDA graphs on {device.type}")
+    stream = torch.cuda.Stream(device)
+    stream.wait_stream(torch.cuda.current_stream(device))
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            call()
+    torch.cuda.current_stream(device).wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        outputs = call()
+    return graph.replay, outputs
+
+
 def _wait_for(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)

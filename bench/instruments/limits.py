@@ -1,20 +1,20 @@
 """What the machine can do at best: copy rate, matrix-product rate, the cost of a launch.
 
-Measured, not looked up, by PyTorch's own copy and matmul. An operation's least traffic and least
+Measured, not looked up, by PyTorch's own copy and matmul, in the run that uses them. An operation's least traffic and least
 work over these rates is the time it cannot be expected to beat; which of the two is longer says
 what binds it. (It can be beaten: by data that stay in a cache, and by an algorithm that does less
 than the least work as SPEC counts it, which is that of dense products.)
 """
 
+import mmap
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
-from functools import cache
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime
 
 import torch
 
 from linear_vit.bench.instruments import clock
-from linear_vit.bench.problems import Work
 
 # Far past any last-level cache, in both directions.
 _COPY_BYTES = {"cpu": 2**28, "cuda": 2**30}
@@ -22,6 +22,7 @@ _MATMUL_SIDE = {"cpu": 2048, "cuda": 8192}
 # float16 products without hardware for them are a thousand times slower than with it.
 _SHORT_SIDE, _LONGEST_PROBE_S = 256, 5e-3
 _BUDGET_S = 0.3
+_FRESH_BYTES = 100_000_000 // mmap.PAGESIZE * mmap.PAGESIZE
 
 
 @dataclass(frozen=True)
@@ -32,36 +33,60 @@ class Limits:
         copy_bytes_per_s: of a large copy; each byte counts twice, read and written.
         matmul_flop_per_s: by dtype name, of a large square product; float32 is IEEE.
         launch_s: host time to launch the smallest operation, results not waited for.
+        measured: when, ISO time.
+        probes: by name, how much a second of what kernels need and nothing general measures.
+        fresh_bytes_per_s, fresh_large_bytes_per_s: of memory fresh from the system, written once,
+            in small pages and in large ones; None where it was not measured.
     """
 
     copy_bytes_per_s: float
     matmul_flop_per_s: dict[str, float]
     launch_s: float
+    measured: str = ""
+    probes: dict[str, float] = field(default_factory=dict)
+    fresh_bytes_per_s: float | None = None
+    fresh_large_bytes_per_s: float | None = None
 
-    def least_seconds(self, work: Work, dtype: str) -> dict[str, float]:
-        """The time that each limit allows for, by the limit's name."""
-        return {
-            "copy": work.bytes / self.copy_bytes_per_s,
-            f"{dtype} matmul": work.flop / self.matmul_flop_per_s[dtype],
-        }
+    def least_seconds(self, moved: int, flop: int, dtype: str) -> dict[str, float]:
+        """The time that copy and matmul allow for so many bytes and FLOP, by the limit's name."""
+        allowed = {"copy": moved / self.copy_bytes_per_s}
+        if dtype in self.matmul_flop_per_s:
+            allowed[f"{dtype} matmul"] = flop / self.matmul_flop_per_s[dtype]
+        return allowed
 
-    def binding(self, work: Work, dtype: str) -> tuple[str, float]:
-        """The limit that binds, and the seconds it asks for."""
-        return max(self.least_seconds(work, dtype).items(), key=lambda item: item[1])
+    def seconds_of(self, needs: Mapping[str, float]) -> dict[str, float]:
+        """The time that the probes, and "fresh" bytes, allow for these amounts."""
+        rates = dict(self.probes)
+        if self.fresh_large_bytes_per_s is not None:
+            rates["fresh"] = self.fresh_large_bytes_per_s
+        return {name: n / rates[name] for name, n in needs.items() if name in rates}
 
 
-@cache
-def measure(device: torch.device, dtypes: tuple[str, ...]) -> Limits:
-    """Measure a device's limits, once a process; a second or two.
+def measure(
+    device: torch.device,
+    dtypes: tuple[str, ...],
+    probes: Mapping[str, Callable[[], float]] | None = None,
+) -> Limits:
+    """Measure a device's limits; a second or two.
 
     Args:
         device: where.
         dtypes: names ("float32") of those whose products are wanted.
+        probes: by name, calls that return how much they did; with them fresh pages are measured.
     """
-    return Limits(
+    found = Limits(
         _copy_rate(device),
         {name: _matmul_rate(device, getattr(torch, name)) for name in dtypes},
         _launch_seconds(device),
+        datetime.now(UTC).isoformat(timespec="seconds"),
+    )
+    if not probes:
+        return found
+    return replace(
+        found,
+        probes={name: probe() / _fastest(probe, device) for name, probe in probes.items()},
+        fresh_bytes_per_s=_fresh_rate(device, large_pages=False),
+        fresh_large_bytes_per_s=_fresh_rate(device, large_pages=True),
     )
 
 
@@ -96,6 +121,18 @@ def _operands(
 def _fastest(call: Callable[[], object], device: torch.device) -> float:
     """A limit is what the machine can do, so the fastest round and not the median."""
     return min(clock.measure(call, device, budget_s=_BUDGET_S, target=0.0).seconds)
+
+
+def _fresh_rate(device: torch.device, *, large_pages: bool) -> float:
+    """Bytes a second of memory got from the system, as an allocator does for a large tensor."""
+
+    def write() -> None:
+        memory = mmap.mmap(-1, _FRESH_BYTES, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        if large_pages and hasattr(mmap, "MADV_HUGEPAGE"):
+            memory.madvise(mmap.MADV_HUGEPAGE)
+        torch.frombuffer(memory, dtype=torch.float32).fill_(0.0)
+
+    return _FRESH_BYTES / _fastest(write, device)
 
 
 def _launch_seconds(device: torch.device, launches: int = 200) -> float:

@@ -1,5 +1,6 @@
 """Peak memory of a call beyond its inputs and outputs, measured outside the timing."""
 
+import ctypes
 from collections.abc import Callable
 
 import torch
@@ -61,3 +62,19 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 def _bytes(tensors: tuple[Tensor, ...]) -> int:
     return sum(x.numel() * x.element_size() for x in tensors)
+
+
+def keep_freed_memory() -> None:
+    """Have malloc keep what is freed, as the allocators that are recommended for PyTorch do.
+
+    Otherwise glibc gives every block of more than 32 MB back to the system, which clears its pages
+    anew for the next one: a share of the time that has nothing to do with the kernels, and is
+    the larger the more intermediate tensors an implementation makes.
+
+    Raises:
+        ValueError: malloc is not glibc's.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    never_map, never_trim = (-4, 0), (-1, 2**31 - 1)  # M_MMAP_MAX, M_TRIM_THRESHOLD
+    if mallopt is None or not (mallopt(*never_map) and mallopt(*never_trim)):
+        raise ValueError("--keep-memory sets glibc's malloc, which this process does not use")

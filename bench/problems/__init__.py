@@ -27,6 +27,7 @@ from linear_vit.bench.problems.case import (
     Operation,
     Problem,
     Shape,
+    Wanted,
     Work,
     Workload,
     check,
@@ -50,6 +51,7 @@ __all__ = [
     "Problem",
     "RippleShape",
     "Shape",
+    "Wanted",
     "Work",
     "Workload",
     "case_name",
@@ -127,6 +129,8 @@ def expected_of_peer(problem: Problem, name: str) -> Expected:
 def case_name(case: Case) -> str:
     """A case's name in a test's id and a saved run."""
     size = operation(case.operation).size_name(case.shape)
+    if case.total_tokens and case.shape.B == 1:
+        size = f"B1-{size}"  # apart from one sequence of the same length in its own right
     text = f"{case.operation}-{case.mode}-{case.dtype}-{size}-{case.backend}"
     return f"{text}-graph" if case.captured else text
 

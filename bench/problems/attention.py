@@ -1,11 +1,20 @@
 """What attention operations share: a shape, and the rows compared where there are too many."""
 
 import re
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 
-from linear_vit.bench.problems.case import EXTENTS, Shape
+from linear_vit.bench.problems.case import (
+    BACKWARD,
+    DTYPES,
+    EXTENTS,
+    FORWARD,
+    PASSES,
+    Shape,
+    Wanted,
+)
 
 # One sequence, six heads of 64: time against N is then the scaling of one attention layer of a
 # ViT-S.
@@ -92,3 +101,48 @@ def sample(tokens: int, device: torch.device) -> torch.Tensor:
     count = min(tokens, SAMPLED_ROWS)
     spread = torch.linspace(0, tokens - 1, count, dtype=torch.float64)
     return spread.round().long().to(device)
+
+
+# What `--sweep gpu` times, most important first: (batch, heads, tokens).
+_GPU_FIRST = ((1, 16, 65_536), (1, 1, 1_048_576), (128, 6, 64))
+_GPU_CROSSOVER = tuple((4, 16, n) for n in (512, 256, 1024, 2048, 128, 4096, 8192))
+_GPU_LONG = tuple((1, 16, n) for n in (16_384, 1_048_576, 262_144, 4096, 1024))
+_GPU_VIT = ((128, 6, 256), (128, 6, 1024))
+GPU_RANKS = {"bfloat16": 100, "graphs": 300, "float32": 400, "float16": 500}
+_CPU_TOTAL = 65_536
+
+
+def on_gpu(ranks: Mapping[str, int]) -> Iterator[Wanted]:
+    """Attention over N and batch: times, and launches replayed from CUDA graphs at few tokens.
+
+    Args:
+        ranks: of the part for each dtype, and of "graphs".
+    """
+    for dtype in DTYPES:
+        crossover = _GPU_CROSSOVER if dtype == "bfloat16" else _GPU_CROSSOVER[:1]
+        sizes = (*_GPU_FIRST, *crossover, *_GPU_LONG, *_GPU_VIT)
+        for number, (batch, heads, tokens) in enumerate(sizes):
+            shape = square(batch, heads, tokens, HEAD_DIM)
+            for mode in (FORWARD, BACKWARD):
+                yield Wanted(ranks[dtype] + number, mode, dtype, shape)
+    for batch in (1, 128):
+        for tokens in (64, 256, 1024):
+            for mode in PASSES:
+                shape = square(batch, HEADS, tokens, HEAD_DIM)
+                yield Wanted(ranks["graphs"], mode, "bfloat16", shape, captured=True)
+
+
+def on_cpu(
+    lengths: Sequence[int],
+    rank: int,
+    backends: tuple[str, ...],
+    modes: Sequence[str] = PASSES,
+    dtypes: Sequence[str] = ("float32", "bfloat16"),
+) -> Iterator[Wanted]:
+    """Sequences of these lengths that have 65,536 tokens together."""
+    for dtype in dtypes:
+        for mode in modes:
+            for number, tokens in enumerate(lengths):
+                shape = square(_CPU_TOTAL // tokens, HEADS, tokens, HEAD_DIM)
+                yield Wanted(rank + number, mode, dtype, shape, backends, total_tokens=_CPU_TOTAL)
+            rank += len(lengths)

@@ -6,16 +6,18 @@ check, the sweeps, the traffic count, the static table and the tuning take. Noth
 an operation's name.
 """
 
+import importlib
 import math
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
+from linear_vit import kernels
 from linear_vit.kernels.accuracy import Comparison, compare
 
 FORWARD = "forward"
@@ -51,7 +53,9 @@ class Shape(ABC):
 class Case:
     """One thing to time: an operation's pass, on a backend, at a size.
 
-    ``captured`` replays the call from a CUDA graph instead of launching it anew.
+    ``captured`` replays the call from a CUDA graph instead of launching it anew. ``total_tokens``
+    is what as many sequences as fit into it have together, where a sweep asks for that: its times
+    say what length costs at the same work.
     """
 
     operation: str
@@ -60,11 +64,29 @@ class Case:
     shape: Shape
     backend: str
     captured: bool = False
+    total_tokens: int | None = None
 
     @property
     def together(self) -> "Case":
         """What is alike for cases that work on the same problem and so take turns."""
         return replace(self, backend="", captured=False)
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """Cases of a special sweep: the lower ``rank``, the more important.
+
+    ``backends`` are those of its cases where none are asked for; empty for all. ``captured``: also
+    replayed from a CUDA graph.
+    """
+
+    rank: int
+    mode: str
+    dtype: str
+    shape: Shape
+    backends: tuple[str, ...] = ()
+    captured: bool = False
+    total_tokens: int | None = None
 
 
 @dataclass(frozen=True)
@@ -115,6 +137,8 @@ class Problem:
             plain = {name: x.detach() for name, x in self.inputs.items()}
             return lambda: self.run(plain, backend)
         if mode == BACKWARD:
+            # torch.compile otherwise forbids a second backward pass through one graph.
+            importlib.import_module("torch._functorch.config").donated_buffer = False  # type: ignore[attr-defined]
             outputs, leaves = self.run(self.inputs, backend), tuple(self.inputs.values())
             return lambda: torch.autograd.grad(outputs, leaves, self.cotangents, retain_graph=True)
         return lambda: self.gradients(backend, self.cotangents)
@@ -132,12 +156,14 @@ class Problem:
             return self.output_names
         return gradients if mode == BACKWARD else self.output_names + gradients
 
-    def expected(self) -> Expected:
-        """The results and gradients by the reference in float64."""
+    def expected(self) -> Expected | None:
+        """The results and gradients by the reference in float64; None where nothing says what is
+        right, as of a training step."""
         return self.operation.expected(self)
 
-    def least_work(self, mode: str) -> Work:
-        """The least traffic and work of a pass, whatever the implementation does.
+    def least_work(self, mode: str) -> Work | None:
+        """The least traffic and work of a pass, whatever the implementation does; None where that
+        is not counted.
 
         A backward pass alone is both passes less the forward.
         """
@@ -172,6 +198,9 @@ class Operation(ABC):
         token_axis: of outputs and gradients whose rows are sampled (see :class:`Expected`).
         backward_reads_outputs: whether the least traffic of the backward pass includes them.
         workloads: of the tuning table's kernels that belong to this operation's folder, by name.
+        modes: the passes that are timed.
+        budget: of the seconds that a sweep spends on a case, how many times as many.
+        test: the test in ``bench/`` that its cases are of.
     """
 
     name: str
@@ -180,6 +209,9 @@ class Operation(ABC):
     token_axis: int = 2
     backward_reads_outputs: bool = False
     workloads: ClassVar[Mapping[str, Workload]] = {}
+    modes: tuple[str, ...] = PASSES
+    budget: float = 1.0
+    test: str = "test_kernel"
 
     # Sizes and inputs.
 
@@ -196,6 +228,56 @@ class Operation(ABC):
     @abstractmethod
     def lengths(self, device_type: str, extent: str) -> Sequence[int]:
         """Token counts of a sweep, one of ``EXTENTS``."""
+
+    def rehearsal(self, shape: Any) -> Shape:
+        """A tiny size in the place of ``shape``, to walk through the code that that takes."""
+        return self.check_shapes(16, interpreted=True)[0]
+
+    def probes(self, device: torch.device) -> dict[str, Callable[[], float]]:
+        """What is measured of a device for :meth:`needs`: calls that return how much they did."""
+        return {}
+
+    def special(self, sweep: str) -> Sequence[Wanted]:
+        """What a special sweep ("gpu", "cpu") has of this operation."""
+        return ()
+
+    def dtypes(self, device_type: str, chosen: Sequence[str]) -> Sequence[str]:
+        """Names of the dtypes that are timed, of those chosen."""
+        return chosen
+
+    def backends(self, device: torch.device, asked: Sequence[str]) -> dict[str, str | None]:
+        """Backends by name, and why one can't run here: of those asked for, or of all."""
+        known = kernels.backends(self.name, device, head_dim=self.shape(64).dim)
+        return {name: why for name, why in known.items() if not asked or name in asked}
+
+    def sizes(
+        self,
+        device_type: str,
+        extent: str,
+        tokens: Sequence[int],
+        total_tokens: int | None,
+        left_out: dict[str, str],
+    ) -> Iterator[Shape]:
+        """The shapes of a sweep, one of ``EXTENTS``: of these token counts, or of its own.
+
+        With ``total_tokens``, as many sequences as have that many together; ``left_out`` is told of
+        lengths that are longer.
+        """
+        for count in sorted(set(tokens or self.lengths(device_type, extent))):
+            if total_tokens is not None and total_tokens < count:
+                reason = f"longer than --total-tokens {total_tokens}"
+                left_out.setdefault(f"{self.name}, N from {count}", reason)
+                continue
+            yield self.shape(count, total_tokens // count if total_tokens else 1)
+
+    def turn_key(self, shape: Any) -> object:
+        """Cases take turns where this is alike; a training step's model is left out of it."""
+        return shape
+
+    def can_be_captured(self, backend: str) -> bool:
+        """Whether a call can go into a CUDA graph (if the device is one)."""
+        row = kernels.backend_rows().get(backend)
+        return row is None or not row.compiles
 
     @abstractmethod
     def check_shapes(self, head_dim: int, *, interpreted: bool = False) -> Sequence[Shape]:
@@ -214,12 +296,14 @@ class Operation(ABC):
     # What is least, and what is right.
 
     @abstractmethod
-    def least_work(self, mode: str, shape: Any, element_size: int) -> Work:
-        """The least traffic and work of one call, whatever the implementation does."""
+    def least_work(self, mode: str, shape: Any, element_size: int) -> Work | None:
+        """The least traffic and work of one call, whatever the implementation does; None where
+        that is not counted."""
 
     def working_set(self, mode: str, backend: str, shape: Any) -> int:
         """About how many bytes an implementation holds beyond inputs and outputs."""
-        return 4 * self.least_work(mode, shape, 1).bytes * 2
+        work = self.least_work(mode, shape, 1)
+        return 8 * work.bytes if work is not None else 0
 
     def expected(self, problem: Problem) -> Expected:
         """The problem's results and gradients by the reference in float64."""
@@ -235,11 +319,24 @@ class Operation(ABC):
         """How often a result may be rounded to the dtype on its way."""
         return 1
 
+    def needs(self, backend: str, mode: str, shape: Any) -> dict[str, float]:
+        """How much of each limit (``probes`` by name, ``fresh`` bytes) an implementation takes,
+        beside traffic and work; empty where nobody has counted it."""
+        return {}
+
+    def facts(self, case: Case, problem: Problem, median_s: float) -> dict[str, Any]:
+        """What a saved case says beyond its shape, work and time."""
+        return {}
+
     # How a case is named, in a test's id and a saved run.
 
     def size_name(self, shape: Any) -> str:
         """The size in a case's name: N64, B1024-N64."""
         return f"B{shape.B}-N{shape.tokens}" if shape.B > 1 else f"N{shape.tokens}"
+
+    def group(self, case: Case) -> str:
+        """What pytest-benchmark groups the case by."""
+        return f"{self.name} {case.mode} {case.dtype} B={case.shape.B} N={case.shape.tokens}"
 
     def parse_size(self, text: str) -> Shape | None:
         """The shape of this :meth:`size_name`; None where it is none."""
@@ -247,12 +344,14 @@ class Operation(ABC):
         return self.shape(int(match[2]), int(match[1] or 1)) if match else None
 
 
-def least_work(operation: Operation, mode: str, shape: Any, element_size: int) -> Work:
+def least_work(operation: Operation, mode: str, shape: Any, element_size: int) -> Work | None:
     """An operation's least work, of a backward pass alone too: both passes less the forward."""
     if mode != BACKWARD:
         return operation.least_work(mode, shape, element_size)
     both = operation.least_work(FORWARD_BACKWARD, shape, element_size)
     forward = operation.least_work(FORWARD, shape, element_size)
+    if both is None or forward is None:
+        return None
     return Work(both.bytes - forward.bytes, both.flop - forward.flop)
 
 

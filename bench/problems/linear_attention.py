@@ -1,5 +1,8 @@
 """Linear attention: all of it, of one packed projection, its state, and reading a state."""
 
+import functools
+import importlib
+from collections.abc import Callable
 from typing import ClassVar
 
 import torch
@@ -14,6 +17,7 @@ from linear_vit.bench.problems.case import (
     Expected,
     Operation,
     Problem,
+    Wanted,
     Work,
     Workload,
     own_kernels,
@@ -24,6 +28,7 @@ from linear_vit.bench.problems.packed import Packed
 # Head dims at which grouped queries are compiled too: the commonest, and HydraAttention's four
 # branches of dim 384.
 _GROUPED = (64, 96)
+_PROBE_REPEATS = 200_000
 
 
 def _state_bytes(shape: AttentionShape) -> int:
@@ -47,8 +52,35 @@ def _short_smaller(dim: int) -> AttentionShape:
     return square(16, 6, 256, dim)
 
 
+def _needs(
+    operation: Operation,
+    backend: str,
+    mode: str,
+    shape: AttentionShape,
+    per_fma: dict[str, float],
+    fresh: float,
+) -> dict[str, float]:
+    """What the C++ kernels take of the processor, as cpu_simd.cpp's header counts it for AVX-512.
+
+    They do half of the dense work: the rows that a sign picks. ``fresh``: bytes of the output.
+    """
+    if backend != "cpu" or mode != FORWARD:
+        return {}
+    done = operation.least_work(mode, shape, 4).flop / 2
+    return {**{name: done * n for name, n in per_fma.items()}, "fresh": fresh}
+
+
 class _Linear(Operation):
     """What the four have in common."""
+
+    def probes(self, device: torch.device) -> dict[str, Callable[[], float]]:
+        """FMAs on registers, FMAs that each load a vector from the L1 cache, any instructions."""
+        if device.type != "cpu" or kernels.backends(self.name, device)["cpu"] is not None:
+            return {}
+        importlib.import_module("linear_vit.kernels.linear_attention.cpu")  # defines the operator
+        probe = torch.ops.linear_vit.cpu_linear_attention_probe
+        names = ("fma", "load", "instructions")  # in the order of the operator's numbers
+        return {n: functools.partial(probe, i, _PROBE_REPEATS) for i, n in enumerate(names)}
 
     def shape(self, tokens: int, batch: int = 1) -> AttentionShape:
         return square(batch, attention.HEADS, tokens, attention.HEAD_DIM)
@@ -104,6 +136,16 @@ class LinearAttention(_Linear):
             "linear_attention", FORWARD_BACKWARD, _short, _short_smaller, ("_short_backward",)
         ),
     }
+
+    def special(self, sweep: str) -> list[Wanted]:
+        if sweep == "gpu":
+            return list(attention.on_gpu(attention.GPU_RANKS))
+        lengths = (64, 128, 256, 1024, 4096, 16_384, 65_536)
+        at_the_same_work = attention.on_cpu(lengths, 0, ("cpu", "compiled"))
+        scaling = [
+            Wanted(200 + i, FORWARD, "float32", self.shape(1024 << i), ("cpu",)) for i in range(11)
+        ]
+        return [*at_the_same_work, *scaling]
 
     def problem(
         self, shape: AttentionShape, dtype: torch.dtype, device: torch.device, seed: int = 0
@@ -178,6 +220,17 @@ class LinearAttentionState(_Linear):
         ),
     }
 
+    def special(self, sweep: str) -> list[Wanted]:
+        """On a CPU, for the roofline."""
+        if sweep != "cpu":
+            return []
+        return list(attention.on_cpu((1024, 65_536), 300, ("cpu",), (FORWARD,), ("float32",)))
+
+    def needs(self, backend: str, mode: str, shape: AttentionShape) -> dict[str, float]:
+        return _needs(
+            self, backend, mode, shape, {"fma": 1, "load": 6 / 8, "instructions": 18 / 8}, 0
+        )
+
     def problem(
         self, shape: AttentionShape, dtype: torch.dtype, device: torch.device, seed: int = 0
     ) -> Problem:
@@ -219,6 +272,18 @@ class LinearAttentionApply(_Linear):
             "linear_attention_apply", FORWARD_BACKWARD, _long, _long_smaller, ("_feature_outer",)
         ),
     }
+
+    def special(self, sweep: str) -> list[Wanted]:
+        """On a CPU, for the roofline."""
+        if sweep != "cpu":
+            return []
+        return list(attention.on_cpu((1024, 65_536), 300, ("cpu",), (FORWARD,), ("float32",)))
+
+    def needs(self, backend: str, mode: str, shape: AttentionShape) -> dict[str, float]:
+        output = 4 * shape.B * shape.H * shape.N * shape.D
+        return _needs(
+            self, backend, mode, shape, {"fma": 1, "load": 4 / 4, "instructions": 8 / 4}, output
+        )
 
     def problem(
         self, shape: AttentionShape, dtype: torch.dtype, device: torch.device, seed: int = 0

@@ -16,6 +16,7 @@ from linear_vit.bench.problems.case import (
     Operation,
     Problem,
     Shape,
+    Wanted,
     Work,
     Workload,
 )
@@ -137,7 +138,27 @@ class _Ripple(Operation):
         return RippleShape(shape.B, rows, shape.tokens // rows, channels, int(match[4] or 0))
 
 
-class RipplePool(_Ripple):
+class _Stage(_Ripple):
+    """One stage, up or down."""
+
+    def special(self, sweep: str) -> list[Wanted]:
+        if sweep != "cpu":
+            return []
+        total = 8192
+        return [
+            Wanted(
+                100 + number,
+                FORWARD_BACKWARD,
+                "float32",
+                RippleShape(max(1, total // side**2), side, side, CHANNELS),
+                ("cpu", "torch"),
+                total_tokens=total,
+            )
+            for number, side in enumerate((8, 16, 32, 64))
+        ]
+
+
+class RipplePool(_Stage):
     name = "ripple_pool"
     title = "Ripple pooling"
     workloads: ClassVar = {
@@ -169,7 +190,7 @@ class RipplePool(_Ripple):
         return self.work_of(mode, read, coarse, 18 * coarse, element_size)
 
 
-class RippleExpand(_Ripple):
+class RippleExpand(_Stage):
     name = "ripple_expand"
     title = "Ripple expansion"
     workloads: ClassVar = {

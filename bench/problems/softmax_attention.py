@@ -14,6 +14,7 @@ from linear_vit.bench.problems.case import (
     Expected,
     Operation,
     Problem,
+    Wanted,
     Work,
     Workload,
 )
@@ -94,6 +95,12 @@ class SoftmaxAttention(_Softmax):
         "softmax_attention.query_gradient": _workload(FORWARD_BACKWARD, "_query_gradient"),
         "softmax_attention.key_value_gradient": _workload(FORWARD_BACKWARD, "_key_value_gradient"),
     }
+
+    def special(self, sweep: str) -> list[Wanted]:
+        if sweep == "gpu":
+            return list(attention.on_gpu(attention.GPU_RANKS))
+        # Beyond, a quadratic operation takes seconds a call.
+        return list(attention.on_cpu((64, 128, 256, 1024), 0, ("torch",)))
 
     def problem(
         self, shape: AttentionShape, dtype: torch.dtype, device: torch.device, seed: int = 0

@@ -1,0 +1,395 @@
+"""Runs cases: checks each, times those of one problem by turns, and keeps every result.
+
+The one way to time anything here. ``pytest --benchmark-only`` and ``train_minimal.py bench`` call
+:func:`run`; :func:`measure` times any callables of a user's Python. Knows no pytest.
+"""
+
+import dataclasses
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from linear_vit import kernels
+from linear_vit.bench import estimate, peers
+from linear_vit.bench.instruments import clock, energy, memory, profiles, proof, telemetry
+from linear_vit.bench.instruments.clock import Timing
+from linear_vit.bench.instruments.limits import Limits
+from linear_vit.bench.problems import (
+    DTYPES,
+    FORWARD,
+    Case,
+    Expected,
+    Problem,
+    case_name,
+    check,
+    expected_of_peer,
+    make_problem,
+    operation,
+    worst,
+)
+from linear_vit.bench.store import FAILED, LEFT_OUT, MEASURED, OUT_OF_MEMORY, SCHEMA, Result, Store
+from linear_vit.bench.worker import Worker
+
+Group = tuple[Case, ...]
+
+
+class WrongResult(Exception):
+    """A case whose answer the accuracy rule refuses, or that another implementation gave."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How the cases of a run are measured.
+
+    Attributes:
+        device: where.
+        budget_s: seconds to spend on the rounds of each case, at most.
+        limits: of the machine; None leaves shares of limits out.
+        sources: name of the code measured.
+        profiles: folder for traces; None for none.
+        energy: whether to measure joules a call.
+    """
+
+    device: torch.device
+    budget_s: float = 1.0
+    limits: Limits | None = None
+    sources: str | None = None
+    profiles: Path | None = None
+    energy: bool = True
+
+
+def measure(
+    calls: Mapping[str, Callable[[], object]],
+    *,
+    device: torch.device | str | None = None,
+    budget_s: float = 1.0,
+) -> dict[str, Timing]:
+    """Time calls that are to be compared: they take turns, so that drift hits all of them alike.
+
+    Args:
+        calls: by name; each does the same work at every call, and is free of set-up.
+        device: where they run (default: CUDA if there is one). CUDA takes device time.
+        budget_s: seconds to spend on each, at most.
+
+    Returns:
+        By name a :class:`Timing`: ``seconds`` of every round, ``median``, ``interval`` (95 % of the
+        median) and ``over(other)``, the ratio turn by turn.
+    """
+    where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    watch = telemetry.Watch(telemetry.source_for(where))
+    return clock.measure_interleaved(calls, where, budget_s=budget_s, watch=watch)
+
+
+def run(
+    groups: Iterable[Group],
+    plan: Plan,
+    store: Store,
+    *,
+    minutes: float | None = None,
+    isolate: bool | None = None,
+    progress: Callable[[Result], None] = lambda result: None,
+) -> list[Result]:
+    """Measure what the store lacks, in order; every outcome is kept.
+
+    Args:
+        groups: cases that take turns, most important first.
+        plan: how.
+        store: where results are kept, and what is finished already.
+        minutes: to spend, at most. A group that can't be expected to end before is left out.
+        isolate: measure in a process of its own, which is started again should a case take it down
+            or break the device. None: on CUDA.
+        progress: called after each case.
+
+    Returns:
+        The results of the cases, in their order.
+    """
+    deadline = None if minutes is None else time.monotonic() + 60 * minutes
+    found: list[Result] = []
+    with Session(plan, store, deadline=deadline, isolate=isolate) as session:
+        for group in groups:
+            for result in session.measure(group):
+                progress(result)
+                found.append(result)
+    return found
+
+
+class Session:
+    """Measures one group after another; used by :func:`run` and, a case at a time, by pytest."""
+
+    def __init__(
+        self, plan: Plan, store: Store, *, deadline: float | None, isolate: bool | None
+    ) -> None:
+        self._plan, self._store, self._deadline = plan, store, deadline
+        alone = plan.device.type == "cuda" if isolate is None else isolate
+        self._worker = Worker(measure_group) if alone else None
+
+    def __enter__(self) -> "Session":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self._worker is not None:
+            self._worker.stop()
+
+    def measure(self, group: Sequence[Case]) -> list[Result]:
+        """The results of all of the group's cases, those that were there before among them."""
+        store, pending = self._store, []
+        for case in group:
+            name = case_name(case)
+            if store.finished(name) is not None:
+                continue
+            if reason := store.killer(name):
+                store.keep(Result(name, FAILED, reason))
+            else:
+                pending.append(case)
+        if pending and (reason := self._no_time(pending)):
+            for case in pending:
+                store.keep(Result(case_name(case), LEFT_OUT, reason))
+            pending = []
+        left = [pending] if pending else []
+        while left:
+            results, again = self._attempt(left.pop(0))
+            for result in results:
+                store.keep(result)
+            left[:0] = again
+        return [store.results[case_name(case)] for case in group]
+
+    def _attempt(self, pending: list[Case]) -> tuple[list[Result], list[list[Case]]]:
+        """Results of the pending cases, and the groups to try again where one killed a process."""
+        started = self._store.start
+        if self._worker is None:
+            return list(measure_group(pending, self._plan, started)), []
+        seconds = sum(estimate.seconds(case, self._plan) for case in pending)
+        return self._worker.attempt(pending, self._plan, started, seconds, case_name)
+
+    def _no_time(self, pending: Sequence[Case]) -> str | None:
+        if self._deadline is None:
+            return None
+        left = self._deadline - time.monotonic()
+        needed = sum(estimate.seconds(case, self._plan) for case in pending)
+        if needed <= left:
+            return None
+        return f"no time left: {max(left, 0):.0f} s, and it takes about {needed:.0f}"
+
+
+def measure_group(
+    cases: Sequence[Case], plan: Plan, started: Callable[[str], None]
+) -> list[Result]:
+    """Check the cases, then time those that are right by turns.
+
+    Args:
+        cases: of one group: they may differ in backend, capture and operation.
+        plan: how.
+        started: told a case's name before it runs for the first time.
+    """
+    ready: dict[str, _Ready] = {}
+    results: dict[str, Result] = {}
+    _problems.keep_only(cases, plan.device)
+    for case in cases:
+        name = case_name(case)
+        started(name)
+        try:
+            ready[name] = _prepare(case, plan)
+        except Exception as error:
+            results[name] = _failure(name, error)
+        _free_memory_after(results.get(name))
+    watch = telemetry.Watch(telemetry.source_for(plan.device))
+    calls = {name: one.call for name, one in ready.items()}
+    factor = max((operation(case.operation).budget for case in cases), default=1.0)
+    timings = clock.measure_interleaved(
+        calls, plan.device, budget_s=factor * plan.budget_s, watch=watch
+    )
+    for name, one in ready.items():
+        try:
+            results[name] = _result(one, timings[name], watch, plan)
+        except Exception as error:
+            results[name] = _failure(name, error)
+    return [results[case_name(case)] for case in cases]
+
+
+@dataclass(frozen=True)
+class _Ready:
+    """A case that gave the right answer, and what that showed."""
+
+    case: Case
+    problem: Problem
+    call: Callable[[], Any]
+    checked: dict[str, Any]
+
+
+class _Problems:
+    """The problems of a group and of the one before, each made once, with the right answers."""
+
+    def __init__(self) -> None:
+        self._made: dict[tuple[Case, torch.device], tuple[Problem, Expected | None]] = {}
+
+    def keep_only(self, cases: Sequence[Case], device: torch.device) -> None:
+        """Forget the others: their tensors may be large."""
+        wanted = {(_problem_of(case), device) for case in cases}
+        self._made = {key: made for key, made in self._made.items() if key in wanted}
+
+    def of(self, case: Case, device: torch.device) -> tuple[Problem, Expected | None]:
+        key = _problem_of(case), device
+        if key not in self._made:
+            dtype = DTYPES.get(case.dtype, torch.float32)
+            problem = make_problem(case.operation, case.shape, dtype, device)
+            self._made[key] = problem, problem.expected()
+        problem, expected = self._made[key]
+        if peers.other_function(case.backend):
+            expected = expected_of_peer(problem, case.backend)
+        return problem, expected
+
+
+_problems = _Problems()
+
+
+def _problem_of(case: Case) -> Case:
+    """What is alike for cases of one problem: both passes are of the same numbers."""
+    return dataclasses.replace(case.together, mode="")
+
+
+def _prepare(case: Case, plan: Plan) -> _Ready:
+    """Check a case and look at one call of it.
+
+    Raises:
+        WrongResult: its answer is wrong, or another implementation gave it.
+        Exception: whatever the call raises.
+    """
+    problem, expected = _problems.of(case, plan.device)
+    checked: dict[str, Any] = {"error": {}, "ran": None}
+    if expected is not None:
+        verdicts = check(problem, case.backend, case.mode, expected)
+        name, verdict = worst(verdicts)
+        if not verdict.passed:
+            raise WrongResult(f"wrong result: {name}: {verdict}")
+        checked["error"] = {
+            n: {
+                "rms": v.rms_error,
+                "rms_tolerance": v.rms_tolerance,
+                "max": v.max_error,
+                "max_tolerance": v.max_tolerance,
+            }
+            for n, v in verdicts.items()
+        }
+    call = problem.call(case.backend, case.mode)
+    call()
+    if expected is not None:
+        operators, on_device = proof.names_of(call, plan.device)
+        signature = peers.signature(case.backend)
+        if wrong := proof.fallback(
+            case.backend, operators, on_device, plan.device.type, signature=signature
+        ):
+            raise WrongResult(f"another implementation ran: {wrong}")
+        checked["ran"] = proof.shown(case.backend, operators, on_device)
+    peak, how = memory.peak_beyond_outputs(call, plan.device)
+    checked |= {"peak_memory_bytes": peak, "peak_memory_how": how}
+    if case.captured:
+        call = _captured(call, plan.device)
+    return _Ready(case, problem, call, checked)
+
+
+def _captured(call: Callable[[], Any], device: torch.device) -> Callable[[], None]:
+    """What replays the call from a CUDA graph.
+
+    Raises:
+        WrongResult: a replay gives other bits than a call.
+    """
+    replay, outputs = clock.captured(call, device)
+    replay()
+    if not all(torch.equal(a, b) for a, b in zip(outputs, call(), strict=True)):
+        raise WrongResult("a replay from a CUDA graph is not what a call gives")
+    return replay
+
+
+def _result(ready: _Ready, timing: Timing, watch: telemetry.Watch, plan: Plan) -> Result:
+    case, problem = ready.case, ready.problem
+    joules, joules_how = None, "not asked for"
+    if plan.energy:
+        joules, joules_how = energy.per_call(ready.call, plan.device, timing.median)
+    name = case_name(case)
+    traced = None
+    if plan.profiles is not None:
+        traced = profiles.write(ready.call, plan.device, plan.profiles, name)
+    of = operation(case.operation)
+    info = {
+        "schema": SCHEMA,
+        "operation": case.operation,
+        "backend": case.backend,
+        "pass": case.mode,
+        "dtype": case.dtype,
+        "N": case.shape.tokens,
+        "total_tokens": case.total_tokens,
+        "captured": case.captured,
+        **ready.checked,
+        **_against_limits(case, problem, timing, plan),
+        **of.facts(case, problem, timing.median),
+        "energy_per_call_j": joules,
+        "energy_how": joules_how,
+        "profile": traced,
+        "device": plan.device.type,
+        "clock": timing.clock,
+        "cache": timing.cache,
+        "calls_per_round": timing.calls_per_round,
+        "relative_iqr": timing.relative_iqr,
+        "median_interval_s": timing.interval,
+        "stop": timing.stop,
+        "turns": timing.turns,
+        "telemetry": watch.summary(timing.dropped),
+        "sources": plan.sources,
+    }
+    return Result(name, MEASURED, None, of.test, of.group(case), timing.seconds, info)
+
+
+def _against_limits(case: Case, problem: Problem, timing: Timing, plan: Plan) -> dict[str, Any]:
+    """Least traffic and work, and the share of what the limits allow; empty where unknown."""
+    work = problem.least_work(case.mode)
+    if work is None:
+        return {}
+    work = dataclasses.replace(work, flop=int(work.flop * peers.flop_share(case.backend)))
+    found = {
+        "shape": dataclasses.asdict(case.shape),  # type: ignore[call-overload]
+        "implementation": _implementation(case, problem),
+        "other_function": peers.other_function(case.backend),
+        "least_bytes": work.bytes,
+        "least_flop": work.flop,
+        "gb_per_s": work.bytes / timing.median / 1e9,
+        "tflop_per_s": work.flop / timing.median / 1e12,
+    }
+    if plan.limits is None:
+        return found
+    needs = operation(case.operation).needs(case.backend, case.mode, case.shape)
+    allowed = plan.limits.least_seconds(work.bytes, work.flop, case.dtype)
+    limit, least_s = max(allowed.items(), key=lambda item: item[1])
+    return found | {
+        "limit": limit,
+        "share_of_limit": least_s / timing.median,
+        "limits_s": allowed | plan.limits.seconds_of(needs),
+    }
+
+
+def _implementation(case: Case, problem: Problem) -> str:
+    """What runs, with its tiles where it tells."""
+    if case.backend in peers.NAMES:
+        return peers.other_function(case.backend) or f"peer: {case.backend}"
+    arguments = problem.inputs.values()
+    if case.mode == FORWARD:
+        arguments = [x.detach() for x in arguments]
+    return kernels.implementation(case.operation, case.backend, *arguments)
+
+
+def _failure(name: str, error: Exception) -> Result:
+    """The outcome of a case that raised: what it says in one line."""
+    lines = str(error).strip().splitlines() or ["no message"]
+    if memory.is_out_of_memory(error):
+        return Result(name, OUT_OF_MEMORY, f"out of memory: {lines[0][:400]}")
+    kind = "" if isinstance(error, WrongResult) else f"{type(error).__name__}: "
+    return Result(name, FAILED, f"{kind}{lines[0][:400]}")
+
+
+def _free_memory_after(result: Result | None) -> None:
+    """Outside of the handler, whose traceback keeps the case's tensors alive."""
+    if result is not None and result.status == OUT_OF_MEMORY and torch.cuda.is_available():
+        torch.cuda.empty_cache()
