@@ -41,7 +41,7 @@ from linear_vit.bench.problems import (
     make_problem,
     worst,
 )
-from linear_vit.bench.progress import Progress
+from linear_vit.bench.progress import Countdown
 from linear_vit.bench.progress import clock as minutes
 from linear_vit.bench.sweep import (
     DTYPES,
@@ -100,7 +100,7 @@ class Benchmarks:
         self._step_timings: dict[str, clock.Timing] = {}
         self._source = telemetry.source_for(self.sweep.device)
         self._watch = self._step_watch = telemetry.Watch(self._source)
-        self._progress = Progress([], {}, None)
+        self._progress = Countdown([], {}, None)
         self._interrupted = False
         self._quieten(config)
         path = config.getoption("benchmark_json", default=None)
@@ -158,7 +158,7 @@ class Benchmarks:
             self._show_plan(cases)
             return True
         seconds = {name: time_s for name, (time_s, _) in cases.items()}
-        self._progress = Progress(list(cases), seconds, self._terminal)
+        self._progress = Countdown(list(cases), seconds, self._terminal)
         return None
 
     @property
