@@ -3,7 +3,7 @@
 import pytest
 
 from linear_vit.bench.plugin import Benchmarks, measured_time
-from linear_vit.bench.sweep import Case
+from linear_vit.bench.problems import Case
 
 # The durations come from bench.clock; pytest-benchmark keeps the statistics and the files.
 pytestmark = [
@@ -12,8 +12,5 @@ pytestmark = [
 ]
 
 
-def test_kernel(
-    benchmark, suite: Benchmarks, request, operation, mode, dtype, tokens, batch, backend
-):
-    case = Case(operation, mode, dtype, tokens, batch, backend)
-    suite.time_kernel(case, benchmark, request.node)
+def test_kernel(benchmark, suite: Benchmarks, request, case: Case):
+    suite.time(case, benchmark, request.node)

@@ -2,6 +2,7 @@
 
 import pytest
 
+from linear_vit.bench.problems import Case
 from linear_vit.bench.plugin import Benchmarks, measured_time
 
 pytestmark = [
@@ -10,5 +11,5 @@ pytestmark = [
 ]
 
 
-def test_training_step(benchmark, suite: Benchmarks, request, model, step_backend):
-    suite.time_training_step(model, step_backend, benchmark, request.node)
+def test_training_step(benchmark, suite: Benchmarks, request, case: Case):
+    suite.time(case, benchmark, request.node)

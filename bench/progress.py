@@ -1,12 +1,79 @@
-"""How far a benchmark run is: a bar with the time left on a terminal, a line per case elsewhere."""
+"""How far a long job is: lines, and below them on a terminal a bar with the time left."""
 
+import sys
 import time
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from types import TracebackType
+from typing import Any, TextIO
 
 
 class Progress:
-    """Lines of finished cases, and below them the bar where there is a terminal.
+    """A bar with lines above it on a terminal, lines alone elsewhere.
+
+    The bar is drawn when something is said and not in between: a thread that refreshes it would
+    disturb what is timed.
+    """
+
+    def __init__(
+        self,
+        title: str,
+        total: int,
+        *,
+        done: int = 0,
+        file: TextIO | None = None,
+        write: Callable[[str, bool], None] | None = None,
+        silent: bool = False,
+    ) -> None:
+        """``total`` units of work, of which ``done`` are done, shown on ``file`` (stdout).
+
+        ``write`` shows a line, and whether it is bad news, where there is no terminal. ``silent``
+        shows nothing: one process of several is enough to watch.
+        """
+        self._file = file or sys.stdout
+        self._write = write or (lambda text, _bad: print(text, file=self._file, flush=True))
+        self._silent = silent
+        self._bar = None if silent else _bar(self._file, title, total, done)
+        self._total, self._from, self._started = total, done, time.monotonic()
+
+    def __enter__(self) -> "Progress":
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def line(self, text: str, *, red: bool = False) -> None:
+        """Shows a line that stays; ``red`` where it is bad news."""
+        if self._silent:
+            return
+        if self._bar is None:
+            self._write(text, red)
+        else:
+            style = "red" if red else None
+            self._bar.console.print(text, style=style, markup=False, highlight=False)
+
+    def move(self, done: int, note: str = "") -> None:
+        """Moves the bar to ``done`` units; ``note`` stands beside it."""
+        if self._bar is not None:
+            self._bar.update(self._bar.task_ids[0], completed=done, note=note)
+            self._bar.refresh()
+
+    def left_s(self, done: int) -> float:
+        """Seconds that are left after ``done`` units, if the rest go as these did."""
+        spent = time.monotonic() - self._started
+        return spent / max(1, done - self._from) * (self._total - done)
+
+    def close(self) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+
+
+class Countdown:
+    """The progress of cases that were estimated to take so long each.
 
     The time left is what the cases to come are estimated to take, times what the finished ones took
     over their estimates.
@@ -17,10 +84,16 @@ class Progress:
         self._left = dict.fromkeys(cases)
         self._estimates = estimates_s
         self._total = len(cases)
-        self._writer = writer
         self._started = time.monotonic()
         self._estimated_done = 0.0
-        self._bar = _bar(writer, self._total)
+        terminal = getattr(getattr(writer, "_tw", None), "_file", None)
+
+        def write(text: str, red: bool) -> None:
+            writer.ensure_newline()
+            writer.write_line(text, red=red)
+
+        silent = writer is None
+        self._progress = Progress("timing", self._total, file=terminal, write=write, silent=silent)
 
     def skip(self, case: str) -> None:
         """The case takes no time: its result was there already."""
@@ -33,11 +106,8 @@ class Progress:
         count = self._total - len(self._left)
         remaining = f", {clock(left)} left" if self._left else ""
         text = f"[{count:>{len(str(self._total))}}/{self._total} {clock(spent)}{remaining}] {line}"
-        if self._bar is not None:
-            self._bar.update(text, count, left, red=red)
-        elif self._writer is not None:
-            self._writer.ensure_newline()
-            self._writer.write_line(text, red=red)
+        self._progress.line(text, red=red)
+        self._progress.move(count, f"{count} of {self._total}  {clock(left)} left")
 
     def times(self) -> tuple[float, float]:
         """Seconds spent, and seconds left."""
@@ -51,37 +121,7 @@ class Progress:
         return not self._left
 
     def close(self) -> None:
-        if self._bar is not None:
-            self._bar.close()
-
-
-class _Bar:
-    """rich's bar, drawn only between cases: a thread that refreshes it would disturb the timing."""
-
-    def __init__(self, file: Any, total: int) -> None:
-        from rich import progress
-        from rich.console import Console
-
-        self._progress = progress.Progress(
-            progress.TextColumn("timing"),
-            progress.BarColumn(),
-            progress.MofNCompleteColumn(),
-            progress.TextColumn("{task.fields[left]}"),
-            console=Console(file=file, force_terminal=True),
-            auto_refresh=False,
-            transient=True,
-        )
-        self._task = self._progress.add_task("", total=total, left="")
-        self._progress.start()
-
-    def update(self, line: str, count: int, left: float, *, red: bool) -> None:
-        style = "red" if red else None
-        self._progress.console.print(line, style=style, markup=False, highlight=False)
-        self._progress.update(self._task, completed=count, left=f"{clock(left)} left")
-        self._progress.refresh()
-
-    def close(self) -> None:
-        self._progress.stop()
+        self._progress.close()
 
 
 def clock(seconds: float) -> str:
@@ -91,12 +131,23 @@ def clock(seconds: float) -> str:
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
 
 
-def _bar(writer: Any, total: int) -> _Bar | None:
-    terminal = getattr(writer, "_tw", None)
-    file = getattr(terminal, "_file", None)
-    if file is None or not file.isatty():
+def _bar(file: TextIO, title: str, total: int, done: int) -> Any:
+    """rich's bar on a terminal; None elsewhere, and where there is no rich."""
+    if not file.isatty():
         return None
     try:
-        return _Bar(file, total)
+        from rich import progress
+        from rich.console import Console
     except ImportError:
         return None
+    bar = progress.Progress(
+        progress.TextColumn("{task.description}"),
+        progress.BarColumn(),
+        progress.TextColumn("{task.fields[note]}"),
+        console=Console(file=file, force_terminal=True),
+        auto_refresh=False,
+        transient=True,
+    )
+    bar.add_task(title, total=total, completed=done, note=f"of {total}")
+    bar.start()
+    return bar

@@ -325,7 +325,7 @@ def _result(ready: _Ready, timing: Timing, watch: telemetry.Watch, plan: Plan) -
         "captured": case.captured,
         **ready.checked,
         **_against_limits(case, problem, timing, plan),
-        **of.facts(case, problem, timing.median),
+        **of.facts(case, timing.median),
         "energy_per_call_j": joules,
         "energy_how": joules_how,
         "profile": traced,

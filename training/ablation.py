@@ -91,7 +91,8 @@ def summarise(
 
 def read(folder: Path) -> list[dict[str, Any]]:
     """The ablations saved in a folder; files that are none are left out."""
-    return read_records(folder.glob("ablation-*.json"), SCHEMA, {"setting", "rows", "best"})[0]
+    fields = {"setting", "rows", "best"}
+    return list(read_records(folder.glob("ablation-*.json"), SCHEMA, fields)[0].values())
 
 
 def describe(found: dict[str, Any]) -> str:

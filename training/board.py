@@ -1,6 +1,5 @@
 """TensorBoard: a run's curves, its model's graph, and pictures of what it predicts."""
 
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -8,16 +7,9 @@ import torch
 from torch import Tensor, nn
 
 from linear_vit.training.config import DatasetInfo
+from linear_vit.training.errors import notice
 
 _CURVES = ("loss", "train_accuracy", "val_accuracy", "lr", "images_per_second", "seconds")
-_notices: set[str] = set()
-
-
-def notice(text: str) -> None:
-    """Prints a line to stderr, once a process."""
-    if text not in _notices:
-        _notices.add(text)
-        print(text, file=sys.stderr)
 
 
 def open_board(out: Path, *, epochs_done: int = 0) -> Any:

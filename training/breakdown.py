@@ -15,6 +15,7 @@ with events in the device's stream for CUDA, so the shares are of one and the sa
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,7 +25,7 @@ from linear_vit.training.clock import StepClock
 from linear_vit.training.config import DATASETS, MODELS, Config, build_model
 from linear_vit.training.data.datasets import Split
 from linear_vit.training.data.loader import Loader
-from linear_vit.training.record import environment
+from linear_vit.training.record import environment, write_json
 from linear_vit.training.step import make_optimizer, make_scaler, training_step
 
 SCHEMA = "linear-vit-step-breakdown/1"
@@ -55,10 +56,15 @@ class _Stopwatch:
         return {name: sum(clock.seconds()) for name, clock in self.clocks.items()}
 
 
-def measure(
-    configs: Sequence[Config], device: torch.device, *, steps: int, workers: int | None = None
-) -> dict[str, Any]:
-    """The content of step-breakdown.json, from random images of the data set's size."""
+def write(
+    configs: Sequence[Config],
+    out: Path,
+    device: torch.device,
+    *,
+    steps: int,
+    workers: int | None = None,
+) -> Path:
+    """Writes step-breakdown.json, measured on random images of the data set's size; its path."""
     rows = []
     for config in configs:
         seconds = _measure(config, device, steps, workers)
@@ -75,12 +81,10 @@ def measure(
                 "shares": {name: seconds[name] / whole for name in SHARES},
             }
         )
-    return {
-        "schema": SCHEMA,
-        "environment": environment(device),
-        "setting": configs[0].setting,
-        "rows": rows,
-    }
+    path = out / "step-breakdown.json"
+    found = {"schema": SCHEMA, "environment": environment(device), "setting": configs[0].setting}
+    write_json(path, {**found, "rows": rows})
+    return path
 
 
 def _measure(
@@ -104,17 +108,7 @@ def _measure(
         with watch.span("step"):
             with watch.span("loader"):
                 x, y = next(batches)
-            training_step(
-                model,
-                optimizer,
-                x,
-                y,
-                amp=config.amp,
-                label_smoothing=config.label_smoothing,
-                clip=config.clip,
-                accumulate=config.accumulate,
-                scaler=scaler,
-            )
+            training_step(model, optimizer, x, y, scaler=scaler, **config.of_step)
 
     _install(watch, model, optimizer)
     for _ in range(_WARMUP_STEPS):

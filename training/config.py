@@ -3,7 +3,8 @@
 import dataclasses
 import hashlib
 import json
-from collections.abc import Mapping
+import math
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -84,55 +85,8 @@ MODELS: dict[str, Model] = {
     "hydra-local": Model("HydraViT + local branch", "hydra", True),
 }
 
-
-@dataclass(frozen=True)
-class Config:
-    """Everything that decides the outcome of a run, the machine apart."""
-
-    dataset: str = "cifar100"
-    attention_type: str = "ripple"
-    local_branch: bool = False
-    dim: int = 384
-    depth: int = 12
-    heads: int = 6
-    mlp_dim: int = 1536
-    patch_size: int = 4
-    ripple_stages: int = 3
-    hydra_branches: int = 4
-    dropout: float = 0.1
-    drop_path: float = 0.0
-    recipe: str = "seed"
-    batch_size: int = 128
-    accumulate: int = 1
-    epochs: int = 200
-    lr: float = 3e-4
-    weight_decay: float = 0.05
-    warmup_epochs: float = 10.0
-    label_smoothing: float = 0.1
-    clip: float = 1.0
-    amp: str = "off"
-    compile: bool = False
-    backend: str | None = None
-    preset: str = "full"
-    seed: int = 0
-
-    @property
-    def model(self) -> str:
-        """The key in ``MODELS`` of what this trains."""
-        return self.attention_type + ("-local" if self.local_branch else "")
-
-    @property
-    def setting(self) -> dict[str, Any]:
-        """What runs that may share a table have in common: all but the model and the seed."""
-        fields = dataclasses.asdict(self)
-        for name in ("attention_type", "local_branch", "seed"):
-            del fields[name]
-        return fields
-
-    @property
-    def run_name(self) -> str:
-        """A folder name that two different configurations never share."""
-        return f"{self.dataset}-{self.model}-seed{self.seed}-{digest(dataclasses.asdict(self))}"
+# The rows of a results table, where nothing else is asked for.
+COMPARED = ("baseline", "baseline-local", "ripple", "hydra", "hydra-local")
 
 
 @dataclass(frozen=True)
@@ -213,24 +167,119 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
     },
 }
 
-_AT_LEAST_ONE = (
-    "dim",
-    "depth",
-    "heads",
-    "mlp_dim",
-    "patch_size",
-    "hydra_branches",
-    "batch_size",
-    "accumulate",
-    "epochs",
-)
-_CHOICES = {
-    "dataset": tuple(DATASETS),
-    "attention_type": ATTENTION_TYPES,
-    "preset": tuple(PRESETS),
-    "recipe": tuple(RECIPES),
-    "amp": ("off", "bf16", "fp16"),
-}
+
+@dataclass(frozen=True)
+class Bound:
+    """What a number may be, in words and as a test."""
+
+    text: str
+    holds: Callable[[Any], bool]
+
+
+_COUNT = Bound("at least 1", lambda value: value >= 1)
+_NATURAL = Bound("at least 0", lambda value: value >= 0)
+_SHARE = Bound("at least 0 and below 1", lambda value: 0 <= value < 1)
+_POSITIVE = Bound("above 0", lambda value: 0 < value < math.inf)
+
+
+@dataclass(frozen=True)
+class Option:
+    """What the command line says of a field of :class:`Config`, and what ``resolve`` checks.
+
+    ``default`` is in words, where it follows from something else. ``commands`` are those that have
+    the option, None stands for all that train. ``parsed`` choices are the parser's to refuse.
+    """
+
+    help: str
+    default: str | None = None
+    bound: Bound | None = None
+    choices: tuple[str, ...] = ()
+    parsed: bool = False
+    commands: tuple[str, ...] | None = None
+    listed: bool = True  # "ablate" takes several values
+
+
+def _option(value: Any, help: str, default: str | None = None, **more: Any) -> Any:
+    return dataclasses.field(default=value, metadata={"option": Option(help, default, **more)})
+
+
+_OF_ONE_MODEL = ("train", "ablate")
+
+
+@dataclass(frozen=True)
+class Config:
+    """Everything that decides the outcome of a run, the machine apart.
+
+    The command line's options are made of these fields (training.options).
+    """
+
+    dataset: str = _option("cifar100", "", choices=tuple(DATASETS), listed=False)
+    attention_type: str = _option(
+        "ripple", "", choices=ATTENTION_TYPES, commands=_OF_ONE_MODEL, listed=False
+    )
+    local_branch: bool = _option(
+        False, "add a depthwise 3x3 to the attention", commands=_OF_ONE_MODEL
+    )
+    dim: int = _option(384, "embedding dimension", bound=_COUNT)
+    depth: int = _option(12, "number of blocks", bound=_COUNT)
+    heads: int = _option(6, "attention heads; not used by hydra", "dim / 64")
+    mlp_dim: int = _option(1536, "hidden dimension of the MLP", "4 * dim", bound=_COUNT)
+    patch_size: int = _option(4, "side of a patch in pixels", "4; digits: 1", bound=_COUNT)
+    ripple_stages: int = _option(3, "halvings of the token grid, ripple only", bound=_NATURAL)
+    hydra_branches: int = _option(4, "query branches, hydra only", bound=_COUNT)
+    dropout: float = _option(0.1, "rate of dropout", bound=_SHARE)
+    drop_path: float = _option(0.0, "rate of stochastic depth", "0; strong: 0.1", bound=_SHARE)
+    recipe: str = _option("seed", "of augmentation:", choices=tuple(RECIPES))
+    batch_size: int = _option(128, "images per step, over all processes", bound=_COUNT)
+    accumulate: int = _option(1, "parts a process works its batch through in", bound=_COUNT)
+    epochs: int = _option(200, "passes over the training images", bound=_COUNT)
+    lr: float = _option(3e-4, "peak of the learning rate", "3e-4; strong: 1e-3", bound=_POSITIVE)
+    weight_decay: float = _option(0.05, "of AdamW, on linear layers' matrices", bound=_NATURAL)
+    warmup_epochs: float = _option(
+        10.0, "linear warm-up", "10 of 200, in proportion", bound=_NATURAL
+    )
+    label_smoothing: float = _option(0.1, "of the targets", bound=_SHARE)
+    clip: float = _option(1.0, "greatest norm of the gradient", bound=_POSITIVE)
+    amp: str = _option(
+        "off",
+        "autocast:",
+        "bf16 on CUDA, else off",
+        choices=("off", "bf16", "fp16"),
+        parsed=True,
+        listed=False,
+    )
+    compile: bool = _option(False, "compile the model with torch.compile")
+    backend: str | None = _option(None, "of the kernels", "the fastest usable one")
+    preset: str = _option("full", "", choices=tuple(PRESETS), listed=False)
+    seed: int = _option(0, "of all that is drawn", bound=_NATURAL, commands=("train",))
+
+    @property
+    def model(self) -> str:
+        """The key in ``MODELS`` of what this trains."""
+        return self.attention_type + ("-local" if self.local_branch else "")
+
+    @property
+    def setting(self) -> dict[str, Any]:
+        """What runs that may share a table have in common: all but the model and the seed."""
+        fields = dataclasses.asdict(self)
+        for name in ("attention_type", "local_branch", "seed"):
+            del fields[name]
+        return fields
+
+    @property
+    def of_step(self) -> dict[str, Any]:
+        """The settings that ``training.step.training_step`` takes."""
+        names = ("amp", "label_smoothing", "clip", "accumulate")
+        return {name: getattr(self, name) for name in names}
+
+    @property
+    def run_name(self) -> str:
+        """A folder name that two different configurations never share."""
+        return f"{self.dataset}-{self.model}-seed{self.seed}-{digest(dataclasses.asdict(self))}"
+
+
+# The option of each field of Config, by name.
+OPTIONS: dict[str, Option] = {f.name: f.metadata["option"] for f in dataclasses.fields(Config)}
 
 
 def resolve(given: Mapping[str, Any]) -> Config:
@@ -245,7 +294,7 @@ def resolve(given: Mapping[str, Any]) -> Config:
     if unknown:
         raise UserError(f"unknown settings: {', '.join(sorted(unknown))}")
     for name in ("preset", "dataset", "recipe"):
-        _check_choice(name, given.get(name, values[name]))
+        _check(name, given.get(name, values[name]))
     preset = given.get("preset", values["preset"])
     dataset = given.get("dataset", values["dataset"])
     of_recipe = RECIPES[given["recipe"]].settings if "recipe" in given else {}
@@ -253,9 +302,6 @@ def resolve(given: Mapping[str, Any]) -> Config:
     if "dim" in given and "heads" not in given:
         chosen.pop("heads", None)
     values.update(chosen)
-    for name, choices in _CHOICES.items():
-        if name in values:
-            _check_choice(name, values[name], choices)
     if "heads" not in chosen:
         values["heads"] = max(1, values["dim"] // 64)
     if "mlp_dim" not in chosen:
@@ -264,14 +310,8 @@ def resolve(given: Mapping[str, Any]) -> Config:
         values["patch_size"] = DATASETS[dataset].patch_size
     if "warmup_epochs" not in chosen:
         values["warmup_epochs"] = 0.05 * values["epochs"]
-    for name in _AT_LEAST_ONE:
-        _require(values[name] >= 1, name, values[name], "at least 1")
-    for name in ("ripple_stages", "weight_decay", "warmup_epochs", "seed"):
-        _require(values[name] >= 0, name, values[name], "at least 0")
-    for name in ("dropout", "drop_path", "label_smoothing"):
-        _require(0 <= values[name] < 1, name, values[name], "at least 0 and below 1")
-    for name in ("lr", "clip"):
-        _require(0 < values[name] < float("inf"), name, values[name], "above 0")
+    for name, value in values.items():
+        _check(name, value)
     return Config(**values)
 
 
@@ -317,12 +357,9 @@ def digest(values: Mapping[str, Any]) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:8]
 
 
-def _check_choice(name: str, value: Any, choices: tuple[str, ...] | None = None) -> None:
-    choices = choices or _CHOICES[name]
-    if value not in choices:
-        raise UserError(f"{name} must be one of {', '.join(choices)}, got {value!r}")
-
-
-def _require(condition: bool, name: str, value: Any, allowed: str) -> None:
-    if not condition:
-        raise UserError(f"{name} must be {allowed}, got {value}")
+def _check(name: str, value: Any) -> None:
+    option = OPTIONS[name]
+    if option.choices and value not in option.choices:
+        raise UserError(f"{name} must be one of {', '.join(option.choices)}, got {value!r}")
+    if option.bound and not option.bound.holds(value):
+        raise UserError(f"{name} must be {option.bound.text}, got {value}")

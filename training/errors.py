@@ -1,5 +1,19 @@
-"""The one exception whose message is for the user: what was wrong, what is allowed, what to do."""
+"""What the user is told: the one exception whose message is for them, and notices on stderr."""
+
+import sys
+
+_notices: set[str] = set()
 
 
 class UserError(Exception):
-    """A wrong argument, file or environment; the command line prints it without a traceback."""
+    """A wrong argument, file or environment: what was wrong, what is allowed, what to do.
+
+    The command line prints it without a traceback.
+    """
+
+
+def notice(text: str) -> None:
+    """Prints a line to stderr, once a process."""
+    if text not in _notices:
+        _notices.add(text)
+        print(text, file=sys.stderr)

@@ -1,35 +1,54 @@
 """What ``evaluate`` does with one checkpoint: accuracy, overall and per class, and confusion."""
 
 import csv
+import glob
 import io
-from collections.abc import Callable
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from linear_vit.training.checkpoints import load_weights
-from linear_vit.training.config import build_model
+from linear_vit.training.checkpoints import load_checkpoint, load_weights
+from linear_vit.training.config import DATASETS, RECIPES, Config, build_model
 from linear_vit.training.data import datasets
-from linear_vit.training.errors import UserError
+from linear_vit.training.data.augmentation import torchvision_v2
+from linear_vit.training.errors import UserError, notice
 from linear_vit.training.metrics import predict
 from linear_vit.training.record import environment, write_json, write_text, writing
 
 SCHEMA = "linear-vit-evaluation/1"
 
 
+def check_usable(config: Config, device: torch.device) -> None:
+    """UserError, before data is read, for sizes that don't fit or a backend that can't run."""
+    model = build_model(config).to(device)
+    if RECIPES[config.recipe].per_image:
+        torchvision_v2()
+    if config.backend is not None:
+        info = DATASETS[config.dataset]
+        try:
+            predict(model, torch.zeros(1, info.channels, *model.img_size, device=device), info)
+        except ValueError as error:
+            raise UserError(str(error)) from error
+
+
+def matching(patterns: Sequence[str]) -> list[Path]:
+    """Files named, or matched by a glob that no shell expanded, each once."""
+    found: dict[Path, None] = {}
+    for pattern in patterns:
+        paths = [pattern] if Path(pattern).exists() else sorted(glob.glob(pattern, recursive=True))
+        if not paths and glob.has_magic(pattern):
+            raise UserError(f"no checkpoint matches {pattern}; a training run leaves best.pt")
+        found |= dict.fromkeys(map(Path, paths or [pattern]))
+    return list(found)
+
+
 def evaluate(
-    content: dict[str, Any],
-    path: Path,
-    dataset: str | None,
-    data_dir: str,
-    out: Path,
-    device: torch.device,
-    *,
-    notice: Callable[[str], None],
+    path: Path, dataset: str | None, data_dir: str, out: Path, device: torch.device
 ) -> dict[str, Any]:
-    """Tests a loaded checkpoint on the test set of the data it was trained on.
+    """Tests a checkpoint on the test set of the data it was trained on.
 
     Writes to ``out``, beside the checkpoint's name: ``<stem>-evaluation.json`` (schema, dataset,
     model, accuracy, per_class {class: accuracy}, images, confusion [true][predicted],
@@ -38,6 +57,7 @@ def evaluate(
     """
     from sklearn.metrics import accuracy_score, confusion_matrix, recall_score
 
+    content = load_checkpoint(path)
     config = content["config"]
     if dataset is not None and dataset != config.dataset:
         raise UserError(

@@ -6,7 +6,9 @@
     status        "running", "finished", "interrupted" (by Ctrl-C) or "failed" (``error`` says why)
     config        every field of training.config.Config
     model         key of training.config.MODELS;  parameters: their number
-    environment   torch, python, device, cpu, cores, threads, processes, platform, revision
+    model_title, dataset_title  their names in full (in records since these fields are)
+    environment   as bench.instruments.machine describes it, with device ("cpu" or the GPU's
+                  name), processes and revision (older: cores of all the machine, platform)
     started       ISO time, UTC;  resumed: how often the run was taken up again
     train_accuracy_is  "plain", or "lambda-weighted" where the recipe mixes images: an image of two
                   labels counts by the weight of the predicted one. For watching, not for comparing
@@ -22,20 +24,22 @@
                   its last checkpoint is not counted
 """
 
+import dataclasses
 import json
 import os
-import platform
-import subprocess
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from linear_vit.bench.instruments import machine
 from linear_vit.training import distributed
-from linear_vit.training.errors import UserError
+from linear_vit.training.config import DATASETS, MODELS, RECIPES, Config
+from linear_vit.training.errors import UserError, notice
 
 SCHEMA = "linear-vit-run/2"
 # Speeds compare where these facts of the environment are equal.
@@ -88,17 +92,33 @@ def remove_leftovers(folder: Path) -> None:
             path.unlink(missing_ok=True)
 
 
-def read_runs(folder: Path) -> tuple[list[dict[str, Any]], list[str]]:
+def read_runs(folder: Path) -> tuple[dict[Path, dict[str, Any]], list[str]]:
     """Every run record below ``folder``, and one line for each file that could not be used."""
     fields = {"status", "config", "environment", "model", "epochs"}
     return read_records(folder.rglob("run.json"), SCHEMA, fields)
 
 
+def finished_runs(folder: Path) -> dict[Path, dict[str, Any]]:
+    """Records of finished runs below a folder; a line on stderr for each file that is none."""
+    runs, skipped = read_runs(folder)
+    for line in skipped:
+        notice(line)
+    return {path: run for path, run in runs.items() if run["status"] == "finished"}
+
+
+def finished_record(out: Path, config: Config) -> dict[str, Any] | None:
+    """The record of a finished run of just this configuration, if ``out`` holds one."""
+    for run in read_runs(out)[0].values():
+        if run["status"] == "finished" and run["config"] == dataclasses.asdict(config):
+            return run
+    return None
+
+
 def read_records(
     paths: Iterable[Path], schema: str, fields: set[str]
-) -> tuple[list[dict[str, Any]], list[str]]:
+) -> tuple[dict[Path, dict[str, Any]], list[str]]:
     """The JSON records of a schema with all its fields, and one line for each file that is none."""
-    records: list[dict[str, Any]] = []
+    records: dict[Path, dict[str, Any]] = {}
     skipped: list[str] = []
     for path in sorted(paths):
         try:
@@ -112,44 +132,49 @@ def read_records(
         except (OSError, ValueError) as error:
             skipped.append(f"skipped {path}: {error}")
             continue
-        records.append(record)
+        records[path] = record
     return records, skipped
 
 
 def environment(device: torch.device) -> dict[str, Any]:
-    """Where a run happens: software, hardware, and the revision of this checkout."""
+    """Where a run happens, as a benchmark describes it; ``device`` is "cpu" or the GPU's name."""
+    facts = machine.describe(device)
     return {
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
-        "cpu": _cpu_name(),
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
+        **facts,
+        "device": facts["device_name"] if device.type == "cuda" else "cpu",
         "processes": distributed.world(),
-        "platform": platform.platform(),
-        "revision": _revision(),
+        "revision": facts["git"],
     }
 
 
-def _cpu_name() -> str:
-    try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    except OSError:
-        pass
-    return platform.processor() or platform.machine()
+def same_machine(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
+    """Whether speeds of two environments may be compared."""
+    return all(one.get(key) == other.get(key) for key in MACHINE)
 
 
-def _revision() -> str | None:
-    """The commit, with "-dirty" where tracked files differ from it; None outside git."""
-    command = ["git", "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
-    root = Path(__file__).resolve().parent.parent
-    try:
-        result = subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=10)
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    return result.stdout.strip() or None
+def new_record(config: Config, device: torch.device, parameters: int) -> dict[str, Any]:
+    """The record of a run that begins."""
+    return {
+        "schema": SCHEMA,
+        "status": "running",
+        "config": dataclasses.asdict(config),
+        "model": config.model,
+        "model_title": MODELS[config.model].title,
+        "dataset_title": DATASETS[config.dataset].title,
+        "parameters": parameters,
+        "environment": environment(device),
+        "started": now(),
+        "resumed": 0,
+        "train_accuracy_is": "lambda-weighted" if RECIPES[config.recipe].mixes else "plain",
+        "epochs": [],
+        "seconds": 0.0,
+        "peak_memory": None,
+    }
+
+
+def now() -> str:
+    """ISO time, UTC."""
+    return datetime.now(UTC).isoformat(timespec="seconds")
 
 
 def _umask() -> int:

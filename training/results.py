@@ -53,13 +53,13 @@ from pathlib import Path
 from typing import Any
 
 from linear_vit.training import ablation, speed
-from linear_vit.training.config import DATASETS, MODELS, digest
+from linear_vit.training.config import COMPARED, DATASETS, MODELS, digest
 from linear_vit.training.errors import UserError
 from linear_vit.training.metrics import interval_text, paired_ratios, ratio_text, t_interval
 from linear_vit.training.record import MACHINE
 
 SCHEMA = "linear-vit-table/1"
-ROWS = ("baseline", "baseline-local", "ripple", "hydra", "hydra-local")
+ROWS = COMPARED
 
 # What the original Linear-ViT system stated of itself. Accuracy in percent; speed-up of training.
 CLAIMS: dict[str, Any] = {

@@ -203,4 +203,5 @@ def over(own: Mapping[str, float], base: Mapping[str, float]) -> dict[str, Any]:
 def read_models(folder: Path) -> tuple[list[dict[str, Any]], list[str]]:
     """Every speed-SETTING.json in ``folder``, and one line for each that could not be used."""
     fields = {"created", "environment", "config", "models"}
-    return read_records(folder.glob("speed-*.json"), MODELS_SCHEMA, fields)
+    found, skipped = read_records(folder.glob("speed-*.json"), MODELS_SCHEMA, fields)
+    return list(found.values()), skipped

@@ -160,16 +160,6 @@ def step_of(config: Config, device: torch.device) -> Callable[[], None]:
     labels = torch.randint(info.classes, (config.batch_size,), generator=generator).to(device)
 
     def step() -> None:
-        training_step(
-            model,
-            optimizer,
-            images,
-            labels,
-            amp=config.amp,
-            label_smoothing=config.label_smoothing,
-            clip=config.clip,
-            accumulate=config.accumulate,
-            scaler=scaler,
-        )
+        training_step(model, optimizer, images, labels, scaler=scaler, **config.of_step)
 
     return step

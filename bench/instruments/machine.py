@@ -12,7 +12,6 @@ import torch
 _ROOT = Path(__file__).resolve().parents[2]
 
 
-@functools.cache
 def describe(device: torch.device) -> dict[str, Any]:
     """CPU, cores, threads, versions, the device with its driver, and the source's revision."""
     facts: dict[str, Any] = {
@@ -40,6 +39,7 @@ def describe(device: torch.device) -> dict[str, Any]:
     return facts
 
 
+@functools.cache
 def cpu_model() -> str:
     try:
         for line in Path("/proc/cpuinfo").read_text().splitlines():
@@ -58,6 +58,7 @@ def available_cores() -> int:
         return os.cpu_count() or 1
 
 
+@functools.cache
 def git_revision() -> str | None:
     """The checkout's commit, "-dirty" appended where tracked files differ; None outside one."""
     try:
@@ -83,6 +84,7 @@ def _version(package: str) -> str | None:
         return None
 
 
+@functools.cache
 def _driver_version() -> str | None:
     """The NVIDIA driver's version from NVML; None where NVML is missing."""
     try:

@@ -128,11 +128,7 @@ def expected_of_peer(problem: Problem, name: str) -> Expected:
 
 def case_name(case: Case) -> str:
     """A case's name in a test's id and a saved run."""
-    size = operation(case.operation).size_name(case.shape)
-    if case.total_tokens and case.shape.B == 1:
-        size = f"B1-{size}"  # apart from one sequence of the same length in its own right
-    text = f"{case.operation}-{case.mode}-{case.dtype}-{size}-{case.backend}"
-    return f"{text}-graph" if case.captured else text
+    return operation(case.operation).case_name(case)
 
 
 def parse_case(name: str) -> Case:

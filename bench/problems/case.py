@@ -324,11 +324,19 @@ class Operation(ABC):
         beside traffic and work; empty where nobody has counted it."""
         return {}
 
-    def facts(self, case: Case, problem: Problem, median_s: float) -> dict[str, Any]:
+    def facts(self, case: Case, median_s: float) -> dict[str, Any]:
         """What a saved case says beyond its shape, work and time."""
         return {}
 
     # How a case is named, in a test's id and a saved run.
+
+    def case_name(self, case: Case) -> str:
+        """The whole name: linear_attention-forward-float32-N64-torch."""
+        size = self.size_name(case.shape)
+        if case.total_tokens and case.shape.B == 1:
+            size = f"B1-{size}"  # apart from one sequence of the same length in its own right
+        text = f"{case.operation}-{case.mode}-{case.dtype}-{size}-{case.backend}"
+        return f"{text}-graph" if case.captured else text
 
     def size_name(self, shape: Any) -> str:
         """The size in a case's name: N64, B1024-N64."""

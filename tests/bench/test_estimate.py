@@ -10,7 +10,7 @@ from linear_vit.bench import estimate
 from linear_vit.bench.instruments.memory import peak_beyond_outputs
 from linear_vit.bench.problems import PASSES, make_problem
 from linear_vit.bench.problems import operation as operation_of
-from linear_vit.bench.progress import Progress, clock
+from linear_vit.bench.progress import Countdown, clock
 from linear_vit.bench.sweep import Case, make_sweep, memory_of, parse_case, shape_of
 
 CPU = torch.device("cpu")
@@ -77,7 +77,7 @@ def test_names_of_cases_can_be_read_back() -> None:
 def test_time_left_is_scaled_by_what_was_seen(monkeypatch) -> None:
     now = [0.0]
     monkeypatch.setattr("linear_vit.bench.progress.time.monotonic", lambda: now[0])
-    progress = Progress(["a", "b", "c"], {"a": 1.0, "b": 2.0, "c": 4.0}, None)
+    progress = Countdown(["a", "b", "c"], {"a": 1.0, "b": 2.0, "c": 4.0}, None)
     assert progress.times() == (0.0, 7.0)
     now[0] = 3.0  # three times as long as estimated
     progress.done("a", "")

@@ -379,7 +379,7 @@ def test_damaged_records_are_named_and_left_out(tmp_path: Path) -> None:
         (tmp_path / name).mkdir()
         (tmp_path / name / "run.json").write_text(content)
     runs, skipped = read_runs(tmp_path)
-    assert [entry["model"] for entry in runs] == ["baseline"]
+    assert [entry["model"] for entry in runs.values()] == ["baseline"]
     assert len(skipped) == 5
     assert all("run.json" in line for line in skipped)
-    assert read_runs(tmp_path / "nowhere") == ([], [])
+    assert read_runs(tmp_path / "nowhere") == ({}, [])

@@ -17,7 +17,7 @@ import pytest
 import torch
 
 from linear_vit import train_minimal
-from linear_vit.training import board, checkpoints
+from linear_vit.training import board, checkpoints, logbook
 from linear_vit.training.checkpoints import load_checkpoint
 from linear_vit.training.data import datasets
 from linear_vit.training.data.datasets import Dataset, Split
@@ -190,7 +190,7 @@ def test_full_disk_leaves_the_old_checkpoint(
         original(*arguments, **options)
 
     with monkeypatch.context() as patch:
-        patch.setattr(train_minimal, "save_checkpoint", limited)
+        patch.setattr(logbook, "save_checkpoint", limited)
         try:
             assert main(tmp_path) == 2
         finally:

@@ -7,11 +7,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from linear_vit.train_minimal import check_finite, learning_rate, out_of_memory
+from linear_vit.train_minimal import learning_rate
 from linear_vit.training.clock import median_images_per_second
 from linear_vit.training.config import DATASETS, MODELS, build_model, resolve
 from linear_vit.training.data.augmentation import normalise
 from linear_vit.training.errors import UserError
+from linear_vit.training.logbook import check_finite, out_of_memory
 from linear_vit.training.metrics import accuracy, predict, t_interval
 from linear_vit.training.step import make_optimizer, make_scaler, make_step, training_step
 

@@ -18,6 +18,7 @@ from linear_vit.training.config import build_model
 from linear_vit.training.data import datasets
 from linear_vit.training.data.datasets import Dataset, Split
 from linear_vit.training.errors import UserError
+from linear_vit.training.options import chosen_config, make_parser
 
 open_board = board.open_board
 ROOT = Path(train_minimal.__file__).parent
@@ -168,11 +169,11 @@ def test_a_diverging_run_stops_and_says_so(
 
 
 def test_the_original_command_parses(monkeypatch: pytest.MonkeyPatch) -> None:
-    parser = train_minimal.make_parser()
+    parser = make_parser(None)
     text = "--attention_type ripple --dataset cifar100 --batch_size 128 --epochs 200 --lr 3e-4"
     dashes = "--attention-type ripple --dataset cifar100 --batch-size 128 --epochs 200 --lr 3e-4"
     configs = [
-        train_minimal.chosen_config(parser.parse_args(["train", *line.split()]), amp="off")
+        chosen_config(parser.parse_args(["train", *line.split()]), amp="off")
         for line in (text, dashes, "")
     ]
     assert configs[0] == configs[1] == configs[2]
@@ -230,7 +231,7 @@ OPTIONS = """
 
 
 def test_every_option_in_both_spellings() -> None:
-    parser = train_minimal.make_parser()
+    parser = make_parser(None)
     others = ["--use_cuda_kernels", "--checkpoint_every=3", "--data_dir=d", "--out=o", "--resume"]
     found = []
     for spelled in (lambda text: text, lambda text: text.replace("_", "-")):
@@ -240,7 +241,7 @@ def test_every_option_in_both_spellings() -> None:
         assert args.resume
         assert args.use_cuda_kernels
         args.use_cuda_kernels = False
-        found.append(train_minimal.chosen_config(args))
+        found.append(chosen_config(args))
     assert found[0] == found[1]
     config = found[0]
     given = {name.lstrip("-"): value for name, value in _pairs(OPTIONS.split())}
@@ -259,15 +260,15 @@ def _pairs(words: list[str]) -> list[tuple[str, str | None]]:
 
 
 def test_the_original_troubleshooting_lines() -> None:
-    parser = train_minimal.make_parser()
+    parser = make_parser(None)
     for line, heads in (("--batch_size 64 --dim 256", 4), ("--dim 192 --depth 6", 3)):
-        config = train_minimal.chosen_config(parser.parse_args(["train", *line.split()]))
+        config = chosen_config(parser.parse_args(["train", *line.split()]))
         assert (config.heads, config.mlp_dim) == (heads, 4 * config.dim)
     args = parser.parse_args(["train", "--use_cuda_kernels"])
-    assert train_minimal.chosen_config(args).backend == "cuda"
+    assert chosen_config(args).backend == "cuda"
     args = parser.parse_args(["train", "--use_cuda_kernels", "--backend", "torch"])
     with pytest.raises(UserError, match="give one"):
-        train_minimal.chosen_config(args)
+        chosen_config(args)
 
 
 def test_evaluate_a_quoted_glob(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -370,9 +371,7 @@ def test_the_board_gets_curves_graph_and_pictures(tmp_path: Path) -> None:
     pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    config = train_minimal.chosen_config(
-        train_minimal.make_parser().parse_args(["train", *TINY, "--attention_type=hydra"])
-    )
+    config = chosen_config(make_parser(None).parse_args(["train", *TINY, "--attention_type=hydra"]))
     model = build_model(config)
     data = datasets.load_once("digits", "data")
     writer = open_board(tmp_path)

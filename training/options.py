@@ -1,0 +1,299 @@
+"""The command line of train_minimal.py: commands, their flags, and the settings made of Config.
+
+A setting that is not given stays absent from the parsed arguments, so that presets can fill it.
+Every option can be written with ``_`` or ``-``.
+"""
+
+import argparse
+import copy
+import dataclasses
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from linear_vit.training import distributed
+from linear_vit.training.config import COMPARED, MODELS, OPTIONS, Config, Option, resolve
+from linear_vit.training.errors import UserError
+
+
+class Listed(tuple):
+    """Several values of one option, as ``ablate`` takes them: 1,2,3,4."""
+
+
+@dataclass(frozen=True)
+class Command:
+    """A subcommand: what it is for, the defaults of its settings, and its own flags."""
+
+    help: str
+    flags: Mapping[str, Mapping[str, Any]]
+    preset: str | None = None  # None: it has no settings
+    dataset: str = ""
+    lists: bool = False  # settings take several values, separated by commas
+
+
+def positive(text: str) -> int:
+    return _at_least(1, text)
+
+
+def natural(text: str) -> int:
+    return _at_least(0, text)
+
+
+def _at_least(least: int, text: str) -> int:
+    value = int(text)
+    if value < least:
+        raise argparse.ArgumentTypeError(f"must be at least {least}, got {value}")
+    return value
+
+
+def _flag(help: str, metavar: str | None = None, **more: Any) -> dict[str, Any]:
+    return {"help": help, "metavar": metavar, **more}
+
+
+def _switch(help: str) -> dict[str, Any]:
+    return {"help": help, "action": "store_true"}
+
+
+def _folder(default: str, what: str = "") -> dict[str, Any]:
+    return _flag(f"{what} ({default})".strip(), "DIR", default=default)
+
+
+def _number(default: Any, help: str) -> dict[str, Any]:
+    kind = positive if isinstance(default, int) else float
+    metavar = "N" if isinstance(default, int) else "X"
+    return _flag(f"{help} ({default:g})", metavar, type=kind, default=default)
+
+
+_DEVICE = {"device": _flag("cpu, cuda or cuda:NUMBER (cuda where there is one)", "NAME")}
+_DATA = {"data_dir": _folder("data", "where data sets are, or go to")}
+_WORKERS = {
+    "workers": _flag("that augment images (CPU: 0; CUDA: all cores but one)", "N", type=natural)
+}
+_MODELS = {
+    "models": _flag(
+        f"of {', '.join(MODELS)} (all but ripple-local)",
+        "MODEL",
+        nargs="+",
+        default=list(COMPARED),
+        choices=list(MODELS),
+    )
+}
+COMMANDS: dict[str, Command] = {
+    "train": Command(
+        "train one model (default)",
+        {
+            **_DEVICE,
+            "out": _flag("folder of the run (runs/ and a name made of the settings)", "DIR"),
+            "resume": _switch("go on from the folder's last.pt"),
+            "checkpoint_every": _flag(
+                "steps between writes of last.pt within an epoch (0: none)",
+                "N",
+                type=natural,
+                default=0,
+            ),
+            **_DATA,
+            **_WORKERS,
+        },
+        preset="full",
+        dataset="cifar100",
+    ),
+    "evaluate": Command(
+        "test saved models",
+        {
+            "checkpoint": _flag(
+                "best.pt files, or a quoted glob of them", "FILE", nargs="+", required=True
+            ),
+            "dataset": _flag("the data set it was trained on, as a check", "NAME"),
+            "out": _flag("folder for the results (beside each checkpoint)", "DIR"),
+            **_DEVICE,
+            **_DATA,
+        },
+    ),
+    "table": Command(
+        "compare all models",
+        {
+            **_DEVICE,
+            **_MODELS,
+            "seeds": _number(5, "runs per model, seeds 0, 1, ..."),
+            "run": {
+                "action": argparse.BooleanOptionalAction,
+                "default": True,
+                "help": "train what no record covers, or read records alone (--run)",
+            },
+            "runs": _folder("runs", "folder of the run records"),
+            "out": _folder("reports/out/training", "of the table"),
+            "exponents": _flag("exponents.csv of measured complexity (found in reports/)", "FILE"),
+            "ablations": _folder("reports/out/ablation", "of the ablations"),
+            "seconds": _number(5.0, "to time each model's training step by turns"),
+            **_DATA,
+            **_WORKERS,
+        },
+        preset="small",
+        dataset="digits",
+    ),
+    "ablate": Command(
+        "vary one setting: --ripple_stages 1,2,3,4",
+        {
+            **_DEVICE,
+            "seeds": _number(3, "runs per value, seeds 0, 1, ..."),
+            "runs": _folder("reports/out/ablation/runs", "folder of the run records"),
+            "out": _folder("reports/out/ablation", "of table and plot"),
+            "seconds": _number(5.0, "to time each value's step; 0: speeds of the runs"),
+            **_DATA,
+            **_WORKERS,
+        },
+        preset="small",
+        dataset="digits",
+        lists=True,
+    ),
+    "bench": Command(
+        "time training steps, with and without own kernels",
+        {
+            **_DEVICE,
+            **_MODELS,
+            "backends": _flag(
+                "such as torch,compiled,cuda (torch and the own ones)",
+                "LIST",
+                type=lambda text: text.split(","),
+            ),
+            "seconds": _number(3.0, "to spend on each model and backend"),
+            "out": _folder("reports/out/training", "of the table"),
+        },
+        preset="small",
+        dataset="fashion-mnist",
+    ),
+    "profile": Command(
+        "what a training step spends its time on",
+        {
+            **_DEVICE,
+            **_MODELS,
+            "steps": _number(10, "steps to take"),
+            "out": _folder("reports/out/training", "of the table"),
+            **_WORKERS,
+        },
+        preset="small",
+        dataset="fashion-mnist",
+    ),
+}
+
+
+def make_parser(description: str | None) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description=description,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for name, command in COMMANDS.items():
+        made = commands.add_parser(
+            name,
+            help=command.help,
+            usage=f"%(prog)s [OPTION ...]   ({command.help})",
+            allow_abbrev=False,
+            formatter_class=_OneSpelling,
+        )
+        if command.preset is not None:
+            _add_settings(made, name, command)
+        for flag, details in command.flags.items():
+            _add(made, flag, **details)
+    return parser
+
+
+def _add_settings(parser: argparse.ArgumentParser, name: str, command: Command) -> None:
+    """The fields of Config that a command has, and the original's name for one value of one."""
+    text = "by default as the preset has them (in brackets: the full one); a _ may be a -"
+    group = parser.add_argument_group("settings", text)
+    defaults = {"dataset": command.dataset, "preset": command.preset}
+    for field in dataclasses.fields(Config):
+        option: Option = OPTIONS[field.name]
+        if option.commands is not None and name not in option.commands:
+            continue
+        default = defaults.get(field.name, option.default or f"{field.default}")
+        details: dict[str, Any] = {"default": defaults.get(field.name, argparse.SUPPRESS)}
+        if isinstance(field.default, bool):
+            details |= _switch(option.help)
+        else:
+            text = " ".join(filter(None, (option.help, ", ".join(option.choices))))
+            details["help"] = f"{text} ({default})"
+            kind = str if field.default is None else type(field.default)
+            details["metavar"] = {int: "N", float: "X", str: "NAME"}[kind]
+            details["type"] = _listed(kind) if command.lists and option.listed else kind
+            details["choices"] = option.choices if option.parsed else None
+        _add(group, field.name, **details)
+    _add(group, "use_cuda_kernels", **_switch("the CUDA C++ kernels: --backend cuda"))
+
+
+def _add(parser: Any, name: str, **details: Any) -> None:
+    """An option in both spellings, --batch_size and --batch-size."""
+    if details.get("metavar", "") is None:
+        del details["metavar"]
+    parser.add_argument(f"--{name}", *{f"--{name.replace('_', '-')}"} - {f"--{name}"}, **details)
+
+
+def _listed(kind: Callable[[str], Any]) -> Callable[[str], Any]:
+    """An argparse type: one value of ``kind``, or with commas a Listed of them."""
+
+    def parse(text: str) -> Any:
+        return Listed(map(kind, text.split(","))) if "," in text else kind(text)
+
+    parse.__name__ = kind.__name__  # argparse's message says "invalid int value"
+    return parse
+
+
+class _OneSpelling(argparse.HelpFormatter):
+    """Help that lists an option once, though it has two spellings; a line for most."""
+
+    def __init__(self, prog: str) -> None:
+        super().__init__(prog, max_help_position=26, width=100)
+
+    def _format_action_invocation(self, action: argparse.Action) -> str:
+        shown = copy.copy(action)
+        if shown.option_strings and "_" in shown.option_strings[0]:
+            shown.option_strings = shown.option_strings[:1]
+        return super()._format_action_invocation(shown)
+
+
+def chosen_config(args: argparse.Namespace, **more: Any) -> Config:
+    """The configuration of what was given explicitly (and ``more``), preset and defaults."""
+    given = {name: value for name, value in vars(args).items() if name in OPTIONS}
+    if "amp" not in given:
+        given["amp"] = "bf16" if chosen_device(args.device).type == "cuda" else "off"
+    if args.use_cuda_kernels:
+        if given.get("backend", "cuda") != "cuda":
+            raise UserError(f"--use_cuda_kernels and --backend {given['backend']}: give one")
+        given["backend"] = "cuda"
+    return resolve({**given, **more})
+
+
+def varied(args: argparse.Namespace) -> tuple[str, list[Any]]:
+    """The one setting that was given several values, and these; UserError for none or more."""
+    names = [name for name, value in vars(args).items() if isinstance(value, Listed)]
+    if len(names) != 1:
+        raise UserError(
+            "ablate varies one setting: give one option a list of values, as in "
+            f"--ripple_stages 1,2,3,4 (got {', '.join(names) or 'no list'})"
+        )
+    return names[0], list(getattr(args, names[0]))
+
+
+def chosen_device(name: str | None) -> torch.device:
+    """The device of this name, by default CUDA where there is one; under torchrun, one each."""
+    rank = distributed.local_rank()
+    if name is None and rank is not None and torch.cuda.is_available():
+        name = f"cuda:{rank}"
+    try:
+        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+    except RuntimeError as error:
+        raise UserError(f"device must be cpu, cuda or cuda:NUMBER, got {name!r}") from error
+    if device.type not in ("cpu", "cuda"):
+        raise UserError(f"device must be cpu, cuda or cuda:NUMBER, got {name!r}")
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise UserError("no CUDA device is usable here; leave --device out, or give --device cpu")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise UserError(f"there are {torch.cuda.device_count()} CUDA devices, got --device {name}")
+    if device.type == "cuda":
+        device = torch.device("cuda", device.index or 0)
+        torch.cuda.set_device(device)
+    return device
