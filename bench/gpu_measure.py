@@ -338,7 +338,7 @@ def _training_case(
     budget_s: float,
 ) -> Result:
     from linear_vit.training.config import model_settings, resolve
-    from linear_vit.training.step import make_step
+    from linear_vit.training.steps import make_step
 
     if model == "baseline":
         reason = kernels.backends("softmax_attention_packed", device)[backend]

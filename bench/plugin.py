@@ -333,7 +333,7 @@ class Benchmarks:
         return self._kept_limits.limits
 
     def _training_step(self, model: str, backend: str | None) -> Callable[[], None]:
-        from linear_vit.training.step import make_step
+        from linear_vit.training.steps import make_step
 
         settings = _TRAINING[self.sweep.device.type]
         return make_step(model, device=self.sweep.device, backend=backend, **settings)
