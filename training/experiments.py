@@ -101,7 +101,7 @@ def time_values(
     setting: str, configs: Sequence[Config], folder: Path, device: torch.device, *, seconds: float
 ) -> Path:
     """Training steps of an ablation's values by turns; the file of what was measured."""
-    configs = list(dict.fromkeys(configs))
+    configs = list(dict.fromkeys(dataclasses.replace(config, seed=0) for config in configs))
     values = [str(getattr(config, setting)) for config in configs]
     print(f"training steps of {setting} {', '.join(values)}, by turns")
     cases = [

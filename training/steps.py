@@ -1,6 +1,6 @@
 """A training step as a case of the one harness: which model, sized how, on which backend."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -15,6 +15,7 @@ from linear_vit.training.config import (
     MODELS,
     Config,
     build_model,
+    digest,
     model_settings,
     resolve,
 )
@@ -53,6 +54,10 @@ class TrainingStep(Operation):
 
     name = "training_step"
     title = "Training step"
+    quick = True
+    modes = (STEP,)
+    budget = 4.0  # of what a kernel's case gets: there are few of them, and they are long
+    test = "test_training_step"
 
     def shape(self, tokens: int, batch: int = 1) -> StepShape:
         """Of the CPU's model; its size is that of its data set's images, whatever is asked for."""
@@ -65,6 +70,40 @@ class TrainingStep(Operation):
 
     def lengths(self, device_type: str, extent: str) -> tuple[int, ...]:
         return ()
+
+    def sizes(
+        self,
+        device_type: str,
+        extent: str,
+        tokens: Sequence[int],
+        total_tokens: int | None,
+        left_out: dict[str, str],
+    ) -> Iterator[StepShape]:
+        """Every model, sized for the device, where its images are of one of the lengths."""
+        for model in MODELS:
+            shape = step_shape(resolve({**SIZES[device_type], **model_settings(model)}))
+            if not tokens or shape.N in tokens:
+                yield shape
+
+    def dtypes(self, device_type: str, chosen: Sequence[str]) -> tuple[str]:
+        return (_DTYPES[SIZES[device_type]["amp"]],)
+
+    def backends(self, device: torch.device, asked: Sequence[str]) -> dict[str, str | None]:
+        """The one that a model takes by itself, or those asked for by name."""
+        if not asked:
+            return {DEFAULT: None}
+        known = kernels.backends("linear_attention", device)
+        return {name: why for name, why in known.items() if name in asked}
+
+    def turn_key(self, shape: StepShape) -> str:
+        """All models of a setting take turns."""
+        return digest(shape.config.setting)
+
+    def rehearsal(self, shape: StepShape) -> StepShape:
+        tiny = replace(
+            shape.config, dim=16, depth=1, heads=1, mlp_dim=16, hydra_branches=1, batch_size=2
+        )
+        return step_shape(tiny, shape.variant)
 
     def check_shapes(self, head_dim: int, *, interpreted: bool = False) -> tuple[StepShape, ...]:
         """None: it is what its operations are, and has no float64 expectation."""
@@ -102,7 +141,7 @@ class TrainingStep(Operation):
         return {
             "model": config.model,
             "model_title": MODELS[config.model].title,
-            "settings": config.setting,
+            "settings": _on(config, case.backend).setting,
             "images_per_s": config.batch_size / median_s,
         }
 
@@ -134,15 +173,6 @@ def step_case(config: Config, backend: str | None = None, variant: str = "") -> 
     name = backend or config.backend or DEFAULT
     shape = step_shape(replace(config, backend=None, seed=0), variant)
     return Case(TRAINING_STEP.name, STEP, _DTYPES[config.amp], shape, name)
-
-
-def step_cases(device_type: str, backends: Sequence[str | None] = (None,)) -> list[Case]:
-    """A step of every model, sized for the device, on each backend: what a sweep has of them."""
-    return [
-        step_case(resolve({**SIZES[device_type], **model_settings(model)}), backend)
-        for backend in backends
-        for model in MODELS
-    ]
 
 
 def own_backends() -> list[str]:

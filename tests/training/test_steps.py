@@ -19,7 +19,6 @@ from linear_vit.training.steps import (
     make_step,
     own_backends,
     step_case,
-    step_cases,
     time_steps,
     why_not,
 )
@@ -42,6 +41,17 @@ def losses(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
     return seen
 
 
+def cases_of_a_sweep(*tokens: int) -> list[problems.Case]:
+    """Those of all models on a CPU, on the backends they take by themselves."""
+    [dtype] = TRAINING_STEP.dtypes("cpu", ("float16",))
+    [backend] = TRAINING_STEP.backends(CPU, ())
+    return [
+        problems.Case(TRAINING_STEP.name, mode, dtype, shape, backend)
+        for shape in TRAINING_STEP.sizes("cpu", "quick", tokens, None, {})
+        for mode in TRAINING_STEP.modes
+    ]
+
+
 @pytest.mark.parametrize("name", ["baseline", "ripple", "hydra-local"])
 def test_make_step_trains(name: str, losses: list[Tensor]) -> None:
     step = make_step(name, batch_size=8)
@@ -56,7 +66,7 @@ def test_make_step_refuses_unknown_models() -> None:
 
 
 def test_a_case_trains_its_model_and_returns_nothing(losses: list[Tensor]) -> None:
-    [case, *_] = step_cases("cpu", ["torch"])
+    [case, *_] = cases_of_a_sweep()
     call = problems.make_problem(TRAINING_STEP.name, case.shape, torch.float32, CPU).call(
         case.backend, case.mode
     )
@@ -75,7 +85,7 @@ def test_it_is_found_as_an_operation_that_has_nothing_to_check() -> None:
 
 def test_names_groups_and_facts_are_those_of_saved_runs() -> None:
     """Of every training step in a saved run: old and new ones compare by name and group."""
-    cases = {TRAINING_STEP.case_name(case): case for case in step_cases("cpu")}
+    cases = {TRAINING_STEP.case_name(case): case for case in cases_of_a_sweep()}
     assert set(cases) == {f"{model}-default" for model in MODELS}
     found = 0
     for saved in json.loads(SAVED.read_text())["benchmarks"]:
@@ -94,6 +104,21 @@ def test_names_groups_and_facts_are_those_of_saved_runs() -> None:
         assert facts.pop("images_per_s") == pytest.approx(extra["images_per_s"])
         assert facts == {name: extra[name] for name in facts}
     assert found == len(MODELS)
+
+
+def test_a_sweep_has_the_models_where_their_length_is_asked_for() -> None:
+    assert len(cases_of_a_sweep()) == len(cases_of_a_sweep(16, 64)) == len(MODELS)
+    assert not cases_of_a_sweep(65)
+    assert len({TRAINING_STEP.turn_key(case.shape) for case in cases_of_a_sweep()}) == 1
+    assert set(TRAINING_STEP.backends(CPU, ("torch", "cuda"))) == {"torch", "cuda"}
+
+
+def test_a_rehearsal_is_tiny_and_runs(losses: list[Tensor]) -> None:
+    for case in cases_of_a_sweep():
+        shape = TRAINING_STEP.rehearsal(case.shape)
+        TRAINING_STEP.problem(shape, torch.float32, CPU).call("torch", STEP)()
+        assert shape.B == 2
+    assert len(losses) == len(MODELS)
 
 
 def test_cases_of_one_setting_take_turns_and_variants_have_names_of_their_own() -> None:
