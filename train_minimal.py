@@ -23,6 +23,7 @@ import argparse
 import math
 import sys
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +39,7 @@ from linear_vit.training.evaluation import check_usable
 from linear_vit.training.logbook import Logbook
 from linear_vit.training.metrics import predict
 from linear_vit.training.options import chosen_config, chosen_device, make_parser, varied
-from linear_vit.training.record import check_writable, finished_record
+from linear_vit.training.record import check_writable, environment, finished_record
 from linear_vit.training.step import make_optimizer, make_scaler, training_step
 from linear_vit.training.streams import stream
 
@@ -158,28 +159,28 @@ def table_command(args: argparse.Namespace) -> None:
         raise UserError(f"no folder {folder} of run records; leave out --no-run to train them")
     exponents = Path(args.exponents) if args.exponents else None
     ablations = Path(args.ablations)
-    print(tables.write_results(runs=folder, out=out, exponents=exponents, ablations=ablations))
+    print(tables.write_results(folder, out, exponents=exponents, ablations=ablations))
 
 
 def ablate_command(args: argparse.Namespace) -> None:
-    out, device = Path(args.out), chosen_device(args.device)
+    folder, out, device = Path(args.runs), Path(args.out), chosen_device(args.device)
     check_writable(out)
     setting, values = varied(args)
     more = experiments.model_of(setting) if "attention_type" not in vars(args) else {}
     given = [{**more, setting: value} for value in values]
-    runs = train_missing(args, experiments.by_seed(args.seeds, given), device)
-    speeds = None
+    configs = train_missing(args, experiments.by_seed(args.seeds, given), device)
+    speeds = []  # those of the runs
     if args.seconds > 0:
-        configs = [chosen_config(args, **{**value, "seed": 0}) for value in given]
-        folder = Path(args.runs)
-        speeds = experiments.time_values(setting, configs, folder, device, seconds=args.seconds)
-    print(tables.write_ablation(setting=setting, runs=runs, speeds=speeds, out=out))
+        speeds = [experiments.time_values(setting, configs, folder, device, seconds=args.seconds)]
+    found = [asdict(config) for config in configs]
+    where = environment(device)
+    print(tables.write_ablation(setting, found, folder, out, environment=where, speeds=speeds))
 
 
 def train_missing(
     args: argparse.Namespace, given: list[dict[str, Any]], device: torch.device
-) -> list[Path]:
-    """Trains what no finished record below --runs covers; the records of all that was asked for."""
+) -> list[Config]:
+    """Trains what no finished record below --runs covers; all that was asked for."""
     folder, configs = Path(args.runs), [chosen_config(args, **more) for more in given]
     for config in experiments.missing(configs, folder, device):
         out = folder / config.run_name
@@ -187,7 +188,7 @@ def train_missing(
         # A finished record of another machine is no state to go on from.
         resume = not finished_record(out, config)
         train(config, data, out, device, resume=resume, workers=args.workers)
-    return list(experiments.recorded(configs, folder, device))
+    return configs
 
 
 def bench_command(args: argparse.Namespace) -> None:
@@ -195,7 +196,7 @@ def bench_command(args: argparse.Namespace) -> None:
     check_writable(out)
     configs = [chosen_config(args, **model_settings(name)) for name in args.models]
     saved = experiments.time_backends(configs, args.backends, out, device, seconds=args.seconds)
-    print(tables.write_steps(saved=saved, out=out))
+    print(tables.write_steps(saved, out))
 
 
 def profile_command(args: argparse.Namespace) -> None:
@@ -203,7 +204,7 @@ def profile_command(args: argparse.Namespace) -> None:
     check_writable(out)
     configs = [chosen_config(args, **model_settings(name)) for name in args.models]
     saved = breakdown.write(configs, out, device, steps=args.steps, workers=args.workers)
-    print(tables.write_breakdown(saved=saved, out=out))
+    print(tables.write_breakdown(saved, out))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

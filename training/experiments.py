@@ -1,13 +1,13 @@
 """Many runs: which are missing from a folder of records, and the speed of steps by turns."""
 
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from linear_vit.bench.instruments.clock import measure_interleaved
+from linear_vit.bench.problems import Case
 from linear_vit.training import results, speed
 from linear_vit.training.config import Config
 from linear_vit.training.evaluation import check_usable
@@ -17,7 +17,14 @@ from linear_vit.training.record import (
     same_machine,
     write_json,
 )
-from linear_vit.training.step import step_of
+from linear_vit.training.steps import (
+    TRAINING_STEP,
+    config_of,
+    own_backends,
+    step_case,
+    time_steps,
+    why_not,
+)
 
 # What is varied of which model, where none is named.
 _MODEL_OF = {"ripple_stages": "ripple", "hydra_branches": "hydra"}
@@ -75,6 +82,7 @@ def time_models(
     Runs are minutes apart, so what their own images/s say of two models is also what the machine
     did meanwhile.
     """
+    configs = list(dict.fromkeys(configs))
     names = [config.model for config in configs]
     wanted = {"config": dataclasses.asdict(configs[0]), "environment": environment(device)}
     for known in speed.read_models(folder)[0]:
@@ -82,9 +90,10 @@ def time_models(
         if same and set(names) <= set(known["models"]):
             return
     print(f"training steps of {', '.join(names)}, by turns")
-    steps = {config.model: step_of(config, device) for config in configs}
-    timings = measure_interleaved(steps, device, budget_s=seconds)
-    measured = speed.summarise_models(configs, timings, device)
+    cases = [step_case(config) for config in configs]
+    timings = time_steps(cases, device, seconds=seconds)
+    by_model = dict(zip(names, timings.values(), strict=True))
+    measured = speed.summarise_models(configs, by_model, device)
     write_json(speed.models_path(folder, configs[0]), measured)
 
 
@@ -92,11 +101,18 @@ def time_values(
     setting: str, configs: Sequence[Config], folder: Path, device: torch.device, *, seconds: float
 ) -> Path:
     """Training steps of an ablation's values by turns; the file of what was measured."""
-    of_value = {str(getattr(config, setting)): config for config in configs}
-    print(f"training steps of {setting} {', '.join(of_value)}, by turns")
-    steps = {value: step_of(config, device) for value, config in of_value.items()}
-    timings = measure_interleaved(steps, device, budget_s=seconds)
-    rates = {v: speed.rate(config.batch_size, timings[v]) for v, config in of_value.items()}
+    configs = list(dict.fromkeys(dataclasses.replace(config, seed=0) for config in configs))
+    values = [str(getattr(config, setting)) for config in configs]
+    print(f"training steps of {setting} {', '.join(values)}, by turns")
+    cases = [
+        step_case(config, variant=f"{setting}={value}")
+        for config, value in zip(configs, values, strict=True)
+    ]
+    timings = time_steps(cases, device, seconds=seconds).values()
+    rates = {
+        value: speed.rate(config.batch_size, timing)
+        for value, config, timing in zip(values, configs, timings, strict=True)
+    }
     path = folder / f"steps-{setting}.json"
     write_json(path, {"environment": environment(device), "rates": rates})
     return path
@@ -111,17 +127,18 @@ def time_backends(
     seconds: float,
 ) -> Path:
     """Training steps of models on backends (PyTorch's and our own), all by turns; the file."""
-    steps: dict[tuple[str, str], Callable[[], None]] = {}
-    reasons: dict[tuple[str, str], str] = {}
-    for config in configs:
-        names = [speed.PYTORCH, *speed.OWN] if backends is None else backends
-        usable, unusable = speed.prepare(config, names, device)
-        steps |= {(config.model, name): step for name, step in usable.items()}
-        reasons |= {(config.model, name): why for name, why in unusable.items()}
-    # By turns, so that a machine that drifts does so for all alike.
-    calls = {" ".join(case): step for case, step in steps.items()}
-    timings = measure_interleaved(calls, device, budget_s=seconds)
-    timed = {case: timings[" ".join(case)] for case in steps}
+    configs = list(dict.fromkeys(configs))
+    names = [speed.PYTORCH, *own_backends()] if backends is None else backends
+    cases = [step_case(config, name) for config in configs for name in names]
+    reasons = {case: why_not(case, device) for case in cases}
+    usable = [case for case in cases if reasons[case] is None]
+    timings = time_steps(usable, device, seconds=seconds)
+    timed = {_key(case): timings[TRAINING_STEP.case_name(case)] for case in usable}
+    refused = {_key(case): why for case, why in reasons.items() if why is not None}
     path = out / "step-speed.json"
-    write_json(path, speed.summarise(configs, timed, reasons, device))
+    write_json(path, speed.summarise(configs, timed, refused, device))
     return path
+
+
+def _key(case: Case) -> tuple[str, str]:
+    return config_of(case).model, case.backend

@@ -18,70 +18,27 @@ and of the models of a results table among each other, ``speed-SETTING.json`` be
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
-from linear_vit.kernels import BACKENDS
+from linear_vit.bench.instruments.clock import Timing
 from linear_vit.training.config import MODELS, Config, digest
-from linear_vit.training.errors import UserError
 from linear_vit.training.record import environment, read_records
-from linear_vit.training.step import step_of
+from linear_vit.training.steps import own_backends
 
 SCHEMA = "linear-vit-step-speed/1"
 MODELS_SCHEMA = "linear-vit-model-speed/1"
 PYTORCH = "torch"
-# "reference" is no one's choice, and "compiled" is PyTorch's code again: taken by name.
-OWN = tuple(name for name in BACKENDS if name not in ("reference", "torch", "compiled"))
-
-
-class Timed(Protocol):
-    """What a clock says of one step (bench.clock.Timing)."""
-
-    @property
-    def median(self) -> float: ...
-
-    @property
-    def relative_iqr(self) -> float: ...
-
-    @property
-    def interval(self) -> tuple[float, float]: ...
-
-    @property
-    def seconds(self) -> Sequence[float]: ...
-
-    def over(self, other: Any) -> float: ...
-
-
-def prepare(
-    config: Config, backends: Sequence[str], device: torch.device
-) -> tuple[dict[str, Callable[[], None]], dict[str, str]]:
-    """Training steps of a model by backend, run once, and why the others can't be."""
-    steps: dict[str, Callable[[], None]] = {}
-    reasons: dict[str, str] = {}
-    for name in backends:
-        if name not in BACKENDS:
-            raise UserError(f"unknown backend {name!r}; there are {', '.join(BACKENDS)}")
-        if name == "triton" and device.type == "cpu":
-            reasons[name] = "interpreted on a CPU, which says nothing of its speed"
-            continue
-        try:
-            step = step_of(replace(config, backend=name), device)
-            step()
-        except ValueError as error:
-            reasons[name] = str(error)
-        else:
-            steps[name] = step
-    return steps, reasons
 
 
 def summarise(
     configs: Sequence[Config],
-    timings: Mapping[tuple[str, str], Timed],
+    timings: Mapping[tuple[str, str], Timing],
     reasons: Mapping[tuple[str, str], str],
     device: torch.device,
 ) -> dict[str, Any]:
@@ -96,7 +53,8 @@ def summarise(
                     "relative_iqr": timing.relative_iqr,
                     "images_per_second": config.batch_size / timing.median,
                 }
-        own = min((n for n in cells if n in OWN), key=lambda n: cells[n]["seconds"], default=None)
+        candidates = [name for name in own_backends() if name in cells]
+        own = min(candidates, key=lambda name: cells[name]["seconds"], default=None)
         both = own is not None and PYTORCH in cells
         speedup = None
         if both and own:
@@ -160,7 +118,7 @@ def models_path(folder: Path, config: Config) -> Path:
 
 
 def summarise_models(
-    configs: Sequence[Config], timings: Mapping[str, Timed], device: torch.device
+    configs: Sequence[Config], timings: Mapping[str, Timing], device: torch.device
 ) -> dict[str, Any]:
     """The content of speed-SETTING.json; timings by model."""
     return {
@@ -172,7 +130,7 @@ def summarise_models(
     }
 
 
-def rate(batch_size: int, timing: Timed) -> dict[str, float]:
+def rate(batch_size: int, timing: Timing) -> dict[str, float]:
     """Images/s of a step timed by turns with others, and the 95 % interval of its median."""
     low, high = timing.interval
     return {

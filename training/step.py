@@ -1,6 +1,5 @@
 """One training step, as the training loop runs it and as the benchmarks time it."""
 
-from collections.abc import Callable
 from contextlib import nullcontext
 
 import torch
@@ -8,7 +7,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from linear_vit.training import distributed
-from linear_vit.training.config import DATASETS, Config, build_model, model_settings, resolve
 
 
 def make_optimizer(model: nn.Module, *, lr: float, weight_decay: float) -> torch.optim.AdamW:
@@ -110,56 +108,3 @@ def _hits(logits: Tensor, targets: Tensor) -> Tensor:
     if targets.dim() == 1:
         return (predicted == targets).sum()
     return targets.gather(1, predicted[:, None]).sum()
-
-
-def make_step(
-    model_name: str,
-    *,
-    device: str | torch.device = "cpu",
-    amp: str = "off",
-    batch_size: int | None = None,
-    preset: str = "small",
-    dataset: str = "digits",
-    backend: str | None = None,
-    seed: int = 0,
-) -> Callable[[], None]:
-    """A full training step of a model on one fixed random batch: call it to run it once.
-
-    Args:
-        model_name: a key of ``training.config.MODELS``.
-        device: where it runs. The step does not wait for a CUDA device.
-        amp: ``off`` (float32) or ``bf16`` autocast.
-        batch_size: None takes the preset's.
-        preset, dataset: what sizes model and images, as on the command line; no data is read.
-        backend: of the kernels; None for the fastest usable one.
-    """
-    given = {
-        **model_settings(model_name),
-        "preset": preset,
-        "dataset": dataset,
-        "amp": amp,
-        "backend": backend,
-        "seed": seed,
-    }
-    if batch_size is not None:
-        given["batch_size"] = batch_size
-    return step_of(resolve(given), torch.device(device))
-
-
-def step_of(config: Config, device: torch.device) -> Callable[[], None]:
-    """A full training step of a configuration on one fixed random batch: call it to run it once."""
-    info = DATASETS[config.dataset]
-    model = build_model(config).to(device).train()
-    if config.compile:
-        model.compile()
-    optimizer = make_optimizer(model, lr=config.lr, weight_decay=config.weight_decay)
-    scaler = make_scaler(config.amp, device)
-    generator = torch.Generator().manual_seed(config.seed)
-    shape = (config.batch_size, info.channels, info.image_size, info.image_size)
-    images = torch.randn(shape, generator=generator).to(device)
-    labels = torch.randint(info.classes, (config.batch_size,), generator=generator).to(device)
-
-    def step() -> None:
-        training_step(model, optimizer, images, labels, scaler=scaler, **config.of_step)
-
-    return step

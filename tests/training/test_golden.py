@@ -14,8 +14,10 @@ import pytest
 import torch
 
 from linear_vit import train_minimal
-from linear_vit.training import board
+from linear_vit.training import board, experiments
 from linear_vit.training.checkpoints import load_checkpoint
+from linear_vit.training.config import DATASETS, MODELS, Config
+from linear_vit.training.record import environment, new_record, write_json
 
 GOLDEN = Path(__file__).parent / "golden"
 OPTIONS = [
@@ -80,3 +82,30 @@ def test_its_best_weights_are_evaluated_alike(tmp_path: Path) -> None:
     [found] = tmp_path.rglob("best-evaluation.json")
     accuracy = json.loads(found.read_text())["accuracy"]
     assert accuracy == pytest.approx(record(GOLDEN / "finished")["test_accuracy"], abs=1e-3)
+
+
+def test_a_record_of_this_machine_is_not_trained_again(tmp_path: Path) -> None:
+    """Records of before describe their machine in fewer words; those that count are there."""
+    run, device = record(GOLDEN / "finished"), torch.device("cpu")
+    here = environment(device)
+    assert set(run["environment"]) <= {*here, "platform"}
+    run["environment"] |= {name: here[name] for name in ("torch", "cpu", "threads")}
+    path = tmp_path / "run" / "run.json"
+    write_json(path, run)
+    config = Config(**run["config"])
+    assert list(experiments.recorded([config], tmp_path, device)) == [path]
+    assert list(experiments.missing([config], tmp_path, device)) == []
+    run["environment"]["threads"] += 1
+    write_json(path, run)
+    assert not experiments.recorded([config], tmp_path, device)
+    assert list(experiments.missing([config], tmp_path, device)) == [config]
+
+
+def test_a_new_record_has_all_that_one_of_before_had_and_titles() -> None:
+    run = record(GOLDEN / "stopped")
+    made = new_record(Config(**run["config"]), torch.device("cpu"), run["parameters"])
+    assert set(run) - {"best_epoch"} <= set(made)
+    for name in ("schema", "status", "config", "model", "parameters", "train_accuracy_is"):
+        assert made[name] == run[name]
+    assert made["model_title"] == MODELS["hydra"].title
+    assert made["dataset_title"] == DATASETS["digits"].title

@@ -14,7 +14,7 @@ from linear_vit.training.data.augmentation import normalise
 from linear_vit.training.errors import UserError
 from linear_vit.training.logbook import check_finite, out_of_memory
 from linear_vit.training.metrics import accuracy, predict, t_interval
-from linear_vit.training.step import make_optimizer, make_scaler, make_step, training_step
+from linear_vit.training.step import make_optimizer, make_scaler, training_step
 
 
 def draws(seed: int = 0) -> torch.Generator:
@@ -81,27 +81,6 @@ def test_a_step_is_what_it_says() -> None:
     assert hits.item() == (logits.argmax(1) == labels).sum().item()
     moved = torch.cat([(a - b).flatten() for a, b in zip(model.parameters(), before, strict=True)])
     assert moved.norm().item() == pytest.approx(1e-3, rel=1e-3)
-
-
-@pytest.mark.parametrize("name", ["baseline", "ripple", "hydra-local"])
-def test_make_step_trains(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    seen: list[Tensor] = []
-
-    def recording(*arguments: object, **options: object) -> tuple[Tensor, Tensor]:
-        loss, hits = training_step(*arguments, **options)  # type: ignore[arg-type]
-        seen.append(loss)
-        return loss, hits
-
-    monkeypatch.setattr("linear_vit.training.step.training_step", recording)
-    step = make_step(name, batch_size=8)
-    for _ in range(6):
-        step()
-    assert seen[-1] < seen[0] - 0.1
-
-
-def test_make_step_refuses_unknown_models() -> None:
-    with pytest.raises(UserError, match="unknown model 'vit'; there are baseline, "):
-        make_step("vit")
 
 
 def test_t_interval() -> None:

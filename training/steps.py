@@ -1,0 +1,273 @@
+"""A training step as a case of the one harness: which model, sized how, on which backend."""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from linear_vit import kernels
+from linear_vit.bench import problems
+from linear_vit.bench.instruments.clock import Timing, measure_interleaved
+from linear_vit.bench.problems import Case, Operation, Problem, Shape, Work
+from linear_vit.training.config import (
+    DATASETS,
+    MODELS,
+    Config,
+    build_model,
+    digest,
+    model_settings,
+    resolve,
+)
+from linear_vit.training.errors import UserError
+from linear_vit.training.step import make_optimizer, make_scaler, training_step
+
+STEP = "step"
+DEFAULT = "default"  # the backend that a model takes where none is named
+# Sized for the device: a model that learns within a minute, or the ViT-S.
+SIZES: dict[str, dict[str, Any]] = {
+    "cpu": {"preset": "small", "dataset": "digits", "amp": "off"},
+    "cuda": {"preset": "full", "dataset": "cifar100", "amp": "bf16"},
+}
+_DTYPES = {"off": "float32", "bf16": "bfloat16 autocast", "fp16": "float16 autocast"}
+
+
+@dataclass(frozen=True)
+class StepShape(Shape):
+    """A model and all that sizes its step: B images of N tokens.
+
+    ``variant`` tells steps of one model apart in a run: ripple_stages=2.
+    """
+
+    B: int
+    N: int
+    config: Config
+    variant: str = ""
+
+    @property
+    def tokens(self) -> int:
+        return self.N
+
+
+class TrainingStep(Operation):
+    """Forward, loss, backward, clipping and optimiser of a model on one fixed random batch."""
+
+    name = "training_step"
+    title = "Training step"
+    quick = True
+    modes = (STEP,)
+    budget = 4.0  # of what a kernel's case gets: there are few of them, and they are long
+    test = "test_training_step"
+
+    def shape(self, tokens: int, batch: int = 1) -> StepShape:
+        """Of the CPU's model; its size is that of its data set's images, whatever is asked for."""
+        return step_shape(resolve(SIZES["cpu"]))
+
+    def problem(
+        self, shape: Any, dtype: torch.dtype, device: torch.device, seed: int = 0
+    ) -> Problem:
+        return _StepProblem(self, shape, dtype, {}, (), (), _no_inputs, device)
+
+    def lengths(self, device_type: str, extent: str) -> tuple[int, ...]:
+        return ()
+
+    def sizes(
+        self,
+        device_type: str,
+        extent: str,
+        tokens: Sequence[int],
+        total_tokens: int | None,
+        left_out: dict[str, str],
+    ) -> Iterator[StepShape]:
+        """Every model, sized for the device, where its images are of one of the lengths."""
+        for model in MODELS:
+            shape = step_shape(resolve({**SIZES[device_type], **model_settings(model)}))
+            if not tokens or shape.N in tokens:
+                yield shape
+
+    def dtypes(self, device_type: str, chosen: Sequence[str]) -> tuple[str]:
+        return (_DTYPES[SIZES[device_type]["amp"]],)
+
+    def backends(self, device: torch.device, asked: Sequence[str]) -> dict[str, str | None]:
+        """The one that a model takes by itself, or those asked for by name."""
+        if not asked:
+            return {DEFAULT: None}
+        known = kernels.backends("linear_attention", device)
+        return {name: why for name, why in known.items() if name in asked}
+
+    def turn_key(self, shape: StepShape) -> str:
+        """All models of a setting take turns."""
+        return digest(shape.config.setting)
+
+    def rehearsal(self, shape: StepShape) -> StepShape:
+        tiny = replace(
+            shape.config, dim=16, depth=1, heads=1, mlp_dim=16, hydra_branches=1, batch_size=2
+        )
+        return step_shape(tiny, shape.variant)
+
+    def check_shapes(self, head_dim: int, *, interpreted: bool = False) -> tuple[StepShape, ...]:
+        """None: it is what its operations are, and has no float64 expectation."""
+        return ()
+
+    def least_work(self, mode: str, shape: Any, element_size: int) -> Work:
+        """Not stated: a step is judged by images/s, not by a share of the machine's limits."""
+        return Work(0, 0)
+
+    def working_set(self, mode: str, backend: str, shape: Any) -> int:
+        """About what a step keeps: some 16 activations of width dim a token and layer."""
+        config = shape.config
+        return 4 * 16 * shape.B * shape.N * config.dim * config.depth
+
+    def size_name(self, shape: Any) -> str:
+        return "-".join(filter(None, (shape.config.model, shape.variant)))
+
+    def parse_size(self, text: str) -> None:
+        """A model's name does not say how the rest of it is sized."""
+        return None
+
+    # What a saved run says of a step in the place of shape, work and error.
+
+    def case_name(self, case: Case) -> str:
+        """As in a test's id: ripple-default."""
+        return f"{self.size_name(case.shape)}-{case.backend}"
+
+    def group(self, case: Case) -> str:
+        """What takes turns: all models and backends of a data set and batch."""
+        config = config_of(case)
+        return f"{self.name} {config.preset} {config.dataset} batch {config.batch_size}"
+
+    def facts(self, case: Case, median_s: float) -> dict[str, Any]:
+        config = config_of(case)
+        return {
+            "model": config.model,
+            "model_title": MODELS[config.model].title,
+            "settings": _on(config, case.backend).setting,
+            "images_per_s": config.batch_size / median_s,
+        }
+
+
+TRAINING_STEP = TrainingStep()
+problems.register(TRAINING_STEP)
+
+
+@dataclass(frozen=True, eq=False)
+class _StepProblem(Problem):
+    device: torch.device
+
+    def call(self, backend: str, mode: str) -> Callable[[], tuple[torch.Tensor, ...]]:
+        step = step_of(_on(self.shape.config, backend), self.device)
+        return lambda: (step(), ())[1]
+
+
+def _no_inputs(tensors: dict[str, torch.Tensor], backend: str) -> tuple[torch.Tensor, ...]:
+    raise TypeError("a training step makes its own batch: take Problem.call")
+
+
+def step_shape(config: Config, variant: str = "") -> StepShape:
+    side = DATASETS[config.dataset].image_size // config.patch_size
+    return StepShape(config.batch_size, side * side, config, variant)
+
+
+def step_case(config: Config, backend: str | None = None, variant: str = "") -> Case:
+    """The step of a configuration as a case; ``backend`` comes before the configuration's own."""
+    name = backend or config.backend or DEFAULT
+    shape = step_shape(replace(config, backend=None, seed=0), variant)
+    return Case(TRAINING_STEP.name, STEP, _DTYPES[config.amp], shape, name)
+
+
+def own_backends() -> list[str]:
+    """Backends whose kernels are this project's: what a step is timed on beside PyTorch's."""
+    return [name for name in kernels.BACKENDS if problems.own_kernels(name)]
+
+
+def why_not(case: Case, device: torch.device) -> str | None:
+    """Why a step can't be timed on its backend here; None where it can be.
+
+    Raises UserError for a backend that there is not.
+    """
+    name = case.backend
+    if name not in (DEFAULT, *kernels.BACKENDS):
+        raise UserError(f"unknown backend {name!r}; there are {', '.join(kernels.BACKENDS)}")
+    if not kernels.is_timeable(name, device):
+        return "interpreted, which says nothing of its speed"
+    try:
+        TRAINING_STEP.problem(case.shape, torch.float32, device).call(name, STEP)()
+    except ValueError as error:
+        return str(error)
+    return None
+
+
+def time_steps(cases: Sequence[Case], device: torch.device, *, seconds: float) -> dict[str, Timing]:
+    """Steps timed by turns, so that a machine that drifts does so for all alike; by case name."""
+    calls = {
+        TRAINING_STEP.case_name(case): TRAINING_STEP.problem(
+            case.shape, torch.float32, device
+        ).call(case.backend, STEP)
+        for case in cases
+    }
+    return measure_interleaved(calls, device, budget_s=seconds)
+
+
+def make_step(
+    model_name: str,
+    *,
+    device: str | torch.device = "cpu",
+    amp: str = "off",
+    batch_size: int | None = None,
+    preset: str = "small",
+    dataset: str = "digits",
+    backend: str | None = None,
+    seed: int = 0,
+) -> Callable[[], None]:
+    """A full training step of a model on one fixed random batch: call it to run it once.
+
+    Args:
+        model_name: a key of ``training.config.MODELS``.
+        device: where it runs. The step does not wait for a CUDA device.
+        amp: ``off`` (float32) or ``bf16`` autocast.
+        batch_size: None takes the preset's.
+        preset, dataset: what sizes model and images, as on the command line; no data is read.
+        backend: of the kernels; None for the fastest usable one.
+    """
+    given = {
+        **model_settings(model_name),
+        "preset": preset,
+        "dataset": dataset,
+        "amp": amp,
+        "backend": backend,
+        "seed": seed,
+    }
+    if batch_size is not None:
+        given["batch_size"] = batch_size
+    return step_of(resolve(given), torch.device(device))
+
+
+def step_of(config: Config, device: torch.device) -> Callable[[], None]:
+    """A full training step of a configuration on one fixed random batch: call it to run it once."""
+    info = DATASETS[config.dataset]
+    model = build_model(config).to(device).train()
+    if config.compile:
+        model.compile()
+    optimizer = make_optimizer(model, lr=config.lr, weight_decay=config.weight_decay)
+    scaler = make_scaler(config.amp, device)
+    generator = torch.Generator().manual_seed(config.seed)
+    shape = (config.batch_size, info.channels, info.image_size, info.image_size)
+    images = torch.randn(shape, generator=generator).to(device)
+    labels = torch.randint(info.classes, (config.batch_size,), generator=generator).to(device)
+
+    def step() -> None:
+        training_step(model, optimizer, images, labels, scaler=scaler, **config.of_step)
+
+    return step
+
+
+def config_of(case: Case) -> Config:
+    """What is trained in a case, the backend apart."""
+    shape = case.shape
+    if not isinstance(shape, StepShape):
+        raise TypeError(f"no training step: {case}")
+    return shape.config
+
+
+def _on(config: Config, backend: str) -> Config:
+    return replace(config, backend=None if backend == DEFAULT else backend)
