@@ -23,6 +23,7 @@ import torch
 
 from linear_vit.bench.static import launches, machine_code
 from linear_vit.kernels import build
+from linear_vit.kernels.registry import pretend_usable
 
 HERE = Path(__file__).resolve().parent
 _KERNELS = HERE.parents[1] / "kernels"
@@ -187,7 +188,7 @@ def _reached(
         multi_processor_count=machine_code.LIMITS[architecture].multiprocessors
     )
     with (
-        launches.usable("cuda"),
+        pretend_usable("cuda"),
         mock.patch.object(build, "load"),
         mock.patch.object(torch.cuda, "get_device_properties", return_value=properties),
     ):
