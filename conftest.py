@@ -5,73 +5,60 @@ from typing import Any
 
 import pytest
 
+from linear_vit import options
+from linear_vit.training import steps as _steps  # noqa: F401 (training steps are cases, too)
+
 _ROOT = Path(__file__).parent
 _OPTIONS = (
     "device",
     "dtypes",
-    "seq_lens",
+    "tokens",
     "total_tokens",
     "backends",
     "ops",
     "sweep",
+    "minutes",
+    "out",
     "peers",
+    "keep_memory",
     "dry_run",
+    "rehearse",
     "resume_bench",
     "profile",
-    "limits",
 )
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    group = parser.getgroup("kernels", "kernel benchmarks (with --benchmark-only)")
-    group.addoption("--device", metavar="NAME", help="cpu or cuda[:i] (default: cuda if there)")
-    group.addoption("--dtypes", metavar="LIST", help="e.g. float32,bfloat16")
-    group.addoption("--seq-lens", metavar="LIST", help="token counts N, e.g. 64,1024,16384")
-    group.addoption(
+    group = parser.getgroup("kernels", "benchmarks (with --benchmark-only)")
+    options.option(
+        group,
+        "--sweep",
+        choices=("quick", "full", "gpu", "cpu"),
+        help="quick (default): minutes; full: every dtype, longer sequences; gpu, cpu: what such a "
+        "machine should be asked, most important first",
+    )
+    options.add(group, "ops", "backends", "dtypes", "device", "minutes")
+    options.option(group, "--tokens", "--seq-lens", **options.settings("tokens"))
+    options.add(group, out="folder of the run, in the place of --benchmark-json")
+    options.option(
+        group,
         "--total-tokens",
         type=int,
         metavar="COUNT",
         help="as many sequences of each length as make this many tokens (default: one sequence)",
     )
-    group.addoption("--backends", metavar="LIST", help="e.g. torch,compiled,triton")
-    group.addoption("--ops", metavar="LIST", help="e.g. linear_attention,softmax_attention")
-    group.addoption(
-        "--sweep",
-        choices=("quick", "full"),
-        help="quick (default): minutes, also on two cores; full: every dtype, longer sequences",
-    )
-    group.addoption(
-        "--peers",
-        action="store_true",
-        default=None,
-        help="time other libraries' implementations, too: every SDPA kernel, and those of "
+    flags = {
+        "--peers": "time other libraries' implementations, too: every SDPA kernel, and those of "
         "pip install '.[peers]'",
-    )
-    group.addoption(
-        "--dry-run",
-        action="store_true",
-        default=None,
-        help="list the cases with what time and memory each is estimated to take, and time none",
-    )
-    group.addoption(
-        "--resume-bench",
-        action="store_true",
-        default=None,
-        help="go on with the killed or interrupted run of the same --benchmark-json",
-    )
-    group.addoption(
-        "--limits",
-        choices=("kept", "fresh"),
-        help="kept (default): the machine's copy and matmul rates as measured within a day; "
-        "fresh: measure them anew",
-    )
-    group.addoption(
-        "--profile",
-        action="store_true",
-        default=None,
-        help="also write a trace of each case (Perfetto, chrome://tracing), its top kernels and, "
-        "where ncu is installed, its counters",
-    )
+        "--keep-memory": "freed memory stays with the process (glibc): no fresh pages for anyone",
+        "--dry-run": "list the cases with what time and memory they may take, and time none",
+        "--rehearse": "walk through every case at a tiny size, and keep no number",
+        "--resume-bench": "go on with the killed or interrupted run of the same file",
+        "--profile": "also write a trace of each case (Perfetto), its top kernels and, where ncu "
+        "is installed, its counters",
+    }
+    for flag, text in flags.items():
+        options.option(group, flag, action="store_true", default=None, help=text)
 
 
 def pytest_configure(config: pytest.Config) -> None:

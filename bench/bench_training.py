@@ -2,8 +2,8 @@
 
 import pytest
 
-from linear_vit.bench.problems import Case
 from linear_vit.bench.plugin import Benchmarks, measured_time
+from linear_vit.bench.problems import Case
 
 pytestmark = [
     pytest.mark.benchmark(timer=measured_time),

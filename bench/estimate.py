@@ -38,7 +38,7 @@ def memory_bytes(case: Case) -> int:
     """
     of = operation(case.operation)
     work = least_work(of, FORWARD_BACKWARD, case.shape, 1)
-    tensors = work.bytes if work is not None else 0
+    tensors = work.bytes
     element_size = DTYPES[case.dtype].itemsize if case.dtype in DTYPES else 4
     total = tensors * element_size + 2 * tensors * 8 + _CHUNKS
     return total + of.working_set(case.mode, case.backend, case.shape)
@@ -66,7 +66,7 @@ def seconds(case: Case, plan: Plan) -> float:
     of = operation(case.operation)
     budget = of.budget * plan.budget_s
     work = least_work(of, case.mode, case.shape, DTYPES.get(case.dtype, torch.float32).itemsize)
-    if work is None or plan.limits is None:
+    if not of.has_reference or plan.limits is None:
         return _OVERHEAD_S + 2 * budget
     allowed = plan.limits.least_seconds(work.bytes, work.flop, case.dtype)
     call_s = _OVER_LIMIT.get(case.backend, _OVER_LIMIT_ELSE) * max(allowed.values()) + 20e-6

@@ -1,8 +1,8 @@
 """The pytest plugin behind ``pytest --benchmark-only``: runs the sweep and shows what it found.
 
 :mod:`bench.runner` measures and :mod:`bench.store` keeps; here a case is a test, so that ``-k``,
-``--collect-only`` and pytest-benchmark's comparisons work. pytest-benchmark is given the rounds that
-were measured: on CUDA a host timer around a call would measure its launch.
+``--collect-only`` and pytest-benchmark's comparisons work. pytest-benchmark is given the rounds
+that were measured: on CUDA a host timer around a call would measure its launch.
 """
 
 import dataclasses
@@ -12,19 +12,20 @@ import signal
 import statistics
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from linear_vit import kernels
-from linear_vit.bench import estimate, peers, runner, store, summary
+from linear_vit.bench import estimate, runner, store, summary
 from linear_vit.bench.instruments import limits, machine, memory
-from linear_vit.bench.problems import Case, case_name, operation, operations
-from linear_vit.bench.progress import Progress, clock
+from linear_vit.bench.problems import Case, case_name, operation
+from linear_vit.bench.progress import Countdown, clock
 from linear_vit.bench.store import FAILED, MEASURED, OUT_OF_MEMORY, Result, Store, StoreError
-from linear_vit.bench.sweep import SPECIAL, Sweep, SweepError, make_sweep
+from linear_vit.bench.sweep import SPECIAL, Sweep, make_sweep
+from linear_vit.options import OptionError
 
 _BUDGET_S = {"quick": 0.25, "full": 2.0, "gpu": 0.25, "cpu": 1.0}
 _REHEARSAL_BUDGET_S = 0.01
@@ -62,9 +63,9 @@ class Benchmarks:
                 memory.keep_freed_memory()
             self.sweep = sweep_from(config)
             self._store = self._open_store()
-        except (SweepError, StoreError, ValueError) as error:
+        except (OptionError, StoreError, ValueError) as error:
             raise pytest.UsageError(str(error)) from error
-        self._progress = Progress([], {}, None)
+        self._progress = Countdown([], {}, None)
         self._rows: list[summary.Row] = []
         self._session: runner.Session | None = None
         self._quieten(config)
@@ -76,7 +77,7 @@ class Benchmarks:
     def _path(self) -> Path | None:
         given = self._config.getoption("benchmark_json", default=None)
         if given:
-            return Path(str(getattr(given, "name", given)))
+            return Path(str(given))
         folder = self._config.getoption("out")
         return Path(folder) / "benchmark.json" if folder else None
 
@@ -126,7 +127,7 @@ class Benchmarks:
         minutes = self._config.getoption("minutes")
         deadline = None if minutes is None else time.monotonic() + 60 * minutes
         self._session = runner.Session(self._plan, self._store, deadline=deadline, isolate=None)
-        self._progress = Progress(list(seconds), seconds, self._terminal)
+        self._progress = Countdown(list(seconds), seconds, self._terminal)
         return None
 
     @functools.cached_property
@@ -149,7 +150,7 @@ class Benchmarks:
         dtypes = tuple(sorted({c.dtype for c in self.sweep.cases if c.dtype in DTYPES}))
         if self._rehearses or self._lists:
             return limits.Limits(1e10, dict.fromkeys(dtypes, 1e11), 1e-6)
-        probes = {}
+        probes: dict[str, Callable[[], float]] = {}
         if self.sweep.extent == "cpu":
             for of in {case.operation for case in self.sweep.cases}:
                 probes |= operation(of).probes(self.sweep.device)
@@ -268,7 +269,8 @@ class Benchmarks:
 
     def _describe(self) -> None:
         """What the head says once the run has ended: limits, titles and colours."""
-        self._store.head["limits"] = dataclasses.asdict(self._plan.limits) if self._rows else None
+        limits_now = self._plan.limits if self._rows else None
+        self._store.head["limits"] = dataclasses.asdict(limits_now) if limits_now else None
         timed = [r.info for r in self._store.results.values() if r.status == MEASURED]
         self._store.head |= titles(timed)
 
@@ -281,3 +283,46 @@ class Benchmarks:
         wanted = ("benchmark_verbose", "benchmark_compare", "benchmark_histogram")
         if not any(config.getoption(name, default=None) for name in wanted):
             config.option.benchmark_quiet = True
+
+
+def sweep_from(config: pytest.Config) -> Sweep:
+    """The sweep that pytest's options ask for; OptionError where they ask for what there isn't."""
+    return make_sweep(
+        device=config.getoption("device"),
+        dtypes=config.getoption("dtypes") or (),
+        tokens=config.getoption("tokens") or (),
+        backends=config.getoption("backends") or (),
+        operations=config.getoption("ops") or (),
+        total_tokens=config.getoption("total_tokens"),
+        extent=config.getoption("sweep") or "quick",
+        with_peers=bool(config.getoption("peers")),
+        rehearse=bool(config.getoption("rehearse")),
+    )
+
+
+def titles(timed: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Titles and colours of the operations and backends of these cases, for reports."""
+    ops = {info["operation"]: {"title": operation(info["operation"]).title} for info in timed}
+    rows = kernels.backend_rows()
+    backends = {}
+    for name in dict.fromkeys(info["backend"] for info in timed):
+        row = rows.get(name)
+        shown = {"title": row.title, "colour": row.colour, "own": row.own} if row else None
+        backends[name] = shown or {"title": name, "colour": None, "own": False}
+    return {"operations": ops, "backends": backends}
+
+
+def _name_of(item: Any) -> str:
+    """A case's name: what stands in brackets in the test's."""
+    return item.nodeid.partition("[")[2].removesuffix("]") or item.nodeid
+
+
+def _case_of(item: pytest.Item) -> Case | None:
+    return getattr(getattr(item, "callspec", None), "params", {}).get("case")
+
+
+def _last_line(text: str) -> str:
+    """The line of a failure that says what happened: pytest's own marks it with an E."""
+    lines = [line for line in text.splitlines() if line.strip()]
+    errors = [line.removeprefix("E").strip() for line in lines if line.startswith("E ")]
+    return errors[0] if errors else (lines[-1].strip() if lines else "no message")

@@ -5,6 +5,7 @@ The one way to time anything here. ``pytest --benchmark-only`` and ``train_minim
 """
 
 import dataclasses
+import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -29,6 +30,7 @@ from linear_vit.bench.problems import (
     expected_of_peer,
     make_problem,
     operation,
+    parse_case,
     worst,
 )
 from linear_vit.bench.store import FAILED, LEFT_OUT, MEASURED, OUT_OF_MEMORY, SCHEMA, Result, Store
@@ -236,7 +238,8 @@ class _Problems:
         if key not in self._made:
             dtype = DTYPES.get(case.dtype, torch.float32)
             problem = make_problem(case.operation, case.shape, dtype, device)
-            self._made[key] = problem, problem.expected()
+            right = problem.expected() if problem.operation.has_reference else None
+            self._made[key] = problem, right
         problem, expected = self._made[key]
         if peers.other_function(case.backend):
             expected = expected_of_peer(problem, case.backend)
@@ -274,21 +277,32 @@ def _prepare(case: Case, plan: Plan) -> _Ready:
             }
             for n, v in verdicts.items()
         }
-    call = problem.call(case.backend, case.mode)
+    call: Callable[[], Any] = problem.call(case.backend, case.mode)
     call()
     if expected is not None:
         operators, on_device = proof.names_of(call, plan.device)
-        signature = peers.signature(case.backend)
-        if wrong := proof.fallback(
-            case.backend, operators, on_device, plan.device.type, signature=signature
-        ):
+        if wrong := proof.fallback(claim(case.backend), operators, on_device, plan.device.type):
             raise WrongResult(f"another implementation ran: {wrong}")
-        checked["ran"] = proof.shown(case.backend, operators, on_device)
+        checked["ran"] = proof.shown(operators, on_device)
     peak, how = memory.peak_beyond_outputs(call, plan.device)
     checked |= {"peak_memory_bytes": peak, "peak_memory_how": how}
     if case.captured:
         call = _captured(call, plan.device)
     return _Ready(case, problem, call, checked)
+
+
+def claim(backend: str) -> proof.Claim:
+    """What has to be seen running where this backend is asked for."""
+    rows = kernels.backend_rows()
+    row = rows.get(backend)
+    return proof.Claim(
+        backend,
+        own=row is not None and row.own,
+        compiled=row is not None and row.compiles,
+        eager=row is not None and row.eager,
+        signature=peers.signature(backend),
+        others=tuple(name for name, other in rows.items() if other.own and name != backend),
+    )
 
 
 def _captured(call: Callable[[], Any], device: torch.device) -> Callable[[], None]:
@@ -312,7 +326,8 @@ def _result(ready: _Ready, timing: Timing, watch: telemetry.Watch, plan: Plan) -
     name = case_name(case)
     traced = None
     if plan.profiles is not None:
-        traced = profiles.write(ready.call, plan.device, plan.profiles, name)
+        child = (sys.executable, "-m", "linear_vit.bench.runner", name)
+        traced = profiles.write(ready.call, plan.device, plan.profiles, name, child)
     of = operation(case.operation)
     info = {
         "schema": SCHEMA,
@@ -345,9 +360,9 @@ def _result(ready: _Ready, timing: Timing, watch: telemetry.Watch, plan: Plan) -
 
 def _against_limits(case: Case, problem: Problem, timing: Timing, plan: Plan) -> dict[str, Any]:
     """Least traffic and work, and the share of what the limits allow; empty where unknown."""
-    work = problem.least_work(case.mode)
-    if work is None:
+    if not problem.operation.has_reference:
         return {}
+    work = problem.least_work(case.mode)
     work = dataclasses.replace(work, flop=int(work.flop * peers.flop_share(case.backend)))
     found = {
         "shape": dataclasses.asdict(case.shape),  # type: ignore[call-overload]
@@ -374,9 +389,8 @@ def _implementation(case: Case, problem: Problem) -> str:
     """What runs, with its tiles where it tells."""
     if case.backend in peers.NAMES:
         return peers.other_function(case.backend) or f"peer: {case.backend}"
-    arguments = problem.inputs.values()
-    if case.mode == FORWARD:
-        arguments = [x.detach() for x in arguments]
+    forward = case.mode == FORWARD
+    arguments = [x.detach() if forward else x for x in problem.inputs.values()]
     return kernels.implementation(case.operation, case.backend, *arguments)
 
 
@@ -386,10 +400,28 @@ def _failure(name: str, error: Exception) -> Result:
     if memory.is_out_of_memory(error):
         return Result(name, OUT_OF_MEMORY, f"out of memory: {lines[0][:400]}")
     kind = "" if isinstance(error, WrongResult) else f"{type(error).__name__}: "
-    return Result(name, FAILED, f"{kind}{lines[0][:400]}")
+    return Result(name, FAILED, f"{kind}{lines[0][:1000]}")
 
 
 def _free_memory_after(result: Result | None) -> None:
     """Outside of the handler, whose traceback keeps the case's tensors alive."""
     if result is not None and result.status == OUT_OF_MEMORY and torch.cuda.is_available():
         torch.cuda.empty_cache()
+
+
+def call_once(name: str) -> int:
+    """One warm call of a case on CUDA, between the marks that Nsight Compute waits for."""
+    case, device = parse_case(name), torch.device("cuda")
+    problem = make_problem(case.operation, case.shape, DTYPES[case.dtype], device)
+    call = problem.call(case.backend, case.mode)
+    call()
+    torch.cuda.synchronize(device)
+    torch.cuda.cudart().cudaProfilerStart()
+    call()
+    torch.cuda.synchronize(device)
+    torch.cuda.cudart().cudaProfilerStop()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(call_once(sys.argv[1]))

@@ -10,13 +10,12 @@ from dataclasses import dataclass, field, replace
 
 import torch
 
-from linear_vit import kernels
+from linear_vit import kernels, options
 from linear_vit.bench import estimate, peers
 from linear_vit.bench.problems import (
     DTYPES,
     Case,
     Operation,
-    Shape,
     Wanted,
     least_work,
     operation,
@@ -39,7 +38,7 @@ _SPARED = "the oracle is timed by --sweep full, or by name with --backends"
 _INTERPRETED = "it runs in Triton's interpreter here: right, but no time worth reporting"
 
 
-class SweepError(ValueError):
+class SweepError(options.OptionError):
     """An option that asks for what there isn't; the message says what there is."""
 
 
@@ -98,7 +97,7 @@ def make_sweep(
             time. A backend that was not asked for by name and can't run is left out instead.
     """
     asked = _Asked(
-        resolve_device(device),
+        options.device(device),
         extent,
         dtypes,
         tokens,
@@ -117,24 +116,6 @@ def make_sweep(
         why = "; ".join(f"{what}: {reason}" for what, reason in left_out.items())
         raise SweepError(f"nothing to time{': ' if why else ''}{why}")
     return Sweep(asked.device, extent, _groups(cases, extent), left_out)
-
-
-def resolve_device(name: str | None) -> torch.device:
-    """The device of this name, CUDA where there is one by default; SweepError for a bad one."""
-    if name is None:
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise SweepError(f"--device: {name!r} is no device; take cpu or cuda") from error
-    if device.type not in ("cpu", "cuda"):
-        raise SweepError(f"--device: {name!r} can't be timed; take cpu or cuda")
-    if device.type == "cuda":
-        if not torch.cuda.is_available():
-            raise SweepError("--device cuda: PyTorch finds no CUDA device here; take --device cpu")
-        if device.index is not None and device.index >= torch.cuda.device_count():
-            raise SweepError(f"--device {name}: there are {torch.cuda.device_count()} CUDA devices")
-    return device
 
 
 def _chosen(names: Sequence[str], extent: str) -> list[Operation]:
@@ -281,7 +262,7 @@ def _list_backends(name: str, device: torch.device) -> str:
 def _too_much_work(case: Case, kind: str, extent: str) -> str | None:
     work = least_work(operation(case.operation), case.mode, case.shape, 4)
     limit = _MOST_FLOP[kind][extent]
-    if work is None or work.flop <= limit:
+    if work.flop <= limit:
         return None
     further = " (--sweep full goes further)" if extent == "quick" else ""
     return f"one call is {work.flop:.1e} FLOP, past the {extent} limit of {limit:.0e}{further}"
@@ -292,11 +273,11 @@ def _groups(cases: Sequence[Case], extent: str) -> tuple[tuple[Case, ...], ...]:
     groups: dict[tuple[object, ...], list[Case]] = {}
     for case in cases:
         operations_apart = "" if extent in SPECIAL else case.operation
-        key = (operations_apart, case.mode, case.dtype, together(case.operation, case.shape))
+        key = (
+            operations_apart,
+            case.mode,
+            case.dtype,
+            operation(case.operation).turn_key(case.shape),
+        )
         groups.setdefault((*key, case.total_tokens), []).append(case)
     return tuple(map(tuple, groups.values()))
-
-
-def together(name: str, shape: Shape) -> object:
-    """What of a shape keeps cases from taking turns: all of it, but what the operation leaves."""
-    return operation(name).turn_key(shape)

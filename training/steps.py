@@ -58,6 +58,7 @@ class TrainingStep(Operation):
     modes = (STEP,)
     budget = 4.0  # of what a kernel's case gets: there are few of them, and they are long
     test = "test_training_step"
+    has_reference = False
 
     def shape(self, tokens: int, batch: int = 1) -> StepShape:
         """Of the CPU's model; its size is that of its data set's images, whatever is asked for."""

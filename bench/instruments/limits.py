@@ -1,9 +1,9 @@
 """What the machine can do at best: copy rate, matrix-product rate, the cost of a launch.
 
-Measured, not looked up, by PyTorch's own copy and matmul, in the run that uses them. An operation's least traffic and least
-work over these rates is the time it cannot be expected to beat; which of the two is longer says
-what binds it. (It can be beaten: by data that stay in a cache, and by an algorithm that does less
-than the least work as SPEC counts it, which is that of dense products.)
+Measured, not looked up, by PyTorch's own copy and matmul, in the run that uses them. An operation's
+least traffic and least work over these rates is the time it cannot be expected to beat; which of
+the two is longer says what binds it. (It can be beaten: by data that stay in a cache, and by an
+algorithm that does less than the least work as SPEC counts it, which is that of dense products.)
 """
 
 import mmap

@@ -10,8 +10,7 @@ import io
 import re
 import shutil
 import subprocess
-import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +33,11 @@ _NCU_LIMIT_S = 300
 
 
 def write(
-    call: Callable[[], object], device: torch.device, folder: Path, name: str
+    call: Callable[[], object],
+    device: torch.device,
+    folder: Path,
+    name: str,
+    child: Sequence[str] = (),
 ) -> dict[str, Any]:
     """Trace a few calls; what goes into the case's ``profile`` field.
 
@@ -43,6 +46,7 @@ def write(
         device: where it runs.
         folder: where ``{name}.trace.json.gz`` goes; its parent is what the path is relative to.
         name: the case's.
+        child: command of a process that makes the call once, between the marks that ncu waits for.
     """
     activities = [torch.profiler.ProfilerActivity.CPU]
     if device.type == "cuda":
@@ -58,7 +62,7 @@ def write(
     packed = path.with_suffix(".json.gz")
     packed.write_bytes(gzip.compress(path.read_bytes()))
     path.unlink()
-    counters, why = _ncu(name) if device.type == "cuda" else (None, "no CUDA device")
+    counters, why = _ncu(child) if device.type == "cuda" else (None, "no CUDA device")
     return {
         "trace": str(packed.relative_to(folder.parent)),
         "top": top(profile, device),
@@ -82,7 +86,7 @@ def top(profile: torch.profiler.profile, device: torch.device) -> list[dict[str,
     return [{**row, "share": row["total_us"] / whole} for row in rows[:_TOP]]
 
 
-def _ncu(name: str) -> tuple[dict[str, dict[str, float]] | None, str]:
+def _ncu(child: Sequence[str]) -> tuple[dict[str, dict[str, float]] | None, str]:
     """Counters per kernel of one call, in a process of its own that ncu can hold."""
     ncu = shutil.which("ncu")
     if ncu is None:
@@ -90,7 +94,7 @@ def _ncu(name: str) -> tuple[dict[str, dict[str, float]] | None, str]:
     # Else ncu picks a unit for each value, and the values alone would not say which.
     command = [ncu, "--csv", "--page", "raw", "--print-units", "base"]
     command += ["--metrics", ",".join(COUNTERS)]
-    command += ["--profile-from-start", "off", sys.executable, "-m", "bench.profiles", name]
+    command += ["--profile-from-start", "off", *child]
     root = Path(__file__).resolve().parents[2]
     try:
         done = subprocess.run(
@@ -124,26 +128,3 @@ def read_ncu(text: str) -> dict[str, dict[str, float]]:
                 continue
         found[row["Kernel Name"]] = values
     return found
-
-
-def main(name: str) -> int:
-    """One warm call of a case, between the marks that ncu waits for."""
-    from linear_vit.bench.problems import make_problem
-    from linear_vit.bench.sweep import DTYPES, parse_case, shape_of
-
-    case = parse_case(name)
-    device = torch.device("cuda")
-    shape = shape_of(case.operation, case.tokens, case.batch)
-    problem = make_problem(case.operation, shape, DTYPES[case.dtype], device)
-    call = problem.call(case.backend, case.mode)
-    call()
-    torch.cuda.synchronize(device)
-    torch.cuda.cudart().cudaProfilerStart()
-    call()
-    torch.cuda.synchronize(device)
-    torch.cuda.cudart().cudaProfilerStop()
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1]))

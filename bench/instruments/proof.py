@@ -6,16 +6,36 @@ and what is plain PyTorch has neither.
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 
-from linear_vit.bench import peers
 from linear_vit.kernels.operators import NAMESPACE
 
-_OWN = ("cpu", "triton", "cuda")
 _COMPILED = ("Torch-Compiled Region", "## Call CompiledFxGraph")
 # An event around the operators, of autograd's or the profiler's own: no work by itself.
 _FRAMES = ("autograd::engine", "[memory]", "ProfilerStep", "TorchDynamo", "Pregraph", "AOTDisp")
+
+
+@dataclass(frozen=True)
+class Claim:
+    """What was asked for, and what it has to show.
+
+    Attributes:
+        name: the backend's.
+        own: operators ``linear_vit::{name}_...`` have to run.
+        compiled: a compiled graph has to.
+        eager: PyTorch's operators have to, and no compiled graph.
+        signature: part of a name that has to occur; None for any.
+        others: backends whose own operators must not run.
+    """
+
+    name: str
+    own: bool = False
+    compiled: bool = False
+    eager: bool = False
+    signature: str | None = None
+    others: tuple[str, ...] = ()
 
 
 def names_of(
@@ -39,43 +59,37 @@ def names_of(
     return tuple(operators), tuple(kernels)
 
 
-def fallback(backend: str, operators: tuple[str, ...], kernels: tuple[str, ...], on: str) -> str:
-    """What is wrong with these names for this backend, in words; "" where nothing is.
+def fallback(claim: Claim, operators: tuple[str, ...], kernels: tuple[str, ...], on: str) -> str:
+    """What is wrong with these names for what was asked for, in words; "" where nothing is.
 
     Args:
-        backend: one of ``kernels.BACKENDS``, or a peer's name.
+        claim: what was asked for.
         operators, kernels: as from :func:`names_of`.
         on: the device's type, "cpu" or "cuda".
     """
-    own = {name for name in _OWN if _has(operators, f"{NAMESPACE}::{name}_")}
-    compiled = _has(operators, _COMPILED)
-    if backend in _OWN:
-        if backend not in own:
-            return f"no operator {NAMESPACE}::{backend}_… ran, but {_some(operators)}"
-        own.discard(backend)
-    elif backend == "compiled":
-        if not compiled:
-            return f"no compiled graph ran, but {_some(operators)}"
-    elif backend in ("torch", "reference"):
+    name, compiled = claim.name, _has(operators, _COMPILED)
+    if claim.own and not _has(operators, f"{NAMESPACE}::{name}_"):
+        return f"no operator {NAMESPACE}::{name}_… ran, but {_some(operators)}"
+    if claim.compiled and not compiled:
+        return f"no compiled graph ran, but {_some(operators)}"
+    if claim.eager:
         if compiled:
             return "a compiled graph ran, where eager PyTorch was asked for"
         if not _has(operators, "aten::"):
             return "no operator of PyTorch ran"
-    part = peers.signature(backend)
-    if part is not None and not any(part in name for name in (*operators, *kernels)):
+    part = claim.signature
+    if part is not None and not any(part in ran for ran in (*operators, *kernels)):
         return f"no …{part}… ran, but {_some(operators)}"
-    if own:
-        return f"kernels of {', '.join(sorted(own))} ran, where {backend} was asked for"
+    if own := [other for other in claim.others if _has(operators, f"{NAMESPACE}::{other}_")]:
+        return f"kernels of {', '.join(sorted(own))} ran, where {name} was asked for"
     if on == "cuda" and not kernels:
         return "nothing ran on the device"
-    if on == "cuda" and backend == "triton" and all(k.startswith(_LIBRARY) for k in kernels):
+    if on == "cuda" and claim.own and all(ran.startswith(_LIBRARY) for ran in kernels):
         return f"only PyTorch's own kernels ran: {_some(kernels)}"
     return ""
 
 
-def shown(
-    backend: str, operators: tuple[str, ...], kernels: tuple[str, ...], most: int = 40
-) -> list[str]:
+def shown(operators: tuple[str, ...], kernels: tuple[str, ...], most: int = 40) -> list[str]:
     """What goes into the file: kernels where there are some, else operators; the telling first."""
     names = kernels or operators
     telling = [n for n in names if n.startswith((NAMESPACE, *_COMPILED))]

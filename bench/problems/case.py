@@ -156,14 +156,12 @@ class Problem:
             return self.output_names
         return gradients if mode == BACKWARD else self.output_names + gradients
 
-    def expected(self) -> Expected | None:
-        """The results and gradients by the reference in float64; None where nothing says what is
-        right, as of a training step."""
+    def expected(self) -> Expected:
+        """The results and gradients by the reference in float64."""
         return self.operation.expected(self)
 
-    def least_work(self, mode: str) -> Work | None:
-        """The least traffic and work of a pass, whatever the implementation does; None where that
-        is not counted.
+    def least_work(self, mode: str) -> Work:
+        """The least traffic and work of a pass, whatever the implementation does.
 
         A backward pass alone is both passes less the forward.
         """
@@ -192,7 +190,6 @@ class Operation(ABC):
 
     Attributes:
         name: as in ``kernels.operations()``.
-        title: for tables and plots.
         quick: whether a quick sweep has it. One that is made of the same kernels as another is
             left to the full one.
         token_axis: of outputs and gradients whose rows are sampled (see :class:`Expected`).
@@ -201,10 +198,11 @@ class Operation(ABC):
         modes: the passes that are timed.
         budget: of the seconds that a sweep spends on a case, how many times as many.
         test: the test in ``bench/`` that its cases are of.
+        has_reference: whether something says what is right, and how much work is least; a training
+            step has neither, and is only timed.
     """
 
     name: str
-    title: str
     quick: bool = False
     token_axis: int = 2
     backward_reads_outputs: bool = False
@@ -212,6 +210,12 @@ class Operation(ABC):
     modes: tuple[str, ...] = PASSES
     budget: float = 1.0
     test: str = "test_kernel"
+    has_reference: bool = True
+
+    @property
+    def title(self) -> str:
+        """For tables and plots."""
+        return kernels.operations()[self.name].title
 
     # Sizes and inputs.
 
@@ -296,14 +300,12 @@ class Operation(ABC):
     # What is least, and what is right.
 
     @abstractmethod
-    def least_work(self, mode: str, shape: Any, element_size: int) -> Work | None:
-        """The least traffic and work of one call, whatever the implementation does; None where
-        that is not counted."""
+    def least_work(self, mode: str, shape: Any, element_size: int) -> Work:
+        """The least traffic and work of one call, whatever the implementation does."""
 
     def working_set(self, mode: str, backend: str, shape: Any) -> int:
         """About how many bytes an implementation holds beyond inputs and outputs."""
-        work = self.least_work(mode, shape, 1)
-        return 8 * work.bytes if work is not None else 0
+        return 8 * self.least_work(mode, shape, 1).bytes
 
     def expected(self, problem: Problem) -> Expected:
         """The problem's results and gradients by the reference in float64."""
@@ -352,14 +354,12 @@ class Operation(ABC):
         return self.shape(int(match[2]), int(match[1] or 1)) if match else None
 
 
-def least_work(operation: Operation, mode: str, shape: Any, element_size: int) -> Work | None:
+def least_work(operation: Operation, mode: str, shape: Any, element_size: int) -> Work:
     """An operation's least work, of a backward pass alone too: both passes less the forward."""
     if mode != BACKWARD:
         return operation.least_work(mode, shape, element_size)
     both = operation.least_work(FORWARD_BACKWARD, shape, element_size)
     forward = operation.least_work(FORWARD, shape, element_size)
-    if both is None or forward is None:
-        return None
     return Work(both.bytes - forward.bytes, both.flop - forward.flop)
 
 
@@ -399,4 +399,5 @@ def worst(verdicts: Mapping[str, Comparison]) -> tuple[str, Comparison]:
 
 def own_kernels(backend: str) -> bool:
     """Whether a backend is kernels of this project, and not composed of PyTorch's operators."""
-    return backend in ("cpu", "triton", "cuda")
+    row = kernels.backend_rows().get(backend)
+    return row is not None and row.own

@@ -126,7 +126,6 @@ class _Linear(Operation):
 
 class LinearAttention(_Linear):
     name = "linear_attention"
-    title = "Linear attention"
     quick = True
     workloads: ClassVar = {
         "linear_attention.short_forward": Workload(
@@ -192,13 +191,11 @@ class LinearAttention(_Linear):
 
 class LinearAttentionPacked(Packed, _Linear):
     name = "linear_attention_packed"
-    title = "Linear attention, packed"
     of = LinearAttention()
 
 
 class LinearAttentionState(_Linear):
     name = "linear_attention_state"
-    title = "Linear attention: state"
     workloads: ClassVar = {
         "linear_attention.state": Workload(
             "linear_attention_state", FORWARD, _long, _long_smaller, ("_state", "_feature_outer")
@@ -260,7 +257,6 @@ class LinearAttentionState(_Linear):
 
 class LinearAttentionApply(_Linear):
     name = "linear_attention_apply"
-    title = "Linear attention: apply"
     workloads: ClassVar = {
         "linear_attention.apply": Workload(
             "linear_attention_apply", FORWARD, _long, _long_smaller, ("_apply",)

@@ -160,7 +160,6 @@ class _Stage(_Ripple):
 
 class RipplePool(_Stage):
     name = "ripple_pool"
-    title = "Ripple pooling"
     workloads: ClassVar = {
         "ripple.pool": _workload("ripple_pool", FORWARD, 32, "_pool"),
         "ripple.pool_backward": _workload("ripple_pool", FORWARD_BACKWARD, 32, "_pool_backward"),
@@ -192,7 +191,6 @@ class RipplePool(_Stage):
 
 class RippleExpand(_Stage):
     name = "ripple_expand"
-    title = "Ripple expansion"
     workloads: ClassVar = {
         "ripple.expand": _workload("ripple_expand", FORWARD, 32, "_expand"),
         "ripple.expand_backward": _workload(
@@ -238,7 +236,6 @@ class _Pyramid(_Ripple):
 
 class RipplePoolStages(_Pyramid):
     name = "ripple_pool_stages"
-    title = "Ripple pooling, all stages"
     workloads: ClassVar = {
         "ripple.pool_stages": _workload("ripple_pool_stages", FORWARD, 8, "_pool"),
         "ripple.pool_stages_backward": _workload(
@@ -272,7 +269,6 @@ class RipplePoolStages(_Pyramid):
 
 class RippleExpandStages(_Pyramid):
     name = "ripple_expand_stages"
-    title = "Ripple expansion, all stages"
     workloads: ClassVar = {
         "ripple.expand_stages": _workload("ripple_expand_stages", FORWARD, 8, "_expand"),
         "ripple.expand_stages_backward": _workload(

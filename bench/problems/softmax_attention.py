@@ -88,7 +88,6 @@ class _Softmax(Operation):
 
 class SoftmaxAttention(_Softmax):
     name = "softmax_attention"
-    title = "Softmax attention"
     quick = True
     workloads: ClassVar = {
         "softmax_attention.forward": _workload(FORWARD, "_forward"),
@@ -160,7 +159,6 @@ class SoftmaxAttention(_Softmax):
 
 class SoftmaxAttentionPacked(Packed, _Softmax):
     name = "softmax_attention_packed"
-    title = "Softmax attention, packed"
     of = SoftmaxAttention()
 
 
