@@ -8,10 +8,19 @@ import torch
 from linear_vit import kernels
 from linear_vit.bench import estimate
 from linear_vit.bench.instruments.memory import peak_beyond_outputs
-from linear_vit.bench.problems import PASSES, make_problem
+from linear_vit.bench.problems import (
+    PASSES,
+    AttentionShape,
+    Case,
+    RippleShape,
+    Shape,
+    case_name,
+    make_problem,
+    parse_case,
+)
 from linear_vit.bench.problems import operation as operation_of
 from linear_vit.bench.progress import Countdown, clock
-from linear_vit.bench.sweep import Case, make_sweep, memory_of, parse_case, shape_of
+from linear_vit.bench.sweep import make_sweep
 
 CPU = torch.device("cpu")
 MIB = 2**20
@@ -23,7 +32,7 @@ MIB = 2**20
 def test_working_set_bounds_what_is_measured(operation: str, mode: str, backend: str) -> None:
     if kernels.backends(operation, CPU, head_dim=64)[backend] is not None:
         pytest.skip("not usable here")
-    shape = shape_of(operation, 1024)
+    shape = operation_of(operation).shape(1024)
     call = make_problem(operation, shape, torch.float32, CPU).call(backend, mode)
     call()
     peak, _ = peak_beyond_outputs(call, CPU)
@@ -36,9 +45,9 @@ def test_working_set_bounds_what_is_measured(operation: str, mode: str, backend:
 def test_cases_that_do_not_fit_are_left_out_with_the_estimate(monkeypatch) -> None:
     monkeypatch.setattr(estimate, "available_bytes", lambda device: 400 * MIB)
     sweep = make_sweep(
-        device="cpu", operations=["linear_attention"], backends=["torch"], seq_lens=[64, 2**18]
+        device="cpu", operations=["linear_attention"], backends=["torch"], tokens=[64, 2**18]
     )
-    assert {case.tokens for case in sweep.cases} == {64}
+    assert {case.shape.tokens for case in sweep.cases} == {64}
     reasons = [why for what, why in sweep.left_out.items() if "N from 262144" in what]
     assert len(reasons) == 2
     assert all("GiB, 0.4 GiB are free" in why for why in reasons)
@@ -46,10 +55,11 @@ def test_cases_that_do_not_fit_are_left_out_with_the_estimate(monkeypatch) -> No
 
 def test_matrices_count(monkeypatch) -> None:
     """Softmax attention that stores them needs N × M, the fused one does not."""
-    case = Case("softmax_attention", "forward", "float32", 32_768, 1, "reference")
-    assert memory_of(case) > 6 * 32_768**2 * 4
-    fused = Case("softmax_attention", "forward", "float32", 32_768, 1, "torch")
-    assert memory_of(fused) < 6 * 32_768**2 * 4
+    long = operation_of("softmax_attention").shape(32_768)
+    case = Case("softmax_attention", "forward", "float32", long, "reference")
+    assert estimate.memory_bytes(case) > 6 * 32_768**2 * 4
+    fused = Case("softmax_attention", "forward", "float32", long, "torch")
+    assert estimate.memory_bytes(fused) < 6 * 32_768**2 * 4
 
 
 def test_memory_that_is_free(tmp_path: Path) -> None:
@@ -66,10 +76,20 @@ def test_memory_that_is_free(tmp_path: Path) -> None:
     assert estimate._of_cgroup(tmp_path) is None
 
 
-def test_names_of_cases_can_be_read_back() -> None:
-    for batch in (1, 4):
-        case = Case("linear_attention", "forward+backward", "bfloat16", 128, batch, "sdpa_math")
-        assert parse_case(str(case)) == case
+@pytest.mark.parametrize(
+    ("operation", "shape"),
+    [
+        ("linear_attention", AttentionShape(1, 6, 6, 128, 128, 64)),
+        ("linear_attention", AttentionShape(4, 16, 4, 128, 64, 32)),
+        ("softmax_attention_packed", AttentionShape(4, 6, 6, 128, 128, 64)),
+        ("ripple_pool", RippleShape(1, 8, 8, 384)),
+        ("ripple_expand_stages", RippleShape(3, 2, 32, 48, 1)),
+    ],
+)
+@pytest.mark.parametrize("captured", [False, True])
+def test_names_of_cases_can_be_read_back(operation: str, shape: Shape, captured: bool) -> None:
+    case = Case(operation, "forward+backward", "bfloat16", shape, "sdpa_math", captured)
+    assert parse_case(case_name(case)) == case
     with pytest.raises(ValueError, match="is no case's name"):
         parse_case("linear_attention")
 

@@ -7,7 +7,8 @@ from linear_vit import kernels
 from linear_vit.bench import peers
 from linear_vit.bench.instruments.proof import fallback, names_of, shown
 from linear_vit.bench.problems import FORWARD, FORWARD_BACKWARD, make_problem
-from linear_vit.bench.sweep import shape_of
+from linear_vit.bench.problems import operation as operation_of
+from linear_vit.bench.runner import claim
 
 CPU = torch.device("cpu")
 PLAIN = ("aten::matmul", "aten::relu")
@@ -31,7 +32,7 @@ KERNEL = ("_state_kernel", "Memset (Device)")
     ],
 )
 def test_the_one_asked_for_passes(backend, operators, on_device, on) -> None:
-    assert fallback(backend, operators, on_device, on) == ""
+    assert fallback(claim(backend), operators, on_device, on) == ""
 
 
 @pytest.mark.parametrize(
@@ -51,14 +52,14 @@ def test_the_one_asked_for_passes(backend, operators, on_device, on) -> None:
     ],
 )
 def test_a_fallback_is_named(backend, operators, on_device, on, words) -> None:
-    assert words in fallback(backend, operators, on_device, on)
+    assert words in fallback(claim(backend), operators, on_device, on)
 
 
 @pytest.mark.parametrize("mode", [FORWARD, FORWARD_BACKWARD])
 @pytest.mark.parametrize("operation", ["linear_attention", "softmax_attention", "ripple_pool"])
 def test_names_of_what_runs_here(operation: str, mode: str) -> None:
     """Each backend's real names pass as its own and as no other's of another kind."""
-    problem = make_problem(operation, shape_of(operation, 16), torch.float32, CPU)
+    problem = make_problem(operation, operation_of(operation).shape(16), torch.float32, CPU)
     usable = kernels.backends(operation, CPU, head_dim=64)
     for backend in ("torch", "reference", "cpu"):
         if usable[backend] is not None:
@@ -66,16 +67,18 @@ def test_names_of_what_runs_here(operation: str, mode: str) -> None:
         call = problem.call(backend, mode)
         operators, on_device = names_of(call, CPU)
         assert on_device == ()
-        assert fallback(backend, operators, on_device, "cpu") == ""
+        assert fallback(claim(backend), operators, on_device, "cpu") == ""
         other = "torch" if backend == "cpu" else "cpu"
-        assert fallback(other, operators, on_device, "cpu")
-        assert fallback("compiled", operators, on_device, "cpu")
-        first = shown(backend, operators, on_device)[0]
+        assert fallback(claim(other), operators, on_device, "cpu")
+        assert fallback(claim("compiled"), operators, on_device, "cpu")
+        first = shown(operators, on_device)[0]
         assert first.startswith("linear_vit::cpu_") == (backend == "cpu")
 
 
 def test_sdpa_kernels_are_told_apart() -> None:
-    problem = make_problem("softmax_attention", shape_of("", 16), torch.float32, CPU)
+    problem = make_problem(
+        "softmax_attention", operation_of("softmax_attention").shape(16), torch.float32, CPU
+    )
     usable = peers.backends("softmax_attention", CPU, torch.float32)
     names = [name for name, reason in usable.items() if reason is None]
     assert {"sdpa_math", "sdpa_flash"} <= set(names)
