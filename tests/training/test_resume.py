@@ -23,7 +23,7 @@ from linear_vit.training.data import datasets
 from linear_vit.training.data.datasets import Dataset, Split
 from linear_vit.training.errors import UserError
 
-ROOT = Path(train_minimal.__file__).parent
+ROOT = Path(__file__).parents[2]
 # Dropout, drop path and mixing draw random numbers; 5 steps an epoch, checkpoints between them.
 OPTIONS = [
     *("--dataset=digits", "--recipe=strong", "--backend=torch", "--dim=16", "--depth=2"),

@@ -21,7 +21,7 @@ from linear_vit.training.errors import UserError
 from linear_vit.training.options import chosen_config, make_parser
 
 open_board = board.open_board
-ROOT = Path(train_minimal.__file__).parent
+ROOT = Path(__file__).parents[2]
 TINY_SIZES = {"dim": 16, "depth": 1, "heads": 1, "hydra_branches": 1, "batch_size": 64}
 TINY = [
     "--dataset=digits",
