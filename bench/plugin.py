@@ -7,7 +7,6 @@ that were measured: on CUDA a host timer around a call would measure its launch.
 
 import dataclasses
 import functools
-import os
 import signal
 import statistics
 import threading
@@ -18,7 +17,6 @@ from typing import Any
 
 import pytest
 
-from linear_vit import kernels
 from linear_vit.bench import estimate, runner, store, summary
 from linear_vit.bench.instruments import limits, machine, memory
 from linear_vit.bench.problems import Case, case_name, operation
@@ -53,8 +51,6 @@ class Benchmarks:
     """One benchmark run: its sweep, its store, and what is shown of it."""
 
     def __init__(self, config: pytest.Config) -> None:
-        # The profiler's library talks on stderr about every session unless told not to.
-        os.environ.setdefault("KINETO_LOG_LEVEL", "99")
         self._config = config
         self._rehearses = bool(config.getoption("rehearse"))
         self._lists = bool(config.getoption("dry_run"))
@@ -268,11 +264,9 @@ class Benchmarks:
         output_json["kernel_suite"] = self._store.suite()
 
     def _describe(self) -> None:
-        """What the head says once the run has ended: limits, titles and colours."""
+        """What the head says once the run has ended: the limits."""
         limits_now = self._plan.limits if self._rows else None
         self._store.head["limits"] = dataclasses.asdict(limits_now) if limits_now else None
-        timed = [r.info for r in self._store.results.values() if r.status == MEASURED]
-        self._store.head |= titles(timed)
 
     @staticmethod
     def _quieten(config: pytest.Config) -> None:
@@ -298,18 +292,6 @@ def sweep_from(config: pytest.Config) -> Sweep:
         with_peers=bool(config.getoption("peers")),
         rehearse=bool(config.getoption("rehearse")),
     )
-
-
-def titles(timed: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Titles and colours of the operations and backends of these cases, for reports."""
-    ops = {info["operation"]: {"title": operation(info["operation"]).title} for info in timed}
-    rows = kernels.backend_rows()
-    backends = {}
-    for name in dict.fromkeys(info["backend"] for info in timed):
-        row = rows.get(name)
-        shown = {"title": row.title, "colour": row.colour, "own": row.own} if row else None
-        backends[name] = shown or {"title": name, "colour": None, "own": False}
-    return {"operations": ops, "backends": backends}
 
 
 def _name_of(item: Any) -> str:

@@ -13,11 +13,14 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
+
+from linear_vit import kernels
+from linear_vit.bench.problems import operations
 
 SCHEMA = 2
 MEASURED, FAILED, OUT_OF_MEMORY, LEFT_OUT = "measured", "failed", "out of memory", "left out"
@@ -146,6 +149,7 @@ class Store:
             "kind": "benchmarks",
             "schema": SCHEMA,
             **self.head,
+            **_titles(r.info for r in self.results.values() if r.status == MEASURED),
             "not_timed": not_timed,
             "failed": by_status[FAILED],
             "out_of_memory": by_status[OUT_OF_MEMORY],
@@ -274,6 +278,21 @@ def sources() -> str:
             if file.suffix in _SUFFIXES:
                 digest.update(str(file.relative_to(_ROOT)).encode() + b"\0" + file.read_bytes())
     return digest.hexdigest()[:16]
+
+
+def _titles(timed: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
+    """Titles and colours of the operations and backends of these cases, for reports."""
+    timed = list(timed)
+    known = operations()
+    names = dict.fromkeys(info["operation"] for info in timed)
+    ops = {name: {"title": known[name].title if name in known else name} for name in names}
+    rows = kernels.backend_rows()
+    backends = {}
+    for name in dict.fromkeys(info["backend"] for info in timed):
+        row = rows.get(name)
+        shown = {"title": row.title, "colour": row.colour, "own": row.own} if row else None
+        backends[name] = shown or {"title": name, "colour": None, "own": False}
+    return {"operations": ops, "backends": backends}
 
 
 def _finite(value: Any) -> Any:

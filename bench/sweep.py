@@ -272,12 +272,8 @@ def _groups(cases: Sequence[Case], extent: str) -> tuple[tuple[Case, ...], ...]:
     """Cases that take turns: those of one problem, in a special sweep those of one size."""
     groups: dict[tuple[object, ...], list[Case]] = {}
     for case in cases:
-        operations_apart = "" if extent in SPECIAL else case.operation
-        key = (
-            operations_apart,
-            case.mode,
-            case.dtype,
-            operation(case.operation).turn_key(case.shape),
-        )
-        groups.setdefault((*key, case.total_tokens), []).append(case)
+        apart = "" if extent in SPECIAL else case.operation
+        size = operation(case.operation).turn_key(case.shape)
+        key = (apart, case.mode, case.dtype, size, case.total_tokens)
+        groups.setdefault(key, []).append(case)
     return tuple(map(tuple, groups.values()))

@@ -1,10 +1,14 @@
 """Peak memory of a call beyond its inputs and outputs, measured outside the timing."""
 
 import ctypes
+import os
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
+
+# The profiler's library talks on stderr about every session unless told not to.
+os.environ.setdefault("KINETO_LOG_LEVEL", "99")
 
 
 def peak_beyond_outputs(

@@ -101,7 +101,7 @@ def test_what_is_missing_says_how_to_get_it(monkeypatch) -> None:
 
 
 def test_peers_are_timed_when_asked_for() -> None:
-    common = {"device": "cpu", "operations": ["softmax_attention"], "seq_lens": [64]}
+    common = {"device": "cpu", "operations": ["softmax_attention"], "tokens": [64]}
     plain = make_sweep(**common)
     assert not {case.backend for case in plain.cases} & set(peers.NAMES)
     named = make_sweep(**common, backends=["torch", "sdpa_math"])
