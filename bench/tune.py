@@ -10,10 +10,9 @@ time stays, and is the starting point for the next step, until none is faster.
 """
 
 import argparse
-import contextlib
 import json
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from unittest import mock
 
@@ -59,17 +58,6 @@ def neighbours(options: Options) -> list[Options]:
     return found
 
 
-@contextlib.contextmanager
-def trying(kernel: str, options: Options) -> Iterator[None]:
-    """The table with these options for a kernel, whatever the device, dimension and dtype."""
-    with mock.patch.dict(tuning.TABLE, {kernel: (tuning.Rule(options),)}):
-        tuning._options.cache_clear()
-        try:
-            yield
-        finally:
-            tuning._options.cache_clear()
-
-
 def tune(kernel: str, dim: int, dtype: torch.dtype, device: torch.device) -> Options | None:
     """The fastest options found for a kernel; None where they are those of the table.
 
@@ -107,7 +95,7 @@ def _time(
     """Median seconds of a pass; infinite where the candidate does not launch or is inaccurate."""
     from triton.runtime.errors import OutOfResources
 
-    with trying(kernel, options):
+    with tuning.using({kernel: (tuning.Rule(options),)}):
         try:
             verdicts = check(problem, "triton", mode, expected)
         except OutOfResources:
@@ -132,13 +120,13 @@ def compiles_well(
     problem = make_problem(workload.operation, shape, dtype, torch.device("cpu"))
     exercise = launches.Exercise(problem, launches.ALIGNED)
     head_dim = dim if launches.has_head_dims(room) else None
-    static._cache().mkdir(parents=True, exist_ok=True)
+    static.cache_folder().mkdir(parents=True, exist_ok=True)
     with (
-        trying(kernel, options),
+        tuning.using({kernel: (tuning.Rule(options),)}),
         mock.patch.object(launches, "exercises", return_value=[exercise]),
     ):
-        rows = compile_room(room, architecture, dtype, head_dim, static._cache())
-    own = [static._finish(row) for row in rows if row["kernel"] in workload.functions]
+        rows = compile_room(room, architecture, dtype, head_dim, static.cache_folder())
+    own = [static.finish(row) for row in rows if row["kernel"] in workload.functions]
     if not own:
         return "not launched at this size"
     registers = max(row["registers"] for row in own)

@@ -41,12 +41,16 @@ def compiled(
     known = _compile.cache_info().misses
     kind = (first.shape[-1], first.dtype, first.device.type, backward)
     run = _compile(function, *kind, None if symbolic else False)
-    if (
-        symbolic and _compile.cache_info().misses != known
-    ):  # the first call is the one that is traced
+    # The first call is the one that is traced.
+    if symbolic and _compile.cache_info().misses != known:
         for x, axes in inputs:
             torch._dynamo.maybe_mark_dynamic(x, axes)
     return run
+
+
+def forget() -> None:
+    """Compile anew what is called next."""
+    _compile.cache_clear()
 
 
 @functools.cache

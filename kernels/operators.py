@@ -1,7 +1,7 @@
 """What PyTorch needs to know of a kernel backend's operators, beyond the kernels.
 
 A backend written outside PyTorch (Triton, CUDA C++) defines operators ``<backend>_<op>`` and
-``<backend>_<op>_backward`` in the namespace ``linear_vit``. Each room's ``operators.py`` gives
+``<backend>_<op>_backward`` in the namespace ``linear_vit``. Each folder's ``operators.py`` gives
 them, once for all backends, shapes (fake kernels) and gradients (autograd formulas): with these
 ``torch.compile``, ``opcheck``, autocast and FakeTensor treat them like PyTorch's own.
 """
@@ -11,8 +11,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-
-from linear_vit.kernels.layout import empty_like
 
 NAMESPACE = "linear_vit"
 
@@ -62,6 +60,3 @@ def register(
 def readable(x: Tensor) -> Tensor:
     """``x`` with a contiguous last axis: an incoming gradient may be expanded or transposed."""
     return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
-
-
-__all__ = ["NAMESPACE", "empty_like", "readable", "register"]

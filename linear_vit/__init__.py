@@ -5,13 +5,18 @@ too, with nothing installed. A wheel holds the same package without links.
 """
 
 import importlib
+import importlib.util
 import sys
-from importlib.abc import Loader, MetaPathFinder
+from importlib.abc import InspectLoader, Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
-from types import ModuleType
+from types import CodeType, ModuleType
 from typing import Any
 
 __version__ = "0.1.0"
+
+
+# Modules that were run, and what is run instead.
+_MOVED = {"kernels.extension": "python -m kernels build"}
 
 
 class _ShortName(MetaPathFinder, Loader):
@@ -26,7 +31,16 @@ class _ShortName(MetaPathFinder, Loader):
         ours = sys.modules.get(f"{__name__}.{top}")
         if not rest or rest == "__main__" or ours is None or sys.modules.get(top) is not ours:
             return None
+        if name in _MOVED:
+            raise ModuleNotFoundError(f"{name} is gone: use {_MOVED[name]}", name=name)
         return ModuleSpec(name, self)
+
+    def get_code(self, name: str) -> CodeType | None:
+        """For ``python -m``, which runs a module's code under the name ``__main__``."""
+        full = f"{__name__}.{name}"
+        spec = importlib.util.find_spec(full)
+        loader = spec.loader if spec is not None else None
+        return loader.get_code(full) if isinstance(loader, InspectLoader) else None
 
     def create_module(self, spec: ModuleSpec) -> ModuleType:
         module = importlib.import_module(f"{__name__}.{spec.name}")

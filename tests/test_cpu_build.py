@@ -10,12 +10,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from linear_vit.kernels import build
+from linear_vit.kernels import build, toolchains
 
 ROOT = Path(__file__).resolve().parent.parent
 CPU = torch.device("cpu")
 needs_toolchain = pytest.mark.skipif(
-    build._no_cpp_toolchain("CPU") is not None, reason=str(build._no_cpp_toolchain("CPU"))
+    toolchains.no_cpp_toolchain() is not None, reason=str(toolchains.no_cpp_toolchain())
 )
 
 
@@ -67,8 +67,8 @@ def test_a_failed_build_is_remembered_with_its_reason(
     assert log is not None
     assert "error" in Path(log.group(1)).read_text()
     assert build.unavailable("cpu", CPU) == message
-    folder = build._folder("cpu", "ripple", (), flags)
-    assert build._earlier_failure(folder) == message  # in a later process too
+    folder = build.folder_of("cpu", "ripple", (), flags)
+    assert build.earlier_failure(folder) == message  # in a later process too
 
 
 @needs_toolchain
@@ -97,8 +97,8 @@ import torch
 from linear_vit.kernels import build
 
 flags = ("-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-g1", "-O1")
-for room in ("linear_attention", "ripple"):
-    build.load("cpu", room, flags=flags)
+for family in ("linear_attention", "ripple"):
+    build.load("cpu", family, flags=flags)
 ops = torch.ops.linear_vit
 torch.set_num_threads(2)
 ran = []

@@ -15,7 +15,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from linear_vit.kernels import build
+from linear_vit.kernels import build, toolchains
+from linear_vit.kernels.__main__ import main
 
 ROOT = Path(__file__).resolve().parent.parent
 ROOMS = ("linear_attention", "softmax_attention", "ripple")
@@ -23,10 +24,10 @@ ROOMS = ("linear_attention", "softmax_attention", "ripple")
 NARROW = ("-DLINEAR_VIT_HEAD_DIMS=64", "-DLINEAR_VIT_ELEMENT_TYPES=__half")
 
 needs_nvcc = pytest.mark.skipif(
-    build.cuda_root() is None, reason="no nvcc on this machine: install the CUDA toolkit"
+    toolchains.cuda_root() is None, reason="no nvcc on this machine: install the CUDA toolkit"
 )
 needs_toolchain = pytest.mark.skipif(
-    build._no_toolchain() is not None, reason=str(build._no_toolchain())
+    toolchains.no_cuda_toolchain() is not None, reason=str(toolchains.no_cuda_toolchain())
 )
 
 
@@ -34,10 +35,10 @@ def compile_for(
     architecture: str, room: str, folder: Path, flags: tuple[str, ...] = ()
 ) -> dict[str, int]:
     """Compile a room's kernels as the extension does; returns kernel -> bytes of spills."""
-    root = build.cuda_root()
+    root = toolchains.cuda_root()
     assert root is not None
     source = ROOT / "kernels" / room / "cuda.cu"
-    command = [str(root / "bin" / "nvcc"), "-std=c++17", *build._NVCC_FLAGS, *flags]
+    command = [str(root / "bin" / "nvcc"), "-std=c++17", *toolchains.NVCC_FLAGS, *flags]
     command += [f"-arch={architecture}", "-Xptxas=-v", "-c", str(source)]
     result = subprocess.run(
         [*command, "-o", str(folder / "kernels.o")], capture_output=True, text=True, check=False
@@ -169,7 +170,7 @@ def test_one_variant_builds_links_and_loads_once(tmp_path: Path) -> None:
 def test_everything_builds_ahead_of_time(tmp_path: Path) -> None:
     environment = os.environ | {"TORCH_EXTENSIONS_DIR": str(tmp_path)}
     result = subprocess.run(
-        [sys.executable, "-m", "linear_vit.kernels.build", "--arch", "9.0a"],
+        [sys.executable, "-m", "kernels", "build", "--arch", "sm_90a"],
         cwd=ROOT,
         env=environment,
         capture_output=True,
@@ -177,9 +178,8 @@ def test_everything_builds_ahead_of_time(tmp_path: Path) -> None:
         check=False,
     )
     assert result.returncode == 0, result.stderr[-4000:]
-    if not torch.cuda.is_available():
-        assert "timing it needs a CUDA device" in result.stdout
     for room in ROOMS:
+        assert f"built and loaded {tmp_path}/linear_vit_cuda_{room}_" in result.stdout
         loaded = load_in_a_new_process(room, tmp_path)
         assert loaded.returncode == 0, loaded.stderr[-4000:]
         assert "building" not in loaded.stderr
@@ -194,7 +194,7 @@ def fresh_toolchain(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
     """Look for the toolchain anew, before and after the test."""
 
     def forget() -> None:
-        for cached in (build.cuda_root, build._nvcc_version, build._no_toolchain):
+        for cached in (toolchains.cuda_root, toolchains.nvcc_version, toolchains.no_cuda_toolchain):
             cached.cache_clear()
 
     forget()
@@ -219,8 +219,8 @@ def test_cuda_home_is_honoured_if_it_holds_an_nvcc(
 ) -> None:
     root = fake_nvcc(tmp_path / "toolkit", "echo 'release 13.1, V13.1.0'")
     fresh_toolchain.setenv("CUDA_HOME", str(root))
-    assert build.cuda_root() == root
-    assert build._nvcc_version() == (13, 1)
+    assert toolchains.cuda_root() == root
+    assert toolchains.nvcc_version() == (13, 1)
 
 
 def test_a_wrapper_on_path_is_asked_where_the_toolkit_is(
@@ -229,7 +229,7 @@ def test_a_wrapper_on_path_is_asked_where_the_toolkit_is(
     toolkit = fake_nvcc(tmp_path / "toolkit", "true")
     wrapper = fake_nvcc(tmp_path / "usr", f"echo '#$ TOP={toolkit}/bin/..' >&2")
     fresh_toolchain.setenv("PATH", str(wrapper / "bin"), prepend=os.pathsep)
-    assert build.cuda_root() == toolkit
+    assert toolchains.cuda_root() == toolkit
 
 
 def test_another_major_version_of_cuda_is_named(
@@ -237,7 +237,7 @@ def test_another_major_version_of_cuda_is_named(
 ) -> None:
     root = fake_nvcc(tmp_path / "toolkit", "echo 'release 12.4, V12.4.1'")
     fresh_toolchain.setenv("CUDA_HOME", str(root))
-    reason = build._no_toolchain()
+    reason = toolchains.no_cuda_toolchain()
     assert reason is not None
     assert "12.4" in reason
     assert "13.2" in reason
@@ -248,7 +248,7 @@ def test_a_missing_compiler_is_named(fresh_toolchain: pytest.MonkeyPatch, tmp_pa
     root = fake_nvcc(tmp_path / "toolkit", "echo 'release 13.0, V13.0.88'")
     fresh_toolchain.setenv("CUDA_HOME", str(root))
     fresh_toolchain.setenv("CXX", "no-such-compiler")
-    reason = build._no_toolchain()
+    reason = toolchains.no_cuda_toolchain()
     assert reason is not None
     assert "no-such-compiler" in reason
     assert "install g++" in reason
@@ -280,14 +280,58 @@ def test_a_failed_build_is_remembered_with_its_reason(
     log = re.search(r"all of it in (\S+);", message)
     assert log is not None
     assert "error" in Path(log.group(1)).read_text()
-    assert build._failures["cuda", "ripple"] == message
-    folder = build._folder("cuda", "ripple", ("9.0a",), flags)
-    assert build._earlier_failure(folder) == message  # in a later process too
+    folder = build.folder_of("cuda", "ripple", ("9.0a",), flags)
+    assert build.earlier_failure(folder) == message  # in a later process too
 
 
 def test_the_command_says_what_is_wrong(
     fresh_toolchain: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    fresh_toolchain.setattr(build, "_no_toolchain", lambda: "no nvcc: install it")
-    assert build.main([]) == 1
+    fresh_toolchain.setattr(toolchains, "no_cuda_toolchain", lambda: "no nvcc: install it")
+    assert main(["build"]) == 1
     assert "no nvcc: install it" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "wanted"),
+    [
+        ("8.0,9.0a", ("8.0", "9.0a")),
+        ("sm_80, sm_90a", ("8.0", "9.0a")),
+        ("sm-100a,sm_120", ("10.0a", "12.0")),
+    ],
+)
+def test_architectures_are_spelled_either_way(
+    words: str, wanted: tuple[str, ...], fresh_toolchain: pytest.MonkeyPatch
+) -> None:
+    asked = []
+    fresh_toolchain.setattr(toolchains, "no_cuda_toolchain", lambda: None)
+    fresh_toolchain.setattr(toolchains, "nvcc_version", lambda: (13, 2))
+    fresh_toolchain.setattr(
+        build, "load", lambda backend, *, architectures: asked.append((backend, architectures))
+    )
+    assert main(["build", "--arch", words]) == 0
+    assert asked == [("cuda", wanted)]
+
+
+def test_another_word_for_an_architecture_is_an_error(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        main(["build", "--arch", "8.0,hopper"])
+    assert "sm_80,sm_90a, not 'hopper'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "status", "said"),
+    [
+        (("kernels", "build", "--help"), 0, "usage: python -m kernels build"),
+        (("kernels", "--help"), 0, "usage: python -m kernels"),
+        (("kernels.extension", "--arch", "8.0"), 1, "use python -m kernels build"),
+    ],
+)
+def test_the_spellings(words: tuple[str, ...], status: int, said: str) -> None:
+    """The old one names the new one, in one line."""
+    done = subprocess.run(
+        [sys.executable, "-m", *words], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == status
+    assert said in done.stdout + done.stderr
+    assert len((done.stdout + done.stderr).splitlines()) <= (24 if status == 0 else 1)

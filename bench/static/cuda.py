@@ -22,7 +22,8 @@ from unittest import mock
 import torch
 
 from linear_vit.bench.static import launches, machine_code
-from linear_vit.kernels import build
+from linear_vit.kernels import build, toolchains
+from linear_vit.kernels.registry import pretend_usable
 
 HERE = Path(__file__).resolve().parent
 _KERNELS = HERE.parents[1] / "kernels"
@@ -117,18 +118,18 @@ def _nvcc(
     room: str, architecture: str, dtypes: Iterable[str], head_dims: Iterable[int], cache: Path
 ) -> tuple[Path, str]:
     """Compile ``cuda.cu``: the object, and what ptxas reported. It takes minutes: both are kept."""
-    root = build.cuda_root()
+    root = toolchains.cuda_root()
     if root is None:
         raise FileNotFoundError("no nvcc: install the CUDA toolkit, or set CUDA_HOME to its folder")
-    command = [str(root / "bin" / "nvcc"), "-std=c++17", *build._NVCC_FLAGS]
+    command = [str(root / "bin" / "nvcc"), "-std=c++17", *toolchains.NVCC_FLAGS]
     command += [f"-arch={architecture}", "-Xptxas=-v", "-Xcompiler=-fPIC", "-c"]
     # In a file, since nvcc takes the commas of a -D for its own.
     wanted = (
         f"#define LINEAR_VIT_HEAD_DIMS {', '.join(map(str, head_dims))}\n"
         f"#define LINEAR_VIT_ELEMENT_TYPES {', '.join(_ELEMENTS[d] for d in dtypes)}\n"
     )
-    asked = repr((command, wanted, build._nvcc_version()))
-    sources = [path for path in _sources(room) if path.suffix != ".cpp"]
+    asked = repr((command, wanted, toolchains.nvcc_version()))
+    sources = [path for path in toolchains.CUDA.files(room) if path.suffix != ".cpp"]
     name = f"{room}-{architecture}-{_digest(asked, sources)}"
     target, log = cache / f"{name}.o", cache / f"{name}.log"
     if not (target.exists() and log.exists()):
@@ -138,12 +139,6 @@ def _nvcc(
         log.write_text(_run([*command, "-o", str(partial)]))
         partial.replace(target)
     return target, log.read_text()
-
-
-def _sources(room: str) -> list[Path]:
-    """All that a room's operators and kernels are made of, as the extension's build has it."""
-    patterns = (*build._SOURCES["cuda"], *build._HEADERS["cuda"])
-    return sorted({p for pattern in patterns for p in (_KERNELS / room).glob(pattern)})
 
 
 def _digest(asked: str, sources: Iterable[Path]) -> str:
@@ -187,7 +182,7 @@ def _reached(
         multi_processor_count=machine_code.LIMITS[architecture].multiprocessors
     )
     with (
-        launches.usable("cuda"),
+        pretend_usable("cuda"),
         mock.patch.object(build, "load"),
         mock.patch.object(torch.cuda, "get_device_properties", return_value=properties),
     ):
@@ -240,7 +235,7 @@ class _Recorder:
 def _link_recorder(room: str, kernels_object: Path, folder: Path, cache: Path) -> Path:
     """cuda.cpp for CPU tensors, the kernels' host code, and the recording runtime: a library."""
     prelude = HERE / "launch_recorder.h"
-    headers = [*_sources(room), prelude]
+    headers = [*toolchains.CUDA.files(room), prelude]
     operators = _host_object(_KERNELS / room / "cuda.cpp", prelude, headers, cache)
     runtime = _host_object(HERE / "launch_recorder.cpp", None, (), cache)
     library = folder / f"{room}-recorder.so"
@@ -255,7 +250,7 @@ def _host_object(source: Path, prelude: Path | None, headers: Iterable[Path], ca
     """Compile a C++ source; the object is kept under a name made of all it depends on."""
     from torch.utils import cpp_extension
 
-    root = build.cuda_root()
+    root = toolchains.cuda_root()
     assert root is not None
     digest = _digest(f"{torch.__version__} {root}", (source, *headers))
     target = cache / f"{source.stem}-{digest}.o"

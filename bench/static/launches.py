@@ -3,24 +3,19 @@
 Nothing here names a kernel. The operations of a room are called through their public functions on
 CPU tensors whose values don't matter, in shapes that take every path (few tokens, many, grouped
 heads, rows that 16-byte accesses can't reach), forward and backward; whoever replaced the launch
-writes down what came (``bench.compiled_triton``, ``bench.compiled_cuda``).
+writes down what came (``bench.static.triton``, ``bench.static.cuda``).
 """
 
 import dataclasses
-import importlib
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
-from unittest import mock
 
 import torch
 from torch import Tensor
 
 from linear_vit.bench.problems import FORWARD, FORWARD_BACKWARD, Problem, make_problem
 from linear_vit.bench.problems import operation as operation_of
-
-# The module; `kernels.backends` is the function of that name.
-_dispatch = importlib.import_module("linear_vit.kernels.backends")
+from linear_vit.kernels import rows
 
 ALIGNED, RAGGED = "aligned", "ragged"
 _CPU = torch.device("cpu")
@@ -41,15 +36,19 @@ class Exercise:
 
 def rooms() -> tuple[str, ...]:
     """The folders of ``kernels`` that operations live in."""
-    return tuple(dict.fromkeys(_dispatch._ROOMS.values()))
+    return tuple(dict.fromkeys(row.family for row in rows.OPERATION_ROWS))
 
 
 def operations(room: str) -> tuple[str, ...]:
-    return tuple(op for op, its_room in _dispatch._ROOMS.items() if its_room == room)
+    return tuple(row.name for row in _rows(room))
 
 
 def has_head_dims(room: str) -> bool:
-    return room != "ripple"
+    return any(row.has_head_dim for row in _rows(room))
+
+
+def _rows(room: str) -> list[rows.Operation]:
+    return [row for row in rows.OPERATION_ROWS if row.family == room]
 
 
 def exercises(
@@ -77,16 +76,5 @@ def _ragged(x: Tensor) -> Tensor:
     return wider[..., :-1].requires_grad_() if x.dim() > 3 else x
 
 
-@contextmanager
-def usable(backend: str) -> Iterator[None]:
-    """``kernels`` takes the backend on CPU tensors, for as long as its launches are replaced."""
-    with mock.patch.dict(_dispatch._PROBES, {backend: lambda device: None}):
-        _dispatch._choose.cache_clear()
-        try:
-            yield
-        finally:
-            _dispatch._choose.cache_clear()
-
-
 def supported_head_dims() -> tuple[int, ...]:
-    return tuple(_dispatch.HEAD_DIMS)
+    return rows.HEAD_DIMS

@@ -216,13 +216,13 @@ def _compile_group(units: list[Unit]) -> list[Row]:
     """Runs in a process of its own."""
     os.environ.pop("TRITON_INTERPRET", None)
     torch.set_num_threads(1)
-    _cache().mkdir(parents=True, exist_ok=True)
+    cache_folder().mkdir(parents=True, exist_ok=True)
     rows: list[Row] = []
     for unit in units:
         kept = _kept(unit)
         if not kept.exists():
             partial = kept.with_suffix(f".{os.getpid()}")
-            partial.write_text(json.dumps([_finish(row) for row in _compile(unit)]))
+            partial.write_text(json.dumps([finish(row) for row in _compile(unit)]))
             partial.replace(kept)
         # A kernel of no head dim is in every head dim's unit.
         rows += [row for row in json.loads(kept.read_text()) if row not in rows]
@@ -240,7 +240,7 @@ def _compile(unit: Unit) -> list[Row]:
                 unit.dtypes,
                 unit.head_dims,
                 Path(folder),
-                _cache(),
+                cache_folder(),
             )
     from linear_vit.bench.static import triton as compiled_triton
 
@@ -249,12 +249,12 @@ def _compile(unit: Unit) -> list[Row]:
         unit.architecture,
         DTYPES[unit.dtypes[0]],
         unit.head_dims[0] if unit.head_dims else None,
-        _cache(),
+        cache_folder(),
         ragged=unit.ragged,
     )
 
 
-def _finish(row: Row) -> Row:
+def finish(row: Row) -> Row:
     """The row with what follows from the rest of it."""
     threads = row["threads"]
     fits: dict[str, float | None]
@@ -286,22 +286,22 @@ def _kept(unit: Unit) -> Path:
     sources += [Path(overrides)] if overrides and Path(overrides).is_file() else []
     for path in sorted(sources):
         digest.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
-    return _cache() / f"{digest.hexdigest()[:24]}.json"
+    return cache_folder() / f"{digest.hexdigest()[:24]}.json"
 
 
-def _cache() -> Path:
+def cache_folder() -> Path:
     root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     return root / "linear_vit" / "static"
 
 
 def _toolchain() -> dict[str, str | None]:
 
-    from linear_vit.kernels import build
+    from linear_vit.kernels import toolchains
 
-    version = build._nvcc_version()
+    version = toolchains.nvcc_version()
     return {
         "torch": torch.__version__,
-        "triton": machine._version("triton"),
+        "triton": machine.version("triton"),
         "nvcc": ".".join(map(str, version)) if version else None,
     }
 

@@ -26,6 +26,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
 from linear_vit.bench.static import launches, machine_code
+from linear_vit.kernels.registry import pretend_usable
 from linear_vit.kernels.triton import tuning
 
 # What a kept row depends on beside its kernel: how it was compiled and read.
@@ -141,7 +142,7 @@ def _target(architecture: str) -> Iterator[None]:
         stack.enter_context(triton.knobs.compilation.scope())
         triton.knobs.nvidia.dump_ptxas_log = True
         triton.knobs.compilation.always_compile = True
-        stack.enter_context(launches.usable("triton"))
+        stack.enter_context(pretend_usable("triton"))
         multiprocessors = machine_code.LIMITS[architecture].multiprocessors
         stack.enter_context(tuning.assume(architecture, multiprocessors))
         stack.enter_context(mock.patch.object(triton.runtime.driver, "_active", driver))

@@ -31,8 +31,8 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from linear_vit.kernels.layout import needs_gradient, unpack_qkv
-from linear_vit.kernels.operators import empty_like, register
+from linear_vit.kernels.layout import empty_like, needs_gradient, unpack_qkv
+from linear_vit.kernels.operators import register
 
 
 class LinearAttention(Protocol):

@@ -27,10 +27,10 @@ Tiles: BLOCK_N tokens x BLOCK_D features (D padded to a power of two), φ in reg
 tensor-core operand in shared memory for the whole of a program's tokens. Grouped queries are looped
 over by the program that owns their key/value head, in one loop so that loads stay in flight from
 one head to the next. Where registers do not reach for that (wide heads, float32, mma.sync with its
-operands in registers: the rules of ``kernels.tuning`` that say RESIDENT=0), the kernels of
+operands in registers: the rules of ``triton/tuning.py`` that say RESIDENT=0), the kernels of
 ``triton_streamed`` read S a few features at a time instead, and tokens more than once: backward at
 D = 96 and 128, and on sm_80 and sm_86 from D = 48; float32 from D = 48. How often, ``python -m
-bench.traffic`` counts; CUDA C++ (``cuda.cu``) reads them once in half precision at every D.
+bench traffic`` counts; CUDA C++ (``cuda.cu``) reads them once in half precision at every D.
 
 Numerics. Sums are float32, of tiles first and then over tiles and splits: a plain float32 sum of n
 terms is off by about 3e-8·√(n/2), past 1e-6 from 4,000 tokens on. φ, q, k, v and dout are exact
@@ -52,10 +52,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from linear_vit.kernels.layout import unpack_qkv
+from linear_vit.kernels.layout import empty_like, unpack_qkv
 from linear_vit.kernels.linear_attention import triton_streamed as streamed
 from linear_vit.kernels.linear_attention.operators import attach, empty_state
-from linear_vit.kernels.operators import empty_like, readable
+from linear_vit.kernels.operators import readable
 from linear_vit.kernels.triton import tuning
 from linear_vit.kernels.triton.support import (
     balanced_splits,

@@ -1,6 +1,6 @@
 """Linear attention in Triton where S does not fit beside a program's tiles: read in blocks.
 
-What ``kernels.linear_attention.triton`` falls back on, by the rules of ``kernels.tuning`` with
+What ``kernels.linear_attention.triton`` falls back on, by the rules of ``triton/tuning.py`` with
 RESIDENT=0. The features are taken BLOCK_F of each sign at a time, so that neither S nor its
 gradient sits in registers or shared memory whole, at any head dim.
 

@@ -32,7 +32,8 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from linear_vit.kernels.operators import empty_like, register
+from linear_vit.kernels.layout import empty_like
+from linear_vit.kernels.operators import register
 from linear_vit.kernels.ripple import stages
 from linear_vit.kernels.ripple.stages import level_shapes, pooled_shape
 

@@ -34,7 +34,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from linear_vit.kernels.operators import empty_like, readable
+from linear_vit.kernels.layout import empty_like
+from linear_vit.kernels.operators import readable
 from linear_vit.kernels.ripple.operators import attach, attach_stages
 from linear_vit.kernels.ripple.stages import compose, fused_where_it_fits, level_shapes
 from linear_vit.kernels.triton import tuning

@@ -21,7 +21,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from linear_vit.kernels.operators import empty_like, register
+from linear_vit.kernels.layout import empty_like
+from linear_vit.kernels.operators import register
 
 
 class Functions(NamedTuple):

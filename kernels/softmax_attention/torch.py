@@ -21,14 +21,14 @@ def softmax_attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
         with _fastest_first(q, k):
             out = F.scaled_dot_product_attention(query, key, value, scale=scale)
     elif q.is_cuda and q.dtype == torch.float32:
-        out = _grouped_as_rows(query, key, value, scale)
+        out = grouped_as_rows(query, key, value, scale)
     else:
         with _fastest_first(q, k):
             out = F.scaled_dot_product_attention(query, key, value, scale=scale, enable_gqa=True)
     return in_order_of(q, out)
 
 
-def _grouped_as_rows(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+def grouped_as_rows(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
     """Grouped queries for the kernels that do not know them: a group's heads as rows of one head.
 
     No kernel for float32 knows them; PyTorch would store the N × M matrix.

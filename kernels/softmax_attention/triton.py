@@ -11,7 +11,7 @@ _key_value_gradient OWNED key rows of one key/value head       its query heads a
 Traffic, per head: the owned side is loaded, and results are stored, once; the other side once per
 program, ⌈N / OWNED⌉ times forward, mostly out of the L2 cache, because neighbouring programs share
 a head. Forward adds 4 bytes a query (lse), backward 20 (lse twice, δ written and read).
-Tiles, warps and stages: kernels/tuning.py.
+Tiles, warps and stages: kernels/triton/tuning.py.
 
 The forward keeps a running maximum and sum per row (online softmax) in float32 and writes their
 logarithm, lse = log Σ exp(s); inside, logarithms are to base 2. Backward recomputes the weights
@@ -37,8 +37,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from linear_vit.kernels.layout import unpack_qkv
-from linear_vit.kernels.operators import empty_like, readable
+from linear_vit.kernels.layout import empty_like, unpack_qkv
+from linear_vit.kernels.operators import readable
 from linear_vit.kernels.softmax_attention.operators import attach
 from linear_vit.kernels.triton import tuning
 from linear_vit.kernels.triton.support import dot, launch_options, narrow, operator

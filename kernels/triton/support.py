@@ -32,18 +32,6 @@ def multiprocessors(device: torch.device) -> int:
     return tuning.device(device).multiprocessors
 
 
-def split_tokens(tokens: int, heads: int, block: int, device: torch.device) -> tuple[int, int]:
-    """Cut a token axis so that ``heads`` × splits programs fill the GPU about twice.
-
-    Returns:
-        (num_splits, tokens_per_split); a split is a whole number of ``block`` tokens.
-    """
-    blocks = max(1, triton.cdiv(tokens, block))
-    wanted = max(1, triton.cdiv(2 * multiprocessors(device), max(1, heads)))
-    per_split = triton.cdiv(blocks, min(blocks, wanted)) * block
-    return max(1, triton.cdiv(tokens, per_split)), per_split
-
-
 def balanced_splits(tokens: int, heads: int, block: int, device: torch.device) -> tuple[int, int]:
     """Cut the tokens of ``heads`` heads into splits, a program each, by ``tuning.SPLITS``.
 

@@ -1,9 +1,9 @@
 """Tiles, warps, stages and splits of every Triton kernel: one table to read and to retune.
 
-``TABLE`` maps a kernel, ``<room>.<kernel>``, to rules; the first one that fits the architecture,
+``TABLE`` maps a kernel, ``<folder>.<kernel>``, to rules; the first one that fits the architecture,
 the dimension (head dim, or channels) and the dtype decides, so exceptions stand above what is
 usual. A rule holds what its kernel is launched with: tile sizes by the kernel's own parameter
-names, ``num_warps`` and ``num_stages``. ``python -m bench.tune`` measures candidates on a GPU and
+names, ``num_warps`` and ``num_stages``. ``python -m bench tune`` measures candidates on a GPU and
 writes a file of the same rules; the environment variable LINEAR_VIT_TUNING names such a file,
 whose rules are asked before the table's::
 
@@ -16,7 +16,7 @@ import contextlib
 import functools
 import json
 import os
-from collections.abc import Container, Iterator
+from collections.abc import Container, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -282,6 +282,19 @@ def assume(architecture: str, multiprocessors: int) -> Iterator[None]:
         _assumed.pop()
 
 
+@contextlib.contextmanager
+def using(rules: Mapping[str, tuple[Rule, ...]]) -> Iterator[None]:
+    """These rules of the kernels named, in place of the table's."""
+    before = {kernel: TABLE[kernel] for kernel in rules}
+    TABLE.update(rules)
+    _options.cache_clear()
+    try:
+        yield
+    finally:
+        TABLE.update(before)
+        _options.cache_clear()
+
+
 def options(kernel: str, dim: int, dtype: torch.dtype, of: torch.device) -> dict[str, int]:
     """The launch options of a kernel: tile sizes, ``num_warps``, ``num_stages``.
 
@@ -310,7 +323,7 @@ def _options(
 
 @functools.cache
 def read_overrides(path: Path) -> dict[str, tuple[Rule, ...]]:
-    """The rules of a file that ``bench.tune`` wrote, by kernel.
+    """The rules of a file that ``python -m bench tune`` wrote, by kernel.
 
     Raises:
         ValueError: another schema, or a kernel that does not exist.

@@ -17,7 +17,7 @@ from linear_vit.bench.static.machine_code import (
     read_sass,
     resident_blocks,
 )
-from linear_vit.kernels import build
+from linear_vit.kernels import toolchains
 
 LOG = """\
 ptxas info    : 0 bytes gmem
@@ -150,7 +150,7 @@ int main() {
 
 
 def test_agrees_with_the_toolkits_calculator(tmp_path: Path) -> None:
-    root, compiler = build.cuda_root(), shutil.which("c++")
+    root, compiler = toolchains.cuda_root(), shutil.which("c++")
     if root is None or compiler is None or not (root / "include" / "cuda_occupancy.h").exists():
         pytest.skip("no cuda_occupancy.h, or no C++ compiler")
     (tmp_path / "calculator.cpp").write_text(CALCULATOR)

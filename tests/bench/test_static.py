@@ -13,13 +13,13 @@ import torch
 
 from linear_vit.bench.problems.ripple import RipplePool, RippleShape
 from linear_vit.bench.static import table as static
-from linear_vit.kernels import build
+from linear_vit.kernels import toolchains
 
 needs_triton = pytest.mark.skipif(
-    static.machine._version("triton") is None, reason="Triton is not installed here"
+    static.machine.version("triton") is None, reason="Triton is not installed here"
 )
 needs_toolchain = pytest.mark.skipif(
-    build._no_toolchain() is not None, reason=str(build._no_toolchain())
+    toolchains.no_cuda_toolchain() is not None, reason=str(toolchains.no_cuda_toolchain())
 )
 BACKENDS = (
     pytest.param("triton", marks=needs_triton),
@@ -274,9 +274,7 @@ def test_what_is_kept_is_named_by_its_sources(
 
 @needs_toolchain
 def test_objects_are_named_by_all_that_the_build_reads() -> None:
-    from linear_vit.bench.static.cuda import _sources
-
-    found = [path.resolve() for path in _sources("linear_attention")]
+    found = [path.resolve() for path in toolchains.CUDA.files("linear_attention")]
     names = {str(path.relative_to(static._ROOT / "kernels")) for path in found}
     assert {
         "linear_attention/cuda.cu",

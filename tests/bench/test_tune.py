@@ -39,7 +39,7 @@ def test_a_candidate_is_the_table_while_it_is_tried() -> None:
     before = chosen()
     candidate = {"BLOCK_N": 16, "num_warps": 2, "num_stages": 2}
     assert before != candidate
-    with tune.trying("linear_attention.apply", candidate):
+    with tuning.using({"linear_attention.apply": (tuning.Rule(candidate),)}):
         assert chosen() == candidate
     assert chosen() == before
 
@@ -89,7 +89,7 @@ def test_a_dry_run_lists_every_kernel(capsys: pytest.CaptureFixture[str]) -> Non
     assert all("num_warps=" in line for line in lines if line.startswith(" "))
 
 
-@pytest.mark.skipif(machine._version("triton") is None, reason="Triton is not installed here")
+@pytest.mark.skipif(machine.version("triton") is None, reason="Triton is not installed here")
 def test_a_dry_run_compiles_the_candidates(capsys: pytest.CaptureFixture[str]) -> None:
     """One small kernel: all of them are minutes, and the command's affair."""
     if torch.cuda.is_available():

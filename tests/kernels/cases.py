@@ -36,12 +36,12 @@ def op_backend_pairs(*ops: str, compiled: bool = True) -> list[Any]:
         pytest.param(op, backend, id=f"{op}-{backend}", marks=_marks(backend))
         for op in ops
         for backend in usable_backends(op)
-        if compiled or backend != "compiled"
+        if compiled or not kernels.backend_rows()[backend].compiles
     ]
 
 
 def _marks(backend: str) -> list[pytest.MarkDecorator]:
-    return [pytest.mark.slow] if backend == "compiled" else []
+    return [pytest.mark.slow] if kernels.backend_rows()[backend].compiles else []
 
 
 @dataclass(frozen=True)

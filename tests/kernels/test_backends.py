@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from linear_vit import kernels
-from linear_vit.kernels.backends import BACKENDS, HEAD_DIMS, OPERATIONS
+from linear_vit.kernels import BACKENDS, OPERATIONS
+from linear_vit.kernels.rows import HEAD_DIMS
 from tests.kernels.cases import Attention
 
 ROOT = Path(__file__).parents[2]
@@ -137,9 +138,9 @@ def test_compiled_runs_out_of_variants_with_an_error(monkeypatch: pytest.MonkeyP
     from linear_vit.kernels import compilation
 
     monkeypatch.setattr(compilation, "RECOMPILE_LIMIT", 1)
-    compilation._compile.cache_clear()
+    compilation.forget()
     run = lambda keys: Attention(head_dim=HEAD_DIMS[0], keys=keys).inputs()  # noqa: E731
     kernels.linear_attention_state(*run(8)[1:], backend="compiled")
     with pytest.raises(RuntimeError, match="recompile limit"):
         kernels.linear_attention_state(*run(0)[1:], backend="compiled")
-    compilation._compile.cache_clear()
+    compilation.forget()

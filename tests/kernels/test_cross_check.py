@@ -10,7 +10,7 @@ import pytest
 import torch
 from hypothesis import strategies as st
 
-from linear_vit.kernels.backends import HEAD_DIMS
+from linear_vit.kernels.rows import HEAD_DIMS
 from tests.kernels.cases import (
     ATTENTION,
     DEVICE,

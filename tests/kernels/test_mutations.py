@@ -24,7 +24,7 @@ class Mutation(NamedTuple):
     tests: str  # a pytest -k expression: the smallest part of the tests that must notice
 
 
-LINEAR, RIPPLE = (f"kernels/{room}/triton.py" for room in ("linear_attention", "ripple"))
+LINEAR, RIPPLE = (f"kernels/{family}/triton.py" for family in ("linear_attention", "ripple"))
 STREAMED = "kernels/linear_attention/triton_streamed.py"
 NAMED = "test_named_cases and {op} and N70-M77"
 LINEAR_NAMED = NAMED.format(op="linear_attention")

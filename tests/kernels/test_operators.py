@@ -9,7 +9,6 @@ from torch import Tensor
 from torch._subclasses import FakeTensorMode
 
 from linear_vit import kernels
-from linear_vit.kernels.backends import _ROOMS
 from tests.kernels.cases import ATTENTION, DEVICE, Attention, Case, Ripple, op_backend_pairs
 
 CASES: dict[str, Case] = {
@@ -22,12 +21,12 @@ CASES: dict[str, Case] = {
     "ripple_pool": Ripple("ripple_pool", channels=8),
     "ripple_expand": Ripple("ripple_expand", channels=8),
 }
-KERNEL_BACKENDS = ("triton", "cuda", "cpu")
+KERNEL_BACKENDS = tuple(name for name, row in kernels.backend_rows().items() if row.own)
 
 
 def _operators(op: str, backend: str) -> list[tuple[Any, tuple[Any, ...]]]:
     """The backend's operators behind an operation, with arguments to call them with."""
-    importlib.import_module(f"linear_vit.kernels.{_ROOMS[op]}.{backend}")
+    importlib.import_module(f"{kernels.operations()[op].package}.{backend}")
     case = CASES[op]
     inputs, gradient = case.inputs(), case.gradient()
     plain = [x.detach() for x in inputs]

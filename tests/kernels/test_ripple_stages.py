@@ -169,8 +169,8 @@ def test_fused_equals_single_stages(case: Pyramid, backend: str) -> None:
 
 
 def _single_stages(backend: str):  # type: ignore[no-untyped-def]
-    room = importlib.import_module(f"linear_vit.kernels.ripple.{backend}")
-    return room.ripple_pool, room.ripple_expand
+    module = importlib.import_module(f"linear_vit.kernels.ripple.{backend}")
+    return module.ripple_pool, module.ripple_expand
 
 
 @pytest.mark.parametrize("backend", backends())

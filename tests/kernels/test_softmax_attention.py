@@ -6,7 +6,7 @@ from torch import Tensor
 
 from linear_vit import kernels
 from linear_vit.kernels.accuracy import compare
-from linear_vit.kernels.softmax_attention.torch import _grouped_as_rows
+from linear_vit.kernels.softmax_attention.torch import grouped_as_rows
 from tests.kernels.cases import DEVICE, DTYPES, Attention, assert_accurate, op_backend_pairs
 
 BACKENDS = op_backend_pairs("softmax_attention", compiled=False)
@@ -108,7 +108,7 @@ def test_grouped_queries_as_rows() -> None:
     for layout in ("contiguous", "tokens_first"):
         case = Attention(OP, 2, 6, 2, 20, 30, 16, layout=layout)
         q, k, v = case.inputs()
-        out = _grouped_as_rows(q, k, v, 0.25)
+        out = grouped_as_rows(q, k, v, 0.25)
         expected = run("exact", [q, k, v], case.gradient(), 0.25)
         gradients = torch.autograd.grad(out, [q, k, v], case.gradient())
         for a, b in zip([out.detach(), *gradients], expected, strict=True):

@@ -31,17 +31,15 @@ def split() -> Iterator[None]:
 
 
 @pytest.fixture
-def streamed(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    rule = tuning.Rule(tuning._tile(4, 2, RESIDENT=0, BLOCK_N=32, BLOCK_F=16))
-    table = {
-        name: (rule,) if name.startswith("linear_attention.") and "reduce" not in name else rules
-        for name, rules in tuning.TABLE.items()
+def streamed() -> Iterator[None]:
+    tile = {"RESIDENT": 0, "BLOCK_N": 32, "BLOCK_F": 16, "num_warps": 4, "num_stages": 2}
+    rules = {
+        name: (tuning.Rule(tile),)
+        for name in tuning.TABLE
+        if name.startswith("linear_attention.") and "reduce" not in name
     }
-    monkeypatch.setattr(tuning, "TABLE", table)
-    tuning._options.cache_clear()
-    with tuning.assume("sm_90", 8):
+    with tuning.using(rules), tuning.assume("sm_90", 8):
         yield
-    tuning._options.cache_clear()
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

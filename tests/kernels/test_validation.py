@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from linear_vit import kernels
-from linear_vit.kernels.backends import BACKENDS
+from linear_vit.kernels import BACKENDS
 
 
 def qkv(**changes: Tensor) -> dict[str, Tensor]:
