@@ -155,7 +155,8 @@ def _regular(asked: _Asked, left_out: dict[str, str]) -> Iterator[tuple[Operatio
             for shape in of.sizes(kind, asked.extent, asked.tokens, asked.total_tokens, left_out):
                 for mode in of.modes:
                     rank += 1
-                    yield of, Wanted(rank, mode, dtype, shape, total_tokens=asked.total_tokens)
+                    names, total = of.usual_backends, asked.total_tokens
+                    yield of, Wanted(rank, mode, dtype, shape, names, total_tokens=total)
 
 
 def _special(asked: _Asked) -> Iterator[tuple[Operation, Wanted]]:
@@ -187,8 +188,6 @@ def _fitting(
     """The cases that a usable backend can do in reasonable time and memory."""
     available = estimate.available_bytes(asked.device)
     usable: dict[str, tuple[str, ...]] = {}
-    # A length that was asked for is only held to the larger limit.
-    extent = "full" if asked.tokens else asked.extent
     seen = set()
     for of, one in wanted:
         if of.name not in usable:
@@ -200,22 +199,33 @@ def _fitting(
             case = Case(
                 of.name, one.mode, one.dtype, one.shape, name, total_tokens=one.total_tokens
             )
-            what = f"{of.name} {one.mode} {one.dtype}"
-            reason = _too_much_work(case, asked.device.type, extent)
-            if reason is None:
-                what += f" on {name}"
-                reason = estimate.does_not_fit(estimate.memory_bytes(case), available)
-            if reason is not None:
+            if no := _too_much(asked, case, available):
+                what, reason = no
                 if not any(key.startswith(f"{what}, N") for key in left_out):
                     left_out[f"{what}, N from {one.shape.tokens}"] = reason
-                continue
-            ways = [case]
-            if one.captured and asked.device.type == "cuda" and of.can_be_captured(name):
-                ways.append(replace(case, captured=True))
-            for way in ways:
-                if way not in seen:
-                    seen.add(way)
-                    yield way
+            elif cannot := of.unusable(one.shape, name, asked.device):
+                left_out[of.case_name(case)] = cannot
+            else:
+                captured = one.captured and asked.device.type == "cuda"
+                ways = [case, replace(case, captured=True)] if captured else [case]
+                fitting = [w for w in ways if not w.captured or of.can_be_captured(name)]
+                yield from (way for way in fitting if way not in seen)
+                seen.update(fitting)
+
+
+def _too_much(asked: _Asked, case: Case, available: int | None) -> tuple[str, str] | None:
+    """What is left out from this length on, and why; None where the case is not."""
+    # A length that was asked for is only held to the larger limit.
+    extent = "full" if asked.tokens else asked.extent
+    what = f"{case.operation} {case.mode} {case.dtype}"
+    work = least_work(operation(case.operation), case.mode, case.shape, 4)
+    limit = _MOST_FLOP[asked.device.type][extent]
+    if work.flop > limit:
+        further = " (--sweep full goes further)" if extent == "quick" else ""
+        reason = f"one call is {work.flop:.1e} FLOP, past the {extent} limit of {limit:.0e}"
+        return what, reason + further
+    no_room = estimate.does_not_fit(estimate.memory_bytes(case), available)
+    return (f"{what} on {case.backend}", no_room) if no_room else None
 
 
 def _timeable(asked: _Asked, of: Operation, left_out: dict[str, str]) -> tuple[str, ...]:
@@ -257,15 +267,6 @@ def _list_backends(name: str, device: torch.device) -> str:
         f"{backend} ({'usable' if reason is None else reason})"
         for backend, reason in operation(name).backends(device, ()).items()
     )
-
-
-def _too_much_work(case: Case, kind: str, extent: str) -> str | None:
-    work = least_work(operation(case.operation), case.mode, case.shape, 4)
-    limit = _MOST_FLOP[kind][extent]
-    if work.flop <= limit:
-        return None
-    further = " (--sweep full goes further)" if extent == "quick" else ""
-    return f"one call is {work.flop:.1e} FLOP, past the {extent} limit of {limit:.0e}{further}"
 
 
 def _groups(cases: Sequence[Case], extent: str) -> tuple[tuple[Case, ...], ...]:

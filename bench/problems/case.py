@@ -200,6 +200,7 @@ class Operation(ABC):
         test: the test in ``bench/`` that its cases are of.
         has_reference: whether something says what is right, and how much work is least; a training
             step has neither, and is only timed.
+        usual_backends: those of a sweep over lengths where none are asked for; empty for all.
     """
 
     name: str
@@ -211,6 +212,7 @@ class Operation(ABC):
     budget: float = 1.0
     test: str = "test_kernel"
     has_reference: bool = True
+    usual_backends: tuple[str, ...] = ()
 
     @property
     def title(self) -> str:
@@ -253,6 +255,10 @@ class Operation(ABC):
         """Backends by name, and why one can't run here: of those asked for, or of all."""
         known = kernels.backends(self.name, device, head_dim=self.shape(64).dim)
         return {name: why for name, why in known.items() if not asked or name in asked}
+
+    def unusable(self, shape: Any, backend: str, device: torch.device) -> str | None:
+        """Why a usable backend can't do this size; None where it can."""
+        return None
 
     def sizes(
         self,
