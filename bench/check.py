@@ -1,60 +1,74 @@
-"""Cross-check every usable backend against the float64 reference: ``python -m bench.check``.
+"""Cross-check every usable backend against the float64 reference.
+
+    python -m bench check
+    python -m bench check --ops linear_attention --backends cpu,triton --out check.json
+    python -m bench -p mine check       # mine.py registers operations and backends of its own
 
 For every operation, dtype and backend: the output and each gradient on a few shapes, by the
 accuracy rule of ``kernels.accuracy``. Prints a matrix, writes JSON, and exits with 1 where a result
-is wrong. Where there is no GPU, Triton's kernels run in its interpreter, in a process of their own
-since Triton reads TRITON_INTERPRET when it is imported.
+is wrong. A backend that has an interpreter and no device here runs in that, in a process of its
+own, since a switch like TRITON_INTERPRET is read at import.
 """
 
 import argparse
+import functools
 import json
 import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from linear_vit import kernels
+from linear_vit import kernels, options
+from linear_vit.bench import tables
 from linear_vit.bench.instruments import machine
 from linear_vit.bench.instruments.memory import is_out_of_memory
 from linear_vit.bench.problems import (
+    DTYPES,
     FORWARD_BACKWARD,
     Expected,
+    Operation,
     Problem,
-    Shape,
     check,
     make_problem,
+    operations,
     worst,
 )
-from linear_vit.bench.problems import operation as operation_of
-from linear_vit.bench.sweep import DTYPES, SweepError, resolve_device
 
 SCHEMA = 1
-# One head dim: `compiled` compiles anew for each, and the tests go through all of them.
+# One head dim: what compiles does so anew for each, and the tests go through all of them.
 _HEAD_DIM, _HEAD_DIM_INTERPRETED = 64, 16
-_SPARED = "each dtype compiles for seconds: python -m bench.check --full goes through all of them"
+_SPARED = "each dtype compiles for seconds: python -m bench check --full goes through all of them"
 
 Result = dict[str, Any]
+
+
+def known_operations() -> tuple[str, ...]:
+    """Those that have backends: a problem here, and a row in ``kernels``."""
+    return tuple(name for name in operations() if name in kernels.operations())
 
 
 def cross_check(
     device: torch.device,
     *,
-    only: str | None = None,
+    ops: Sequence[str] | None = None,
+    backends: Sequence[str] | None = None,
+    dtypes: Sequence[str] = tuple(DTYPES),
     full: bool = False,
-    progress: Callable[[str], None],
+    progress: Callable[[str], None] = lambda line: None,
 ) -> list[Result]:
     """Check every operation x backend x dtype on a device; one result each.
 
     Args:
         device: where to run.
-        only: the one backend to check; None for all of them.
-        full: also `compiled` in every dtype and shape; without it, in float32 and one shape.
+        ops, backends: names; None for all there are.
+        dtypes: names, keys of ``DTYPES``.
+        full: also what compiles in every dtype and shape; without it, in float32 and one shape.
         progress: called with a line before each step.
 
     Returns:
@@ -62,36 +76,53 @@ def cross_check(
         mode ("native", "interpreter"), reason (why it failed or did not run), and per shape and
         tensor the errors and tolerances.
     """
-    results = []
-    for operation in kernels.OPERATIONS:
-        for dtype_name, dtype in DTYPES.items():
-            shapes = _shapes(operation, only)
-            prepared: list[tuple[Problem, Expected]] = []
-            for backend in kernels.BACKENDS if only is None else (only,):
-                reasons = [_unusable(operation, backend, device, dtype, s) for s in shapes]
-                result: Result = {
-                    "operation": operation,
-                    "backend": backend,
-                    "dtype": dtype_name,
-                    "device": device.type,
-                    "mode": "native" if kernels.is_timeable(backend, device) else "interpreter",
-                }
-                if all(reasons):
-                    results.append({**result, "status": "unusable", "reason": reasons[0]})
-                    continue
-                sparing = backend == "compiled" and not full
-                if sparing and dtype != torch.float32:
-                    results.append({**result, "status": "left out", "reason": _SPARED})
-                    continue
-                progress(f"{operation} {dtype_name} {backend}")
-                if not prepared:
-                    for shape in shapes:
-                        problem = make_problem(operation, shape, dtype, device)
-                        prepared.append((problem, problem.expected()))
-                results.append(
-                    {**result, **_check_shapes(prepared[: 1 if sparing else None], backend)}
-                )
-    return results
+    return [
+        {
+            "operation": name,
+            "backend": backend,
+            "dtype": dtype,
+            "device": device.type,
+            "mode": "native" if kernels.is_timeable(backend, device) else "interpreter",
+            **_check(operations()[name], backend, dtype, device, full, progress),
+        }
+        for name in (known_operations() if ops is None else ops)
+        for dtype in dtypes
+        for backend in kernels.backends(name, device)
+        if backends is None or backend in backends
+    ]
+
+
+def _check(
+    operation: Operation,
+    backend: str,
+    dtype: str,
+    device: torch.device,
+    full: bool,
+    progress: Callable[[str], None],
+) -> Result:
+    interpreted = not kernels.is_timeable(backend, device)
+    head_dim = _HEAD_DIM_INTERPRETED if interpreted else _HEAD_DIM
+    reasons = [
+        kernels.backends(operation.name, device, dtype=DTYPES[dtype], head_dim=shape.dim)[backend]
+        for shape in operation.check_shapes(head_dim, interpreted=interpreted)
+    ]
+    if all(reasons):
+        return {"status": "unusable", "reason": reasons[0]}
+    sparing = kernels.backend_rows()[backend].compiles and not full
+    if sparing and DTYPES[dtype] != torch.float32:
+        return {"status": "left out", "reason": _SPARED}
+    progress(f"{operation.name} {dtype} {backend}")
+    prepared = _prepared(operation, head_dim, interpreted, dtype, device)
+    return _check_shapes(prepared[: 1 if sparing else None], backend)
+
+
+@functools.lru_cache(maxsize=2)  # for all backends of an operation and dtype
+def _prepared(
+    operation: Operation, head_dim: int, interpreted: bool, dtype: str, device: torch.device
+) -> list[tuple[Problem, Expected]]:
+    shapes = operation.check_shapes(head_dim, interpreted=interpreted)
+    problems = [make_problem(operation.name, s, DTYPES[dtype], device) for s in shapes]
+    return [(problem, problem.expected()) for problem in problems]
 
 
 def _check_shapes(prepared: list[tuple[Problem, Expected]], backend: str) -> Result:
@@ -118,15 +149,49 @@ def _check_shapes(prepared: list[tuple[Problem, Expected]], backend: str) -> Res
     }
 
 
-def _interpreted_triton(progress: Callable[[str], None]) -> list[Result]:
-    """Results of Triton's kernels in its interpreter, from a process that has it switched on."""
+def _finite(values: Result) -> Result:
+    """NaN and infinity are no JSON: None says that there was no finite error."""
+    return {
+        key: None if isinstance(value, float) and not abs(value) < float("inf") else value
+        for key, value in values.items()
+    }
+
+
+# ---- in an interpreter, where there is no device ----------------------------------------------
+
+
+def with_interpreters(results: list[Result], progress: Callable[[str], None]) -> list[Result]:
+    """The results on a CPU; of a backend that can't run there but interpreted, those instead."""
+    for backend, row in kernels.backend_rows().items():
+        own = [r for r in results if r["backend"] == backend]
+        if row.interpreter is None or row.interpreting or not own:
+            continue
+        if any(r["status"] != "unusable" for r in own):
+            continue
+        found = {
+            (r["operation"], r["dtype"]): r
+            for r in _interpreted(backend, row.interpreter, own, progress)
+        }
+        results = [
+            found.get((r["operation"], r["dtype"]), r) if r["backend"] == backend else r
+            for r in results
+        ]
+    return results
+
+
+def _interpreted(
+    backend: str, switch: str, asked: list[Result], progress: Callable[[str], None]
+) -> list[Result]:
+    """What was asked of a backend, from a process that has its interpreter switched on."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "check.json"
-        command = [sys.executable, "-m", "bench.check", "--device", "cpu", "--only", "triton"]
+        command = [sys.executable, "-m", "linear_vit.bench", "check", "--device", "cpu", "--plain"]
+        command += ["--backends", backend, "--out", str(path)]
+        for option, key in (("--ops", "operation"), ("--dtypes", "dtype")):
+            command += [option, ",".join(dict.fromkeys(r[key] for r in asked))]
         process = subprocess.Popen(
-            [*command, "--json", str(path), "--plain"],
-            env={**os.environ, "TRITON_INTERPRET": "1"},
-            cwd=Path(__file__).resolve().parent.parent,
+            command,
+            env={**os.environ, switch: "1"},
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
@@ -141,92 +206,67 @@ def _interpreted_triton(progress: Callable[[str], None]) -> list[Result]:
             code = process.wait()
         finally:
             process.kill()  # an interrupted check leaves nothing running
-        if not path.exists():
-            reason = f"its process ended with code {code}: {last}"
-            return [
-                {
-                    "operation": operation,
-                    "backend": "triton",
-                    "dtype": dtype,
-                    "device": "cpu",
-                    "mode": "interpreter",
-                    "status": "failed",
-                    "reason": reason,
-                    "tensors": [],
-                }
-                for operation in kernels.OPERATIONS
-                for dtype in DTYPES
-            ]
-        return json.loads(path.read_text())["results"]
+        if path.exists():
+            found: list[Result] = json.loads(path.read_text())["results"]
+            return found
+        ended = {"status": "failed", "reason": f"its process ended with code {code}: {last}"}
+        return [{**r, **ended, "mode": "interpreter", "tensors": []} for r in asked]
 
 
-def _shapes(operation: str, only: str | None) -> tuple[Shape, ...]:
-    interpreted = only == "triton" and not kernels.is_timeable("triton", "cpu")
-    head_dim = _HEAD_DIM_INTERPRETED if interpreted else _HEAD_DIM
-    return tuple(operation_of(operation).check_shapes(head_dim, interpreted=interpreted))
+# ---- python -m bench check -----------------------------------------------------------------------
 
 
-def _unusable(
-    operation: str, backend: str, device: torch.device, dtype: torch.dtype, shape: Shape
-) -> str | None:
-    return kernels.backends(operation, device, dtype=dtype, head_dim=shape.dim)[backend]
-
-
-def _finite(values: Result) -> Result:
-    """NaN and infinity are no JSON: None says that there was no finite error."""
-    return {
-        key: None if isinstance(value, float) and not abs(value) < float("inf") else value
-        for key, value in values.items()
-    }
-
-
-def main(argv: list[str] | None = None) -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
-        prog="python -m bench.check",
+        prog="python -m bench check",
         description="Compare every usable backend with the float64 reference.",
     )
-    parser.add_argument("--device", help="cpu or cuda (default: cuda if there)")
-    parser.add_argument("--json", type=Path, metavar="PATH", help="also write the results there")
-    parser.add_argument("--only", choices=kernels.BACKENDS, metavar="BACKEND", help="one backend")
-    parser.add_argument("--full", action="store_true", help="`compiled` in every dtype and shape")
+    options.add(parser, "ops", "dtypes", "device")
+    options.option(parser, "--backends", "--only", **options.settings("backends"))
+    text = "write the results there, as JSON"
+    options.option(parser, "--out", "--json", **options.settings("out", text))
+    parser.add_argument("--full", action="store_true", help="what compiles in every dtype, too")
     parser.add_argument("--plain", action="store_true", help="lines instead of a live display")
-    arguments = parser.parse_args(argv)
+    given = parser.parse_args(argv)
     try:
-        device = resolve_device(arguments.device)
-    except SweepError as error:
+        device = options.device(given.device)
+        ops = options.known("ops", given.ops, known_operations())
+        backends = options.known("backends", given.backends, kernels.backend_rows())
+        dtypes = options.known("dtypes", given.dtypes, DTYPES)
+    except options.OptionError as error:
         parser.error(str(error))
 
-    with _progress(arguments.plain) as progress:
-        results = cross_check(device, only=arguments.only, full=arguments.full, progress=progress)
-        # Where Triton has no device, its interpreter stands in, if it is installed.
-        if device.type == "cpu" and arguments.only is None:
-            results = _with_interpreter(results, progress)
+    with _progress(given.plain) as progress:
+        results = cross_check(
+            device, ops=ops, backends=backends, dtypes=dtypes, full=given.full, progress=progress
+        )
+        if device.type == "cpu":
+            results = with_interpreters(results, progress)
+    if given.out:
+        given.out.parent.mkdir(parents=True, exist_ok=True)
+        given.out.write_text(json.dumps(document(results, device), indent=1) + "\n")
+    print(matrix(results))
+    return 1 if any(r["status"] == "failed" for r in results) else 0
 
-    document = {
+
+def document(results: list[Result], device: torch.device) -> dict[str, Any]:
+    """The results with where they were found, and what their operations and backends are called."""
+    rows = kernels.backend_rows()
+    return {
         "kind": "check",
         "schema": SCHEMA,
         "device": device.type,
         "machine": machine.describe(device),
+        "operations": {
+            name: {"title": operations()[name].title}
+            for name in dict.fromkeys(r["operation"] for r in results)
+        },
+        "backends": {
+            name: {"title": rows[name].title, "colour": rows[name].colour, "own": rows[name].own}
+            for name in dict.fromkeys(r["backend"] for r in results)
+        },
         "results": results,
     }
-    if arguments.json:
-        arguments.json.parent.mkdir(parents=True, exist_ok=True)
-        arguments.json.write_text(json.dumps(document, indent=1) + "\n")
-    print(_matrix(results))
-    return 1 if any(r["status"] == "failed" for r in results) else 0
-
-
-def _with_interpreter(results: list[Result], progress: Callable[[str], None]) -> list[Result]:
-    triton = [r for r in results if r["backend"] == "triton"]
-    import importlib.util
-
-    if importlib.util.find_spec("triton") is None or any(r["status"] != "unusable" for r in triton):
-        return results
-    interpreted = {(r["operation"], r["dtype"]): r for r in _interpreted_triton(progress)}
-    return [
-        interpreted.get((r["operation"], r["dtype"]), r) if r["backend"] == "triton" else r
-        for r in results
-    ]
 
 
 @contextmanager
@@ -244,53 +284,38 @@ def _progress(plain: bool) -> Iterator[Callable[[str], None]]:
     yield lambda text: print(f"checking {text}", flush=True)
 
 
-def _matrix(results: list[Result]) -> str:
+def matrix(results: list[Result]) -> str:
     """Operation and dtype down, backends across; reasons once, below."""
-    from linear_vit.bench.summary import draw
-
     backends = list(dict.fromkeys(r["backend"] for r in results))
     rows: dict[tuple[str, str], dict[str, str]] = {}
-    notes: dict[str, list[str]] = {}
+    notes: dict[str, dict[str, None]] = {}
     for r in results:
-        cell = r["status"]
+        cell, who = "–", r["backend"]
         if r["status"] == "passed":
             cell = f"ok {r['worst_rms_error']:.0e}" + ("†" if r["mode"] == "interpreter" else "")
         elif r["status"] == "failed":
-            cell = "FAILED"
-            note = f"FAILED {r['operation']} {r['dtype']} {r['backend']}"
-            notes.setdefault(r["reason"], []).append(note)
-        else:
-            cell = "–"
-            if r["backend"] not in notes.setdefault(r["reason"], []):
-                notes[r["reason"]].append(r["backend"])
+            cell, who = "FAILED", f"FAILED {r['operation']} {r['dtype']} {r['backend']}"
+        if r["reason"]:
+            notes.setdefault(r["reason"], {})[who] = None
         rows.setdefault((r["operation"], r["dtype"]), {})[r["backend"]] = cell
-    table = [[*key, *(cells.get(b, "") for b in backends)] for key, cells in rows.items()]
-    width = 100
-    if sys.stdout.isatty():
-        width = os.get_terminal_size().columns
-    text = draw(
+    text = tables.draw(
         "Largest relative rms error over output and gradients, against the float64 reference",
         ["operation", "dtype", *backends],
-        table,
-        width,
-        sys.stdout.isatty(),
+        [[*key, *(cells.get(b, "") for b in backends)] for key, cells in rows.items()],
+        tables.screen_width(100),
     )
     if any(r["mode"] == "interpreter" and r["status"] == "passed" for r in results):
-        text += "† in Triton's interpreter, on small shapes: correctness only\n"
-    for reason, who in notes.items():
-        text += f"{', '.join(who)}: {reason}\n"
+        text += "† interpreted, on small shapes: correctness only\n"
+    text += "".join(f"{', '.join(who)}: {reason}\n" for reason, who in notes.items())
     statuses = [r["status"] for r in results]
-    counts = [
-        f"{statuses.count(status)} {words}"
-        for status, words in (
-            ("passed", "passed"),
-            ("failed", "failed"),
-            ("unusable", "not usable here"),
-            ("left out", "left out"),
-        )
-    ]
-    return text + ", ".join(counts)
+    words = {"unusable": "not usable here"}
+    return text + ", ".join(
+        f"{statuses.count(status)} {words.get(status, status)}"
+        for status in ("passed", "failed", "unusable", "left out")
+    )
 
 
-if __name__ == "__main__":
-    sys.exit(main())
+if __name__ == "__main__":  # the old spelling
+    from linear_vit.bench.__main__ import main as command
+
+    sys.exit(command(["check", *sys.argv[1:]]))

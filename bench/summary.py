@@ -1,8 +1,9 @@
 """The table a benchmark run ends with: backends side by side, one block per operation and pass."""
 
-import io
 from dataclasses import dataclass
 from typing import Any
+
+from linear_vit.bench.tables import draw
 
 
 @dataclass(frozen=True)
@@ -108,31 +109,3 @@ def _training_block(rows: list[Row]) -> _Block:
             ]
         )
     return title, ["model", "time", "images/s", "over baseline"], table
-
-
-def draw(title: str, columns: list[str], rows: list[list[str]], width: int, colour: bool) -> str:
-    try:
-        from rich import box
-        from rich.console import Console
-        from rich.table import Table
-    except ImportError:
-        return _draw_plain(title, columns, rows)
-    table = Table(box=box.SIMPLE_HEAD)
-    for i, column in enumerate(columns):
-        table.add_column(column, justify="right" if i else "left", no_wrap=True)
-    for row in rows:
-        table.add_row(*row)
-    out = io.StringIO()
-    console = Console(file=out, width=width, force_terminal=colour, no_color=not colour)
-    console.print(title, style="bold", highlight=False, soft_wrap=True)
-    console.print(table)
-    return out.getvalue()
-
-
-def _draw_plain(title: str, columns: list[str], rows: list[list[str]]) -> str:
-    widths = [max(map(len, column)) for column in zip(columns, *rows, strict=True)]
-    lines = [
-        "  ".join(cell.rjust(w) for cell, w in zip(row, widths, strict=True))
-        for row in (columns, *rows)
-    ]
-    return "\n".join([title, *lines, "", ""])

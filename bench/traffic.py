@@ -1,8 +1,8 @@
 """The bytes that Triton's kernels load and store, counted exactly, with no GPU.
 
-    python -m bench.traffic
-    python -m bench.traffic --ops linear_attention --dtypes bfloat16 --head-dims 64 --json out.json
-    python -m bench.traffic --dtypes all --head-dims all --arch sm_90,sm_86
+    python -m bench traffic
+    python -m bench traffic --ops linear_attention --dtypes bfloat16 --out traffic.json
+    python -m bench traffic --dtypes all --head-dims all --arch sm_90,sm_86
 
 Triton's interpreter runs every kernel on CPU tensors, as the public operations launch it for the
 architecture that is assumed, and each load and store is counted by the tensor that its addresses
@@ -16,23 +16,28 @@ give each about the tokens that one of 132 has when there are 512k tokens.
 """
 
 import argparse
-import csv
 import os
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from unittest import mock
 
 import torch
 from torch import Tensor
 
+from linear_vit import kernels, options
+from linear_vit.bench import tables
+from linear_vit.bench.instruments import machine
+from linear_vit.bench.problems import DTYPES, Shape, make_problem
+from linear_vit.bench.problems import operation as operation_of
+from linear_vit.bench.static import launches
+from linear_vit.kernels.rows import HEAD_DIMS
+from linear_vit.kernels.triton import tuning
+
 if TYPE_CHECKING:
     import numpy as np
-
-    from linear_vit.bench.problems import Shape
 
 SCHEMA = 1
 WORKSPACE = "workspace"
@@ -40,7 +45,7 @@ COLUMNS = (
     "operation", "pass", "dtype", "shape", "architecture", "multiprocessors", "launches",
     "tensor", "loaded", "distinct", "stored", "least_loaded", "least_stored", "ratio",
 )  # fmt: skip
-DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+BACKEND = "triton"  # whose interpreter this counts in
 # What a multiprocessor has of 512k tokens where there are 132 of them.
 _TOKENS_A_MULTIPROCESSOR = 512 * 1024 // 132
 
@@ -146,7 +151,7 @@ def recording() -> Iterator[Recorder]:
 
 def count(
     operation: str,
-    shape: "Shape",
+    shape: Shape,
     dtype: torch.dtype,
     architecture: str = "sm_90",
     multiprocessors: int | None = None,
@@ -160,22 +165,16 @@ def count(
         architecture, multiprocessors: of the GPU assumed; by default as many multiprocessors as
             leave each the tokens that 132 have of 512k.
     """
-    from linear_vit.bench.problems import make_problem
-    from linear_vit.kernels.triton import tuning
-
     if multiprocessors is None:
         tokens = shape.B * getattr(shape, "H", 1) * shape.tokens
         multiprocessors = max(1, tokens // _TOKENS_A_MULTIPROCESSOR)
     problem = make_problem(operation, shape, dtype, torch.device("cpu"))
-    rows = []
     with tuning.assume(architecture, multiprocessors):
         with recording() as forward:
-            outputs = problem.run(problem.inputs, "triton")
+            outputs = problem.run(problem.inputs, BACKEND)
         with recording() as backward:
             leaves = tuple(problem.inputs.values())
             gradients = torch.autograd.grad(outputs, leaves, problem.cotangents)
-    read = dict(problem.inputs)
-    written = dict(zip(problem.output_names, outputs, strict=True))
     common = {
         "operation": operation,
         "dtype": str(dtype).removeprefix("torch."),
@@ -183,58 +182,46 @@ def count(
         "architecture": architecture,
         "multiprocessors": multiprocessors,
     }
-    for row in _rows(forward, read, written, set(read), set(written)):
-        rows.append(common | {"pass": "forward"} | row)
-    read |= written
-    cotangents = [f"d{name}" for name in problem.output_names]
-    read |= dict(zip(cotangents, problem.cotangents, strict=True))
-    written = dict(zip((f"d{name}" for name in problem.inputs), gradients, strict=True))
-    needed = {*problem.inputs, *cotangents}
-    if problem.operation.backward_reads_outputs:
-        needed |= set(problem.output_names)
-    for row in _rows(backward, read, written, needed, set(written)):
-        rows.append(common | {"pass": "backward"} | row)
-    return rows
+    inputs, made = problem.inputs, dict(zip(problem.output_names, outputs, strict=True))
+    rows = [common | {"pass": "forward"} | row for row in _rows(forward, inputs, made, {*inputs})]
+    names = [f"d{name}" for name in problem.output_names]
+    read = {**inputs, **made, **dict(zip(names, problem.cotangents, strict=True))}
+    needed = {*inputs, *names, *(made if problem.operation.backward_reads_outputs else ())}
+    made = {f"d{name}": x for name, x in zip(inputs, gradients, strict=True)}
+    return rows + [common | {"pass": "backward"} | r for r in _rows(backward, read, made, needed)]
 
 
 def _rows(
-    recorder: Recorder,
-    read: dict[str, Tensor],
-    written: dict[str, Tensor],
-    needed: set[str],
-    made: set[str],
+    recorder: Recorder, read: dict[str, Tensor], made: dict[str, Tensor], needed: set[str]
 ) -> Iterator[Row]:
     """A row per tensor that was moved or has to be, then one for all workspace together."""
     launches = " ".join(recorder.launches)
     left = dict(recorder.storages)
-    for name, x in {**read, **written}.items():
-        traffic = left.pop(x.untyped_storage().data_ptr(), None)
+    least = 0
+    for name, x in {**read, **made}.items():
         size = x.numel() * x.element_size()
-        row: Row = {
-            "launches": launches,
-            "tensor": name,
-            "loaded": traffic.loaded if traffic else 0,
-            "distinct": traffic.distinct if traffic else 0,
-            "stored": traffic.stored if traffic else 0,
-            "least_loaded": size if name in needed else 0,
-            "least_stored": size if name in made else 0,
-        }
-        least = row["least_loaded"] + row["least_stored"]
-        if least or row["loaded"] or row["stored"]:
-            row["ratio"] = (row["loaded"] + row["stored"]) / least if least else None
-            yield row
-    least = sum(x.numel() * x.element_size() for name, x in read.items() if name in needed)
-    least += sum(x.numel() * x.element_size() for name, x in written.items() if name in made)
-    loaded, stored = (sum(getattr(t, what) for t in left.values()) for what in ("loaded", "stored"))
-    yield {
-        "launches": launches,
-        "tensor": WORKSPACE,
+        wanted = (size if name in needed else 0, size if name in made else 0)
+        least += sum(wanted)
+        traffic = left.pop(x.untyped_storage().data_ptr(), None)
+        row = _row(name, [traffic] if traffic else [], *wanted, least=sum(wanted))
+        if sum(wanted) or row["loaded"] or row["stored"]:
+            yield {"launches": launches, **row}
+    yield {"launches": launches, **_row(WORKSPACE, left.values(), 0, 0, least=least)}
+
+
+def _row(
+    name: str, moved: Iterable[Traffic], least_loaded: int, least_stored: int, *, least: int
+) -> Row:
+    """``least`` is what the bytes moved are compared with: of workspace, the whole pass's."""
+    found = list(moved)
+    loaded, stored = sum(t.loaded for t in found), sum(t.stored for t in found)
+    return {
+        "tensor": name,
         "loaded": loaded,
-        "distinct": sum(t.distinct for t in left.values()),
+        "distinct": sum(t.distinct for t in found),
         "stored": stored,
-        "least_loaded": 0,
-        "least_stored": 0,
-        # Of the least traffic of the pass.
+        "least_loaded": least_loaded,
+        "least_stored": least_stored,
         "ratio": (loaded + stored) / least if least else None,
     }
 
@@ -254,80 +241,61 @@ def _interpreting() -> bool:
     return bool(triton.knobs.runtime.interpret)
 
 
-# ---- python -m bench.traffic ---------------------------------------------------------------------
+# ---- python -m bench traffic ---------------------------------------------------------------------
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
-        prog="python -m bench.traffic",
+        prog="python -m bench traffic",
         description="Bytes that Triton's kernels load and store, counted in the interpreter.",
     )
-    parser.add_argument("--ops", metavar="A,B", help="operations; all by default")
-    parser.add_argument("--dtypes", metavar="A,B", default="bfloat16,float32", help="or all")
-    parser.add_argument("--head-dims", metavar="A,B", default="64", help="or all")
-    parser.add_argument(
-        "--arch", metavar="A,B", default="sm_90", help="GPUs assumed (default: sm_90)"
-    )
-    parser.add_argument("--csv", type=Path, metavar="FILE", help="write every row there")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="the same with its environment")
-    options = parser.parse_args(argv)
+    options.add(parser, "ops", dtypes="or all (default: bfloat16,float32)")
+    text = "or all (default: 64)"
+    options.option(parser, "--head-dims", type=options.words, metavar="A,B", help=text)
+    options.add(parser, arch="GPUs assumed (default: sm_90)", out=tables.OUT)
+    tables.add_old_options(parser)
+    given = parser.parse_args(argv)
+    try:
+        operations = options.known("ops", given.ops, launches.operations(BACKEND))
+        dtypes = options.known("dtypes", given.dtypes or ("bfloat16", "float32"), DTYPES)
+        head_dims = options.known("head-dims", given.head_dims or ("64",), HEAD_DIMS)
+    except options.OptionError as error:
+        parser.error(str(error))
     # Before Triton is imported: its decorators choose between compiling and interpreting.
-    os.environ["TRITON_INTERPRET"] = "1"
-    from linear_vit import kernels
-    from linear_vit.bench.static import launches
-    from linear_vit.bench.static import table as static
-
-    if options.dtypes == "all":
-        options.dtypes = ",".join(DTYPES)
-    if options.head_dims == "all":
-        options.head_dims = ",".join(map(str, launches.supported_head_dims()))
-    operations = options.ops.split(",") if options.ops else list(kernels.OPERATIONS)
-    for name in operations:
-        if name not in kernels.OPERATIONS:
-            parser.error(f"no operation {name!r}; there are {', '.join(kernels.OPERATIONS)}")
-    for name in options.dtypes.split(","):
-        if name not in DTYPES:
-            parser.error(f"no dtype {name!r}; there are {', '.join(DTYPES)}")
-    reason = kernels.backends(operations[0], "cpu")["triton"]
+    os.environ[str(kernels.backend_rows()[BACKEND].interpreter)] = "1"
+    reason = kernels.backends(operations[0], "cpu")[BACKEND]
     if reason:
         print(f"nothing to count: {reason}", file=sys.stderr)
         return 2
 
     rows: list[Row] = []
     failed = False
-    for architecture in options.arch.split(","):
-        for operation in operations:
-            for shape, dtype in _cases(operation, options.dtypes, options.head_dims):
-                print(f"{architecture} {operation} {shape} {dtype}", file=sys.stderr, flush=True)
-                try:
-                    rows += count(operation, shape, dtype, architecture)
-                except Exception as error:  # one kernel that fails must not hide the others
-                    failed = True
-                    print(f"  failed: {type(error).__name__}: {error}", file=sys.stderr)
-    if options.csv:
-        write_csv(rows, options.csv)
-    if options.json:
-        static.write_json(document(rows), options.json)
+    for architecture in given.arch or ("sm_90",):
+        for operation, shape, dtype in _cases(operations, dtypes, head_dims):
+            print(f"{architecture} {operation} {shape} {dtype}", file=sys.stderr, flush=True)
+            try:
+                rows += count(operation, shape, DTYPES[dtype], architecture)
+            except Exception as error:  # one kernel that fails must not hide the others
+                failed = True
+                print(f"  failed: {type(error).__name__}: {error}", file=sys.stderr)
+    tables.write(document(rows), COLUMNS, given)
     print(render(rows), end="")
     return 1 if failed else 0
 
 
-def _cases(operation: str, dtypes: str, head_dims: str) -> Iterator[tuple["Shape", torch.dtype]]:
-    from linear_vit.bench.problems import operation as operation_of
-
-    seen = set()
-    for head_dim in head_dims.split(","):
-        for shape in operation_of(operation).traffic_shapes(int(head_dim)):
-            for dtype in dtypes.split(","):
-                if (shape, dtype) not in seen:  # ripple has no head dim
-                    seen.add((shape, dtype))
-                    yield shape, DTYPES[dtype]
+def _cases(
+    operations: Iterable[str], dtypes: Sequence[str], head_dims: Sequence[int]
+) -> Iterator[tuple[str, Shape, str]]:
+    """Each once: an operation without head dim has the same shapes for all of them."""
+    for name in operations:
+        shapes = (s for dim in head_dims for s in operation_of(name).traffic_shapes(dim))
+        for shape in dict.fromkeys(shapes):
+            for dtype in dtypes:
+                yield name, shape, dtype
 
 
 def document(rows: list[Row]) -> dict[str, Any]:
     """The rows with where and with what they were counted."""
-    from linear_vit.bench.instruments import machine
-
     return {
         "kind": "traffic",
         "schema": SCHEMA,
@@ -336,23 +304,10 @@ def document(rows: list[Row]) -> dict[str, Any]:
     }
 
 
-def write_csv(rows: list[Row], path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
-        writer.writeheader()
-        for row in rows:
-            ratio = row["ratio"]
-            writer.writerow(row | {"ratio": "" if ratio is None else f"{ratio:.4f}"})
-
-
 def render(rows: list[Row]) -> str:
     """A table an operation: bytes of each pass and tensor, and how often the least that is."""
-    from linear_vit.bench.summary import draw
-
     columns = ["pass", "dtype", "GPU", "shape", "launches", "tensor", "loaded", "distinct"]
     columns += ["stored", "least", "× least"]
-    width = os.get_terminal_size().columns if sys.stdout.isatty() else 200
     text = ""
     for operation in dict.fromkeys(row["operation"] for row in rows):
         table = []
@@ -367,7 +322,7 @@ def render(rows: list[Row]) -> str:
             what = [row[name] for name in ("pass", "dtype", "architecture", "shape")]
             what += [str(len(row["launches"].split())), row["tensor"]]
             table.append([*what, *(f"{size:,}" for size in sizes), shown])
-        text += draw(operation, columns, table, width, sys.stdout.isatty())
+        text += tables.draw(operation, columns, table)
     again = [row for row in rows if read_again(row)]
     for row in again:
         case = " ".join(row[name] for name in ("operation", "pass", "dtype", "architecture"))
@@ -381,5 +336,7 @@ def read_again(row: Row) -> bool:
     return row["tensor"] != WORKSPACE and row["loaded"] > row["distinct"]
 
 
-if __name__ == "__main__":
-    sys.exit(main())
+if __name__ == "__main__":  # the old spelling
+    from linear_vit.bench.__main__ import main as command
+
+    sys.exit(command(["traffic", *sys.argv[1:]]))

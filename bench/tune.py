@@ -1,8 +1,8 @@
 """Measure tiles, warps and stages of the Triton kernels on this GPU; write what is fastest.
 
-    python -m bench.tune --out tuning.json          # then: export LINEAR_VIT_TUNING=tuning.json
-    python -m bench.tune --dry-run --arch sm_90a    # no GPU: compile the candidates instead
-    python -m bench.tune --dry-run --list           # nor that: only name them
+    python -m bench tune --out tuning.json          # then: export LINEAR_VIT_TUNING=tuning.json
+    python -m bench tune --dry-run --arch sm_90a    # no GPU: compile the candidates instead
+    python -m bench tune --dry-run --list           # nor that: only name them
 
 One kernel at a time, in the table's order: its options as they stand, and each of them changed by
 one step. A candidate counts if the operation still meets the accuracy rule; the fastest by device
@@ -14,7 +14,6 @@ import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from unittest import mock
 
 import torch
 
@@ -22,15 +21,17 @@ from linear_vit.bench.instruments import clock
 from linear_vit.bench.problems import DTYPES, Expected, Problem, check, make_problem, operations
 from linear_vit.bench.static.machine_code import LIMITS
 from linear_vit.kernels.triton import tuning
+from linear_vit.options import OptionError, add, known, numbers, option, words
 
 # A candidate has to win by this much: less is noise.
 _GAIN = 0.02
 _BUDGET_S = 0.2
 
-_DIMENSIONS = ("head_dims", "channels")
+# What a kernel's rules are asked for, and what is tuned by default.
+_DIMENSIONS = {"head-dims": (64,), "channels": (384,)}
 
 Options = dict[str, int]
-
+_Case = tuple[str, int, str]  # kernel, head dim or channels, dtype
 
 _FOUND = {name: w for found in operations().values() for name, w in found.workloads.items()}
 WORKLOADS = {name: _FOUND[name] for name in tuning.TABLE}  # in its order
@@ -39,6 +40,11 @@ WORKLOADS = {name: _FOUND[name] for name in tuning.TABLE}  # in its order
 def dtype_of(kernel: str, dtype: torch.dtype) -> torch.dtype:
     """The dtype that a kernel's rules are asked for."""
     return WORKLOADS[kernel].dtype or dtype
+
+
+def dimension_of(kernel: str) -> str:
+    """What a kernel's rules call the dimension: "head-dims", or "channels" where it has none."""
+    return "channels" if WORKLOADS[kernel].shape(16).dim is None else "head-dims"
 
 
 def neighbours(options: Options) -> list[Options]:
@@ -111,22 +117,18 @@ def compiles_well(
 ) -> str:
     """Compile a candidate with no GPU, and say what became of it, in a few words."""
     from linear_vit.bench.static import launches
-    from linear_vit.bench.static import table as static
-    from linear_vit.bench.static.triton import compile_room
+    from linear_vit.bench.static.faults import finished
+    from linear_vit.bench.static.triton import compile_exercises
+    from linear_vit.bench.static.units import cache_folder
 
-    room = kernel.partition(".")[0]
-    workload = WORKLOADS[kernel]
+    workload, folder = WORKLOADS[kernel], kernel.partition(".")[0]
     shape = workload.smaller(dim)
     problem = make_problem(workload.operation, shape, dtype, torch.device("cpu"))
     exercise = launches.Exercise(problem, launches.ALIGNED)
-    head_dim = dim if launches.has_head_dims(room) else None
-    static.cache_folder().mkdir(parents=True, exist_ok=True)
-    with (
-        tuning.using({kernel: (tuning.Rule(options),)}),
-        mock.patch.object(launches, "exercises", return_value=[exercise]),
-    ):
-        rows = compile_room(room, architecture, dtype, head_dim, static.cache_folder())
-    own = [static.finish(row) for row in rows if row["kernel"] in workload.functions]
+    cache_folder().mkdir(parents=True, exist_ok=True)
+    with tuning.using({kernel: (tuning.Rule(options),)}):
+        rows = compile_exercises([exercise], architecture, shape.dim, cache_folder())
+    own = [finished({"room": folder, **row}) for row in rows if row["kernel"] in workload.functions]
     if not own:
         return "not launched at this size"
     registers = max(row["registers"] for row in own)
@@ -141,75 +143,84 @@ def _words(options: Options) -> str:
     return " ".join(f"{name}={value}" for name, value in options.items())
 
 
+# ---- python -m bench tune ------------------------------------------------------------------------
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
-        prog="python -m bench.tune", description="Find the fastest launch options on this GPU."
+        prog="python -m bench tune", description="Find the fastest launch options on this GPU."
     )
-    parser.add_argument("--kernels", metavar="A,B", help="of the table; all by default")
-    parser.add_argument("--head-dims", default="64", metavar="A,B", help="default: 64")
-    parser.add_argument("--channels", default="384", metavar="A,B", help="ripple's; default: 384")
-    parser.add_argument("--dtypes", default="bfloat16", metavar="A,B", help="default: bfloat16")
-    parser.add_argument("--out", type=Path, default=Path("tuning.json"), metavar="FILE")
-    parser.add_argument("--dry-run", action="store_true", help="compile candidates, time nothing")
-    parser.add_argument("--arch", default="sm_90a", help="for --dry-run (default: sm_90a)")
+    text = "of the table; all by default"
+    parser.add_argument("--kernels", type=words, metavar="A,B", help=text)
+    add(parser, dtypes="default: bfloat16")
+    for name, usual in _DIMENSIONS.items():
+        text = f"default: {usual[0]}"
+        option(parser, f"--{name}", type=numbers, metavar="A,B", help=text)
+    add(parser, out="default: tuning.json")
+    text = "compile candidates, time nothing"
+    option(parser, "--dry-run", action="store_true", help=text)
+    add(parser, arch="for --dry-run (default: sm_90a)")
     parser.add_argument("--list", action="store_true", help="for --dry-run: don't compile either")
     given = parser.parse_args(argv)
-    names = given.kernels.split(",") if given.kernels else list(WORKLOADS)
-    for name in names:
-        if name not in WORKLOADS:
-            parser.error(f"no workload for {name!r}; there are {', '.join(WORKLOADS)}")
-    for dtype in given.dtypes.split(","):
-        if dtype not in DTYPES:
-            parser.error(f"no dtype {dtype!r}; there are {', '.join(DTYPES)}")
-    if given.arch not in LIMITS:
-        parser.error(f"no {given.arch!r}; there are {', '.join(LIMITS)}")
     try:
-        dims = {of: [int(d) for d in getattr(given, of).split(",")] for of in _DIMENSIONS}
-    except ValueError:
-        parser.error("head dims and channels are numbers with commas between them")
+        kernels = known("kernels", given.kernels, WORKLOADS)
+        dtypes = known("dtypes", given.dtypes or ("bfloat16",), DTYPES)
+        architectures = known("arch", given.arch or ("sm_90a",), LIMITS)
+    except OptionError as error:
+        parser.error(str(error))
+    dims = {"head-dims": given.head_dims, "channels": given.channels}
     cases = [
-        (name, dim, dtype)
-        for name in names
-        for dim in dims["channels" if name.startswith("ripple.") else "head_dims"]
-        for dtype in given.dtypes.split(",")
+        (kernel, dim, dtype)
+        for kernel in kernels
+        for dim in dims[dimension_of(kernel)] or _DIMENSIONS[dimension_of(kernel)]
+        for dtype in dtypes
     ]
     if given.dry_run:
-        for name, dim, dtype in cases:
-            print(f"{name} {dim} {dtype} {given.arch}")
-            with tuning.assume(given.arch, LIMITS[given.arch].multiprocessors):
-                asked = dtype_of(name, DTYPES[dtype])
-                start = tuning.options(name, dim, asked, torch.device("cpu"))
-            for options in neighbours(start):
-                verdict = (
-                    ""
-                    if given.list
-                    else compiles_well(name, options, given.arch, dim, DTYPES[dtype])
-                )
-                print(f"  {_words(options)}  {verdict}".rstrip(), flush=True)
+        for architecture in architectures:
+            _dry_run(cases, architecture, compile_them=not given.list)
         return 0
     if not torch.cuda.is_available():
         print("no GPU here: --dry-run lists and compiles the candidates", file=sys.stderr)
         return 2
-
-    device = torch.device("cuda", torch.cuda.current_device())
-    rules = []
-    for name, dim, dtype in cases:
-        print(f"{name} {dim} {dtype}", flush=True)
-        found = tune(name, dim, DTYPES[dtype], device)
-        if found is not None:
-            rules.append(
-                {
-                    "kernel": name,
-                    "architecture": tuning.architecture(device),
-                    "dim": dim,
-                    "dtype": str(dtype_of(name, DTYPES[dtype])).removeprefix("torch."),
-                    "options": found,
-                }
-            )
-        given.out.write_text(json.dumps({"schema": 1, "rules": rules}, indent=1) + "\n")
-    print(f"{len(rules)} rules in {given.out}: export {tuning.OVERRIDES}={given.out}")
+    _tune_all(cases, given.out or Path("tuning.json"))
     return 0
 
 
-if __name__ == "__main__":
-    sys.exit(main())
+def _dry_run(cases: Sequence[_Case], architecture: str, *, compile_them: bool) -> None:
+    for kernel, dim, dtype in cases:
+        print(f"{kernel} {dim} {dtype} {architecture}")
+        with tuning.assume(architecture, LIMITS[architecture].multiprocessors):
+            asked = dtype_of(kernel, DTYPES[dtype])
+            start = tuning.options(kernel, dim, asked, torch.device("cpu"))
+        for candidate in neighbours(start):
+            verdict = ""
+            if compile_them:
+                verdict = compiles_well(kernel, candidate, architecture, dim, DTYPES[dtype])
+            print(f"  {_words(candidate)}  {verdict}".rstrip(), flush=True)
+
+
+def _tune_all(cases: Sequence[_Case], out: Path) -> None:
+    device = torch.device("cuda", torch.cuda.current_device())
+    rules = []
+    for kernel, dim, dtype in cases:
+        print(f"{kernel} {dim} {dtype}", flush=True)
+        found = tune(kernel, dim, DTYPES[dtype], device)
+        if found is not None:
+            rules.append(
+                {
+                    "kernel": kernel,
+                    "architecture": tuning.architecture(device),
+                    "dim": dim,
+                    "dtype": str(dtype_of(kernel, DTYPES[dtype])).removeprefix("torch."),
+                    "options": found,
+                }
+            )
+        out.parent.mkdir(parents=True, exist_ok=True)
+        out.write_text(json.dumps({"schema": 1, "rules": rules}, indent=1) + "\n")
+    print(f"{len(rules)} rules in {out}: export {tuning.OVERRIDES}={out}")
+
+
+if __name__ == "__main__":  # the old spelling
+    from linear_vit.bench.__main__ import main as command
+
+    sys.exit(command(["tune", *sys.argv[1:]]))

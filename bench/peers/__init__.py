@@ -2,25 +2,36 @@
 
 A peer is known by its name, like a backend, and asked the same way: what it can run here, and if
 not, why not. Each is held to the same float64 reference, except one that computes another function:
-that is checked against its own and marked.
-
-A peer's module has ``OPERATION``; ``NAMES``, each with a part of the name of an operator or kernel
-that it runs; ``unusable(name, device, dtype)``; ``run(name, q, k, v)``; and, where what it computes
-is something else, ``OTHER_FUNCTION`` in words, ``FLOP_SHARE`` of the work, and
-``expected(q, k, v)``.
+that is checked against its own and marked. A file of this folder that has ``PEERS`` adds them.
 """
 
+import importlib
+import pkgutil
 from collections.abc import Callable
-from types import ModuleType
 
 import torch
 from torch import Tensor
 
-from linear_vit.bench.peers import fla, flash_bla, litemla, sdpa
+from linear_vit.bench.peers.peer import Peer
 
-_MODULES: tuple[ModuleType, ...] = (sdpa, fla, flash_bla, litemla)
-_OF = {name: module for module in _MODULES for name in module.NAMES}
-NAMES = tuple(_OF)
+__all__ = [
+    "NAMES",
+    "PEERS",
+    "Peer",
+    "backends",
+    "expected",
+    "flop_share",
+    "other_function",
+    "run",
+    "signature",
+]
+
+PEERS: dict[str, Peer] = {
+    peer.name: peer
+    for module in pkgutil.iter_modules(__path__)
+    for peer in getattr(importlib.import_module(f"{__name__}.{module.name}"), "PEERS", ())
+}
+NAMES = tuple(PEERS)
 
 
 def backends(
@@ -28,36 +39,38 @@ def backends(
 ) -> dict[str, str | None]:
     """Every peer that has this operation, with None (usable here) or the reason why not."""
     return {
-        name: module.unusable(name, device, dtype)
-        for name, module in _OF.items()
-        if operation == module.OPERATION
+        name: peer.unusable(device, dtype)
+        for name, peer in PEERS.items()
+        if operation == peer.operation
     }
 
 
 def run(name: str, operation: str, tensors: dict[str, Tensor]) -> tuple[Tensor, ...]:
     """One forward pass; autograd goes through it."""
-    module = _OF[name]
-    if operation != module.OPERATION:
-        raise ValueError(f"{name} has no {operation}, but {module.OPERATION}")
-    return (module.run(name, tensors["q"], tensors["k"], tensors["v"]),)
+    peer = PEERS[name]
+    if operation != peer.operation:
+        raise ValueError(f"{name} has no {operation}, but {peer.operation}")
+    return (peer.run(tensors["q"], tensors["k"], tensors["v"]),)
 
 
 def signature(name: str) -> str | None:
     """What the name of one of its operators or kernels contains; None of what is no peer."""
-    return _OF[name].NAMES[name] if name in _OF else None
+    return PEERS[name].signature if name in PEERS else None
 
 
 def other_function(name: str) -> str | None:
     """What a peer computes instead, in words; None where it is what it is compared with."""
-    return getattr(_OF.get(name), "OTHER_FUNCTION", None)
+    return PEERS[name].other_function if name in PEERS else None
 
 
 def flop_share(name: str) -> float:
     """The least work of what a backend or peer computes, over the operation's."""
-    return float(getattr(_OF.get(name), "FLOP_SHARE", 1.0))
+    return PEERS[name].flop_share if name in PEERS else 1.0
 
 
 def expected(name: str) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
     """The definition of a peer's other function, for float64 tensors."""
-    found: Callable[[Tensor, Tensor, Tensor], Tensor] = _OF[name].expected
+    found = PEERS[name].expected
+    if found is None:
+        raise ValueError(f"{name} computes the operation's own function")
     return found

@@ -10,12 +10,10 @@ import torch
 from torch import Tensor
 
 from linear_vit.bench.peers.features import phi, through_state
-
-OPERATION = "linear_attention"
-NAMES = {"fla": "chunk_"}
+from linear_vit.bench.peers.peer import Peer
 
 
-def unusable(name: str, device: torch.device, dtype: torch.dtype | None) -> str | None:
+def unusable(device: torch.device, dtype: torch.dtype | None) -> str | None:
     if importlib.util.find_spec("fla") is None:
         return "fla-core is not installed: pip install fla-core"
     if device.type != "cuda":
@@ -23,7 +21,7 @@ def unusable(name: str, device: torch.device, dtype: torch.dtype | None) -> str 
     return None
 
 
-def run(name: str, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+def run(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     from fla.ops.linear_attn import chunk_linear_attn
 
     features = phi(k)
@@ -37,3 +35,6 @@ def run(name: str, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         normalize=False,
     )
     return through_state(phi(q), state.float(), features.float().sum(2)).to(q.dtype)
+
+
+PEERS = (Peer("fla", "linear_attention", "chunk_", unusable, run, "#56B4E9"),)

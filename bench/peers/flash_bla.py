@@ -9,12 +9,10 @@ import torch
 from torch import Tensor
 
 from linear_vit.bench.peers.features import phi
-
-OPERATION = "linear_attention"
-NAMES = {"flash_bla": "fwd_kernel"}
+from linear_vit.bench.peers.peer import Peer
 
 
-def unusable(name: str, device: torch.device, dtype: torch.dtype | None) -> str | None:
+def unusable(device: torch.device, dtype: torch.dtype | None) -> str | None:
     if importlib.util.find_spec("flash_bla") is None:
         return (
             "flash-bidirectional-linear-attention is not installed: it is fla-org's repository of "
@@ -25,8 +23,11 @@ def unusable(name: str, device: torch.device, dtype: torch.dtype | None) -> str 
     return None
 
 
-def run(name: str, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+def run(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     from flash_bla.ops.linear_attn.fused import linear_attention
 
     out: Tensor = linear_attention(phi(q), phi(k), v)
     return out
+
+
+PEERS = (Peer("flash_bla", "linear_attention", "fwd_kernel", unusable, run, "#F0E442"),)

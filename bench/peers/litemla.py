@@ -12,20 +12,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-OPERATION = "linear_attention"
-NAMES = {"litemla": "aten::matmul"}
-OTHER_FUNCTION = "one-sided ReLU: φ(x) = relu(x), half of the features"
-FLOP_SHARE = 0.5
+from linear_vit.bench.peers.peer import Peer
+
 _EPS = 1e-6
 
 
-def unusable(name: str, device: torch.device, dtype: torch.dtype | None) -> str | None:
+def unusable(device: torch.device, dtype: torch.dtype | None) -> str | None:
     if importlib.util.find_spec("timm") is None:
         return "timm is not installed: pip install timm"
     return None
 
 
-def run(name: str, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+def run(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     padded = F.pad(v, (0, 1), value=1.0)
     out: Tensor = _module()._attn(q.relu(), k.relu(), padded)
     return out
@@ -41,3 +39,18 @@ def _module() -> Any:
     from timm.models.efficientvit_mit import LiteMLA
 
     return LiteMLA(8, 8, dim=8, eps=_EPS)
+
+
+PEERS = (
+    Peer(
+        "litemla",
+        "linear_attention",
+        "aten::matmul",
+        unusable,
+        run,
+        "#000000",
+        other_function="one-sided ReLU: φ(x) = relu(x), half of the features",
+        flop_share=0.5,
+        expected=expected,
+    ),
+)

@@ -8,12 +8,14 @@ records launches (``launch_recorder.cpp``).
 
 import ctypes
 import hashlib
+import itertools
 import os
 import re
 import shutil
 import subprocess
+import tempfile
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -21,12 +23,13 @@ from unittest import mock
 
 import torch
 
+from linear_vit.bench.problems import DTYPES
 from linear_vit.bench.static import launches, machine_code
+from linear_vit.bench.static.units import Unit
 from linear_vit.kernels import build, toolchains
 from linear_vit.kernels.registry import pretend_usable
 
 HERE = Path(__file__).resolve().parent
-_KERNELS = HERE.parents[1] / "kernels"
 _ELEMENTS = {"float32": "float", "float16": "__half", "bfloat16": "__nv_bfloat16"}
 # cudaDeviceAttr, of the CUDA runtime API.
 _MULTIPROCESSORS, _MAJOR, _MINOR = 16, 75, 76
@@ -45,50 +48,46 @@ class Reached:
     layouts: set[str] = field(default_factory=set)
 
 
-def compile_room(
-    room: str,
-    architecture: str,
-    dtypes: tuple[str, ...],
-    head_dims: tuple[int, ...],
-    folder: Path,
-    cache: Path,
-) -> list[dict[str, Any]]:
-    """Compile a room's kernels for an architecture; a row (``bench.static``) a kernel.
+def split(asked: Unit) -> list[Unit]:
+    """All dtypes and head dims are one binary, and its launches reach ragged rows, too."""
+    return [replace(asked, ragged=True)]
+
+
+def compile_unit(unit: Unit, cache: Path) -> list[dict[str, Any]]:
+    """Compile a folder's kernels for an architecture; a row (``bench.static``) a kernel.
 
     Args:
-        room: the operation's folder.
-        architecture: as ``sm_90a``.
-        dtypes, head_dims: what the kernels are compiled for.
-        folder: for the library that is loaded; must exist, and be this process's own.
+        unit: of this backend, as :func:`split` made it.
         cache: a folder; what was compiled before, from the same sources, is taken from there.
 
     Raises:
         RuntimeError: a compiler's error, with its output.
     """
-    listed, log = _nvcc(room, architecture, dtypes, head_dims, cache)
+    listed, log = _nvcc(unit, cache)
     usage = {name: u for (_, name), u in machine_code.read_ptxas(log).items()}
     code = machine_code.disassemble(listed)
     readable = _demangle(usage)
-    library = _link_recorder(room, listed, folder, cache)
-    reached = _reached(room, architecture, dtypes, head_dims, library)
+    with tempfile.TemporaryDirectory() as folder:
+        library = _link_recorder(unit, listed, Path(folder), cache)
+        reached = _reached(unit, library)
     rows = []
     for name, used in usage.items():
         by = reached.get(name)
         elements = [e for e, cxx in _ELEMENTS.items() if re.search(rf"\b{cxx}\b", readable[name])]
         template = readable[name].partition("<")[2].partition(">(")[0]
-        head_dim = next((d for d in head_dims if re.search(rf"\b{d}\b", template)), None)
+        head_dim = next((d for d in unit.head_dims if re.search(rf"\b{d}\b", template)), None)
         dtype = elements[0] if len(elements) == 1 else _only(by.dtypes if by else set())
         if by is not None and head_dim is not None and head_dim not in by.head_dims:
             head_dim = _only(by.head_dims)
         rows.append(
             {
                 "backend": "cuda",
-                "room": room,
+                "room": unit.folder,
                 "kernel": _short(readable[name]),
                 "head_dim": head_dim,
                 "dtype": dtype,
                 "products": None,  # the machine code has to tell
-                "architecture": architecture,
+                "architecture": unit.architecture,
                 "configuration": template,
                 "layout": "/".join(sorted(by.layouts)) if by else "not launched",
                 "threads": by.threads if by else None,
@@ -114,28 +113,26 @@ def _only(values: Iterable[Any]) -> Any:
 # ---- compiling -----------------------------------------------------------------------------------
 
 
-def _nvcc(
-    room: str, architecture: str, dtypes: Iterable[str], head_dims: Iterable[int], cache: Path
-) -> tuple[Path, str]:
+def _nvcc(unit: Unit, cache: Path) -> tuple[Path, str]:
     """Compile ``cuda.cu``: the object, and what ptxas reported. It takes minutes: both are kept."""
     root = toolchains.cuda_root()
     if root is None:
         raise FileNotFoundError("no nvcc: install the CUDA toolkit, or set CUDA_HOME to its folder")
     command = [str(root / "bin" / "nvcc"), "-std=c++17", *toolchains.NVCC_FLAGS]
-    command += [f"-arch={architecture}", "-Xptxas=-v", "-Xcompiler=-fPIC", "-c"]
+    command += [f"-arch={unit.architecture}", "-Xptxas=-v", "-Xcompiler=-fPIC", "-c"]
     # In a file, since nvcc takes the commas of a -D for its own.
     wanted = (
-        f"#define LINEAR_VIT_HEAD_DIMS {', '.join(map(str, head_dims))}\n"
-        f"#define LINEAR_VIT_ELEMENT_TYPES {', '.join(_ELEMENTS[d] for d in dtypes)}\n"
+        f"#define LINEAR_VIT_HEAD_DIMS {', '.join(map(str, unit.head_dims))}\n"
+        f"#define LINEAR_VIT_ELEMENT_TYPES {', '.join(_ELEMENTS[d] for d in unit.dtypes)}\n"
     )
     asked = repr((command, wanted, toolchains.nvcc_version()))
-    sources = [path for path in toolchains.CUDA.files(room) if path.suffix != ".cpp"]
-    name = f"{room}-{architecture}-{_digest(asked, sources)}"
+    sources = [path for path in toolchains.CUDA.files(unit.folder) if path.suffix != ".cpp"]
+    name = f"{unit.folder}-{unit.architecture}-{_digest(asked, sources)}"
     target, log = cache / f"{name}.o", cache / f"{name}.log"
     if not (target.exists() and log.exists()):
         included, partial = cache / f"{name}.h", cache / f"{name}.{os.getpid()}.o"
         included.write_text(wanted)
-        command += ["-include", str(included), str(_KERNELS / room / "cuda.cu")]
+        command += ["-include", str(included), str(launches.path(unit.folder) / "cuda.cu")]
         log.write_text(_run([*command, "-o", str(partial)]))
         partial.replace(target)
     return target, log.read_text()
@@ -167,19 +164,15 @@ def _run(command: list[str]) -> str:
 # ---- launching -----------------------------------------------------------------------------------
 
 
-def _reached(
-    room: str,
-    architecture: str,
-    dtypes: tuple[str, ...],
-    head_dims: tuple[int, ...],
-    library: Path,
-) -> dict[str, Reached]:
-    """Every kernel that the room's operators launch, by its mangled name."""
-    recorder = _Recorder(library, architecture)
+def _reached(unit: Unit, library: Path) -> dict[str, Reached]:
+    """Every kernel that the folder's operators launch, by its mangled name."""
+    recorder = _Recorder(library, unit.architecture)
     found: dict[str, Reached] = {}
-    dims: tuple[int | None, ...] = head_dims if launches.has_head_dims(room) else (None,)
+    dims: tuple[int | None, ...] = (None,)
+    if launches.has_head_dims(unit.folder):
+        dims = unit.head_dims
     properties = SimpleNamespace(
-        multi_processor_count=machine_code.LIMITS[architecture].multiprocessors
+        multi_processor_count=machine_code.LIMITS[unit.architecture].multiprocessors
     )
     with (
         pretend_usable("cuda"),
@@ -187,20 +180,16 @@ def _reached(
         mock.patch.object(torch.cuda, "get_device_properties", return_value=properties),
     ):
         torch.ops.load_library(library)
-        for dtype in dtypes:
-            for head_dim in dims:
-                for ragged in (False, True):
-                    for exercise in launches.exercises(
-                        room, getattr(torch, dtype), head_dim, ragged=ragged
-                    ):
-                        exercise.run("cuda")
-                        for name, threads, shared in recorder.take():
-                            seen = found.setdefault(name, Reached(threads, shared))
-                            seen.threads = max(seen.threads, threads)
-                            seen.dynamic_shared = max(seen.dynamic_shared, shared)
-                            seen.head_dims.add(head_dim)
-                            seen.dtypes.add(dtype)
-                            seen.layouts.add(exercise.layout)
+        for dtype, head_dim, ragged in itertools.product(unit.dtypes, dims, (False, True)):
+            for exercise in launches.exercises(unit.folder, DTYPES[dtype], head_dim, ragged=ragged):
+                exercise.run("cuda")
+                for name, threads, shared in recorder.take():
+                    seen = found.setdefault(name, Reached(threads, shared))
+                    seen.threads = max(seen.threads, threads)
+                    seen.dynamic_shared = max(seen.dynamic_shared, shared)
+                    seen.head_dims.add(head_dim)
+                    seen.dtypes.add(dtype)
+                    seen.layouts.add(exercise.layout)
     return found
 
 
@@ -232,13 +221,13 @@ class _Recorder:
             yield name, int(threads), int(shared)
 
 
-def _link_recorder(room: str, kernels_object: Path, folder: Path, cache: Path) -> Path:
+def _link_recorder(unit: Unit, kernels_object: Path, folder: Path, cache: Path) -> Path:
     """cuda.cpp for CPU tensors, the kernels' host code, and the recording runtime: a library."""
     prelude = HERE / "launch_recorder.h"
-    headers = [*toolchains.CUDA.files(room), prelude]
-    operators = _host_object(_KERNELS / room / "cuda.cpp", prelude, headers, cache)
+    headers = [*toolchains.CUDA.files(unit.folder), prelude]
+    operators = _host_object(launches.path(unit.folder) / "cuda.cpp", prelude, headers, cache)
     runtime = _host_object(HERE / "launch_recorder.cpp", None, (), cache)
-    library = folder / f"{room}-recorder.so"
+    library = folder / f"{unit.folder}-recorder.so"
     libraries = [f"-L{Path(torch.__file__).parent / 'lib'}", "-lc10", "-ltorch_cpu", "-ltorch"]
     # -Bsymbolic: the runtime inside, not the libcudart that PyTorch has loaded.
     link = [_compiler(), "-shared", "-Wl,-Bsymbolic", "-Wl,-z,defs"]

@@ -1,21 +1,23 @@
 """Every kernel that ships, as it would be launched: the public operations, run without a GPU.
 
-Nothing here names a kernel. The operations of a room are called through their public functions on
+Nothing here names a kernel. The operations of a folder are called through their public functions on
 CPU tensors whose values don't matter, in shapes that take every path (few tokens, many, grouped
 heads, rows that 16-byte accesses can't reach), forward and backward; whoever replaced the launch
 writes down what came (``bench.static.triton``, ``bench.static.cuda``).
 """
 
 import dataclasses
+import importlib.util
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from linear_vit import kernels
+from linear_vit.bench import problems
 from linear_vit.bench.problems import FORWARD, FORWARD_BACKWARD, Problem, make_problem
-from linear_vit.bench.problems import operation as operation_of
-from linear_vit.kernels import rows
 
 ALIGNED, RAGGED = "aligned", "ragged"
 _CPU = torch.device("cpu")
@@ -34,35 +36,56 @@ class Exercise:
             self.problem.call(backend, mode)()
 
 
-def rooms() -> tuple[str, ...]:
-    """The folders of ``kernels`` that operations live in."""
-    return tuple(dict.fromkeys(row.family for row in rows.OPERATION_ROWS))
+def operations(backend: str) -> tuple[str, ...]:
+    """Those that have a file of the backend, and a problem."""
+    return tuple(
+        name
+        for name, row in kernels.operations().items()
+        if name in problems.operations() and importlib.util.find_spec(f"{row.package}.{backend}")
+    )
 
 
-def operations(room: str) -> tuple[str, ...]:
-    return tuple(row.name for row in _rows(room))
+def folders(backend: str) -> tuple[str, ...]:
+    """The folders that have a file of the backend."""
+    rows = kernels.operations()
+    return tuple(dict.fromkeys(_folder(rows[name].package) for name in operations(backend)))
 
 
-def has_head_dims(room: str) -> bool:
-    return any(row.has_head_dim for row in _rows(room))
+def inside(folder: str) -> tuple[str, ...]:
+    """The operations of a folder."""
+    return tuple(n for n, row in kernels.operations().items() if _folder(row.package) == folder)
 
 
-def _rows(room: str) -> list[rows.Operation]:
-    return [row for row in rows.OPERATION_ROWS if row.family == room]
+def package(folder: str) -> str:
+    """The dotted name of an operations' folder."""
+    return kernels.operations()[inside(folder)[0]].package
+
+
+def path(folder: str) -> Path:
+    """Where an operations' folder is."""
+    spec = importlib.util.find_spec(package(folder))
+    assert spec is not None
+    assert spec.submodule_search_locations
+    return Path(spec.submodule_search_locations[0]).resolve()
+
+
+def has_head_dims(folder: str) -> bool:
+    """Whether a folder's kernels are written for some head dims."""
+    return any(kernels.operations()[name].has_head_dim for name in inside(folder))
 
 
 def exercises(
-    room: str, dtype: torch.dtype, head_dim: int | None, *, ragged: bool
+    folder: str, dtype: torch.dtype, head_dim: int | None, *, ragged: bool
 ) -> Iterator[Exercise]:
-    """Problems that between them launch every kernel of a room for a dtype and head dim.
+    """Problems that between them launch every kernel of a folder for a dtype and head dim.
 
     Args:
-        room: one of :func:`rooms`.
-        dtype, head_dim: of the inputs; head_dim None for a room that has none.
+        folder: one of :func:`folders`.
+        dtype, head_dim: of the inputs; head_dim None for a folder that has none.
         ragged: tensors whose rows are not multiples of 16 bytes apart, rather than dense ones.
     """
-    for name in operations(room):
-        for shape in operation_of(name).static_shapes(head_dim or 0, ragged=ragged):
+    for name in inside(folder):
+        for shape in problems.operation(name).static_shapes(head_dim or 0, ragged=ragged):
             problem = make_problem(name, shape, dtype, _CPU)
             if ragged:
                 inputs = {name: _ragged(x) for name, x in problem.inputs.items()}
@@ -70,11 +93,11 @@ def exercises(
             yield Exercise(problem, RAGGED if ragged else ALIGNED)
 
 
+def _folder(package: str) -> str:
+    return package.rpartition(".")[2]
+
+
 def _ragged(x: Tensor) -> Tensor:
     """The same with rows an odd number of elements apart; weights (three axes) stay dense."""
     wider = torch.zeros((*x.shape[:-1], x.shape[-1] + 1), dtype=x.dtype)
     return wider[..., :-1].requires_grad_() if x.dim() > 3 else x
-
-
-def supported_head_dims() -> tuple[int, ...]:
-    return rows.HEAD_DIMS

@@ -15,7 +15,7 @@ import os
 import re
 import tempfile
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -25,7 +25,9 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
+from linear_vit.bench.problems import DTYPES
 from linear_vit.bench.static import launches, machine_code
+from linear_vit.bench.static.units import Unit
 from linear_vit.kernels.registry import pretend_usable
 from linear_vit.kernels.triton import tuning
 
@@ -34,6 +36,7 @@ _READER = hashlib.sha256(
     b"".join((Path(__file__).parent / f).read_bytes() for f in ("triton.py", "machine_code.py"))
 ).hexdigest()
 _NAMES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
+_RAGGED_HEAD_DIM = 64  # rows that 16-byte accesses can't reach are compiled for at one head dim
 
 
 @dataclass(frozen=True)
@@ -52,18 +55,38 @@ class _Driver:
         return 0
 
 
-def compile_room(
-    room: str,
-    architecture: str,
-    dtype: torch.dtype,
-    head_dim: int | None,
-    cache: Path,
-    *,
-    ragged: bool = False,
-) -> list[dict[str, Any]]:
-    """Compile what a room launches for a dtype and head dim; a row (``bench.static``) a kernel.
+def split(asked: Unit) -> list[Unit]:
+    """A unit for each dtype and head dim, and for rows that 16-byte accesses can't reach."""
+    dims = [(d,) for d in asked.head_dims] if launches.has_head_dims(asked.folder) else [()]
+    return [
+        replace(asked, dtypes=(dtype,), head_dims=dim, ragged=ragged)
+        for ragged in ((False, True) if asked.ragged else (False,))
+        for dtype in asked.dtypes
+        for dim in dims
+        if not ragged or dim in ((), (_RAGGED_HEAD_DIM,))
+    ]
+
+
+def compile_unit(unit: Unit, cache: Path) -> list[dict[str, Any]]:
+    """Compile what a unit's folder launches; a row (``bench.static``) a kernel.
 
     Args:
+        unit: of this backend, as :func:`split` made it.
+        cache: as for :func:`compile_exercises`.
+    """
+    head_dim = unit.head_dims[0] if unit.head_dims else None
+    found = launches.exercises(unit.folder, DTYPES[unit.dtypes[0]], head_dim, ragged=unit.ragged)
+    rows = compile_exercises(found, unit.architecture, head_dim, cache)
+    return [{"backend": "triton", "room": unit.folder, **row} for row in rows]
+
+
+def compile_exercises(
+    exercises: Iterable[launches.Exercise], architecture: str, head_dim: int | None, cache: Path
+) -> list[dict[str, Any]]:
+    """Compile what these launch for an architecture, without saying whose kernels they are.
+
+    Args:
+        head_dim: of the exercises, if they have one.
         cache: a folder; a kernel that was compiled before, from the same source and for the same
             launch, is read from there, whatever else has changed since.
     """
@@ -111,14 +134,14 @@ def compile_room(
         mock.patch.object(JITFunction, "run", compile_only),
         mock.patch.object(JITFunction, "_do_compile", compile_kept),
     ):
-        for exercise in launches.exercises(room, dtype, head_dim, ragged=ragged):
+        for exercise in exercises:
             exercise.run("triton")
-    return [{"backend": "triton", "room": room, **row} for row in rows.values()]
+    return list(rows.values())
 
 
-def shipped_kernels(room: str) -> set[str]:
-    """Names of a room's kernels: its JIT functions that no JIT function calls."""
-    module = importlib.import_module(f"linear_vit.kernels.{room}.triton")
+def shipped_kernels(folder: str) -> set[str]:
+    """Names of a folder's kernels: its JIT functions that no JIT function calls."""
+    module = importlib.import_module(f"{launches.package(folder)}.triton")
     functions = {name: f for name, f in inspect.getmembers(module) if isinstance(f, JITFunction)}
     own = {name for name, f in functions.items() if f.fn.__module__ == module.__name__}
     called = {

@@ -11,24 +11,32 @@ from typing import Any
 import pytest
 import torch
 
+from linear_vit.bench import tables
+from linear_vit.bench.instruments import machine
+from linear_vit.bench.problems import DTYPES
 from linear_vit.bench.problems.ripple import RipplePool, RippleShape
+from linear_vit.bench.static import launches, units
 from linear_vit.bench.static import table as static
+from linear_vit.bench.static.faults import Row, faults, finished
+from linear_vit.bench.static.units import ARCHITECTURES, BACKENDS, Unit, compile_all
 from linear_vit.kernels import toolchains
+from linear_vit.kernels.rows import HEAD_DIMS
 
 needs_triton = pytest.mark.skipif(
-    static.machine.version("triton") is None, reason="Triton is not installed here"
+    machine.version("triton") is None, reason="Triton is not installed here"
 )
 needs_toolchain = pytest.mark.skipif(
     toolchains.no_cuda_toolchain() is not None, reason=str(toolchains.no_cuda_toolchain())
 )
-BACKENDS = (
+COMPILERS = (
     pytest.param("triton", marks=needs_triton),
     pytest.param("cuda", marks=needs_toolchain),
 )
-ROOMS = static.launches.rooms()
+FOLDERS = ("linear_attention", "softmax_attention", "ripple")
+_MEASUREMENTS = Path(__file__).resolve().parents[2] / "reports" / "measurements"
 
 
-def healthy(rows: list[static.Row]) -> None:
+def healthy(rows: list[Row]) -> None:
     """No faults, and the table is about something."""
     assert rows
     wrong = [
@@ -41,11 +49,11 @@ def healthy(rows: list[static.Row]) -> None:
     assert all(r["occupancy"] > 0 for r in rows if r["threads"] is not None)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", COMPILERS)
 def test_linear_attention_ships_without_faults(backend: str) -> None:
-    rows = static.compile_all(
+    rows = compile_all(
         backends=[backend],
-        rooms=["linear_attention"],
+        folders=["linear_attention"],
         architectures=["sm_90a"],
         dtypes=("float32", "bfloat16"),
         head_dims=(64,),
@@ -66,31 +74,31 @@ TWO_DTYPES = ("float32", "float16")
 
 @pytest.mark.slow
 @needs_toolchain
-@pytest.mark.parametrize("architecture", static.ARCHITECTURES)
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_cuda_kernels_ship_without_faults(architecture: str) -> None:
     """Every head dim where shared memory is least and where it matters most, two elsewhere.
 
     And each kernel in the binary is one that an operation launches.
     """
     main = architecture in ("sm_86", "sm_90a")
-    rows = static.compile_all(
+    rows = compile_all(
         backends=["cuda"],
         architectures=[architecture],
         dtypes=TWO_DTYPES if main else ("float16",),
         head_dims=None if main else (64, 128),
     )
     healthy(rows)
-    assert {r["room"] for r in rows} == set(ROOMS)
+    assert {r["room"] for r in rows} == set(FOLDERS)
     assert [r["kernel"] for r in rows if r["threads"] is None] == []
 
 
 @pytest.mark.slow
 @needs_triton
-@pytest.mark.parametrize("architecture", static.ARCHITECTURES)
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_triton_kernels_ship_without_faults(architecture: str) -> None:
     """Every head dim for the architecture that matters most, two for each of the others."""
     main = architecture == "sm_90a"
-    rows = static.compile_all(
+    rows = compile_all(
         backends=["triton"],
         architectures=[architecture],
         dtypes=TWO_DTYPES if main else ("float16",),
@@ -99,31 +107,27 @@ def test_triton_kernels_ship_without_faults(architecture: str) -> None:
     healthy(rows)
     from linear_vit.bench.static.triton import shipped_kernels
 
-    for room in ROOMS if main else ():
-        assert shipped_kernels(room) - {r["kernel"] for r in rows if r["room"] == room} == set()
+    for folder in FOLDERS if main else ():
+        assert shipped_kernels(folder) - {r["kernel"] for r in rows if r["room"] == folder} == set()
 
 
-@pytest.mark.parametrize("backend", static.BACKENDS)
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_the_table_in_the_repository_is_whole(backend: str) -> None:
     """All that ships, on every architecture, and without a fault when it was compiled."""
-    path = static._ROOT / "reports" / "measurements" / "static" / f"static-{backend}.json"
+    path = _MEASUREMENTS / "static" / f"static-{backend}.json"
     if not path.exists():
-        pytest.skip(f"no table of bench.static --backend {backend} is in the repository")
+        pytest.skip(f"no table of bench static --backends {backend} is in the repository")
     document = json.loads(path.read_text())
     rows = document["rows"]
     assert [r for r in rows if r["faults"]] == []
     with path.with_suffix(".csv").open() as file:
         assert len(list(csv.DictReader(file))) == len(rows)
     wanted = {
-        (backend, room, architecture, dtype, head_dim)
-        for room in ROOMS
-        for architecture in static.ARCHITECTURES
-        for dtype in static.DTYPES
-        for head_dim in (
-            static.launches.supported_head_dims()
-            if static.launches.has_head_dims(room)
-            else (None,)
-        )
+        (backend, folder, architecture, dtype, head_dim)
+        for folder in FOLDERS
+        for architecture in ARCHITECTURES
+        for dtype in DTYPES
+        for head_dim in (HEAD_DIMS if launches.has_head_dims(folder) else (None,))
     }
     keys = ("backend", "room", "architecture", "dtype", "head_dim")
     assert wanted - {tuple(r[k] for k in keys) for r in rows} == set()
@@ -131,7 +135,7 @@ def test_the_table_in_the_repository_is_whole(backend: str) -> None:
 
 # ---- faults: a checker that can't go red checks nothing ------------------------------------------
 
-SOUND: static.Row = {
+SOUND: Row = {
     "room": "linear_attention",
     "dtype": "bfloat16",
     "layout": "aligned",
@@ -165,31 +169,31 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
 
 
 def test_a_sound_kernel_has_no_fault() -> None:
-    assert static.faults(SOUND) == []
+    assert faults(SOUND) == []
 
 
 @pytest.mark.parametrize("case", WRONG.values(), ids=WRONG)
 def test_each_fault_is_found(case: tuple[dict[str, Any], str]) -> None:
     change, fault = case
-    assert static.faults({**SOUND, **change}) == [fault]
+    assert faults({**SOUND, **change}) == [fault]
 
 
 def test_rows_that_cannot_be_16_bytes_apart_may_be_read_narrowly() -> None:
     ragged = {**SOUND, "layout": "ragged", "wide_loads": 0, "narrow_loads": 9}
-    assert static.faults(ragged) == []
+    assert faults(ragged) == []
 
 
 def test_kernels_of_no_element_type_add_up_float32_states() -> None:
     states = {**SOUND, "configuration": "", "wide_loads": 0, "narrow_loads": 9}
-    assert static.faults(states) == []
+    assert faults(states) == []
 
 
 # ---- the table -----------------------------------------------------------------------------------
 
 
 @pytest.fixture
-def rows() -> list[static.Row]:
-    def row(kernel: str, **changes: Any) -> static.Row:
+def rows() -> list[Row]:
+    def row(kernel: str, **changes: Any) -> Row:
         filled = dict.fromkeys(static.COLUMNS, 0) | SOUND
         named = {"backend": "cuda", "kernel": kernel, "head_dim": 64, "architecture": "sm_90a"}
         shape = {"threads": 128, "registers": 100, "configuration": "64", "faults": []}
@@ -203,7 +207,7 @@ def rows() -> list[static.Row]:
     ]
 
 
-def test_table_shows_ranges_worst_cases_and_faults(rows: list[static.Row]) -> None:
+def test_table_shows_ranges_worst_cases_and_faults(rows: list[Row]) -> None:
     text = static.render(rows, width=160)
     one = next(line for line in text.splitlines() if line.strip().startswith("one"))
     assert "100–200" in one
@@ -213,8 +217,8 @@ def test_table_shows_ranges_worst_cases_and_faults(rows: list[static.Row]) -> No
     assert static.render(rows, every=True, width=160).count("one") == 2
 
 
-def test_files_have_every_row_and_where_it_was_made(rows: list[static.Row], tmp_path: Path) -> None:
-    static.write_csv(rows, tmp_path / "new" / "static.csv")
+def test_files_have_every_row_and_where_it_was_made(rows: list[Row], tmp_path: Path) -> None:
+    tables.write_csv(rows, static.COLUMNS, tmp_path / "new" / "static.csv")
     with (tmp_path / "new" / "static.csv").open() as file:
         read = list(csv.DictReader(file))
     assert [r["kernel"] for r in read] == ["one", "one", "two", "three"]
@@ -228,24 +232,24 @@ def test_files_have_every_row_and_where_it_was_made(rows: list[static.Row], tmp_
 
 
 def test_the_command_exits_with_1_where_something_is_at_fault(
-    rows: list[static.Row], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    rows: list[Row], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     asked: dict[str, Any] = {}
 
-    def compile_all(**options: Any) -> list[static.Row]:
+    def compile_all(**options: Any) -> list[Row]:
         asked.update(options)
         return rows
 
     monkeypatch.setattr(static, "compile_all", compile_all)
     assert static.main(["--arch", "sm_86", "--head-dims", "64,128", "--jobs", "1"]) == 1
     assert asked["architectures"] == ("sm_86",)
-    assert asked["head_dims"] == [64, 128]
-    assert asked["rooms"] == ROOMS
+    assert asked["head_dims"] == (64, 128)
+    assert set(asked["folders"]) == set(FOLDERS)
     del rows[2]
     assert static.main([]) == 0
     with pytest.raises(SystemExit):
         static.main(["--arch", "sm_75"])
-    assert "no 'sm_75'; there are sm_80" in capsys.readouterr().err
+    assert "unknown architecture 'sm_75'; there are sm_80" in capsys.readouterr().err
 
 
 # ---- what is kept from run to run ----------------------------------------------------------------
@@ -254,28 +258,28 @@ def test_the_command_exits_with_1_where_something_is_at_fault(
 def test_what_is_kept_is_named_by_its_sources(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for name in ("kernels/ripple", "kernels/cuda", "kernels/linear_attention"):
-        (tmp_path / name).mkdir(parents=True)
-    (tmp_path / "kernels/ripple/cuda.cu").write_text("one")
-    monkeypatch.setattr(static, "_ROOT", tmp_path)
-    unit = static.Unit("cuda", "ripple", "sm_80", ("float32",), (64,))
-    before = static._kept(unit)
-    (tmp_path / "kernels/linear_attention/cuda.cu").write_text("another room's")
-    assert static._kept(unit) == before
-    (tmp_path / "kernels/ripple/cuda.cu").write_text("two")
-    changed = static._kept(unit)
-    assert changed != before
-    (tmp_path / "kernels/cuda/common.cuh").write_text("shared")
-    shared = static._kept(unit)
-    assert shared not in (before, changed)
-    (tmp_path / "kernels/ripple/half.cuh").write_text("a header of the room")
-    assert static._kept(unit) not in (before, changed, shared)
+    for name in ("ripple", "cuda", "linear_attention"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "ripple/cuda.cu").write_text("one")
+    monkeypatch.setattr(launches, "path", lambda folder: tmp_path / folder)
+    unit = Unit("cuda", "ripple", "sm_80", ("float32",), (64,))
+    before = units.kept_in(unit)
+    (tmp_path / "linear_attention/cuda.cu").write_text("another folder's")
+    assert units.kept_in(unit) == before
+    found = {before}
+    for name in ("ripple/cuda.cu", "cuda/common.cuh", "ripple/half.cuh", "tensors.h", "layout.py"):
+        (tmp_path / name).write_text("two")
+        assert units.kept_in(unit) not in found
+        found.add(units.kept_in(unit))
+    monkeypatch.setenv("LINEAR_VIT_TUNING", str(tmp_path / "tuning.json"))
+    (tmp_path / "tuning.json").write_text("{}")
+    assert units.kept_in(unit) not in found
 
 
 @needs_toolchain
 def test_objects_are_named_by_all_that_the_build_reads() -> None:
     found = [path.resolve() for path in toolchains.CUDA.files("linear_attention")]
-    names = {str(path.relative_to(static._ROOT / "kernels")) for path in found}
+    names = {str(path.relative_to(launches.path("linear_attention").parent)) for path in found}
     assert {
         "linear_attention/cuda.cu",
         "linear_attention/half.cuh",
@@ -293,34 +297,75 @@ def test_a_triton_kernel_is_compiled_once_whatever_changes_around_it(
     pytest.importorskip("triton")
     from triton.runtime.jit import JITFunction
 
-    from linear_vit.bench.static.triton import compile_room
+    from linear_vit.bench.static.triton import compile_unit
 
-    asked = ("ripple", "sm_90a", torch.bfloat16, None, tmp_path)
+    unit = Unit("triton", "ripple", "sm_90a", ("bfloat16",), ())
     grid = (RippleShape(1, 4, 4, 64, 0),)
     monkeypatch.setattr(RipplePool, "static_shapes", lambda *_, **__: grid)
-    monkeypatch.setattr(static.launches, "operations", lambda room: ("ripple_pool",))
-    first = compile_room(*asked)
+    monkeypatch.setattr(launches, "inside", lambda folder: ("ripple_pool",))
+    first = compile_unit(unit, tmp_path)
     assert {row["kernel"] for row in first} == {"_pool", "_pool_backward", "_sum_partials"}
     with monkeypatch.context() as patched:
         patched.setattr(JITFunction, "_do_compile", None)
-        assert compile_room(*asked) == first
+        assert compile_unit(unit, tmp_path) == first
+
+
+@needs_triton
+def test_triton_is_compiled_a_dtype_and_head_dim_at_a_time() -> None:
+    from linear_vit.bench.static.triton import split
+
+    asked = Unit("triton", "linear_attention", "sm_80", ("float32", "float16"), (64, 96), True)
+    parts = [(u.dtypes, u.head_dims, u.ragged) for u in split(asked)]
+    dense = [((t,), (d,), False) for t in ("float32", "float16") for d in (64, 96)]
+    assert parts == [*dense, (("float32",), (64,), True), (("float16",), (64,), True)]
+    ripple = Unit("triton", "ripple", "sm_80", ("float32",), (64, 96))
+    assert [(u.head_dims, u.ragged) for u in split(ripple)] == [((), False)]
 
 
 def test_a_unit_that_was_compiled_is_not_compiled_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    from linear_vit.bench.static import cuda
+
     row = {**SOUND, "architecture": "sm_80", "threads": 128, "registers": 64}
     row |= {"static_shared": 0, "dynamic_shared": 0}
-    compiled: list[static.Unit] = []
+    compiled: list[Unit] = []
 
-    def compile_unit(unit: static.Unit) -> list[static.Row]:
+    def compile_unit(unit: Unit, cache: Path) -> list[Row]:
         compiled.append(unit)
         return [dict(row)]
 
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setattr(static, "_compile", compile_unit)
-    unit = static.Unit("cuda", "ripple", "sm_80", ("float32",), (64,))
-    first = static._compile_group([unit])
+    monkeypatch.setattr(cuda, "compile_unit", compile_unit)
+    unit = Unit("cuda", "ripple", "sm_80", ("float32",), (64,), ragged=True)
+    first = units.compile_parts(unit)
     assert first[0]["blocks_per_multiprocessor"] == 8
-    assert static._compile_group([unit]) == first
+    assert units.compile_parts(unit) == first
     assert compiled == [unit]
+
+
+def test_a_kernel_that_nothing_launches_has_no_occupancy() -> None:
+    row = {**SOUND, "architecture": "sm_80", "threads": None, "registers": 64}
+    assert finished(row)["occupancy"] is None
+
+
+# ---- what is asked for ---------------------------------------------------------------------------
+
+
+def test_backends_are_the_modules_that_compile_one() -> None:
+    assert set(BACKENDS) == {"cuda", "triton"}
+    for backend in BACKENDS:
+        assert set(launches.folders(backend)) == set(FOLDERS)
+
+
+def test_operations_and_their_folders_may_be_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[str, ...]] = []
+
+    def compile_all(**options: Any) -> list[Row]:
+        asked.append(options["folders"])
+        return []
+
+    monkeypatch.setattr(static, "compile_all", compile_all)
+    for words in (["--ops", "ripple-pool,ripple_expand"], ["--room", "ripple"]):
+        assert static.main(words) == 0
+    assert asked == [("ripple",), ("ripple",)]

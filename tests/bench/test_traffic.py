@@ -29,7 +29,7 @@ TOKENS = {"q", "k", "v", "qkv", "out", "dout", "dq", "dk", "dv", "dqkv"}
 
 def run(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, "-m", "bench.traffic", *arguments],
+        [sys.executable, "-m", "bench", "traffic", *arguments],
         cwd=ROOT,
         env={k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"},
         capture_output=True,
@@ -44,7 +44,7 @@ def counted(folder: Path, *arguments: str) -> tuple[dict[str, Any], ...]:
     if reason:
         pytest.skip(reason)
     file = folder / ("-".join(arguments).replace(",", "_") + ".json")
-    done = run(*arguments, "--json", str(file), "--csv", str(file.with_suffix(".csv")))
+    done = run(*arguments, "--out", str(file), "--csv", str(file.with_suffix(".csv")))
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
     document = json.loads(file.read_text())
     assert document["kind"] == "traffic"
@@ -163,4 +163,4 @@ def test_the_table_names_what_is_read_again() -> None:
 def test_an_unknown_operation_is_named() -> None:
     done = run("--ops", "linear_attenshun")
     assert done.returncode == 2
-    assert "no operation 'linear_attenshun'; there are linear_attention" in done.stderr
+    assert "unknown operation 'linear_attenshun'; there are linear_attention" in done.stderr

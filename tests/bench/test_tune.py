@@ -21,6 +21,14 @@ def test_every_kernel_of_the_table_has_a_workload() -> None:
     assert list(tune.WORKLOADS) == list(tuning.TABLE)
 
 
+def test_a_kernel_without_head_dims_is_tuned_for_channels() -> None:
+    dimensions = {kernel: tune.dimension_of(kernel) for kernel in tune.WORKLOADS}
+    assert dimensions["linear_attention.state"] == "head-dims"
+    assert {k for k in dimensions if dimensions[k] == "channels"} == {
+        k for k in dimensions if k.startswith("ripple.")
+    }
+
+
 def test_neighbours_differ_by_one_step() -> None:
     found = tune.neighbours({**START, "RESIDENT": 0})
     assert found[0] == {**START, "RESIDENT": 0}
@@ -82,7 +90,7 @@ def test_what_is_found_is_what_a_kernel_asks_for(
 
 
 def test_a_dry_run_lists_every_kernel(capsys: pytest.CaptureFixture[str]) -> None:
-    assert tune.main(["--dry-run", "--list", "--arch", "sm_86"]) == 0
+    assert tune.main(["--dry_run", "--list", "--arch", "8.6"]) == 0
     lines = capsys.readouterr().out.splitlines()
     named = [line.split()[0] for line in lines if not line.startswith(" ")]
     assert named == list(tuning.TABLE)
@@ -104,9 +112,10 @@ def test_a_dry_run_compiles_the_candidates(capsys: pytest.CaptureFixture[str]) -
 def test_unknown_names_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
     for options, message in (
         (["--kernels", "linear_attention.appply"], "there are linear_attention.state"),
-        (["--dtypes", "float8"], "no dtype 'float8'; there are float32"),
-        (["--arch", "sm_75"], "no 'sm_75'; there are sm_80"),
+        (["--dtypes", "float8"], "unknown dtype 'float8'; there are float32"),
+        (["--arch", "sm_75"], "unknown architecture 'sm_75'; there are sm_80"),
         (["--head-dims", "64;32"], "numbers with commas"),
+        (["--channels", "0"], "numbers with commas"),
     ):
         with pytest.raises(SystemExit):
             tune.main(["--dry-run", "--list", *options])

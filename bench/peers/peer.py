@@ -1,0 +1,35 @@
+"""What the suite has to know of another library's implementation."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Peer:
+    """One implementation of another library, adapted to an operation's q, k and v.
+
+    Attributes:
+        name: like a backend's.
+        operation: that it is compared with.
+        signature: a part of the name of an operator or kernel that it runs, which shows that it
+            ran.
+        unusable: for a device and dtype (None: any), why it can't run here; None where it can.
+        run: one forward pass of (q, k, v); autograd goes through it.
+        colour: in plots.
+        other_function: what it computes instead, in words; None where it is the same function.
+        flop_share: the least work of what it computes, over the operation's.
+        expected: the definition of its other function, for float64 tensors.
+    """
+
+    name: str
+    operation: str
+    signature: str
+    unusable: Callable[[torch.device, torch.dtype | None], str | None]
+    run: Callable[[Tensor, Tensor, Tensor], Tensor]
+    colour: str
+    other_function: str | None = None
+    flop_share: float = 1.0
+    expected: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None

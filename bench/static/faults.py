@@ -1,0 +1,49 @@
+"""What a kernel's row follows to: what fits a multiprocessor, and what is wrong."""
+
+from typing import Any
+
+from linear_vit.bench.static import launches, machine_code
+
+# A half-precision kernel with more multiply-adds than this, and no tensor core, multiplies matrices
+# by hand: what remains beside products (scaling, row sums) is a few per element a thread holds.
+_MOST_FMA = 256
+_FEW_LOADS, _FEW_STORES = 6, 4
+
+Row = dict[str, Any]
+
+
+def finished(row: Row) -> Row:
+    """The row with what follows from the rest of it."""
+    blocks = occupancy = None
+    if row["threads"] is not None:
+        shared = row["static_shared"] + row["dynamic_shared"]
+        asked = (row["architecture"], row["threads"], row["registers"], shared)
+        blocks = machine_code.resident_blocks(*asked)
+        occupancy = round(machine_code.occupancy(*asked), 4)
+    row = {**row, "blocks_per_multiprocessor": blocks, "occupancy": occupancy}
+    return {**row, "faults": faults(row)}
+
+
+def faults(row: Row) -> list[str]:
+    """What is wrong with a kernel, in words; empty where nothing is."""
+    found = []
+    if row["spill_stores"] or row["spill_loads"]:
+        found.append(f"spills {row['spill_stores'] + row['spill_loads']} bytes")
+    if row["occupancy"] == 0:
+        found.append("does not fit a multiprocessor")
+    if row["float_atomics"]:
+        found.append("adds floats in no fixed order")
+    if row["dtype"] == "float32" and row["tf32"]:
+        found.append("rounds float32 to TF32")
+    half = row["dtype"] in ("float16", "bfloat16")
+    by_hand = row["fma"] > _MOST_FMA and launches.has_head_dims(row["room"])
+    if half and not row["tensor_core"] and (row["products"] or by_hand):
+        found.append(f"{row['fma']} multiply-adds and no tensor core")
+    # A few narrow accesses are a row's statistics, or a sum of partials; more are a tile.
+    # A CUDA kernel without template arguments knows no element type: it adds up float32 states.
+    if half and "aligned" in row["layout"] and row["configuration"]:
+        if row["narrow_loads"] > _FEW_LOADS and not row["wide_loads"]:
+            found.append(f"{row['narrow_loads']} narrow loads and no 16-byte one")
+        if row["narrow_stores"] > _FEW_STORES and not row["wide_stores"]:
+            found.append(f"{row['narrow_stores']} narrow stores and no 16-byte one")
+    return found

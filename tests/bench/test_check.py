@@ -1,0 +1,311 @@
+"""``python -m bench check``: what it finds, what it says, and what joins it from outside."""
+
+import contextlib
+import json
+import runpy
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from linear_vit import kernels
+from linear_vit.bench import check
+from linear_vit.bench.__main__ import COMMANDS
+from linear_vit.bench.__main__ import main as command
+from linear_vit.kernels import registry
+
+ROOT = Path(__file__).resolve().parents[2]
+CPU = torch.device("cpu")
+TWO = {"ops": ["ripple_pool"], "backends": ["reference", "torch"], "dtypes": ["float32"]}
+
+
+def bench(*arguments: str, path: Path | None = None) -> subprocess.CompletedProcess[str]:
+    search = f"import sys; sys.path.insert(0, {str(path)!r});" if path else "import sys;"
+    code = f"{search} from linear_vit.bench.__main__ import main; sys.exit(main(sys.argv[1:]))"
+    command = [sys.executable, "-c", code, *arguments]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+
+
+# ---- results -------------------------------------------------------------------------------------
+
+
+def test_what_is_right_passes() -> None:
+    seen: list[str] = []
+    results = check.cross_check(CPU, **TWO, progress=seen.append)
+    assert [r["status"] for r in results] == ["passed", "passed"]
+    assert seen == ["ripple_pool float32 reference", "ripple_pool float32 torch"]
+    assert {t["tensor"] for t in results[1]["tensors"]} == {"out", "grad x", "grad weight"}
+    assert len({t["shape"] for t in results[1]["tensors"]}) == 2
+    assert 0 < results[1]["worst_rms_error"] < 1e-6
+
+
+def test_what_is_wrong_fails_and_the_exit_says_so(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with registry.temporarily():
+
+        @kernels.register("ripple_pool", "broken", devices=("cpu",), title="Broken")
+        def broken(x: torch.Tensor, weight: torch.Tensor, axis: int) -> torch.Tensor:
+            plain: torch.Tensor = kernels.ripple_pool(x, weight, axis=axis, backend="torch")
+            return plain * 1.001
+
+        @kernels.register("ripple_pool", "raising", devices=("cpu",))
+        def raising(x: torch.Tensor, weight: torch.Tensor, axis: int) -> torch.Tensor:
+            raise RuntimeError("no such thing")
+
+        out = tmp_path / "new" / "check.json"
+        asked = ["--ops", "ripple-pool", "--dtypes", "float32", "--device", "cpu"]
+        asked += ["--backends", "torch,broken,raising", "--out", str(out)]
+        assert command(["check", *asked]) == 1
+    shown = capsys.readouterr().out
+    assert "FAILED ripple_pool float32 broken: wrong out" in shown
+    assert "FAILED ripple_pool float32 raising: RuntimeError: no such thing" in shown
+    assert "1 passed, 2 failed, 0 not usable here, 0 left out" in shown
+    document = json.loads(out.read_text())
+    assert (document["kind"], document["schema"], document["device"]) == ("check", 1, "cpu")
+    assert document["machine"]["torch"] == torch.__version__
+    assert document["operations"] == {"ripple_pool": {"title": "Ripple pooling"}}
+    assert document["backends"]["broken"]["title"] == "Broken"
+    assert [r["status"] for r in document["results"]] == ["passed", "failed", "failed"]
+
+
+def test_what_cannot_run_says_why() -> None:
+    (result,) = check.cross_check(
+        CPU, ops=["linear_attention"], backends=["cuda"], dtypes=["float16"]
+    )
+    assert result["status"] == "unusable"
+    assert "not on cpu" in result["reason"]
+
+
+def test_what_compiles_is_spared_unless_all_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    def checked(prepared: list[Any], backend: str) -> dict[str, Any]:
+        return {"status": "passed", "shapes": len(prepared)}
+
+    def found(full: bool) -> list[tuple[str, int | None]]:
+        results = check.cross_check(CPU, ops=["ripple_pool"], backends=["compiled"], full=full)
+        return [(r["status"], r.get("shapes")) for r in results]
+
+    monkeypatch.setattr(check, "_check_shapes", checked)
+    if kernels.backends("ripple_pool", CPU)["compiled"] is not None:
+        pytest.skip("nothing compiles here")
+    assert found(full=False) == [("passed", 1), ("left out", None), ("left out", None)]
+    assert found(full=True) == [("passed", 2)] * 3
+
+
+def test_every_operation_and_backend_is_asked_about(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[str, str]] = []
+
+    def one(operation: Any, backend: str, *rest: Any) -> dict[str, Any]:
+        asked.append((operation.name, backend))
+        return {"status": "passed"}
+
+    monkeypatch.setattr(check, "_check", one)
+    check.cross_check(CPU, dtypes=["float32"])
+    assert asked == [(op, b) for op in kernels.OPERATIONS for b in kernels.BACKENDS]
+
+
+# ---- interpreters --------------------------------------------------------------------------------
+
+
+def unusable(backend: str = "triton") -> dict[str, Any]:
+    result = {"operation": "ripple_pool", "backend": backend, "dtype": "float32"}
+    return {**result, "device": "cpu", "status": "unusable", "reason": "no GPU", "mode": "native"}
+
+
+def test_an_interpreter_stands_in_where_there_is_no_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    seen: list[str] = []
+    (found,) = check.with_interpreters([unusable()], seen.append)
+    assert found["mode"] == "interpreter"
+    reason = kernels.backends("ripple_pool", "cpu")["triton"]
+    if "not installed" not in str(reason):
+        assert found["status"] in ("passed", "unusable")  # the interpreter wants an older NumPy
+        assert bool(seen) == (found["status"] == "passed")
+
+
+def test_an_interpreter_that_dies_is_a_failure(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.setattr(sys, "executable", "/bin/false")
+    (found,) = check.with_interpreters([unusable()], print)
+    assert (found["status"], found["mode"]) == ("failed", "interpreter")
+    assert "ended with code 1" in found["reason"]
+
+
+def test_one_that_runs_here_or_interpreted_already_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "executable", "/bin/false")
+    for results in ([unusable("cuda")], [{**unusable(), "status": "passed"}]):
+        assert check.with_interpreters(results, print) == results
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    assert check.with_interpreters([unusable()], print) == [unusable()]
+
+
+# ---- the command ---------------------------------------------------------------------------------
+
+
+def test_unknown_names_are_answered_by_those_that_there_are(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    for options, message in (
+        (["--only", "tritn"], "unknown backend 'tritn'; there are reference, torch"),
+        (["--ops", "pool"], "unknown operation 'pool'; there are linear_attention"),
+        (["--dtypes", "float8"], "unknown dtype 'float8'; there are float32"),
+        (["--device", "tpu9"], "cpu or cuda"),
+    ):
+        with pytest.raises(SystemExit):
+            command(["check", *options])
+        assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["", *COMMANDS])
+def test_help_fits_a_screen(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with contextlib.suppress(SystemExit):  # argparse's
+        assert command([*name.split(), "--help"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert 5 <= len(lines) <= 24
+    assert all(len(line) <= 80 for line in lines)
+
+
+def test_a_command_that_is_none(capsys: pytest.CaptureFixture[str]) -> None:
+    assert command(["chekc"]) == 2
+    assert "no command 'chekc'" in capsys.readouterr().err
+    assert command(["-p", "no_such_module", "check"]) == 2
+    assert "no module of this name" in capsys.readouterr().err
+
+
+def test_an_interrupt_ends_it_in_a_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupted(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(check, "cross_check", interrupted)
+    assert command(["check"]) == 130
+    assert capsys.readouterr().err == "interrupted\n"
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_the_old_spelling_still_works(
+    name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """``python -m bench.check``, in this process: a new one takes seconds to import PyTorch."""
+    monkeypatch.setattr(sys, "argv", ["bench", "--help"])
+    monkeypatch.delitem(sys.modules, "bench", raising=False)
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_module(f"bench.{name}", run_name="__main__")
+    assert not ended.value.code
+    assert f"python -m bench {name}" in capsys.readouterr().out
+
+
+# ---- from outside --------------------------------------------------------------------------------
+
+TOY = {
+    "toy/__init__.py": "",
+    "toy/reference.py": """
+        def doubled(x):
+            return 2 * x
+        """,
+    "toy/torch.py": """
+        def doubled(x):
+            return x + x
+        """,
+    "toy_plugin.py": """
+        from dataclasses import dataclass
+
+        import torch
+
+        from linear_vit import kernels
+        from linear_vit.bench import problems
+        from linear_vit.bench.problems.inputs import Normal
+        from linear_vit.kernels.backends import run
+
+        kernels.add_operation("doubled", package="toy", title="Doubling")
+
+
+        @kernels.register("doubled", "thrice", devices=("cpu", "cuda"), title="Wrong on purpose")
+        def thrice(x):
+            return 3 * x
+
+
+        @kernels.register("linear_attention", "borrowed", devices=("cpu", "cuda"))
+        def borrowed(q, k, v, eps):
+            return kernels.linear_attention(q, k, v, eps=eps, backend="torch")
+
+
+        @dataclass(frozen=True)
+        class Row(problems.Shape):
+            B: int
+            N: int
+
+            @property
+            def tokens(self):
+                return self.N
+
+
+        class Doubled(problems.Operation):
+            name, title = "doubled", "Doubling"
+
+            def shape(self, tokens, batch=1):
+                return Row(batch, tokens)
+
+            def problem(self, shape, dtype, device, seed=0):
+                normal = Normal(dtype, device, seed)
+                x = normal(shape.B, shape.N)
+                cotangents = (normal(shape.B, shape.N),)
+
+                def call(t, backend):
+                    return (run("doubled", backend, t["x"]),)
+
+                return normal.problem(self, shape, {"x": x}, ("out",), cotangents, call)
+
+            def lengths(self, device_type, extent):
+                return (64, 256)
+
+            def check_shapes(self, head_dim, *, interpreted=False):
+                return (Row(2, 33),)
+
+            def least_work(self, mode, shape, element_size):
+                both = mode == problems.FORWARD_BACKWARD
+                size = shape.B * shape.N
+                return problems.Work(2 * size * element_size * (1 + both), size * (1 + both))
+
+
+        problems.register(Doubled())
+        """,
+}
+
+
+@pytest.fixture
+def toy(tmp_path: Path) -> Path:
+    """A folder with an operation, its backends, and a backend of an operation that there was."""
+    for name, text in TOY.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(textwrap.dedent(text))
+    return tmp_path
+
+
+def test_an_operation_and_a_backend_from_outside_are_checked(toy: Path) -> None:
+    out = toy / "check.json"
+    asked = ["--ops", "doubled,linear_attention", "--dtypes", "float32", "--out", str(out)]
+    asked += ["--backends", "reference,torch,thrice,borrowed", "--device", "cpu"]
+    done = bench("-p", "toy_plugin", "check", *asked, path=toy)
+    assert done.returncode == 1, done.stderr
+    lines = done.stdout.splitlines()
+    header = next(line for line in lines if "operation" in line and "dtype" in line)
+    assert {"thrice", "borrowed"} <= set(header.split())
+    assert any(line.split()[:2] == ["doubled", "float32"] for line in lines)
+    document = json.loads(out.read_text())
+    statuses = {(r["operation"], r["backend"]): r["status"] for r in document["results"]}
+    assert statuses == {
+        ("doubled", "reference"): "passed",
+        ("doubled", "torch"): "passed",
+        ("doubled", "thrice"): "failed",
+        ("linear_attention", "reference"): "passed",
+        ("linear_attention", "torch"): "passed",
+        ("linear_attention", "borrowed"): "passed",
+    }
+    assert document["operations"]["doubled"]["title"] == "Doubling"
+    assert document["backends"]["thrice"]["title"] == "Wrong on purpose"
