@@ -1,5 +1,6 @@
 """pytest's options, and the two worlds it is used in: tests, or timings with --benchmark-only."""
 
+import argparse
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +58,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         "--profile": "also write a trace of each case (Perfetto), its top kernels and, where ncu "
         "is installed, its counters",
     }
+    # Of before, when limits were kept for a day: they are measured in every run.
+    group.addoption("--limits", choices=("kept", "fresh"), help=argparse.SUPPRESS)
     for flag, text in flags.items():
         options.option(group, flag, action="store_true", default=None, help=text)
 

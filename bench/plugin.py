@@ -281,12 +281,17 @@ class Benchmarks:
 
 def sweep_from(config: pytest.Config) -> Sweep:
     """The sweep that pytest's options ask for; OptionError where they ask for what there isn't."""
+
+    def words(option: str) -> Sequence[str]:
+        given = config.getoption(option)
+        return () if given is None or given == ("all",) else given
+
     return make_sweep(
         device=config.getoption("device"),
-        dtypes=config.getoption("dtypes") or (),
+        dtypes=words("dtypes"),
         tokens=config.getoption("tokens") or (),
-        backends=config.getoption("backends") or (),
-        operations=config.getoption("ops") or (),
+        backends=words("backends"),
+        operations=words("ops"),
         total_tokens=config.getoption("total_tokens"),
         extent=config.getoption("sweep") or "quick",
         with_peers=bool(config.getoption("peers")),

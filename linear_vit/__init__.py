@@ -16,7 +16,11 @@ __version__ = "0.1.0"
 
 
 # Modules that were run, and what is run instead.
-_MOVED = {"kernels.extension": "python -m kernels build"}
+_MOVED = {
+    "kernels.extension": "python -m kernels build",
+    "bench.gpu": "pytest --benchmark-only --sweep gpu, then python -m reports targets RUN",
+    "bench.cpu": "pytest --benchmark-only --sweep cpu, then python -m reports targets RUN",
+}
 
 
 class _ShortName(MetaPathFinder, Loader):
