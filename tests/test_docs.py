@@ -292,7 +292,8 @@ def test_the_readmes_result_is_the_files() -> None:
 
 def _models(text: str) -> dict[str, list[str]]:
     """The rows of a table of models by their title."""
-    rows = (line.strip("|").replace("−", "-").split("|") for line in text.splitlines())
+    lines = (line for line in text.splitlines() if line.startswith("|"))
+    rows = (line.strip("|").replace("−", "-").split("|") for line in lines)
     stripped = [[cell.strip() for cell in row] for row in rows]
     return {row[0]: row[1:] for row in stripped if re.search(r"ViT( \+|$)", row[0])}
 
