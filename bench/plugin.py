@@ -9,6 +9,7 @@ import dataclasses
 import functools
 import signal
 import statistics
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -17,6 +18,7 @@ from typing import Any
 
 import pytest
 
+from linear_vit import options
 from linear_vit.bench import estimate, runner, store, summary
 from linear_vit.bench.instruments import limits, machine, memory
 from linear_vit.bench.problems import Case, case_name, operation
@@ -52,6 +54,8 @@ class Benchmarks:
 
     def __init__(self, config: pytest.Config) -> None:
         self._config = config
+        # A process that measures for this one has to know what -p added.
+        options.load_plugins(name for name in config.option.plugins if name in sys.modules)
         self._rehearses = bool(config.getoption("rehearse"))
         self._lists = bool(config.getoption("dry_run"))
         try:

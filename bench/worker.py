@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from multiprocessing.connection import Connection
 from typing import Any
 
+from linear_vit import options
 from linear_vit.bench.store import FAILED, Result
 
 # A process hangs that takes longer than this many times what its group was expected to, and more.
@@ -107,6 +108,7 @@ class Worker:
 def _serve(connection: Connection, measure: Measure) -> None:
     """The process's loop: groups in, what has started and then the results out."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides what an interrupt ends
+    options.load_plugins()
     connection.send("ready")
     while True:
         try:
