@@ -6,8 +6,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from linear_vit.reports.page.page.kernel_sections import against_tokens, rate, short
-from linear_vit.reports.page.page.parts import (
+from linear_vit.reports import plots
+from linear_vit.reports.page import proofs
+from linear_vit.reports.page.kernel_sections import against_tokens, rate, short
+from linear_vit.reports.page.parts import (
     Cell,
     Column,
     Figure,
@@ -19,9 +21,6 @@ from linear_vit.reports.page.page.parts import (
     number,
     word,
 )
-
-from linear_vit.reports import plots
-from linear_vit.reports.page import proofs
 from linear_vit.reports.saved.documents import Documents, Saved
 
 HOW_TO_MEASURE = "python -m bench.gpu --minutes 8"

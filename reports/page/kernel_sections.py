@@ -5,7 +5,9 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 import pandas as pd
-from linear_vit.reports.page.page.parts import (
+
+from linear_vit.reports import plots, scaling
+from linear_vit.reports.page.parts import (
     Cell,
     Column,
     Figure,
@@ -17,8 +19,6 @@ from linear_vit.reports.page.page.parts import (
     number,
     word,
 )
-
-from linear_vit.reports import plots, scaling
 from linear_vit.reports.plots import MEMORY, OVER_SOFTMAX, OVER_TORCH, TIME, Picture
 from linear_vit.reports.saved import documents, runs
 from linear_vit.reports.saved.runs import Runs

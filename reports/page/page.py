@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, select_autoescape
-from linear_vit.reports.page.page.parts import FACETS, Figure, Row, Section, Table, columns, word
 from markupsafe import Markup
 
 from linear_vit.reports import plots, scaling
@@ -22,6 +21,7 @@ from linear_vit.reports.page import (
     rooflines,
     training_sections,
 )
+from linear_vit.reports.page.parts import FACETS, Figure, Row, Section, Table, columns, word
 from linear_vit.reports.saved import documents
 from linear_vit.reports.saved.documents import Documents, Saved
 from linear_vit.reports.saved.runs import ROOT

@@ -6,8 +6,9 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-from linear_vit.reports.page.page.kernel_sections import Case, Extras, by, cases
-from linear_vit.reports.page.page.parts import (
+from linear_vit.reports import plots
+from linear_vit.reports.page.kernel_sections import Case, Extras, by, cases
+from linear_vit.reports.page.parts import (
     Cell,
     Row,
     Section,
@@ -17,8 +18,6 @@ from linear_vit.reports.page.page.parts import (
     number,
     word,
 )
-
-from linear_vit.reports import plots
 from linear_vit.reports.scaling import Group
 
 HOW_TO_PROFILE = "pytest --benchmark-only --profile --benchmark-json=reports/out/benchmark.json"

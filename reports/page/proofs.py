@@ -3,7 +3,9 @@
 from typing import Any
 
 import pandas as pd
-from linear_vit.reports.page.page.parts import (
+
+from linear_vit.reports import plots
+from linear_vit.reports.page.parts import (
     Cell,
     Column,
     Row,
@@ -13,8 +15,6 @@ from linear_vit.reports.page.page.parts import (
     number,
     word,
 )
-
-from linear_vit.reports import plots
 from linear_vit.reports.saved import runs
 from linear_vit.reports.saved.documents import Documents, Saved
 

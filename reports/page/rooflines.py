@@ -4,7 +4,8 @@ import math
 from collections.abc import Iterable
 from typing import Any
 
-from linear_vit.reports.page.page.kernel_sections import (
+from linear_vit.reports import plots
+from linear_vit.reports.page.kernel_sections import (
     Case,
     Extras,
     by,
@@ -13,7 +14,7 @@ from linear_vit.reports.page.page.kernel_sections import (
     series,
     short,
 )
-from linear_vit.reports.page.page.parts import (
+from linear_vit.reports.page.parts import (
     Cell,
     Figure,
     Row,
@@ -24,8 +25,6 @@ from linear_vit.reports.page.page.parts import (
     number,
     word,
 )
-
-from linear_vit.reports import plots
 from linear_vit.reports.saved import documents, runs
 from linear_vit.reports.scaling import Group
 from linear_vit.reports.statistics.fits import fit_scaling

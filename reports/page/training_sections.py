@@ -4,8 +4,10 @@ import math
 from typing import Any
 
 import pandas as pd
-from linear_vit.reports.page.page.kernel_sections import cases
-from linear_vit.reports.page.page.parts import (
+
+from linear_vit.reports import plots
+from linear_vit.reports.page.kernel_sections import cases
+from linear_vit.reports.page.parts import (
     Cell,
     Figure,
     Row,
@@ -16,8 +18,6 @@ from linear_vit.reports.page.page.parts import (
     number,
     word,
 )
-
-from linear_vit.reports import plots
 from linear_vit.reports.saved.documents import Documents, Saved
 from linear_vit.reports.saved.runs import Runs
 

@@ -4,12 +4,12 @@ import re
 from pathlib import Path
 
 import pytest
-from linear_vit.reports.page.page.kernel_sections import Extras
-from linear_vit.reports.page.page.parts import Section, Table
 
 from linear_vit.reports import scaling
 from linear_vit.reports.__main__ import main
 from linear_vit.reports.page import gpu_sections, profile_sections
+from linear_vit.reports.page.kernel_sections import Extras
+from linear_vit.reports.page.parts import Section, Table
 from linear_vit.reports.saved import documents
 from linear_vit.reports.saved.runs import load
 from tests.reports import saved
