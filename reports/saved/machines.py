@@ -29,7 +29,9 @@ def label(facts: Facts) -> str:
     """
     if on_cpu(facts):
         memory = f", freed memory {facts['memory']}" if facts.get("memory") else ""
-        return f"{facts['cpu']}, {count(facts['threads'], 'thread')}, torch {facts['torch']}{memory}"
+        return (
+            f"{facts['cpu']}, {count(facts['threads'], 'thread')}, torch {facts['torch']}{memory}"
+        )
     return f"{device(facts)}, torch {facts['torch']}"
 
 
