@@ -9,8 +9,8 @@ rounds of both medians. Five things other than the code mislead, and each is dea
   two are weighed as their variances say (the best linear prediction of a random effect).
 - *A machine of several speeds*, which a median of rounds may be at either of. Where both runs say
   which rounds were of one turn, the part of a case's own control in that weighing is the change of
-  the ratio to it, turn by turn (:mod:`reports.turns`), and it is all of it where the medians of
-  case and control, or of control and run, differ from each other by more than they may.
+  the ratio to it, turn by turn (:mod:`reports.statistics.turns`), and it is all of it where the
+  medians of case and control, or of control and run, differ from each other by more than they may.
 - *Luck of a process* (where its memory lies): the scatter of the changes beyond what their rounds
   explain, by their median absolute deviation, so that a few true changes do not count as scatter.
 - *Luck of a process in all cases of a backend alike*, which one pair of processes can't show: a
@@ -19,24 +19,25 @@ rounds of both medians. Five things other than the code mislead, and each is dea
   have no false alarm at all, however many cases there are.
 
 What single cases leave undecided, all lengths of a backend together may decide: see
-:mod:`reports.pools`. Cases and pools have half of the chances of a false alarm each.
+:mod:`reports.statistics.pools`. Cases and pools have half of the chances of a false alarm each.
 """
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import pandas as pd
 from scipy import stats
 
-from linear_vit.reports import plots
-from linear_vit.reports.saved.runs import NoRuns, Runs
+from linear_vit.reports import units
+from linear_vit.reports.claims import PYTORCH
+from linear_vit.reports.saved import machines
+from linear_vit.reports.saved.runs import PLACE, TRAINING_STEP, NoRuns, Runs
 from linear_vit.reports.statistics import pools, turns
 
 SLOWER, FASTER, SAME, UNDECIDED = "slower", "faster", "same", "undecided"
 VERDICTS = (SLOWER, FASTER, UNDECIDED, SAME)
-DEFAULT_CONTROL = "torch"
+DEFAULT_CONTROL = PYTORCH
 MARGIN = 0.03  # a change that is surely smaller is called none
 _LEVEL = 0.95
 # Medians of a machine that kept one speed differ by less than so many of their standard errors.
@@ -45,23 +46,10 @@ _STEADY = 3
 _FEWEST_FOR_SCATTER = 6
 _SIGMA_PER_MAD = 1.4826
 _MAD_EFFICIENCY = 0.37  # of a scatter from n values, against their standard deviation
-# Where one of these differs, so does what was measured.
-_FINGERPRINT = {
-    "device": "kind of device",
-    "device_name": "device",
-    "cpu": "CPU",
-    "cores": "cores",
-    "threads": "threads",
-    "cpu_capability": "instruction set",
-    "driver": "driver",
-    "cuda": "CUDA version",
-    "compute_capability": "compute capability",
-    "multiprocessors": "multiprocessors",
-    "torch": "PyTorch",
-}
 _ANYTHING = 100.0  # half an interval of logarithms: exp of more may overflow
 _WHEN = ("before", "after")
-_PLACE = ["total_tokens", "operation", "pass", "dtype", "N"]
+
+_OF_A_MEDIAN = ["median_s", "error", "independent_rounds", "seconds", "turns"]
 
 
 @dataclass
@@ -84,19 +72,22 @@ class Changes:
     scatter: float | None
     notes: list[str] = field(default_factory=list)
 
+    def only(
+        self, operations: Sequence[str], dtypes: Sequence[str], backends: Sequence[str]
+    ) -> "Changes":
+        """Those of these names; an empty list takes all."""
+        asked = {"operation": operations, "dtype": dtypes, "backend": backends}
+        parts = []
+        for frame in (self.cases, self.pools):
+            for column, names in asked.items():
+                frame = frame[frame[column].isin(names)] if names else frame
+            parts.append(frame)
+        return replace(self, cases=parts[0], pools=parts[1])
+
     @property
     def verdicts(self) -> set[str]:
         """Every verdict that a case or a pool got."""
         return {*self.cases["verdict"], *self.pools["verdict"]}
-
-
-def obstacles(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str]:
-    """Why times of two machines' fingerprints may not be compared; empty where they may."""
-    return [
-        f"{words}: {before.get(key)} against {after.get(key)}"
-        for key, words in _FINGERPRINT.items()
-        if before.get(key) != after.get(key)
-    ]
 
 
 def changes(
@@ -119,6 +110,44 @@ def changes(
         NoRuns: the runs may not be compared, or have no case in common; the message says why.
     """
     notes: list[str] = []
+    both, why = _in_both(before, after, anyway, notes)
+    d = np.log(both["median_s_after"].to_numpy() / both["median_s_before"].to_numpy())
+    own = _sums_of_errors(*(_of(both, when) for when in _WHEN))
+    control = _usable_control(both, control, why, notes)
+    is_control = (both["backend"] == control).to_numpy()
+    of_place = _controls(both, is_control)
+    relative, against = _against_controls(both, d, own, of_place)
+    estimate = _estimate(d, own, is_control, of_place, relative, against)
+    if estimate.scatter is None and not is_control.all():
+        notes.append("too few cases to see how much runs of the same code differ from one another")
+    edge = np.log1p(margin)
+    low, high = estimate.change - estimate.half, estimate.change + estimate.half
+    cases = both[["case", *PLACE, "backend"]].assign(
+        before_s=both["median_s_before"],
+        after_s=both["median_s_after"],
+        ratio=np.exp(estimate.change),
+        low=np.exp(low),
+        high=np.exp(high),
+        verdict=_verdicts(low, high, edge, sure_of=edge / 3),
+    )
+    pooled = pools.pooled(
+        both,
+        d if control is None else relative,
+        own.variance if control is None else against.variance,
+    )
+    shift = float(np.exp(np.median(d[is_control]))) if is_control.any() else None
+    cases = cases[~is_control].reset_index(drop=True)
+    return Changes(cases, _judged(pooled, edge), control, shift, estimate.scatter, notes)
+
+
+def _in_both(
+    before: Runs, after: Runs, anyway: bool, notes: list[str]
+) -> tuple[pd.DataFrame, list[str]]:
+    """The cases that both runs have, and what the runs' environments differ in.
+
+    Raises:
+        NoRuns: they may not be compared, or have no case in common.
+    """
     kept, why = _comparable(before, after)
     if not kept:
         if not anyway:
@@ -132,7 +161,8 @@ def changes(
     elif len(kept) < len(before.heads):
         notes.append(f"of {len(before.heads)} earlier runs, those of the same environment")
 
-    one, other = _cases(before), _cases(after)
+    ambiguous = any(_ambiguous(run.kernels) for run in (before, after))
+    one, other = (_cases(run, with_setting=ambiguous) for run in (before, after))
     one = one[one["file"].isin(kept)].drop_duplicates("case", keep="last")
     both = one.merge(other, on="case", suffixes=("_before", "_after"))
     for frame, where in ((one, "earlier"), (other, "later")):
@@ -141,48 +171,40 @@ def changes(
     both = _same_method(both, notes)
     if both.empty:
         raise NoRuns("the two runs have no case in common")
+    return both, why
 
-    d = np.log(both["median_s_after"].to_numpy() / both["median_s_before"].to_numpy())
-    own = _sums_of_errors(*(_of(both, when) for when in _WHEN))
-    control = _usable_control(both, control, why, notes)
-    is_control = (both["backend"] == control).to_numpy()
-    of_place = _controls(both, is_control)
-    relative, against = _against_controls(both, d, own, of_place)
+
+@dataclass
+class _Estimate:
+    """Per case log(after / before), drift taken off, and half of its simultaneous interval."""
+
+    change: np.ndarray
+    half: np.ndarray
+    scatter: float | None
+
+
+def _estimate(
+    d: np.ndarray,
+    own: "_Errors",
+    is_control: np.ndarray,
+    of_place: np.ndarray,
+    relative: np.ndarray,
+    against: "_Errors",
+) -> _Estimate:
     weight, centre, of_centre = _shares(d, own.variance, is_control, of_place, relative, against)
     change = np.where(weight > 0, weight * relative, 0) + (1 - weight) * (d - centre)
     from_own = (1 - weight) * own.variance
     from_control = np.where(weight > 0, weight * against.variance, 0)
     variance = from_own + from_control + (1 - weight) * of_centre
     scatter = _excess(change[~is_control], variance[~is_control])
-    if scatter is None and not is_control.all():
-        notes.append("too few cases to see how much runs of the same code differ from one another")
     tests = max(1, int((~is_control).sum()))
     between = (scatter or 0.0) ** 2
     total = variance + between
     # Welch and Satterthwaite: each variance counts with what it is known from.
     unsure = from_own**2 / own.freedom + np.where(weight > 0, from_control**2 / against.freedom, 0)
     unsure += (((1 - weight) * of_centre) ** 2 + between**2) / (_MAD_EFFICIENCY * tests)
-    freedom = total**2 / unsure
-    half = stats.t.isf(_tail(tests), freedom) * np.sqrt(total)
-    half = np.minimum(half, _ANYTHING)
-    low, high = change - half, change + half
-    edge = np.log1p(margin)
-    cases = both[["case", *_PLACE, "backend"]].assign(
-        before_s=both["median_s_before"],
-        after_s=both["median_s_after"],
-        ratio=np.exp(change),
-        low=np.exp(low),
-        high=np.exp(high),
-        verdict=_verdicts(low, high, edge, sure_of=edge / 3),
-    )
-    pooled = pools.pooled(
-        both,
-        d if control is None else relative,
-        own.variance if control is None else against.variance,
-    )
-    shift = float(np.exp(np.median(d[is_control]))) if is_control.any() else None
-    cases = cases[~is_control].reset_index(drop=True)
-    return Changes(cases, _judged(pooled, edge), control, shift, scatter, notes)
+    half = stats.t.isf(_tail(tests), total**2 / unsure) * np.sqrt(total)
+    return _Estimate(change, np.minimum(half, _ANYTHING), scatter)
 
 
 def _tail(tests: int) -> float:
@@ -221,7 +243,7 @@ def render(found: Changes) -> str:
         what = f"{row['operation']} {row['pass']} {row['dtype']} {row['backend']}"
         lines.append((row, f"{what:64} {row['cases']:4} cases together"))
     for row in found.cases.to_dict("records"):
-        times = f"{plots.duration(row['before_s']):>8} → {plots.duration(row['after_s']):>8}"
+        times = f"{units.duration(row['before_s']):>8} → {units.duration(row['after_s']):>8}"
         lines.append((row, f"{row['case']:64} {times}"))
     lines.sort(key=lambda line: VERDICTS.index(line[0]["verdict"]))
     text = [
@@ -257,7 +279,7 @@ def _comparable(before: Runs, after: Runs) -> tuple[set[str], list[str]]:
     nearest: list[str] | None = None
     for old in before.heads:
         for new in after.heads:
-            why = obstacles(old["facts"], new["facts"])
+            why = machines.obstacles(old["facts"], new["facts"])
             if not why:
                 matches.add(old["file"])
             elif nearest is None or len(why) < len(nearest):
@@ -265,37 +287,37 @@ def _comparable(before: Runs, after: Runs) -> tuple[set[str], list[str]]:
     return matches, [] if matches else nearest or []
 
 
-def _cases(runs: Runs) -> pd.DataFrame:
+def _ambiguous(kernels: pd.DataFrame) -> bool:
+    """Whether length and backend alone do not tell the cases of an operation apart."""
+    place = [name for name in (*PLACE, "backend") if name != "setting"]
+    return not kernels.empty and bool(kernels.duplicated(place).any())
+
+
+def _cases(runs: Runs, *, with_setting: bool) -> pd.DataFrame:
     """Kernels and training steps in one table, each case named in words."""
-    columns = [
-        "case",
-        *_PLACE,
-        "backend",
-        "file",
-        "median_s",
-        "error",
-        "independent_rounds",
-        "clock",
-    ]
-    columns += ["least_bytes", "settings", "seconds", "turns"]
+    columns = ["case", *PLACE, "backend", "file", *_OF_A_MEDIAN, "clock", "least_bytes"]
+    columns += ["settings"]
     parts = []
     if not runs.kernels.empty:
         kernels = runs.kernels.copy()
+        names = ("operation", "pass", "dtype", "sweep", "total_tokens", "setting", "N", "backend")
         kernels["case"] = [
-            f"{op} {mode} {dtype} {f'{total:,} tokens ' if total else ''}N = {n:,} {backend}"
-            for op, mode, dtype, total, n, backend in zip(
-                *(kernels[c] for c in ("operation", "pass", "dtype", "total_tokens", "N")),
-                kernels["backend"],
-                strict=True,
+            f"{op} {mode} {dtype} {f'{sweep} sweep ' if sweep else ''}"
+            f"{f'{total:,} tokens ' if total else ''}{f'{setting}, ' if with_setting else ''}"
+            f"N = {n:,} {backend}"
+            for op, mode, dtype, sweep, total, setting, n, backend in zip(
+                *(kernels[name] for name in names), strict=True
             )
         ]
         parts.append(kernels)
     if not runs.training.empty:
-        steps = runs.training.assign(operation="training_step", total_tokens=0, N=0, clock="")
+        steps = runs.training.assign(
+            operation=TRAINING_STEP, total_tokens=0, N=0, clock="", setting=""
+        )
         steps["pass"] = "step"
         # The settings are part of what a step is: two presets are two cases.
         steps["case"] = [
-            f"training_step {model} ({backend}), dim {s.get('dim')}, depth {s.get('depth')}, "
+            f"{TRAINING_STEP} {model} ({backend}), dim {s.get('dim')}, depth {s.get('depth')}, "
             f"batch {s.get('batch_size')}, {s.get('dataset')}, {dtype}"
             for model, backend, s, dtype in zip(
                 *(steps[c] for c in ("model", "backend", "settings", "dtype")), strict=True
@@ -322,8 +344,11 @@ def _same_method(both: pd.DataFrame, notes: list[str]) -> pd.DataFrame:
         if not alike.all():
             notes.append(f"{int((~alike).sum())} cases left out: {words}")
         both = both[alike]
-    both = both.reset_index(drop=True)
-    renamed = {f"{name}_after": name for name in (*_PLACE, "backend")}
+    known = np.isfinite(both["error_before"].astype(float) + both["error_after"].astype(float))
+    if not known.all():
+        notes.append(f"{int((~known).sum())} cases left out: their rounds were not kept")
+    both = both[known].reset_index(drop=True)
+    renamed = {f"{name}_after": name for name in (*PLACE, "backend")}
     return both.rename(columns=renamed)
 
 
@@ -336,8 +361,7 @@ class _Errors:
 
 
 def _of(both: pd.DataFrame, when: str) -> pd.DataFrame:
-    columns = ("error", "independent_rounds", "seconds", "turns")
-    return pd.DataFrame({name: both[f"{name}_{when}"] for name in columns})
+    return pd.DataFrame({name: both[f"{name}_{when}"] for name in _OF_A_MEDIAN})
 
 
 def _sums_of_errors(before: pd.DataFrame, after: pd.DataFrame) -> _Errors:
@@ -352,7 +376,7 @@ def _sums_of_errors(before: pd.DataFrame, after: pd.DataFrame) -> _Errors:
 
 def _controls(both: pd.DataFrame, is_control: np.ndarray) -> np.ndarray:
     """Per case the row of the control at its place, −1 where that is none or the case itself."""
-    place = pd.MultiIndex.from_frame(both[_PLACE])
+    place = pd.MultiIndex.from_frame(both[PLACE])
     at = dict(zip(place[is_control], np.flatnonzero(is_control), strict=True))
     rows = np.array([at.get(where, -1) for where in place], int)
     return np.where(is_control, -1, rows)

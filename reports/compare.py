@@ -1,9 +1,9 @@
 """``python -m reports compare --baseline NAME``: every backend against one, case by case.
 
-A case's speed-up is the ratio of two backends' times turn by turn (:mod:`reports.turns`); in a run
-that does not say which rounds were of one turn, the ratio of two medians. Its interval is 95 %,
-from the standard error of that, or of both medians. Over the lengths of a group stand the geometric
-mean and the worst.
+A case's speed-up is the ratio of two backends' times turn by turn
+(:mod:`reports.statistics.turns`); in a run that does not say which rounds were of one turn, the
+ratio of two medians. Its interval is 95 %, from the standard error of that, or of both medians.
+Over the lengths of a group stand the geometric mean and the worst.
 """
 
 from collections.abc import Sequence
@@ -11,40 +11,54 @@ from collections.abc import Sequence
 import numpy as np
 import pandas as pd
 
-from linear_vit.reports import plots
-from linear_vit.reports.saved.runs import NoRuns, Runs
+from linear_vit.reports import units
+from linear_vit.reports.saved.runs import NoRuns, Runs, Words
 from linear_vit.reports.statistics import turns
 
-_GROUP = ["machine", "total_tokens", "operation", "pass", "dtype", "backend"]
+_PLACE = ["machine", "sweep", "total_tokens", "operation", "pass", "dtype", "setting"]
+_GROUP = [*_PLACE, "backend"]
 _NORMAL_95 = 1.96
 
 
-def speedups(runs: Runs, baseline: str, backends: Sequence[str] = ()) -> pd.DataFrame:
+def speedups(
+    runs: Runs,
+    baseline: str,
+    backends: Sequence[str] = (),
+    operations: Sequence[str] = (),
+    dtypes: Sequence[str] = (),
+) -> pd.DataFrame:
     """A row per case that the baseline has, too.
 
     Args:
         runs: saved runs.
         baseline: the backend to divide by.
         backends: those to compare; empty takes every other one.
+        operations, dtypes: those to look at; empty takes all.
 
     Returns:
         Columns of ``_GROUP``, ``N``, ``median_s``, ``baseline_s``, ``speedup``, ``low``, ``high``.
 
     Raises:
-        NoRuns: no saved case is of one of these backends, or none is of both.
+        NoRuns: no saved case is of what was asked for, or none is of both backends.
     """
     frame = runs.kernels
-    there = sorted(frame["backend"].unique()) if not frame.empty else []
-    for name in (baseline, *backends):
-        if name not in there:
-            listed = ", ".join(there) or "none"
-            raise NoRuns(f"no saved case is of backend {name!r}; there are {listed}")
-    case = [name for name in _GROUP if name != "backend"] + ["N"]
+    asked = (("backend", (baseline, *backends)), ("operation", operations), ("dtype", dtypes))
+    for column, names in asked:
+        there = sorted(frame[column].unique()) if not frame.empty else []
+        for name in names:
+            if name not in there:
+                listed = ", ".join(there) or "none"
+                raise NoRuns(f"no saved case is of {column} {name!r}; there are {listed}")
+        if names and column != "backend":
+            frame = frame[frame[column].isin(names)]
+    others = backends or tuple(set(frame["backend"]) - {baseline})
+    case = [*_PLACE, "N"]
     base = frame[frame["backend"] == baseline]
     base = base[[*case, "file", *turns.OF_A_CASE]]
-    others = frame[frame["backend"].isin(backends or set(there) - {baseline})]
     # Of one run: medians of different runs were not taken by turns.
-    both = others.merge(base, on=[*case, "file"], suffixes=("", "_base"))
+    both = frame[frame["backend"].isin(others)].merge(
+        base, on=[*case, "file"], suffixes=("", "_base")
+    )
     if both.empty:
         raise NoRuns(f"no run has a case of {baseline!r} and of another backend, too")
     both["baseline_s"] = both["median_s_base"]
@@ -73,23 +87,29 @@ def summarise(cases: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def render(cases: pd.DataFrame, baseline: str) -> str:
+def render(cases: pd.DataFrame, baseline: str, words: Words) -> str:
     """The comparison as text, a block per operation, pass, dtype and backend."""
     lines: list[str] = []
+    several = cases.groupby("operation")["setting"].nunique() > 1
     for summary in summarise(cases).to_dict("records"):
         part = cases
         for name in _GROUP:
             part = part[part[name] == summary[name]]
         total = f"{summary['total_tokens']:,} tokens a call, " if summary["total_tokens"] else ""
+        if several[summary["operation"]]:
+            total += f"{summary['setting']}, "
+        if summary["sweep"]:
+            total += f"{summary['sweep']} sweep, "
         lines.append(
-            f"{plots.label(summary['operation'])}, {summary['pass']}, {summary['dtype']}, {total}"
-            f"{summary['machine']}: {summary['backend']} over {baseline}"
+            f"{words.operation(summary['operation'])}, {summary['pass']}, {summary['dtype']}, "
+            f"{total}{summary['machine']}: {summary['backend']} over {baseline}"
         )
         for row in part.to_dict("records"):
+            interval = f"({row['low']:.2f} to {row['high']:.2f})"
             lines.append(
-                f"  N = {row['N']:>9,}  {plots.duration(row['median_s']):>8} against "
-                f"{plots.duration(row['baseline_s']):>8}  {row['speedup']:6.2f}× "
-                f"({row['low']:.2f} to {row['high']:.2f})"
+                f"  N = {row['N']:>9,}  {units.duration(row['median_s']):>8} against "
+                f"{units.duration(row['baseline_s']):>8}  {row['speedup']:6.2f}× "
+                f"{interval if np.isfinite(row['low']) else '(its rounds were not kept)'}"
             )
         lines.append(
             f"  geometric mean {summary['geometric_mean']:.2f}×, worst {summary['worst']:.2f}× "

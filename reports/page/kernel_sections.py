@@ -1,122 +1,45 @@
 """The page's sections on kernels: complexity, speed and memory, from timed runs."""
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
-import pandas as pd
-from linear_vit.reports.page.page.parts import (
-    Cell,
-    Column,
-    Figure,
-    Row,
-    Section,
-    Table,
-    columns,
-    exact,
-    number,
-    word,
+from linear_vit.reports.claims import PYTORCH
+from linear_vit.reports.groups import (
+    MEMORY,
+    OVER_INCUMBENT,
+    OVER_TORCH,
+    TIME,
+    Group,
+    Picture,
+    pictures,
 )
-
-from linear_vit.reports import plots, scaling
-from linear_vit.reports.plots import MEMORY, OVER_SOFTMAX, OVER_TORCH, TIME, Picture
-from linear_vit.reports.saved import documents, runs
-from linear_vit.reports.saved.runs import Runs
-from linear_vit.reports.scaling import Group
+from linear_vit.reports.page.cases import Case, by, cases, details, short, time_tip
+from linear_vit.reports.page.parts import Figure, Section
+from linear_vit.reports.saved import runs
 from linear_vit.reports.statistics import turns
-from linear_vit.reports.statistics.fits import Fit
-
-Case = dict[str, Any]  # a row of Runs.kernels, or of a picture's data
+from linear_vit.reports.tables import scaling
+from linear_vit.reports.tables.table import NOTHING, Cell, Column, Row, Table, columns, number
+from linear_vit.reports.units import capital, duration, exact, mebibytes, rate
 
 # Units as page.js formats them.
-_UNITS = {TIME: "seconds", MEMORY: "mebibytes", OVER_SOFTMAX: "factor", OVER_TORCH: "factor"}
-
-
-class Extras:
-    """Limits and details of the runs behind a page, each file read once."""
-
-    def __init__(self, loaded: Runs | None) -> None:
-        self.left_out = False
-        self._runs = {
-            head["file"]: documents.extras(head["file"])
-            for head in (loaded.heads if loaded else ())
-        }
-
-    def limits(self, file: str) -> dict[str, Any]:
-        """The machine's limits that a run measured; empty where it has none."""
-        return self._runs[file].limits if file in self._runs else {}
-
-    def profile(self, case: Case) -> dict[str, Any] | None:
-        """What ``--profile`` wrote of a case."""
-        if self.left_out or case["file"] not in self._runs:
-            return None
-        return self._runs[case["file"]].profiles.get(tuple(case[n] for n in documents.CASE))
-
-    def leave_out_details(self) -> None:
-        """Keep the limits, and say nothing more of single cases."""
-        self.left_out = True
-
-    def tip(self, case: Case) -> str:
-        """Lines on one case beyond its time."""
-        if self.left_out or case["file"] not in self._runs:
-            return ""
-        key = tuple(case[name] for name in documents.CASE)
-        return self._runs[case["file"]].details.get(key, "")
-
-
-def cases(frame: pd.DataFrame) -> list[Case]:
-    return [{str(key): value for key, value in row.items()} for row in frame.to_dict("records")]
-
-
-def by(found: Iterable[Case], *names: str) -> dict[tuple[Any, ...], list[Case]]:
-    """Cases by the values of some columns, in order of appearance."""
-    groups: dict[tuple[Any, ...], list[Case]] = {}
-    for case in found:
-        groups.setdefault(tuple(case[name] for name in names), []).append(case)
-    return groups
+_UNITS = {TIME: "seconds", MEMORY: "mebibytes", OVER_INCUMBENT: "factor", OVER_TORCH: "factor"}
 
 
 def complexity(found: list[Group]) -> Section:
     section = Section(
         "complexity",
         "Complexity",
-        "Time against the number of tokens N, one sequence of 6 heads of 64 (ripple: one grid of "
-        "384 channels). Fitted where the data supports it: time = a + b·N^p.",
+        "Time against the number of tokens N, one sequence or one grid a call. Fitted where the "
+        "data supports it: time = a + b·N^p.",
     )
     if not found:
         section.missing = runs.HOW_TO_MEASURE
         return section
-    section.figures = _curves(found, (TIME, OVER_SOFTMAX))
-    answers = [
-        Row(
-            [word(group.where), word(mode), word(backend), number(answer.text, answer.estimate)],
-            {"operation": "linear_attention", "backend": backend, "dtype": group.dtype},
-        )
-        for group, mode, backend, answer in scaling.crossovers(found)
-    ]
-    if answers:
-        titles = ["where", "pass", "backend", "crossover (95 % interval)"]
-        heading = "Crossover: from which N linear attention beats SDPA"
-        section.tables.append(Table(heading, columns(titles, titles), answers))
-    fits = [
-        Row(
-            [word(plots.label(op)), word(mode), word(group.dtype), word(backend), *_fit_cells(fit)],
-            {"operation": op, "backend": backend, "dtype": group.dtype},
-        )
-        for group in found
-        for (op, mode, backend), fit in group.fits.items()
-    ]
-    titles = ["operation", "pass", "dtype", "backend", "exponent p", "residual", "last slope"]
-    if fits:
-        section.tables.append(
-            Table(
-                "Fitted exponents",
-                columns(titles, titles[:5]),
-                fits,
-                "Residual: rms of log time about the fit. Last slope: the local exponent between "
-                "the two longest lengths, which says whether the growth has settled.",
-            )
-        )
+    section.figures = _curves(found, (TIME, OVER_INCUMBENT))
+    section.tables += scaling.crossings(found)
+    exponents = scaling.exponents(found)
+    section.tables += [exponents] if exponents else []
     return section
 
 
@@ -132,7 +55,8 @@ def memory(found: list[Group]) -> Section:
     return section
 
 
-def speed(found: list[Group], extras: Extras) -> Section:
+def speed(found: list[Group], *, brief: bool) -> Section:
+    """``brief`` leaves out what is known of single cases beyond their time."""
     section = Section(
         "speed",
         "Speed",
@@ -145,12 +69,12 @@ def speed(found: list[Group], extras: Extras) -> Section:
         section.missing = runs.HOW_TO_MEASURE
         return section
     section.figures = _heat_maps(found)
-    if extras.left_out:
+    if brief:
         section.notes.append(
             "What ran in each case, and its profile, is left out, to keep this page under 3 MB."
         )
     section.tables = [
-        _speed_table(group, operation, mode, part, extras)
+        _speed_table(group, operation, mode, part, brief)
         for group in found
         for (operation, mode), part in by(cases(group.frame), "operation", "pass").items()
     ]
@@ -164,7 +88,7 @@ def _curves(found: list[Group], wanted: Sequence[Picture]) -> list[Figure]:
     return [
         _curve_figure(group, picture, mode, part)
         for group in found
-        for picture, frame in scaling.pictures(group)
+        for picture, frame in pictures(group)
         if picture in wanted
         for mode in group.passes
         if (part := [case for case in cases(frame) if case["pass"] == mode])
@@ -176,7 +100,7 @@ def _curve_figure(group: Group, picture: Picture, mode: str, part: list[Case]) -
     lines = []
     for (operation, backend), curve in by(part, "operation", "backend").items():
         fit = group.fits.get((operation, mode, backend))
-        text = f"{backend}, {plots.label(operation)}" if several else backend
+        text = f"{backend}, {group.words.operation(operation)}" if several else backend
         if picture is TIME and fit is not None and fit.reason is None:
             half = max(fit.high - fit.exponent, fit.exponent - fit.low)
             text += f": N^{fit.exponent:.2f} ± {half:.2f}"
@@ -187,25 +111,15 @@ def _curve_figure(group: Group, picture: Picture, mode: str, part: list[Case]) -
                 point |= {"low": short(case["q1_s"]), "high": short(case["q3_s"])}
             points.append(point)
         lines.append(series(group, operation, backend, text, points))
-    return against_tokens(
-        f"{plots.title(group.operations, picture)}, {mode.replace('+', ' + ')}; {group.where}",
-        f"{_see(group, picture, mode, part)} {picture.caption}",
-        lines,
-        {"label": picture.unit, "base": 10, "unit": _UNITS[picture]},
-        rule=1 if _UNITS[picture] == "factor" else None,
-    )
-
-
-def against_tokens(
-    title: str,
-    caption: str,
-    lines: list[dict[str, Any]],
-    y: dict[str, Any],
-    rule: float | None = None,
-) -> Figure:
-    """Curves over N; ``y`` has ``label``, ``base`` of the logarithm and ``unit``."""
-    x = {"label": "tokens N", "base": 2, "unit": "tokens"}
-    return Figure("curves", title, caption, {"series": lines, "x": x, "y": y, "rule": rule})
+    title, caption, unit = picture.words(group)
+    data = {
+        "series": lines,
+        "x": {"label": "tokens N", "base": 2, "unit": "tokens"},
+        "y": {"label": unit, "base": 10, "unit": _UNITS[picture]},
+        "rule": 1 if picture.is_ratio else None,
+    }
+    heading = f"{title}, {mode.replace('+', ' + ')}; {group.where}"
+    return Figure("curves", heading, f"{_see(group, picture, mode, part)} {caption}", data)
 
 
 def series(
@@ -214,7 +128,7 @@ def series(
     """One curve; that of a family's second operation is drawn hollow, as in the papers' plots."""
     facets = {"operation": operation, "backend": backend, "dtype": group.dtype}
     hollow = group.operations.index(operation) % 2 == 1
-    name = f"{backend}, {plots.label(operation)}"
+    name = f"{backend}, {group.words.operation(operation)}"
     return facets | {"name": name, "label": text, "points": points, "hollow": hollow}
 
 
@@ -225,7 +139,7 @@ def _see(group: Group, picture: Picture, mode: str, part: list[Case]) -> str:
             _see_time(group, mode, op, curves) for (op,), curves in by(part, "operation").items()
         ]
     elif picture is MEMORY:
-        see = [_see_memory(op, curves) for (op,), curves in by(part, "operation").items()]
+        see = [_see_memory(group, op, curves) for (op,), curves in by(part, "operation").items()]
     else:
         see = [_see_ratio(backend, curve) for (backend,), curve in by(part, "backend").items()]
     return " ".join(see)
@@ -235,11 +149,11 @@ def _see_time(group: Group, mode: str, operation: str, curves: list[Case]) -> st
     longest = max(case["N"] for case in curves)
     at = {case["backend"]: case for case in curves if case["N"] == longest}
     best = min(at, key=lambda backend: at[backend]["median_s"])
-    text = f"{plots.label(operation).capitalize()} of {longest:,} tokens takes "
-    text += f"{plots.duration(at[best]['median_s'])} at best ({best}"
-    if "torch" in at and best != "torch":
-        log, _ = turns.speedup(at[best], at["torch"])
-        text += f", {math.exp(log):.1f}× as fast as torch"
+    text = f"{capital(group.words.operation(operation))} of {longest:,} tokens takes "
+    text += f"{duration(at[best]['median_s'])} at best ({best}"
+    if PYTORCH in at and best != PYTORCH:
+        log, _ = turns.speedup(at[best], at[PYTORCH])
+        text += f", {math.exp(log):.1f}× as fast as {PYTORCH}"
     text += ")"
     fit = group.fits.get((operation, mode, best))
     if fit is not None:
@@ -247,16 +161,16 @@ def _see_time(group: Group, mode: str, operation: str, curves: list[Case]) -> st
     return text + "."
 
 
-def _see_memory(operation: str, curves: list[Case]) -> str:
+def _see_memory(group: Group, operation: str, curves: list[Case]) -> str:
     longest = max(case["N"] for case in curves)
     at = {case["backend"]: case["value"] for case in curves if case["N"] == longest}
     least, most = min(at, key=at.__getitem__), max(at, key=at.__getitem__)
-    text = f"{plots.label(operation).capitalize()} of {longest:,} tokens: "
+    text = f"{capital(group.words.operation(operation))} of {longest:,} tokens: "
     if at[least] == at[most]:
-        return f"{text}{plots.mebibytes(at[least])} with {', '.join(at)}."
+        return f"{text}{mebibytes(at[least])} with {', '.join(at)}."
     return (
-        f"{text}least with {least}, {plots.mebibytes(at[least])}; most with {most}, "
-        f"{plots.mebibytes(at[most])}."
+        f"{text}least with {least}, {mebibytes(at[least])}; most with {most}, "
+        f"{mebibytes(at[most])}."
     )
 
 
@@ -273,35 +187,34 @@ def _see_ratio(backend: str, curve: list[Case]) -> str:
 
 
 def _heat_maps(found: list[Group]) -> list[Figure]:
-    ratios = [
-        case
-        for group in found
-        for picture, frame in scaling.pictures(group)
-        if picture is OVER_TORCH
-        for case in cases(frame)
-    ]
-    made = []
-    for (machine, total, operation), part in by(
-        ratios, "machine", "total_tokens", "operation"
-    ).items():
-        rows = []
-        for (backend, mode, dtype), cells in by(part, "backend", "pass", "dtype").items():
-            label = f"{backend}, {mode.replace('forward+backward', 'fwd + bwd')}, {dtype}"
-            facets = {"operation": operation, "backend": backend, "dtype": dtype}
-            points = [
-                {"x": case["N"], "y": short(case["value"]), "tip": _ratio_tip(case)}
-                for case in cells
-            ]
-            rows.append(facets | {"name": label, "points": points})
-        tokens = f", {total:,} tokens a call" if total else ""
-        title = f"{plots.label(operation).capitalize()}: speed-up over torch{tokens}; {machine}"
-        made.append(Figure("heat", title, _see_heat(part), {"series": rows}))
-    return made
+    """A map per machine and operation: its groups, which differ in dtype, are rows of one."""
+    maps: dict[tuple[str, ...], list[tuple[Group, list[Case]]]] = {}
+    for group in found:
+        for picture, frame in pictures(group):
+            if picture is OVER_TORCH:
+                for (operation,), part in by(cases(frame), "operation").items():
+                    where = group.where.partition(", ")[2]
+                    maps.setdefault((where, operation), []).append((group, part))
+    return [_heat_map(where, operation, parts) for (where, operation), parts in maps.items()]
+
+
+def _heat_map(where: str, operation: str, parts: list[tuple[Group, list[Case]]]) -> Figure:
+    rows, every = [], [case for _, part in parts for case in part]
+    for (backend, mode, dtype), cells in by(every, "backend", "pass", "dtype").items():
+        label = f"{backend}, {mode.replace('forward+backward', 'fwd + bwd')}, {dtype}"
+        facets = {"operation": operation, "backend": backend, "dtype": dtype}
+        points = [
+            {"x": case["N"], "y": short(case["value"]), "tip": _ratio_tip(case)} for case in cells
+        ]
+        rows.append(facets | {"name": label, "points": points})
+    name = capital(parts[0][0].words.operation(operation))
+    title = f"{name}: speed-up over {PYTORCH}; {where}"
+    return Figure("heat", title, _see_heat(every), {"series": rows, "base": PYTORCH})
 
 
 def _see_heat(part: list[Case]) -> str:
     ahead = sum(case["value"] > 1 for case in part)
-    sentences = [f"Faster than torch in {ahead} of {len(part)} cases."]
+    sentences = [f"Faster than {PYTORCH} in {ahead} of {len(part)} cases."]
     for (backend,), curve in by(part, "backend").items():
         worst = min(curve, key=lambda case: case["value"])
         mean = math.exp(sum(math.log(case["value"]) for case in curve) / len(curve))
@@ -309,98 +222,82 @@ def _see_heat(part: list[Case]) -> str:
             f"{backend}: {mean:.2f}× in geometric mean, worst {worst['value']:.2f}× at "
             f"N = {worst['N']:,}, {worst['pass']}, {worst['dtype']}."
         )
-    return " ".join(sentences) + " Blue is faster than torch, orange slower."
+    return " ".join(sentences) + f" Blue is faster than {PYTORCH}, orange slower."
 
 
 # Tables.
 
 
-def _speed_table(
-    group: Group, operation: str, mode: str, part: list[Case], extras: Extras
-) -> Table:
+def _speed_table(group: Group, operation: str, mode: str, part: list[Case], brief: bool) -> Table:
     backends = [name for (name,) in by(part, "backend")]
     limits = any(isinstance(case["limit"], str) for case in part)
-    rows = []
-    for (tokens,), line in sorted(by(part, "N").items()):
-        at = {case["backend"]: case for case in line}
-        best = min(line, key=lambda case: case["median_s"])
-        cells = [number(f"{tokens:,}", tokens)]
-        for backend in backends:
-            mark = "best" if backend == best["backend"] and len(line) > 1 else ""
-            cells.append(
-                _time_cell(at[backend], extras, mark)
-                if backend in at
-                else Cell("–", tip=f"{backend} was not timed at this length")
-            )
-        for value in (best["tflop_per_s"] * 1e3, best["gb_per_s"]):
-            cells.append(number(rate(value), value, f"{exact(value)} ({best['backend']})"))
-        if limits:
-            share, limit = best["share_of_limit"], best["limit"]
-            cells.append(
-                number(f"{share:.0%} {limit}", share, exact(100 * share, "%"))
-                if isinstance(limit, str)
-                else Cell("–")
-            )
-        rows.append(Row(cells))
-    what = {case["backend"]: case["implementation"] for case in reversed(part)}
-    note = "; ".join(
-        what[name] if what[name].startswith(f"{name}:") else f"{name}: {what[name]}"
-        for name in backends
-    )
-    other = {case["backend"]: case.get("other_function") for case in part}
-    note += "".join(
-        f"; {name} computes another function: {words}"
-        for name, words in other.items()
-        if isinstance(words, str)
-    )
-    titles = [Column("N"), *(Column(name, facets={"backend": name}) for name in backends)]
+    rows = [
+        _speed_row(tokens, line, backends, limits, brief)
+        for (tokens,), line in sorted(by(part, "N").items())
+    ]
+    titles = [Column("N")]
+    titles += [Column(n, facets={"backend": n}, tip=group.words.backend(n)) for n in backends]
     titles += columns(["GFLOP/s", "GB/s", *(["of limit"] if limits else [])])
     return Table(
-        f"{plots.label(operation).capitalize()}, {mode.replace('+', ' + ')}; {group.where}",
+        f"{capital(group.words.operation(operation))}, {mode.replace('+', ' + ')}; {group.where}",
         titles,
         rows,
-        note,
+        _what_ran(part, backends),
         {"operation": operation, "dtype": group.dtype},
     )
 
 
-# Cells and words.
+def _speed_row(
+    tokens: int, line: list[Case], backends: list[str], limits: bool, brief: bool
+) -> Row:
+    at = {case["backend"]: case for case in line}
+    best = min(line, key=lambda case: case["median_s"])
+    cells = [number(f"{tokens:,}", tokens)]
+    for backend in backends:
+        if backend in at:
+            mark = "best" if backend == best["backend"] and len(line) > 1 else ""
+            cells.append(_time_cell(at[backend], brief, mark))
+        else:
+            cells.append(Cell(NOTHING, tip=f"{backend} was not timed at this length"))
+    for value in (best["tflop_per_s"] * 1e3, best["gb_per_s"]):
+        tip = f"{exact(value)} ({best['backend']})"
+        cells.append(Cell(NOTHING) if math.isnan(value) else number(rate(value), value, tip))
+    if limits:
+        share, limit = best["share_of_limit"], best["limit"]
+        cells.append(
+            number(f"{share:.0%} {limit}", share, exact(100 * share, "%"))
+            if isinstance(limit, str)
+            else Cell(NOTHING)
+        )
+    return Row(cells)
 
 
-def _time_cell(case: Case, extras: Extras, mark: str) -> Cell:
-    tip = f"{case['backend']}, N = {case['N']:,}\n{_time_tip(case)}\n{extras.tip(case)}".strip()
-    return number(plots.duration(case["median_s"]), case["median_s"], tip, mark)
+def _what_ran(part: list[Case], backends: list[str]) -> str:
+    """Each backend's implementation in words, as far as the run says it."""
+    said = {case["backend"]: case["implementation"] for case in reversed(part)}
+    what = {name: text for name, text in said.items() if isinstance(text, str)}
+    parts = [
+        what[name] if what[name].startswith(f"{name}:") else f"{name}: {what[name]}"
+        for name in backends
+        if name in what
+    ]
+    other = {case["backend"]: case["other_function"] for case in part}
+    parts += [
+        f"{name} computes another function: {words}"
+        for name, words in other.items()
+        if isinstance(words, str)
+    ]
+    return "; ".join(parts)
 
 
-def _fit_cells(fit: Fit) -> list[Cell]:
-    if math.isnan(fit.residual):  # too few lengths to fit anything
-        return [Cell(str(fit.reason)), Cell("–"), Cell("–")]
-    scatter = number(f"{fit.residual:.0%}", fit.residual, exact(100 * fit.residual, "%"))
-    slope = number(f"{fit.local_slope:.2f}", fit.local_slope, exact(fit.local_slope))
-    if fit.reason:
-        return [Cell(f"no fit: {fit.reason}"), scatter, slope]
-    tip = f"a = {exact(fit.floor * 1e6, 'µs')}, b = {fit.scale:.3g} s, {fit.lengths} lengths"
-    text = f"{fit.exponent:.2f} ({fit.low:.2f} to {fit.high:.2f})"
-    return [number(text, fit.exponent, tip), scatter, slope]
-
-
-def _time_tip(case: Case) -> str:
-    return (
-        f"{exact(case['median_s'] * 1e3, 'ms')} (quartiles {exact(case['q1_s'] * 1e3)} to "
-        f"{exact(case['q3_s'] * 1e3)}; {case['rounds']:,} rounds)"
-    )
+def _time_cell(case: Case, brief: bool, mark: str) -> Cell:
+    tip = f"{case['backend']}, N = {case['N']:,}\n{time_tip(case)}"
+    if not brief:
+        tip += f"\n{details(case['info'])}"
+    return number(duration(case["median_s"]), case["median_s"], tip.strip(), mark)
 
 
 def _ratio_tip(case: Case) -> str:
     return (
         f"{exact(case['median_s'] * 1e3, 'ms')} against {exact(case['median_s_base'] * 1e3, 'ms')}"
     )
-
-
-def rate(value: float) -> str:
-    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
-
-
-def short(value: float) -> float:
-    """Enough digits to draw, and few enough to keep the page small."""
-    return float(f"{value:.6g}")

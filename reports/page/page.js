@@ -182,7 +182,7 @@ const draw = {
 
   heat(spec, width) {
     const cells = spec.series.filter(matches).flatMap((one) =>
-      one.points.map((p) => ({ ...p, row: one.name, tip: `${one.name}\nN = ${p.x.toLocaleString("en")}\n${p.y}× over torch\n${p.tip}` })));
+      one.points.map((p) => ({ ...p, row: one.name, tip: `${one.name}\nN = ${p.x.toLocaleString("en")}\n${p.y}× over ${spec.base}\n${p.tip}` })));
     if (!cells.length) return null;
     const columns = d3.sort(new Set(cells.map((c) => c.x)));
     const rows = [...new Set(cells.map((c) => c.row))];
@@ -208,7 +208,7 @@ const draw = {
   bars(spec, width) {
     return svgOf(
       Plot.plot({
-        width, height: 34 * new Set(spec.rows.map((row) => row.label)).size + 45, marginLeft: Math.min(170, width / 3), marginBottom: 36, style: INK,
+        width, height: 34 * new Set(spec.rows.map((row) => row.label)).size + 45, marginLeft: Math.min(190, width / 3), marginBottom: 36, style: INK,
         x: { label: "share of a training step", labelAnchor: "center", labelArrow: "none", tickFormat: (v) => `${Math.round(100 * v)} %`, ticks: Math.min(10, width / 80), grid: true },
         y: { label: null, domain: [...new Set(spec.rows.map((row) => row.label))], tickSize: 0 },
         color: { domain: spec.parts, range: PARTS },

@@ -5,27 +5,33 @@ files make an equal page, byte for byte.
 """
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, select_autoescape
-from linear_vit.reports.page.page.parts import FACETS, Figure, Row, Section, Table, columns, word
 from markupsafe import Markup
 
-from linear_vit.reports import plots, scaling
+from linear_vit.reports import targets
+from linear_vit.reports.claims import PYTORCH
+from linear_vit.reports.groups import Group, crossovers, groups
 from linear_vit.reports.page import (
-    gpu_sections,
     kernel_sections,
     profile_sections,
     proofs,
     rooflines,
     training_sections,
 )
-from linear_vit.reports.saved import documents
+from linear_vit.reports.page.parts import FACETS, Figure, Section
+from linear_vit.reports.saved import documents, machines
 from linear_vit.reports.saved.documents import Documents, Saved
-from linear_vit.reports.saved.runs import ROOT
+from linear_vit.reports.saved.runs import ROOT, NoRuns, Words
+from linear_vit.reports.styles import page_style
+from linear_vit.reports.tables import ablation, breakdown, results_text
+from linear_vit.reports.tables.table import Row, Table, columns, word
 
+HOW_TO_JUDGE = "pytest --benchmark-only --sweep cpu --benchmark-json=reports/out/cpu.json"
 _MOST_BYTES = 3_000_000
 _HERE = Path(__file__).resolve().parent
 _LIBRARY = ("d3.min.js", "plot.umd.min.js")
@@ -37,49 +43,80 @@ def write(paths: Sequence[Path], results: Path, out: Path) -> int:
     Args:
         paths: saved benchmark runs; empty takes the newest in ``results``, else the repository's.
         results: folder that is searched for all else that the suite saves; see
-            :func:`reports.documents.load`.
+            :func:`reports.saved.documents.load`.
         out: the HTML file.
 
     Raises:
-        reports.runs.NoRuns: ``paths`` were given and hold no run.
+        reports.saved.runs.NoRuns: ``paths`` were given and hold no run.
     """
     found = documents.load(paths, results)
-    groups = scaling.groups(found.runs) if found.runs else []
-    extras = kernel_sections.Extras(found.runs)
-    text = _text(found, groups, extras, out.parent)
+    grouped = groups(found.runs) if found.runs else []
+    text = _text(found, grouped, out.parent, brief=False)
     if len(text.encode()) >= _MOST_BYTES:  # a sweep of thousands of cases
-        extras.leave_out_details()
-        text = _text(found, groups, extras, out.parent)
+        text = _text(found, grouped, out.parent, brief=True)
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(text, encoding="utf-8")
     return len(text.encode())
 
 
-def _text(
-    found: Documents, groups: list[scaling.Group], extras: kernel_sections.Extras, folder: Path
-) -> str:
+def _text(found: Documents, grouped: list[Group], folder: Path, *, brief: bool) -> str:
     """``folder``: where the page will be, which its links start from."""
-    cpu_parts = [part for parts in found.each(found.cpus, rooflines.cpu) for part in parts]
+    _leave_out_damaged(found)
     sections = [
         training_sections.results(found),
-        kernel_sections.complexity(groups),
-        kernel_sections.speed(groups, extras),
-        rooflines.section(groups, cpu_parts, extras),
-        kernel_sections.memory(groups),
-        profile_sections.section(groups, extras, folder),
-        gpu_sections.section(found),
-        training_sections.steps(found),
+        kernel_sections.complexity(grouped),
+        kernel_sections.speed(grouped, brief=brief),
+        rooflines.section(grouped, found.runs),
+        _targets(found),
+        kernel_sections.memory(grouped),
+        profile_sections.section(grouped, folder, brief=brief),
+        training_sections.training_steps(found),
         proofs.correctness(found),
         proofs.static(found),
         proofs.traffic(found),
     ]
     # What was damaged is known only after all else is made.
     sections.insert(0, _where(found))
-    facts = [fact for facts in _facts(found, groups) for fact in facts]
-    return render(sections, facts, _newest(found))
+    facts = [fact for facts in _facts(found, grouped) for fact in facts]
+    words = found.runs.words if found.runs else Words()
+    return render(sections, facts, _newest(found), words)
 
 
-def render(sections: Sequence[Section], facts: Sequence[tuple[str, str]], newest: str) -> str:
+def _leave_out_damaged(found: Documents) -> None:
+    """Name documents that lack what several sections read of them, and go on without."""
+
+    def read(build: Callable[[dict[str, Any]], Any], saved: Saved) -> Saved:
+        build(saved.content)
+        return saved
+
+    found.tables = found.each(found.tables, partial(read, results_text.parts))
+    found.ablations = found.each(found.ablations, partial(read, ablation.as_table))
+    found.breakdowns = found.each(found.breakdowns, partial(read, breakdown.as_table))
+
+
+def _targets(found: Documents) -> Section:
+    """Of every run that measured half of its device's targets or more."""
+    section = Section("targets", "Targets", "The bounds that this project set itself.")
+    for run in [found.runs.of_file(h["file"]) for h in found.runs.heads] if found.runs else ():
+        head = run.heads[0]
+        try:
+            verdicts = targets.verdicts(run, targets.of_device(run))
+        except NoRuns:
+            continue
+        read = sum(verdict.holds is not None for verdict in verdicts)
+        if 2 * read >= len(verdicts):
+            table = targets.as_table(verdicts)
+            kept = sum(verdict.holds is True for verdict in verdicts)
+            title = f"{kept} of {read} targets met; {head['machine']}"
+            section.tables.append(Table(title, table.columns, table.rows))
+    if not section.tables:
+        section.missing = HOW_TO_JUDGE
+    return section
+
+
+def render(
+    sections: Sequence[Section], facts: Sequence[tuple[str, str]], newest: str, words: Words
+) -> str:
     """The page as text; ``newest`` is when the newest measurement on it was taken, or empty."""
     environment = Environment(
         loader=FileSystemLoader(_HERE),
@@ -92,8 +129,8 @@ def render(sections: Sequence[Section], facts: Sequence[tuple[str, str]], newest
         sections=sections,
         facts=facts,
         newest=newest,
-        filters=_filters(sections),
-        data_json=_script_json({"styles": _styles(figures), "figures": _numbered(figures)}),
+        filters=_filters(sections, words),
+        data_json=_script_json({"styles": _styles(figures, words), "figures": _numbered(figures)}),
         style=Markup((_HERE / "page.css").read_text(encoding="utf-8")),
         script=Markup((_HERE / "page.js").read_text(encoding="utf-8")),
         library=[Markup((_HERE / "vendor" / name).read_text("utf-8")) for name in _LIBRARY],
@@ -106,9 +143,9 @@ def _numbered(figures: Iterable[Figure]) -> list[dict[str, Any]]:
     return [{"kind": figure.kind, "title": figure.title, **figure.data} for figure in figures]
 
 
-def _styles(figures: Iterable[Figure]) -> dict[str, dict[str, str]]:
+def _styles(figures: Iterable[Figure], words: Words) -> dict[str, dict[str, str]]:
     names = {str(part["backend"]) for figure in figures for part in figure.data.get("series", ())}
-    return {name: plots.page_style(name) for name in sorted(names)}
+    return {name: page_style(name, words) for name in sorted(names)}
 
 
 def _script_json(data: Any) -> Markup:
@@ -119,16 +156,16 @@ def _script_json(data: Any) -> Markup:
     return Markup(text)
 
 
-def _filters(sections: Iterable[Section]) -> dict[str, list[tuple[str, str]]]:
+def _filters(sections: Iterable[Section], words: Words) -> dict[str, list[tuple[str, str]]]:
     """Per facet, every value on the page with its name in words, in order of appearance."""
     values: dict[str, dict[str, None]] = {name: {} for name in FACETS}
     for section in sections:
         for facets in _facets(section):
             for name in FACETS:
                 values[name] |= dict.fromkeys(filter(None, facets.get(name, "").split("|")))
-    words = {"operation": plots.label}
+    said = {"operation": words.operation}
     return {
-        name: [(value, words.get(name, str)(value)) for value in found]
+        name: [(value, said.get(name, str)(value)) for value in found]
         for name, found in values.items()
         if len(found) > 1
     }
@@ -156,25 +193,29 @@ def _where(found: Documents) -> Section:
     rows += found.each(found.checks, _check_source)
     for lines in found.each(found.tables, _table_sources):
         rows += lines
-    for kind in (found.ablations, found.speeds, found.breakdowns):
-        rows += found.each(kind, _training_source)
-    for kind in (found.cpus, found.statics, found.traffics):
+    for kind, what in ((found.ablations, "ablation"), (found.breakdowns, "shares of a step")):
+        rows += found.each(kind, partial(_training_source, what))
+    for kind in (found.statics, found.traffics):
         rows += found.each(kind, _proof_source)
-    rows += found.each(found.gpus, _gpu_source)
     if rows:
         section.tables.append(Table("", columns(titles, titles), rows))
     for head in found.runs.heads if found.runs else []:
-        section.notes += [f"Not timed: {what}: {why}." for what, why in head["not_timed"].items()]
-        cases: dict[str, list[str]] = {}
-        for case, why in head["failed"].items():
-            cases.setdefault(str(why), []).append(case)
-        for why, names in cases.items():
-            others = f" and {len(names) - 1} more cases" if len(names) > 1 else ""
-            section.notes.append(f"Failed: {names[0]}{others}: {why}")
+        for words, which in (("Not timed", "not_timed"), ("Failed", "failed")):
+            section.notes += list(_reasons(words, head[which]))
     section.notes += [f"Skipped {line}" for line in dict.fromkeys(found.skipped)]
     if not rows:
         section.missing = "make demo"
     return section
+
+
+def _reasons(words: str, cases: Mapping[str, Any]) -> Iterator[str]:
+    """A line per reason, with one of its cases."""
+    by_reason: dict[str, list[str]] = {}
+    for case, why in cases.items():
+        by_reason.setdefault(str(why).rstrip("."), []).append(case)
+    for why, names in by_reason.items():
+        others = f" and {len(names) - 1} more" if len(names) > 1 else ""
+        yield f"{words}: {names[0]}{others}: {why}."
 
 
 def _source(file: Path | str, what: str, machine: str, revision: Any, when: Any) -> Row:
@@ -201,7 +242,7 @@ def _table_sources(saved: Saved) -> list[Row]:
             saved.path,
             f"{sum(len(row['seeds']) for row in dataset['rows'])} training runs on "
             f"{dataset['title']}",
-            _trained_on(dataset["environment"]),
+            machines.label(dataset["environment"]),
             dataset["environment"].get("revision"),
             saved.content.get("created"),
         )
@@ -210,40 +251,18 @@ def _table_sources(saved: Saved) -> list[Row]:
     ]
 
 
-def _training_source(saved: Saved) -> Row:
-    names = {
-        "linear-vit-ablation/1": "ablation",
-        "linear-vit-step-speed/1": "training steps by backend",
-        "linear-vit-step-breakdown/1": "shares of a training step",
-    }
+def _training_source(what: str, saved: Saved) -> Row:
     environment = saved.content["environment"]
-    what = names[saved.content["schema"]]
-    where = _trained_on(environment)
-    return _source(saved.path, what, where, environment.get("revision"), None)
-
-
-def _trained_on(environment: dict[str, Any]) -> str:
-    on_cpu = environment["device"] == "cpu"
-    device = environment["cpu"] if on_cpu else environment["device"]
-    threads = f", {environment['threads']} threads" if on_cpu else ""
-    return f"{device}{threads}, torch {environment['torch']}"
+    revision = environment.get("revision") or environment.get("git")
+    return _source(saved.path, what, machines.label(environment), revision, None)
 
 
 def _proof_source(saved: Saved) -> Row:
     content = saved.content
     facts = content.get("machine")
-    what = f"{len(content['rows']):,} rows ({content.get('kind', 'C++ kernels')})"
+    what = f"{len(content['rows']):,} rows ({content['kind']})"
     machine = proofs.machine(facts) if facts else "any"
     return _source(saved.path, what, machine, (facts or {}).get("git"), content.get("created"))
-
-
-def _gpu_source(saved: Saved) -> Row:
-    content = saved.content
-    done = sum(r["status"] == "measured" for r in content["results"])
-    what = f"{content['section']}, {done} of {len(content['results'])} cases (gpu)"
-    what += ", dry run" if content["dry_run"] else ""
-    facts = content["machine"]
-    return _source(saved.path, what, proofs.machine(facts), facts.get("git"), None)
 
 
 def _newest(found: Documents) -> str:
@@ -256,10 +275,9 @@ def _newest(found: Documents) -> str:
 # The few figures that a reader came for, each with what it is.
 
 
-def _facts(found: Documents, groups: list[scaling.Group]) -> Iterable[Iterable[tuple[str, str]]]:
+def _facts(found: Documents, grouped: list[Group]) -> Iterable[Iterable[tuple[str, str]]]:
     yield found.each(found.checks[:1], _checked)
-    if found.runs:
-        yield _scaling_facts(groups)
+    yield _scaling_facts(grouped)
     yield from found.each(found.tables, _accuracies)
 
 
@@ -269,34 +287,32 @@ def _checked(saved: Saved) -> tuple[str, str]:
     return f"{right} of {len(ran)}", "kernel checks agree with the float64 reference"
 
 
-def _scaling_facts(groups: list[scaling.Group]) -> list[tuple[str, str]]:
-    """Of the first machine and dtype: what the attention cores grow as, and where they cross."""
-    for group in groups:
-        facts = []
-        for operation in ("linear_attention", "softmax_attention"):
-            fit = group.fits.get((operation, "forward", "torch"))
-            if fit and fit.reason is None:
-                facts.append(
-                    (
-                        f"N^{fit.exponent:.2f}",
-                        f"growth of {plots.label(operation)}'s time (torch, forward, "
-                        f"{group.dtype}; 95 %: {fit.low:.2f} to {fit.high:.2f})",
-                    )
-                )
-        answers = [(b, a) for _, m, b, a in scaling.crossovers([group]) if m == "forward"]
-        if answers:
-            backend, answer = min(answers, key=lambda item: item[1].estimate)
+def _scaling_facts(grouped: list[Group]) -> list[tuple[str, str]]:
+    """Of the first machine and dtype: what two operations grow as, and where they cross."""
+    group = next((g for g in grouped if g.family.incumbent and not g.total_tokens), None)
+    if group is None:
+        return []
+    facts = []
+    for operation in group.operations:
+        fit = group.fits.get((operation, "forward", PYTORCH))
+        if fit and fit.reason is None:
             facts.append(
                 (
-                    answer.brief,
-                    f"crossover with SDPA ({backend}, forward, {group.dtype}: {answer.text})",
+                    f"N^{fit.exponent:.2f}",
+                    f"growth of {group.words.operation(operation)}'s time ({PYTORCH}, forward, "
+                    f"{group.dtype}; 95 %: {fit.low:.2f} to {fit.high:.2f})",
                 )
             )
-        return facts
-    return []
+    answers = [(b, a) for _, mode, b, a in crossovers([group]) if mode == "forward"]
+    if answers:
+        backend, answer = min(answers, key=lambda item: item[1].estimate)
+        said = f"crossover with {group.family.incumbent} ({backend}, forward, {group.dtype}"
+        facts.append((answer.brief, f"{said}: {answer.text})"))
+    return facts
 
 
 def _accuracies(saved: Saved) -> list[tuple[str, str]]:
+    """Of the models themselves, without a local branch."""
     return [
         (
             f"{row['accuracy']['mean']:.1f} %",
@@ -304,5 +320,5 @@ def _accuracies(saved: Saved) -> list[tuple[str, str]]:
         )
         for dataset in saved.content["datasets"]
         for row in dataset["rows"]
-        if row["accuracy"] and row["model"] in ("baseline", "ripple", "hydra")
+        if row["accuracy"] and not row["local_branch"]
     ]

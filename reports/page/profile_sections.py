@@ -6,20 +6,11 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-from linear_vit.reports.page.page.kernel_sections import Case, Extras, by, cases
-from linear_vit.reports.page.page.parts import (
-    Cell,
-    Row,
-    Section,
-    Table,
-    columns,
-    exact,
-    number,
-    word,
-)
-
-from linear_vit.reports import plots
-from linear_vit.reports.scaling import Group
+from linear_vit.reports.groups import Group
+from linear_vit.reports.page.cases import Case, by, cases
+from linear_vit.reports.page.parts import Section
+from linear_vit.reports.tables.table import NOTHING, Cell, Row, Table, columns, number, word
+from linear_vit.reports.units import capital, duration, exact
 
 HOW_TO_PROFILE = "pytest --benchmark-only --profile --benchmark-json=reports/out/benchmark.json"
 _MOST = 5  # of a case's kernels; the trace has them all
@@ -37,13 +28,13 @@ _COUNTERS = (
 _Profiled = tuple[Case, dict[str, Any]]
 
 
-def section(found: list[Group], extras: Extras, folder: Path) -> Section:
+def section(found: list[Group], folder: Path, *, brief: bool) -> Section:
     """Top kernels and counters of every profiled case.
 
     Args:
         found: the timed cases.
-        extras: what their files say of each.
         folder: the page's, which links to traces start from.
+        brief: leave all of them out.
     """
     made = Section(
         "profiles",
@@ -56,13 +47,13 @@ def section(found: list[Group], extras: Extras, folder: Path) -> Section:
         for (operation, mode), part in by(cases(group.frame), "operation", "pass").items():
             profiled = []
             for case in part:
-                seen = extras.profile(case)
-                if seen and _is_sound(seen):
+                seen = None if brief else case["info"].get("profile")
+                if isinstance(seen, dict) and seen and _is_sound(seen):
                     profiled.append((case, seen))
                 elif seen:
                     made.notes.append(f"{case['file']}: damaged profile of {case['backend']}")
             if profiled:
-                what = plots.label(operation).capitalize()
+                what = capital(group.words.operation(operation))
                 what += f", {mode.replace('+', ' + ')}; {group.where}"
                 facets = {"operation": operation, "dtype": group.dtype}
                 made.tables.append(_top(what, profiled, facets, folder))
@@ -96,7 +87,7 @@ def _top(title: str, profiled: Iterable[_Profiled], facets: dict[str, str], fold
                 word(case["backend"]),
                 word(_shortened(one["name"]), one["name"]),
                 number(f"{one['share']:.1%}", one["share"], exact(100 * one["share"], "%")),
-                number(plots.duration(per_call * 1e-6), per_call, exact(per_call, "µs")),
+                number(duration(per_call * 1e-6), per_call, exact(per_call, "µs")),
                 number(f"{one['calls']:,}", one["calls"]),
                 trace,
             ]
@@ -118,7 +109,7 @@ def _counters(title: str, profiled: Iterable[_Profiled], facets: dict[str, str])
             for name, heading, scale in _COUNTERS:
                 value = values.get(name)
                 cells.append(
-                    Cell("–", tip=f"{name} was not counted")
+                    Cell(NOTHING, tip=f"{name} was not counted")
                     if value is None
                     else number(
                         f"{value * scale:,.3g}", value, f"{heading}: {exact(value * scale)}"

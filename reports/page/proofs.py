@@ -1,26 +1,29 @@
 """The page's sections on proofs: checked against float64, compiled, bytes counted."""
 
+from collections.abc import Iterable
+from functools import partial
 from typing import Any
 
 import pandas as pd
-from linear_vit.reports.page.page.parts import (
+
+from linear_vit.reports.page.parts import Section
+from linear_vit.reports.saved import machines
+from linear_vit.reports.saved.documents import Documents, Saved
+from linear_vit.reports.saved.runs import Words
+from linear_vit.reports.tables.table import (
+    NOTHING,
     Cell,
     Column,
     Row,
-    Section,
     Table,
     columns,
     number,
     word,
 )
 
-from linear_vit.reports import plots
-from linear_vit.reports.saved import runs
-from linear_vit.reports.saved.documents import Documents, Saved
-
-HOW_TO_CHECK = "python -m bench.check --json reports/out/check.json"
-HOW_TO_COMPILE = "python -m bench.static --json reports/out/static.json"
-HOW_TO_COUNT = "python -m bench.traffic --json reports/out/traffic.json"
+HOW_TO_CHECK = "python -m bench check --json reports/out/check.json"
+HOW_TO_COMPILE = "python -m bench static --json reports/out/static.json"
+HOW_TO_COUNT = "python -m bench traffic --json reports/out/traffic.json"
 
 
 # Checked.
@@ -36,13 +39,32 @@ def correctness(found: Documents) -> Section:
     )
     if not found.checks:
         section.missing = HOW_TO_CHECK
-    for table, notes in found.each(found.checks, _matrix):
+    for table, notes in found.each(found.checks, partial(_matrix, _words(found))):
         section.tables.append(table)
         section.notes += notes
+    section.tables += _untimed(found)
     return section
 
 
-def _matrix(saved: Saved) -> tuple[Table, list[str]]:
+def _untimed(found: Documents) -> Iterable[Table]:
+    """What a run checked on its device and did not time; runs of older versions alone have it."""
+    for head in found.runs.heads if found.runs else ():
+        results = head["untimed"]
+        rows = []
+        for r in results:
+            right = r["status"] == "measured" and not r.get("off")
+            said = "✓ right" if right else f"✗ {r['status'] if r['reason'] else 'off'}"
+            mark = "passed" if right else "failed"
+            tip = str(r["reason"] or r.get("off") or "")
+            rows.append(Row([word(r["section"]), word(r["case"]), word(said, tip, mark)]))
+        if rows:
+            passed = sum(row.cells[2].mark == "passed" for row in rows)
+            title = f"{passed} of {len(rows)} right on the device; {machine(head['facts'])}"
+            titles = ["section", "case", "result"]
+            yield Table(title, columns(titles, titles), rows)
+
+
+def _matrix(words: Words, saved: Saved) -> tuple[Table, list[str]]:
     results = saved.content["results"]
     backends = list(dict.fromkeys(str(r["backend"]) for r in results))
     rows: dict[tuple[str, str], dict[str, Cell]] = {}
@@ -64,7 +86,7 @@ def _matrix(saved: Saved) -> tuple[Table, list[str]]:
     lines = [
         Row(
             [
-                word(plots.label(operation)),
+                word(words.operation(operation)),
                 word(dtype),
                 *(cells.get(b, Cell("")) for b in backends),
             ],
@@ -88,7 +110,7 @@ def _check_cell(r: dict[str, Any]) -> Cell:
     if r["status"] == "failed":
         return Cell("✗ failed", float("inf"), f"{r['reason']}\n{_worst(r)}".strip(), "failed")
     why = "not usable here" if r["status"] == "unusable" else r["status"]
-    return Cell("–", None, f"{why}: {r['reason']}", "unusable")
+    return Cell(NOTHING, None, f"{why}: {r['reason']}", "unusable")
 
 
 def _worst(r: dict[str, Any]) -> str:
@@ -129,7 +151,7 @@ def static(found: Documents) -> Section:
         "memory are those that ptxas reports, the instruction counts are of the machine code, and "
         "the occupancy is what registers and shared memory allow.",
     )
-    for table, notes in found.each(found.statics, _compiled):
+    for table, notes in found.each(found.statics, partial(_compiled, _operations(found))):
         section.tables.append(table)
         section.notes += notes
     if not section.tables:
@@ -137,7 +159,7 @@ def static(found: Documents) -> Section:
     return section
 
 
-def _compiled(saved: Saved) -> tuple[Table, list[str]]:
+def _compiled(known: Iterable[str], saved: Saved) -> tuple[Table, list[str]]:
     rows = saved.content["rows"]
     wrong = [row for row in rows if row["faults"]]
     notes = [
@@ -164,7 +186,7 @@ def _compiled(saved: Saved) -> tuple[Table, list[str]]:
             _range(part["wide_loads"] + part["wide_stores"]),
         ]
         facets = {
-            "operation": "|".join(plots.operations_of(str(room))),
+            "operation": _of_room(str(room), known),
             "backend": str(backend),
             "dtype": "|".join(sorted({str(name) for name in part["dtype"]})),
         }
@@ -199,19 +221,19 @@ def traffic(found: Documents) -> Section:
         "that is; what is neither input nor result is workspace, as a share of the whole least "
         "traffic. A byte loaded twice counts twice, though the second time may come from a cache.",
     )
-    section.tables = found.each(found.traffics, _counted)
+    section.tables = found.each(found.traffics, partial(_counted, _words(found)))
     if not section.tables:
         section.missing = HOW_TO_COUNT
     return section
 
 
-def _counted(saved: Saved) -> Table:
+def _counted(words: Words, saved: Saved) -> Table:
     rows = saved.content["rows"]
     lines = []
     for row in rows:
         launches = row["launches"].split()
         cells = [
-            word(plots.label(row["operation"])),
+            word(words.operation(row["operation"])),
             word(row["pass"]),
             word(row["dtype"]),
             word(row["shape"]),
@@ -220,28 +242,50 @@ def _counted(saved: Saved) -> Table:
             *(number(f"{row[k]:,}", row[k]) for k in ("loaded", "distinct", "stored")),
             _times_least(row),
         ]
-        facets = {"operation": row["operation"], "backend": "triton", "dtype": row["dtype"]}
+        facets = {
+            "operation": row["operation"],
+            "backend": row.get("backend", "triton"),
+            "dtype": row["dtype"],
+        }
         lines.append(Row(cells, facets))
-    words = ("operation", "pass", "dtype", "shape", "tensor")
-    return Table(f"{len(rows):,} tensors counted", columns(_TRAFFIC_COLUMNS, words), lines)
+    left = ("operation", "pass", "dtype", "shape", "tensor")
+    return Table(f"{len(rows):,} tensors counted", columns(_TRAFFIC_COLUMNS, left), lines)
 
 
 def _times_least(row: dict[str, Any]) -> Cell:
     ratio = row["ratio"]
     if row["tensor"] == "workspace":  # beside the least traffic, not a part of it
-        return Cell("–") if ratio is None else number(f"+{ratio:.1%}", ratio)
+        return Cell(NOTHING) if ratio is None else number(f"+{ratio:.1%}", ratio)
     return Cell("not needed") if ratio is None else number(f"{ratio:.2f}", ratio, f"{ratio:.6g}")
 
 
 # Words.
 
 
+def _words(found: Documents) -> Words:
+    return found.runs.words if found.runs else Words()
+
+
+def _operations(found: Documents) -> list[str]:
+    """Every operation that something saved is about."""
+    names = list(_words(found).operations)
+    for saved, rows in ((found.checks, "results"), (found.traffics, "rows")):
+        for one in saved:
+            names += [str(row.get("operation")) for row in one.content[rows]]
+    return list(dict.fromkeys(names))
+
+
+def _of_room(room: str, known: Iterable[str]) -> str:
+    """The operations that a folder of kernels makes, by their common beginning, as a facet."""
+    return "|".join(name for name in known if name.startswith(room)) or room
+
+
 def machine(facts: dict[str, Any]) -> str:
-    return f"{runs.machine_label(facts)}, {facts.get('cores', '?')} cores"
+    return f"{machines.label(facts)}, {facts.get('cores', '?')} cores"
 
 
 def _range(values: pd.Series, unit: str = "") -> Cell:
     if values.empty:
-        return Cell("–")
+        return Cell(NOTHING)
     low, high = round(values.min()), round(values.max())
     return number(f"{low:,}{unit}" if low == high else f"{low:,} – {high:,}{unit}", high)

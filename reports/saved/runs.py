@@ -1,41 +1,72 @@
 """Saved benchmark runs, as pandas tables; files that are none are named and left out."""
 
-import json
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
+from linear_vit.reports.saved import convert, machines
+from linear_vit.reports.saved.files import read_json
 from linear_vit.reports.statistics import turns
 
-# The version of a case's extra_info that this file reads.
-SCHEMA = 1
 ROOT = Path(__file__).resolve().parents[1]
 DEFAULT_OUT = Path("reports/out")
 MEASUREMENTS = ROOT / "measurements"
 HOW_TO_MEASURE = "pytest --benchmark-only --benchmark-json=reports/out/benchmark.json"
+TRAINING_STEP = "training_step"
 
-_KERNEL_COLUMNS = {
-    "operation": "operation",
-    "backend": "backend",
-    "pass": "pass",
-    "dtype": "dtype",
-    "N": "N",
-    "implementation": "implementation",
-    "gb_per_s": "gb_per_s",
-    "tflop_per_s": "tflop_per_s",
-    "peak_memory_bytes": "peak_memory_bytes",
-    "least_bytes": "least_bytes",
-    "clock": "clock",
-}
-_CASE = ["machine", "total_tokens", "operation", "pass", "dtype", "N", "backend"]
+# Sizes of one and the same sweep; any other sweep is a list of cases of its own, and stands apart.
+_EXTENTS = ("quick", "full", None)
+_KERNEL_COLUMNS = (
+    "operation",
+    "backend",
+    "pass",
+    "dtype",
+    "N",
+    "implementation",
+    "gb_per_s",
+    "tflop_per_s",
+    "peak_memory_bytes",
+    "least_bytes",
+    "clock",
+)
+_STEP_COLUMNS = ("model", "model_title", "backend", "dtype", "images_per_s", "settings")
+# What tells the cases of a machine and backend apart.
+PLACE = ["sweep", "total_tokens", "setting", "operation", "pass", "dtype", "N"]
+# Fields of a shape that are its length.
+_LENGTHS = ("N", "M", "rows", "cols")
 
 
 class NoRuns(Exception):
     """Nothing to report on; the message says what makes something."""
+
+
+@dataclass(frozen=True)
+class Words:
+    """What saved runs say of a name: its title, and a backend's colour and whether it is ours."""
+
+    operations: dict[str, dict[str, Any]] = field(default_factory=dict)
+    backends: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+    def operation(self, name: str) -> str:
+        """An operation's name as prose has it."""
+        found = self.operations.get(name, {}).get("title")
+        return str(found or name.replace("_", " "))
+
+    def backend(self, name: str) -> str:
+        """A backend's title."""
+        return str(self.backends.get(name, {}).get("title") or name)
+
+    def own(self, name: str) -> bool:
+        """Whether a backend's kernels are this project's."""
+        return bool(self.backends.get(name, {}).get("own"))
+
+    def colour(self, name: str) -> str | None:
+        found = self.backends.get(name, {}).get("colour")
+        return str(found) if found else None
 
 
 @dataclass
@@ -43,25 +74,36 @@ class Runs:
     """Measured cases of one or several saved runs.
 
     ``kernels``: a row per case, with the columns of ``_KERNEL_COLUMNS``, ``machine`` (a label),
-    ``median_s``, its standard ``error`` over itself, ``q1_s``, ``q3_s``, ``rounds``, how many
-    ``independent_rounds`` these are worth, the ``seconds`` of each (empty where they were not
-    saved), ``turns`` (alike for cases whose rounds took turns, else None), ``file`` and
-    ``total_tokens``: 0 where a call is one sequence of N tokens, else how many tokens the sequences
-    of a call have together; ``other_function`` says what a peer computes instead. ``training``: a
-    row per training step. ``skipped``: a line per file that could not be used. ``heads``: per file,
-    where and when.
+    ``sweep`` (empty, or the name of one that stands apart), ``median_s``, its standard ``error``
+    over itself, ``q1_s``, ``q3_s``, ``rounds``, how many ``independent_rounds`` these are worth,
+    the ``seconds`` of each (empty where they were not saved), ``turns`` (alike for cases whose
+    rounds took turns, else None), ``ratios`` (to other cases by ``name``, where a file has no
+    rounds to take them from), ``file`` and ``total_tokens``: 0 where a call is one sequence of N
+    tokens, else how many tokens the sequences of a call have together; ``setting`` is what else its
+    shape says, in words; ``other_function`` says what a peer computes instead; ``info`` is all that
+    the file says of the case. A call replayed from a graph is of a backend of its own.
+    ``training``: a row per training step. ``skipped``: a line per file that could not be used.
+    ``heads``: per file, where and when. ``words``: titles and colours.
     """
 
     kernels: pd.DataFrame
     training: pd.DataFrame
     heads: list[dict[str, Any]]
     skipped: list[str] = field(default_factory=list)
+    words: Words = field(default_factory=Words)
 
-    def _repr_html_(self) -> str:
-        """What a notebook shows: a table and plots."""
-        from linear_vit.reports import notebook
+    def limits(self, file: str) -> dict[str, Any]:
+        """The machine's limits that a run measured; empty where it has none."""
+        return next((h["limits"] for h in self.heads if h["file"] == file), {})
 
-        return notebook.show(self)
+    def of_file(self, file: str) -> "Runs":
+        """What one of the files says."""
+        kernels, training = (
+            frame if frame.empty else frame[frame["file"] == file]
+            for frame in (self.kernels, self.training)
+        )
+        heads = [head for head in self.heads if head["file"] == file]
+        return replace(self, kernels=kernels, training=training, heads=heads)
 
 
 def load(paths: Sequence[Path]) -> Runs:
@@ -77,52 +119,89 @@ def load(paths: Sequence[Path]) -> Runs:
     training: list[dict[str, Any]] = []
     heads: list[dict[str, Any]] = []
     skipped: list[str] = []
+    words = Words()
+    sections: list[dict[str, Any]] = []  # of an old GPU run: each file of it gives the whole
     for path, explicit in _files(paths, skipped):
         try:
-            document = _read(path)
-        except _OurOwn as other:
+            document = read(path)
+        except OfAnotherKind as other:
             if explicit:
                 skipped.append(f"{path}: {other}")
             continue
         except ValueError as error:
             skipped.append(f"{path}: {error}")
             continue
+        if document in sections:
+            continue
+        if (document.get("kernel_suite") or {}).get("untimed"):
+            sections.append(document)
         head, kernel_rows, training_rows, complaints = _rows(path, document)
         skipped += [f"{path}: {complaint}" for complaint in complaints]
         if kernel_rows or training_rows:
             heads.append(head)
             kernels += kernel_rows
             training += training_rows
+            _learn(words, document.get("kernel_suite") or {})
     if not heads:
         detail = "".join(f"\n  skipped {line}" for line in skipped)
         raise NoRuns(f"no saved benchmark run found. Make one with: {HOW_TO_MEASURE}{detail}")
     heads.sort(key=lambda head: head["datetime"])
     return Runs(
-        _newest(pd.DataFrame(kernels), _CASE),
-        _newest(pd.DataFrame(training), ["machine", "model", "backend"]),
+        _newest(pd.DataFrame(kernels), ["machine", *PLACE, "backend"]),
+        _newest(pd.DataFrame(training), ["machine", "sweep", "case", "dtype"]),
         heads,
         skipped,
+        words,
     )
 
 
 def default_paths(out: Path = DEFAULT_OUT) -> list[Path]:
-    """The newest run in ``out``, else the repository's own measurements."""
+    """The newest run in ``out``, else the repository's own benchmarks."""
     candidates = []
     for path in sorted(out.glob("*.json")) if out.is_dir() else []:
         try:
-            candidates.append((str(_read(path)["datetime"]), path))
-        except (_OurOwn, ValueError, KeyError):
+            candidates.append((str(read(path)["datetime"]), path))
+        except (OfAnotherKind, ValueError, KeyError):
             continue
     if candidates:
         return [max(candidates)[1]]
-    return [MEASUREMENTS]
+    return measured()
 
 
-class _OurOwn(Exception):
+def measured() -> list[Path]:
+    """The benchmarks that the repository has saved."""
+    return sorted(MEASUREMENTS.glob("*/benchmark.json"))
+
+
+def newest_of_each(folder: Path) -> tuple[list[Path], list[str]]:
+    """Of all runs below a folder: the newest of each sub-folder, machine and sweep.
+
+    And a line for each file that is damaged.
+    """
+    newest: dict[tuple[Path, str, Any], tuple[str, Path]] = {}
+    skipped = []
+    for path in sorted(folder.rglob("*.json")):
+        try:
+            document = read(path)
+            suite = document["kernel_suite"]
+            key = (path.parent, machines.label(suite["machine"]), suite.get("sweep"))
+            found = (str(document["datetime"]), path)
+        except OfAnotherKind:
+            continue
+        except ValueError as error:
+            skipped.append(f"{path}: {error}")
+        except (KeyError, TypeError):
+            skipped.append(f"{path}: no benchmark run of this suite")
+        else:
+            newest[key] = max(found, newest.get(key, found))
+    return sorted(path for _, path in newest.values()), skipped
+
+
+class OfAnotherKind(Exception):
     """A JSON file of this suite that is something else than a benchmark run."""
 
 
-def _files(paths: Iterable[Path], skipped: list[str]) -> Iterable[tuple[Path, bool]]:
+def _files(paths: Iterable[Path], skipped: list[str]) -> Iterator[tuple[Path, bool]]:
     for path in paths:
         if path.is_dir():
             yield from ((found, False) for found in sorted(path.rglob("*.json")))
@@ -132,114 +211,175 @@ def _files(paths: Iterable[Path], skipped: list[str]) -> Iterable[tuple[Path, bo
             skipped.append(f"{path}: there is no such file or folder")
 
 
-def _read(path: Path) -> dict[str, Any]:
-    """A pytest-benchmark document; ValueError says what is wrong with it."""
-    try:
-        document = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ValueError(f"unreadable ({error.strerror})") from error
-    except ValueError as error:
-        raise ValueError(f"damaged: no valid JSON ({error})") from error
+def read(path: Path) -> dict[str, Any]:
+    """A run of today's schema, if need be converted; ValueError says what is wrong."""
+    document = read_json(path)
     if not isinstance(document, dict):
         raise ValueError("no benchmark run: not a JSON object")
-    if not isinstance(document.get("benchmarks"), list):
-        if isinstance(document.get("kind"), str) or str(document.get("schema")).startswith(
-            "linear"
-        ):
-            raise _OurOwn(f"no benchmark run, but {document.get('kind') or document['schema']}")
-        raise ValueError("no benchmark run: it has no list of benchmarks")
-    return document
+    if convert.kind_of(document) is None:
+        kind = document.get("kind") or document.get("schema")
+        if isinstance(document.get("kind"), str) or str(kind).startswith("linear"):
+            raise OfAnotherKind(f"no benchmark run, but {kind}")
+    try:
+        return convert.file_to_current(path, document)
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"damaged ({type(error).__name__}: {error})") from error
+
+
+def _learn(words: Words, suite: dict[str, Any]) -> None:
+    words.operations.update(suite.get("operations") or {})
+    for name, said in (suite.get("backends") or {}).items():
+        words.backends[name] = said
+        words.backends[_replayed(name)] = said | {"title": f"{said.get('title')}, CUDA graph"}
+
+
+def _replayed(backend: str) -> str:
+    """The name under which a backend's calls stand that were replayed from a graph."""
+    return f"{backend} (graph)"
 
 
 def _rows(
     path: Path, document: dict[str, Any]
 ) -> tuple[dict[str, Any], list[dict[str, Any]], list[dict[str, Any]], list[str]]:
     """Head, kernel rows, training rows and complaints of one document."""
+    suite = document.get("kernel_suite")
+    suite = suite if isinstance(suite, dict) else {}
     kernels: list[dict[str, Any]] = []
     training: list[dict[str, Any]] = []
     bad: dict[str, int] = {}
-    facts: dict[str, Any] = {}
+    settings = _settings(document["benchmarks"])
     when = str(document.get("datetime", ""))
+    facts: dict[str, Any] = suite.get("machine") or {}
+    sweep = suite.get("sweep")
+    alike = {"file": str(path), "datetime": when}
+    alike["sweep"] = "" if sweep in _EXTENTS else str(sweep)
     for benchmark in document["benchmarks"]:
         try:
-            info, stats = benchmark["extra_info"], benchmark["stats"]
-            version = info.get("schema")
-            if version is None:
-                raise ValueError("cases of another suite")
-            if version != SCHEMA:
-                raise ValueError(f"cases of schema version {version!r}, this reads {SCHEMA}")
-            facts = info["machine"]
-            row = {
-                "machine": machine_label(facts),
-                "file": str(path),
-                "datetime": when,
-                "device": info["device"],
-                "median_s": _positive(stats["median"]),
-                "q1_s": float(stats["q1"]),
-                "q3_s": float(stats["q3"]),
-                "rounds": int(stats["rounds"]),
-            }
-            row["error"] = _relative_error(row, info.get("median_interval_s"))
-            row["seconds"] = _seconds(stats, row["rounds"])
-            row["turns"] = info.get("turns")
-            dependence = turns.dependence(row["seconds"])
-            row["error"] *= dependence
-            row["independent_rounds"] = row["rounds"] / dependence**2
-            if info["operation"] == "training_step":
-                names = ("model", "model_title", "backend", "dtype", "images_per_s")
-                row.update({name: info[name] for name in names})
-                row["settings"] = info["settings"]
-                row["peak_memory_bytes"] = info.get("peak_memory_bytes")
-                training.append(row)
+            info = benchmark["extra_info"]
+            _check_schema(info)
+            where = machines.label(info.get("machine") or facts)
+            row = {"machine": where} | alike | _timed(benchmark)
+            if info["operation"] == TRAINING_STEP:
+                training.append(row | _of_step(info))
             else:
-                row.update({column: info[name] for column, name in _KERNEL_COLUMNS.items()})
-                row["total_tokens"] = int(info.get("total_tokens") or 0)
-                row["other_function"] = info.get("other_function")
-                row["limit"] = info.get("limit")
-                row["share_of_limit"] = info.get("share_of_limit")
-                row["worst_rms_error"] = max(
-                    (error["rms"] for error in info["error"].values()), default=None
-                )
-                kernels.append(row)
+                kernels.append(row | _of_kernel(info, settings))
         except (KeyError, TypeError, AttributeError, ValueError) as error:
             reason = str(error) if type(error) is ValueError else "damaged cases"
             bad[reason] = bad.get(reason, 0) + 1
     complaints = [f"{count} {reason}" for reason, count in bad.items()]
     if not document["benchmarks"]:
         complaints.append("an empty run")
-    suite = document.get("kernel_suite")
-    suite = suite if isinstance(suite, dict) else {}
     head = {
         "file": str(path),
         "datetime": when,
-        "machine": machine_label(facts) if facts else "?",
+        "machine": machines.label(facts) if facts else "?",
         "facts": facts,
         "cases": len(kernels) + len(training),
-        "not_timed": suite.get("not_timed", {}),
-        "failed": suite.get("failed", {}),
-        "sweep": suite.get("sweep"),
+        "not_timed": suite.get("not_timed") or {},
+        "failed": suite.get("failed") or {},
+        "sweep": sweep,
+        "limits": suite.get("limits") or {},
+        "untimed": suite.get("untimed") or [],
     }
     return head, kernels, training, complaints
 
 
+def _check_schema(info: dict[str, Any]) -> None:
+    version = info.get("schema")
+    if version is None:
+        raise ValueError("cases of another suite")
+    if version != convert.SCHEMA:
+        raise ValueError(f"cases of schema version {version!r}, this reads {convert.SCHEMA}")
+
+
+def _timed(benchmark: dict[str, Any]) -> dict[str, Any]:
+    """What every case has: its time, and what that is known from."""
+    info, stats = benchmark["extra_info"], benchmark["stats"]
+    row = {
+        "name": str(benchmark["name"]),
+        "device": info.get("device"),
+        "median_s": _positive(stats["median"]),
+        "q1_s": float(stats["q1"]),
+        "q3_s": float(stats["q3"]),
+        "rounds": int(stats["rounds"]),
+    }
+    row["error"] = _relative_error(row, info.get("median_interval_s"))
+    row["seconds"] = _seconds(stats, row["rounds"])
+    row["turns"] = info.get("turns")
+    row["ratios"] = info.get("ratios") or {}
+    dependence = turns.dependence(row["seconds"])
+    row["error"] *= dependence
+    row["independent_rounds"] = row["rounds"] / dependence**2
+    return row
+
+
+def _of_step(info: dict[str, Any]) -> dict[str, Any]:
+    settings = {k: v for k, v in info["settings"].items() if k != "backend"}
+    row = {name: info[name] for name in _STEP_COLUMNS} | {"info": info}
+    row["peak_memory_bytes"] = info.get("peak_memory_bytes")
+    row["case"] = f"{info['model']} {info['backend']} {sorted(settings.items())}"
+    return row
+
+
+def _of_kernel(info: dict[str, Any], settings: dict[Any, tuple[str, ...]]) -> dict[str, Any]:
+    row = {name: info[name] for name in _KERNEL_COLUMNS} | {"info": info}
+    if info.get("captured"):
+        row["backend"] = _replayed(info["backend"])
+    row["total_tokens"] = int(info.get("total_tokens") or 0)
+    row["other_function"] = info.get("other_function")
+    row["limit"] = info.get("limit")
+    row["share_of_limit"] = info.get("share_of_limit")
+    errors = [error["rms"] for error in info["error"].values()]
+    row["worst_rms_error"] = max(errors, default=None)
+    shape = info.get("shape") or {}
+    names = settings.get(_of_one_plot(info), ())
+    row["setting"] = ", ".join(f"{name} = {shape[name]}" for name in names if name in shape)
+    for name in ("gb_per_s", "tflop_per_s"):
+        row[name] = float("nan") if row[name] is None else float(row[name])
+    return row
+
+
+def _of_one_plot(info: dict[str, Any]) -> tuple[Any, Any]:
+    return info.get("operation"), info.get("total_tokens")
+
+
+def _settings(benchmarks: Iterable[Any]) -> dict[Any, tuple[str, ...]]:
+    """By operation: the fields of its shapes that are no length, and what plots stand apart by.
+
+    A length is a field of such a name, or one that is N in every case, of several; where the tokens
+    of a call are given, the batch follows from the length, too.
+    """
+    shapes: dict[Any, list[tuple[Any, dict[str, Any]]]] = {}
+    for benchmark in benchmarks:
+        info = benchmark.get("extra_info") if isinstance(benchmark, dict) else None
+        if isinstance(info, dict) and isinstance(info.get("shape"), dict):
+            shapes.setdefault(_of_one_plot(info), []).append((info.get("N"), info["shape"]))
+    return {
+        key: tuple(
+            name
+            for name in dict.fromkeys(name for _, shape in found for name in shape)
+            if name not in _LENGTHS and not (key[1] and name == "B") and not _is_length(name, found)
+        )
+        for key, found in shapes.items()
+    }
+
+
+def _is_length(name: str, found: list[tuple[Any, dict[str, Any]]]) -> bool:
+    several = len({tokens for tokens, _ in found}) > 1
+    return several and all(shape.get(name) == tokens for tokens, shape in found)
+
+
 def _relative_error(row: dict[str, Any], interval: list[float] | None) -> float:
-    """Standard error of the median, over the median.
+    """Standard error of the median, over the median; NaN where no round is known.
 
     From its 95 % bootstrap interval; where a run does not have that, from the quartiles of the
     rounds.
     """
     if interval is not None:
         return (float(interval[1]) - float(interval[0])) / (2 * 1.96) / row["median_s"]
+    if not row["rounds"]:
+        return float("nan")
     return turns.error_of_median(row["q1_s"], row["q3_s"], row["rounds"]) / row["median_s"]
-
-
-def machine_label(facts: dict[str, Any]) -> str:
-    """One line that tells the machines of a report apart."""
-    if facts["device"] == "cuda":
-        return f"{facts['device_name']}, torch {facts['torch']}"
-    threads = f"{facts['threads']} thread{'s' if facts['threads'] != 1 else ''}"
-    memory = f", freed memory {facts['memory']}" if facts.get("memory") else ""
-    return f"{facts['cpu']}, {threads}, torch {facts['torch']}{memory}"
 
 
 def _seconds(stats: dict[str, Any], rounds: int) -> np.ndarray:

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-OF_A_CASE = ["median_s", "error", "seconds", "turns"]
+OF_A_CASE = ["name", "median_s", "error", "seconds", "turns", "ratios"]
 # Of fewer turns a median is luck, and its error too.
 _FEWEST = 5
 _FEWEST_FOR_DEPENDENCE = 8
@@ -33,8 +33,8 @@ def ratio(own: Mapping[Any, Any], base: Mapping[Any, Any]) -> Ratio | None:
     """log(own time / base's), the median over turns; None where the two did not take turns.
 
     Args:
-        own, base: rows of :attr:`reports.runs.Runs.kernels`, of which ``turns`` (None, or what all
-            cases that took turns have alike) and ``seconds`` (a round a turn) are used.
+        own, base: rows of :attr:`reports.saved.runs.Runs.kernels`, of which ``turns`` (None, or
+            what all cases that took turns have alike) and ``seconds`` (a round a turn) are used.
     """
     n = min(len(own["seconds"]), len(base["seconds"]))
     if own["turns"] is None or own["turns"] != base["turns"] or n < _FEWEST:
@@ -48,14 +48,19 @@ def ratio(own: Mapping[Any, Any], base: Mapping[Any, Any]) -> Ratio | None:
 def speedup(own: Mapping[Any, Any], base: Mapping[Any, Any]) -> tuple[float, float]:
     """log(base's time / own) and its standard error.
 
-    Turn by turn, and of the medians where the two did not take turns.
+    Turn by turn; where a file kept that ratio and no rounds, that, of unknown error; and of the
+    medians where the two did not take turns.
 
     Args:
-        own, base: rows of :attr:`reports.runs.Runs.kernels`, with the columns ``OF_A_CASE``.
+        own, base: rows of :attr:`reports.saved.runs.Runs.kernels`, with the columns ``OF_A_CASE``.
     """
     found = ratio(base, own)
     if found is not None:
         return found.log, found.error
+    for one, other, sign in ((own, base, 1), (base, own, -1)):
+        kept = one["ratios"].get(other["name"])
+        if kept is not None:
+            return sign * float(np.log(kept)), float("nan")
     log = np.log(base["median_s"] / own["median_s"])
     return float(log), float(np.hypot(own["error"], base["error"]))
 

@@ -15,9 +15,23 @@ MACHINE = {
 }
 
 
+OPERATIONS = {
+    "linear_attention": "linear attention",
+    "softmax_attention": "softmax attention",
+    "ripple_pool": "ripple pool",
+    "training_step": "training step",
+}
+BACKENDS = {
+    "reference": {"title": "reference", "colour": "#7f7f7f", "own": False},
+    "torch": {"title": "PyTorch", "colour": "#0072B2", "own": False},
+    "compiled": {"title": "torch.compile", "colour": "#E69F00", "own": False},
+    "cpu": {"title": "C++", "colour": "#CC79A7", "own": True},
+}
+
+
 def seconds(operation: str, backend: str, mode: str, tokens: int) -> float:
     """Softmax is quadratic, all else linear; they cross at N = 400 whatever the backend's speed."""
-    speed = {"reference": 4.0, "torch": 2.0, "compiled": 1.0}[backend]
+    speed = {"reference": 4.0, "torch": 2.0, "compiled": 1.0, "cpu": 1.0}[backend]
     speed *= 3.0 if "backward" in mode else 1.0
     if operation == "softmax_attention":
         return speed * 1e-9 * tokens**2
@@ -28,10 +42,12 @@ def case(
     operation: str, backend: str, mode: str, tokens: int, dtype: str = "float32"
 ) -> dict[str, Any]:
     median = seconds(operation, backend, mode, tokens)
+    param = f"{operation}-{mode}-{dtype}-N{tokens}-{backend}"
     return {
-        "name": f"{operation}-{mode}-{dtype}-N{tokens}-{backend}",
+        "param": param,
+        "name": f"test_kernel[{param}]",
         "extra_info": {
-            "schema": 1,
+            "schema": 2,
             "operation": operation,
             "backend": backend,
             "implementation": f"{backend} of {operation}",
@@ -48,12 +64,12 @@ def case(
             "error": {"out": {"rms": 1e-7, "max": 1e-6}},
             "device": "cpu",
             "clock": "made up",
-            "machine": MACHINE,
+            "captured": False,
             "ran": ["aten::bmm", "aten::relu"],
             "telemetry": {"source": "NVML", "clock_mhz": [1900, 1980, 1985], "steal_share": None},
             "cache": "hot",
         },
-        "stats": {"median": median, "q1": 0.99 * median, "q3": 1.01 * median, "rounds": 9},
+        "stats": stats(median),
     }
 
 
@@ -65,26 +81,34 @@ def profile(case: dict[str, Any], ncu: bool = False) -> dict[str, Any]:
     ]
     counted = {"gpu__time_duration.sum": 25_000.0, "dram__bytes_read.sum": 4e6}
     return {
-        "trace": f"profiles/{case['name']}.trace.json.gz",
+        "trace": f"profiles/{case['param']}.trace.json.gz",
         "top": [{**row, "share": row["total_us"] / 120} for row in top],
         "ncu": {"state_kernel": counted} if ncu else None,
         "ncu_why": "" if ncu else "ncu is not installed",
     }
 
 
-def step(model: str, images_per_s: float) -> dict[str, Any]:
+def step(model: str, images_per_s: float, backend: str = "default") -> dict[str, Any]:
     made = case("linear_attention", "torch", "forward", 64)
+    for name in ("shape", "N", "error"):
+        del made["extra_info"][name]
+    made["name"] = f"test_training_step[{model}-{backend}]"
     made["extra_info"] |= {
         "operation": "training_step",
-        "backend": "default",
+        "backend": backend,
         "pass": "step",
         "model": model,
         "model_title": model.title(),
-        "settings": {"dim": 64, "depth": 4, "batch_size": 64, "dataset": "digits"},
+        "settings": dict(STEP_SETTING),
         "images_per_s": images_per_s,
     }
-    made["stats"]["median"] = 64 / images_per_s
+    batch = STEP_SETTING["batch_size"]
+    made["stats"] = stats(batch / images_per_s)
     return made
+
+
+def stats(median: float, rounds: int = 9) -> dict[str, Any]:
+    return {"median": median, "q1": 0.99 * median, "q3": 1.01 * median, "rounds": rounds}
 
 
 def slow_down(case: dict[str, Any], factor: float) -> None:
@@ -104,9 +128,12 @@ def run(when: str = "2030-01-02T03:04:05+00:00", **changes: Any) -> dict[str, An
     benchmarks += [step("baseline", 100.0), step("ripple", 150.0)]
     suite = {
         "kind": "benchmarks",
-        "schema": 1,
+        "schema": 2,
         "sweep": "quick",
         "device": "cpu",
+        "machine": MACHINE,
+        "operations": {name: {"title": title} for name, title in OPERATIONS.items()},
+        "backends": BACKENDS,
         "not_timed": {"backend cuda": "no CUDA device here"},
         "failed": {"linear_attention-forward-float32-N64-odd": "wrong result: out"},
         "limits": {
@@ -139,7 +166,14 @@ def ratio(median: float) -> dict[str, Any]:
     return {"median": median, "low": 0.9 * median, "high": 1.1 * median, "values": [median]}
 
 
-SETTING = {
+LABEL = f"{MACHINE['cpu']}, 2 threads, torch 2.99"
+SETTING: dict[str, Any] = {
+    "preset": "small",
+    "recipe": "light",
+    "heads": 2,
+    "mlp_dim": 128,
+    "lr": 0.005,
+    "compile": False,
     "dataset": "digits",
     "dim": 64,
     "depth": 4,
@@ -149,9 +183,10 @@ SETTING = {
     "amp": "off",
     "backend": "torch",
 }
+STEP_SETTING = {"dim": 64, "depth": 4, "batch_size": 64, "patch_size": 1, "dataset": "digits"}
 ENVIRONMENT = {
     "device": "cpu",
-    "cpu": "Test CPU",
+    "cpu": MACHINE["cpu"],
     "threads": 2,
     "torch": "2.99",
     "revision": None,
@@ -162,7 +197,7 @@ def table() -> dict[str, Any]:
     def row(model: str, accuracy: float | None, claim: dict[str, float] | None) -> dict[str, Any]:
         ran = accuracy is not None
         order = {"order": "O(N)", "exponent": 1.02, "low": 0.9, "high": 1.1, "pass": "forward"}
-        order |= {"backend": "torch", "dtype": "float32", "machine": "Test CPU"}
+        order |= {"backend": "torch", "dtype": "float32", "machine": LABEL}
         reached = {"target_percent": 95.0, "seconds": 12.5, "reached": 2, "seeds": 3}
         return {
             "model": model,
@@ -242,23 +277,19 @@ def ablation() -> dict[str, Any]:
     }
 
 
-# Twice as fast with the compiled kernels, which stand in for own ones here.
+# The own kernels are twice as fast as PyTorch's, the step with them by less.
 KERNEL_SPEEDUP = 2.0
+STEP_SPEEDUP = 0.02 / 0.018
 ATTENTION_SHARE = 0.25
 
 
 def step_speed() -> dict[str, Any]:
-    def timing(seconds: float) -> dict[str, float]:
-        return {"seconds": seconds, "relative_iqr": 0.02, "images_per_second": 64 / seconds}
-
-    backends = {"torch": timing(0.02), "compiled": timing(0.018), "cuda": {"reason": "no device"}}
-    row = {"title": "Hydra", "backends": backends, "own": "compiled", "speedup": 0.02 / 0.018}
-    return {
-        "schema": "linear-vit-step-speed/1",
-        "environment": ENVIRONMENT,
-        "setting": SETTING | {"backend": None},
-        "rows": [row | {"model": "hydra"}],
-    }
+    """A run of training steps alone, with PyTorch and with own kernels."""
+    steps = [step("hydra", 64 / 0.02, "torch"), step("hydra", 64 / 0.018, "cpu")]
+    made = run("2030-01-02T04:04:05+00:00")
+    suite = made["kernel_suite"] | {"sweep": "steps", "failed": {}}
+    suite["not_timed"] = {"hydra-cuda": "no device. More words"}
+    return made | {"benchmarks": steps, "kernel_suite": suite}
 
 
 def step_breakdown() -> dict[str, Any]:
@@ -273,8 +304,8 @@ def step_breakdown() -> dict[str, Any]:
     }
 
 
-def cpu() -> dict[str, Any]:
-    """As bench.cpu writes it: a case, a sweep over N, the limits, and a product beside them."""
+def old_cpu() -> dict[str, Any]:
+    """As bench.cpu wrote it: a case, a sweep over N, the limits, and a product beside them."""
     timed = {"name": "attention, float32, forward, N = 1024", "tokens": 1024, "against": "compiled"}
     timed |= {"table": "Linear attention, forward, float32", "flop": 10**9, "ratio": 5.0}
     timed |= {"over_matmul": 1.75, "over_softmax": 8.5}
@@ -283,12 +314,33 @@ def cpu() -> dict[str, Any]:
         {"name": f"scaling, N = {2**i}", "tokens": 2**i, "seconds": {"cpu": 1e-7 * 2**i}}
         for i in range(10, 16)
     ]
-    rates = {"fma": 2e11, "load": 1.5e11, "copy": 1e10}
+    rates = {"fma": 2e11, "load": 1.5e11, "instructions": 4e11, "copy": 1e10}
+    rates |= {"fresh": 1e9, "fresh_large": 2e9}
     limits = {"name": "limits", "limits": rates}
-    bounds = {"FMA rate": 0.001, "L1 loads": 0.002, "memory": 0.0005, "fresh pages": 0.0}
+    bounds = {"FMA rate": 0.001, "L1 loads": 0.001, "instructions": 0.001125, "memory": 0.0005}
     product = {"name": "roofline", "operation": "linear_attention_state", "tokens": 1024}
-    product |= {"seconds": {"cpu": 0.0025}, "bounds": bounds, "flop_done": 2e8}
+    product |= {"seconds": {"cpu": 0.0025}, "flop_done": 2e8}
+    product |= {"bounds": bounds | {"fresh pages": 0.0}}
     return {"machine": MACHINE, "rows": [timed, *scaling, limits, product]}
+
+
+def speed(when: str = "2030-01-02T03:04:05+00:00") -> dict[str, Any]:
+    """As train_minimal.py table wrote it: models' steps by turns, without their rounds."""
+
+    def rate(images: float) -> dict[str, float]:
+        low, high = 0.98 * images, 1.02 * images
+        return {"images_per_second": images, "low": low, "high": high, "seconds": 64 / images,
+                "rounds": 40}  # fmt: skip
+
+    config = SETTING | {"attention_type": "hydra", "local_branch": False, "seed": 0}
+    models = {"baseline": rate(1000.0), "hydra": rate(1250.0)}
+    return {
+        "schema": "linear-vit-model-speed/1",
+        "created": when,
+        "environment": ENVIRONMENT,
+        "config": config | {"backend": None},
+        "models": models,
+    }
 
 
 def save(path: Path, document: Any) -> Path:
@@ -301,13 +353,13 @@ def save_all(folder: Path) -> None:
     """One document of every kind, where the commands put them."""
     save(folder / "run.json", run())
     save(folder / "check.json", check())
-    save(folder / "cpu.json", cpu())
+    save(folder / "cpu" / "cpu.json", old_cpu())
     save(folder / "static.json", static())
     save(folder / "traffic.json", traffic())
     save(folder / "training" / "table.json", table())
     save(folder / "training" / "step-speed.json", step_speed())
     save(folder / "training" / "step-breakdown.json", step_breakdown())
-    for name, document in gpu().items():
+    for name, document in old_gpu().items():
         save(folder / "test-gpu" / "gpu" / f"{name}.json", document)
     save(folder / "ablation" / "ablation-ripple_stages.json", ablation())
 
@@ -330,8 +382,8 @@ def traffic() -> dict[str, Any]:
     return {"kind": "traffic", "schema": 1, "rows": [row, workspace]}
 
 
-def gpu() -> dict[str, dict[str, Any]]:
-    """As bench.gpu writes it: by section, a document each."""
+def old_gpu() -> dict[str, dict[str, Any]]:
+    """As bench.gpu wrote it: by section, a document each."""
     machine = MACHINE | {"device": "cuda", "device_name": "Test GPU", "torch": "2.99"}
     rival = {"linear_attention/triton": 1.0, "linear_attention/torch": 4.0, "sdpa/flash": 0.5}
 
@@ -369,7 +421,8 @@ def gpu() -> dict[str, dict[str, Any]]:
         for how, seconds in (("called", 2e-5), ("replayed", 1e-5))
     }
     graphs = {"shape": sweep("forward", 64)["shape"], "dtype": "bfloat16", "mode": "forward"}
-    training = {"model": "ripple", "backend": "triton", "settings": SETTING, "joules": None}
+    training: dict[str, Any] = {"model": "ripple", "backend": "triton", "settings": SETTING}
+    training |= {"joules": None}
     training |= times(0.02) | {"images_per_s": 6400.0, "peak_memory_bytes": 2**30}
     training |= {"peak_memory_how": "allocator", "joules_how": "no counter"}
     sections: dict[str, list[dict[str, Any]]] = {

@@ -120,7 +120,8 @@ def test_filters_hide_tables_columns_rows_and_curves(browser: Browser, html: Pat
     curve = "figure.curves .legend button"
     curves, tables = visible(browser, curve), visible(browser, ".table")
     rows = "#complexity tbody tr"
-    assert visible(browser, rows) == 6 + 18 + 2
+    # Crossovers, fits of two dtypes, one of the C++ alone, and those of a GPU's run.
+    assert visible(browser, rows) == 6 + 18 + 2 + 1 + 7
 
     choose(browser, "backend", "compiled")
     assert visible(browser, "th[data-backend=torch], td[data-backend=torch]") == 0
@@ -149,25 +150,24 @@ def test_filters_hide_tables_columns_rows_and_curves(browser: Browser, html: Pat
 
 def test_gpu_results_and_profiles_filter_sort_and_link(browser: Browser, html: Path) -> None:
     browser.open(html)
-    shares = f"{COLUMN}('Attention, forward; bfloat16, Test GPU', 'of copy')"
-    click = f"{CLICK}('Attention, forward; bfloat16, Test GPU', 'of copy')"
-    browser.run(click)
-    assert browser.run(shares)[:2] == ["6%", "13%"]
-    assert browser.run(shares)[-3:] == ["–"] * 3  # what was not measured comes last
-    browser.run(click)
-    assert browser.run(shares)[:2] == ["102%", "51%"]
+    heading = "Linear attention, forward; bfloat16, gpu sweep, Test GPU"
+    lengths = ["64", "1,024", "4,096", "16,384"]
+    assert browser.run(f"{COLUMN}({heading!r}, 'N')") == lengths
+    browser.run(f"{CLICK}({heading!r}, 'triton (graph)')")
+    assert browser.run(f"{COLUMN}({heading!r}, 'N')")[0] == "64"  # the only one that was replayed
+    replayed = browser.run(f"{COLUMN}({heading!r}, 'triton (graph)')")
+    assert replayed == ["10.0 µs", "–", "–", "–"]
 
     # Traces that are there are linked, from where the page is.
     links = "[...document.querySelectorAll('#profiles td a')].map(a => a.getAttribute('href'))"
     (link,) = set(browser.run(links))
     assert (html.parent / link.replace("%2B", "+")).is_file()
 
-    choose(browser, "backend", "triton")
-    assert visible(browser, "#gpu figure") == 2
-    assert visible(browser, "#gpu figure .legend button") == 2
+    choose(browser, "backend", "sdpa_flash")
+    assert visible(browser, "#complexity figure") == 2
+    assert visible(browser, "#complexity figure .legend button") == 2
     assert visible(browser, "#profiles tbody tr") == 0
     choose(browser, "backend", "reference")
-    assert visible(browser, "#gpu figure") == 0
     assert visible(browser, "#profiles tbody tr") > 0
     assert browser.complaints == []
 
@@ -216,9 +216,10 @@ def test_a_saved_plot_stands_alone(browser: Browser, html: Path) -> None:
 
 def test_markup_in_a_file_runs_nothing(browser: Browser, tmp_path: Path) -> None:
     run = saved.run()
+    machine = saved.MACHINE | {"cpu": "</script><script>alert(1)</script>"}
+    run["kernel_suite"]["machine"] = machine
     for benchmark in run["benchmarks"]:
         info = benchmark["extra_info"]
-        info["machine"] = info["machine"] | {"cpu": "</script><script>alert(1)</script>"}
         info["implementation"] = "<img src=x onerror=alert(2)>"
     saved.save(tmp_path / "run.json", run)
     out = tmp_path / "index.html"

@@ -8,7 +8,7 @@ import pytest
 
 from linear_vit.reports.__main__ import main
 from linear_vit.reports.changes import FASTER, SAME, SLOWER, UNDECIDED, changes, render
-from linear_vit.reports.saved.runs import MEASUREMENTS, NoRuns, load
+from linear_vit.reports.saved.runs import NoRuns, load, measured
 from tests.reports import saved, synthetic
 
 HIT = "linear_attention-forward-float32-N512-compiled"
@@ -108,7 +108,7 @@ def test_few_rounds_decide_nothing(tmp_path: Path) -> None:
     for document, factor in ((before, 1.0), (after, 1.1)):
         for case in document["benchmarks"]:
             case["stats"]["rounds"] = 3
-            if case["name"].endswith("compiled"):
+            if case["param"].endswith("compiled"):
                 saved.slow_down(case, factor)
     loaded = [load([path]) for path in pair(tmp_path, before, after)]
     found = changes(*loaded)
@@ -124,7 +124,7 @@ def test_a_change_below_the_margin_is_none(tmp_path: Path) -> None:
         for case in document["benchmarks"]:
             case["stats"]["rounds"] = 10_000
     for case in after["benchmarks"]:
-        if case["name"].endswith("compiled"):
+        if case["param"].endswith("compiled"):
             saved.slow_down(case, 1.01)
     loaded = [load([path]) for path in pair(tmp_path, before, after)]
     assert set(changes(*loaded).cases["verdict"]) == {SAME}
@@ -144,8 +144,7 @@ def test_other_environments_are_not_compared_unasked(
     tmp_path: Path, capsys, key: str, value: object, words: str
 ) -> None:
     after = saved.run()
-    for case in after["benchmarks"]:
-        case["extra_info"]["machine"] = saved.MACHINE | {key: value}
+    after["kernel_suite"]["machine"] = saved.MACHINE | {key: value}
     one, other = map(str, pair(tmp_path, saved.run(), after))
     assert main(["compare", one, other]) == 2
     assert words in capsys.readouterr().err
@@ -158,7 +157,7 @@ def test_other_environments_are_not_compared_unasked(
 def test_what_is_not_the_same_thing_is_left_out(tmp_path: Path) -> None:
     after = saved.run()
     clock, shape, gone = (
-        next(case for case in after["benchmarks"] if case["name"].startswith(name))
+        next(case for case in after["benchmarks"] if case["param"].startswith(name))
         for name in (
             "linear_attention-forward-float32-N64-compiled",
             "linear_attention-forward-float32-N128-compiled",
@@ -196,7 +195,7 @@ def test_command_gates(tmp_path: Path, capsys) -> None:
 
 
 def test_one_run_is_held_against_the_repositorys(tmp_path: Path, capsys) -> None:
-    (old,) = MEASUREMENTS.glob("xeon*/benchmark.json")
+    (old,) = measured()
     copy = saved.save(tmp_path / "mine.json", json.loads(old.read_text()))
     assert main(["compare", str(copy), "--fail-on", "slower"]) == 0
     assert " same" in capsys.readouterr().out

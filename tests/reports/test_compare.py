@@ -52,7 +52,7 @@ def test_interval_is_the_bootstraps_where_the_run_has_it(tmp_path: Path) -> None
 def test_mean_and_worst(tmp_path: Path) -> None:
     document = saved.run()
     for case in document["benchmarks"]:
-        if case["name"] == "linear_attention-forward-float32-N64-compiled":
+        if case["param"] == "linear_attention-forward-float32-N64-compiled":
             case["stats"] = {key: value * 4 for key, value in case["stats"].items()}
     run = saved.save(tmp_path / "run.json", document)
     summary = summarise(speedups(load([run]), "torch", ["compiled"]))

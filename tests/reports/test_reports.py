@@ -13,7 +13,9 @@ import pytest
 from linear_vit.reports.__main__ import main
 from linear_vit.reports.page import training_sections
 from linear_vit.reports.saved import documents
-from linear_vit.reports.saved.runs import NoRuns, load
+from linear_vit.reports.saved.runs import NoRuns, Words, load
+from linear_vit.reports.styles import page_style, style
+from linear_vit.reports.tables.table import Cell
 from tests.reports import saved
 
 
@@ -61,13 +63,15 @@ def test_options_narrow_what_is_drawn(tmp_path: Path) -> None:
     assert {path.name.partition("-")[0] for path in out.glob("*.png")} == {"ripple"}
 
 
-@pytest.mark.parametrize("option", ["--op", "--dtype"])
+@pytest.mark.parametrize("option", ["--op", "--dtypes", "--backends"])
 def test_unknown_choice_lists_those_there_are(tmp_path: Path, capsys, option: str) -> None:
     run = saved.save(tmp_path / "run.json", saved.run())
     assert main(["scaling", str(run), option, "nope", "--out", str(tmp_path)]) == 2
     message = capsys.readouterr().err
     assert "'nope'" in message
-    assert ("linear_attention" if option == "--op" else "float32") in message
+    assert {"--op": "linear_attention", "--dtypes": "float32", "--backends": "torch"}[
+        option
+    ] in message
 
 
 def test_damaged_and_foreign_files_are_named_and_left_out(tmp_path: Path, capsys) -> None:
@@ -129,10 +133,10 @@ def test_without_runs_it_says_what_makes_one(tmp_path: Path, capsys) -> None:
 
 
 def test_default_input_is_the_newest_run_of_the_folder(tmp_path: Path, monkeypatch) -> None:
-    from linear_vit.reports.saved.runs import DEFAULT_OUT, MEASUREMENTS, default_paths
+    from linear_vit.reports.saved.runs import DEFAULT_OUT, default_paths, measured
 
     monkeypatch.chdir(tmp_path)
-    assert default_paths() == [MEASUREMENTS]
+    assert default_paths() == measured() != []
     saved.save(DEFAULT_OUT / "check.json", saved.check())
     saved.save(DEFAULT_OUT / "old.json", saved.run("2030-01-01T00:00:00+00:00"))
     new = saved.save(DEFAULT_OUT / "new.json", saved.run("2031-01-01T00:00:00+00:00"))
@@ -200,22 +204,22 @@ def test_page_is_self_contained_and_complete(tmp_path: Path) -> None:
     assert len(page.ids) == len(set(page.ids))
     figures = json.loads(page.data)["figures"]
     kinds = Counter(figure["kind"] for figure in figures)
-    # 7 pictures less the speed-up over torch, of 2 passes each, 3 rooflines, time of the C++, and 2
-    # passes on a GPU.
-    assert kinds == {"curves": 10 + 3 + 1 + 2, "heat": 3, "intervals": 1, "bars": 1}
+    # 7 pictures less the speed-up over torch, of 2 passes each, with 2 rooflines; of the C++: time,
+    # speed-up over softmax and 2 rooflines; on a GPU: time and memory of 2 passes, a roofline.
+    assert kinds == {"curves": 12 + 4 + 5, "heat": 4, "intervals": 1, "bars": 1}
     assert html.count("<figure") == len(figures)
     for text in (
-        "95.5 % ± 0.4",
-        "97.2 % ± 0.4",
+        "95.5 ± 0.4 %",
+        "97.2 ± 0.4 %",
         "+1.8 ± 0.4",
         "not run",
         "85.3 %",
         "2.1×",
-        "12.5 s, 1.60×",
-        "O(N): N^1.02 (0.90 to 1.10)",
+        "12.5 s, 1.60× [1.44 – 1.76], reached in 2 of 3",
+        "O(N), measured N^1.02 (0.90 to 1.10)",
         "no claim",
         "the softmax core is 2.7% of a layer",
-        "Best by validation accuracy: 2; claimed: 3.",
+        "best 2 by validation accuracy (93.0 ± 0.4 %); claimed: 3.",
         "✗ failed",
         "✓ 3.0e-07 (interpreter)",
         "cuda: no device",
@@ -234,10 +238,11 @@ def test_page_is_self_contained_and_complete(tmp_path: Path) -> None:
         "Faster than torch in 14 of 28 cases.",
         "Linear attention of 4,096 tokens takes 1.64 ms at best (compiled, 2.0× as fast as torch)",
         "The attention core takes 25% of a step of Hydra",
-        "80% of L1 loads",
+        "2 of 5 right on the device; Test GPU",
         "Limits measured 2030-01-01 22:04 UTC.",
-        "1,024 tokens: triton, linear attention in 4.10 µs; sdpa_flash, softmax attention in",
-        "From 1,024 to 32,768 tokens the time grows as N^1.00",
+        "Linear attention of 16,384 tokens takes 65.5 µs at best (triton, 4.0× as fast as torch)",
+        "Linear attention of 32,768 tokens takes 3.28 ms at best (cpu), growing as N^1.00",
+        "Not timed: bfloat16 forward long N=1024: sdpa/math and 5 more: out of memory.",
     ):
         assert text in page.text, text
     for text in (
@@ -285,39 +290,52 @@ def test_a_peer_of_another_function_is_marked(tmp_path: Path) -> None:
     assert "a peer computes another function: a one-sided ReLU" in text
 
 
+def joined(folder: Path) -> dict[str, Cell]:
+    """The line from kernel to model, by column."""
+    section = training_sections.training_steps(documents.load([], folder))
+    (table,) = [one for one in section.tables if one.title.startswith("From")]
+    return dict(zip([c.title for c in table.columns], table.rows[0].cells, strict=True))
+
+
 def test_kernel_and_step_speed_meet_in_one_line(tmp_path: Path) -> None:
     saved.save_all(tmp_path)
-    speed, breakdown = saved.step_speed(), saved.step_breakdown()
+    run = saved.run()
+    run["benchmarks"] += [
+        saved.case("linear_attention", "cpu", "forward+backward", 2**i) for i in range(6, 13)
+    ]
+    saved.save(tmp_path / "run.json", run)
+    breakdown = saved.step_breakdown()
     k, s = saved.KERNEL_SPEEDUP, saved.ATTENTION_SHARE
     predicted = 1 / (1 - s + s / k)
-    found = documents.load([], tmp_path)
-    (joined,) = [t for t in training_sections.steps(found).tables if t.title.startswith("From")]
-    cells = dict(zip([c.title for c in joined.columns], joined.rows[0].cells, strict=True))
+    cells = joined(tmp_path)
     assert cells["kernel speed-up"].value == pytest.approx(k)
     assert cells["share of the step"].value == pytest.approx(s)
     assert cells["step, predicted"].value == pytest.approx(predicted)
-    assert cells["step, measured"].value == pytest.approx(speed["rows"][0]["speedup"])
+    assert cells["step, measured"].value == pytest.approx(saved.STEP_SPEEDUP)
 
     # Measured with own kernels, attention is a smaller share of a shorter step.
     breakdown["setting"] = breakdown["setting"] | {"backend": None}
     own = (s / k) / (1 - s + s / k)
     breakdown["rows"][0]["shares"]["attention"] = own
     saved.save(tmp_path / "training" / "step-breakdown.json", breakdown)
-    found = documents.load([], tmp_path)
-    (joined,) = [t for t in training_sections.steps(found).tables if t.title.startswith("From")]
-    cells = dict(zip([c.title for c in joined.columns], joined.rows[0].cells, strict=True))
+    cells = joined(tmp_path)
     assert cells["share of the step"].value == pytest.approx(s)
     assert cells["step, predicted"].value == pytest.approx(predicted)
+
+    # Of another machine it says nothing of this one's step.
+    breakdown["environment"] = breakdown["environment"] | {"threads": 1}
+    saved.save(tmp_path / "training" / "step-breakdown.json", breakdown)
+    assert joined(tmp_path)["share of the step"].value is None
 
 
 def test_page_names_damaged_documents_and_shows_the_rest(tmp_path: Path) -> None:
     saved.save_all(tmp_path)
     lacking = saved.step_breakdown()
-    del lacking["rows"][0]["shares"]["mlp"]
+    del lacking["rows"][0]["shares"]["attention"]
     saved.save(tmp_path / "training" / "step-breakdown.json", lacking)
     saved.save(tmp_path / "training" / "table.json", saved.table() | {"schema": "another/9"})
     saved.save(tmp_path / "static.json", {"kind": "static", "schema": 1, "rows": [{}]})
-    saved.save(tmp_path / "cpu.json", [])
+    (tmp_path / "cpu.json").write_text("{")
     (tmp_path / "check.json").write_text('{"kind": "check", ')
     out = tmp_path / "index.html"
     assert main(["page", "--results", str(tmp_path), "--out", str(out)]) == 0
@@ -331,9 +349,9 @@ def test_page_names_damaged_documents_and_shows_the_rest(tmp_path: Path) -> None
 def test_strings_from_files_stay_text(tmp_path: Path) -> None:
     hostile = "</script><script>alert(1)</script><img src=x onerror=alert(2)>\u2028"
     run = saved.run()
+    run["kernel_suite"]["machine"] = saved.MACHINE | {"cpu": hostile}
     for benchmark in run["benchmarks"]:
         info = benchmark["extra_info"]
-        info["machine"] = info["machine"] | {"cpu": hostile}
         info["implementation"] = hostile
     saved.save(tmp_path / "run.json", run)
     out = tmp_path / "index.html"
@@ -357,11 +375,11 @@ def test_page_without_data_says_which_commands_make_it(tmp_path: Path, monkeypat
     page = _page(out.read_text(encoding="utf-8"))
     for command in (
         "pytest --benchmark-only --benchmark-json=reports/out/benchmark.json",
-        "python -m bench.check --json reports/out/check.json",
+        "python -m bench check --json reports/out/check.json",
         "python train_minimal.py table",
         "python train_minimal.py profile --backend torch",
-        "python -m bench.static --json reports/out/static.json",
-        "python -m bench.traffic --json reports/out/traffic.json",
+        "python -m bench static --json reports/out/static.json",
+        "python -m bench traffic --json reports/out/traffic.json",
     ):
         assert command in page.text
     assert page.text.count(f"Skipped {tmp_path / 'check.json'}") == 1
@@ -375,31 +393,22 @@ def test_library_files_are_those_that_are_named() -> None:
         assert hashlib.sha256(path.read_bytes()).hexdigest() in text, f"{path.name} was changed"
 
 
-def test_backends_keep_their_colour_and_markers() -> None:
-    from linear_vit.reports.plots import style
+WORDS = Words(backends=saved.BACKENDS)
 
-    names = ("reference", "torch", "compiled", "triton", "cuda", "cpu")
-    assert len({style(name)[0] for name in names}) == len(names)
-    assert len({style(name)[1] for name in names}) == len(names)
-    assert style("a peer") == style("a peer")
+
+def test_backends_keep_their_colour_and_markers() -> None:
+    names = tuple(saved.BACKENDS)
+    assert len({style(name, WORDS)[0] for name in names}) == len(names)
+    assert len({style(name, WORDS)[1] for name in names}) == len(names)
+    assert style("a peer", WORDS) == style("a peer", Words())
+    # One that a run gives a colour to has it, with a marker that none of the palette has.
+    own = Words(backends={"mine": {"title": "Mine", "colour": "#123456", "own": True}})
+    colour, marker = style("mine", own)
+    assert colour == "#123456"
+    assert marker not in {style(name, WORDS)[1] for name in names}
 
 
 def test_page_draws_a_backend_as_the_papers_plots_do() -> None:
-    from linear_vit.reports.plots import page_style, style
-
-    names = ("reference", "torch", "compiled", "triton", "cuda", "cpu")
-    assert {page_style(name)["colour"] for name in names} == {style(name)[0] for name in names}
-    assert len({page_style(name)["symbol"] for name in names}) == len(names)
-
-
-def test_a_notebook_shows_a_run_as_table_and_plots(tmp_path: Path) -> None:
-    run = saved.run()
-    run["benchmarks"] = [b for b in run["benchmarks"] if "ripple_pool" in b["name"]]
-    html = load([saved.save(tmp_path / "run.json", run)])._repr_html_()
-    page = _page(html)
-    assert html.count("<svg") == 3  # time, memory and speed-up
-    assert len(page.ids) == len(set(page.ids))
-    # A case of the table, and the machine's name as text.
-    assert "51.2 µs" in page.text
-    assert "Test CPU <3 GHz>" in page.text
-    assert "<script" not in html
+    for name in saved.BACKENDS:
+        assert page_style(name, WORDS)["colour"] == style(name, WORDS)[0]
+    assert len({page_style(name, WORDS)["symbol"] for name in saved.BACKENDS}) == 4

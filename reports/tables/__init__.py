@@ -1,0 +1,199 @@
+"""Every table that is written: from records and saved runs to Markdown, CSV and JSON.
+
+What ``train_minimal.py`` and ``python -m reports`` call; each function writes into ``out`` and
+returns what a terminal shows.
+"""
+
+import csv
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from linear_vit.reports.groups import Group, groups
+from linear_vit.reports.saved import machines, records, runs
+from linear_vit.reports.saved.files import write_json, write_text
+from linear_vit.reports.saved.runs import NoRuns
+from linear_vit.reports.tables import ablation, breakdown, results, results_text, steps
+from linear_vit.reports.tables.results import Exponents
+from linear_vit.reports.tables.table import Table, join, to_markdown
+
+
+def write_results(
+    folder: Path,
+    out: Path,
+    *,
+    speeds: Sequence[Path] | None = None,
+    exponents: Path | None = None,
+    ablations: Path | None = None,
+) -> str:
+    """The results table: table.md, table.csv and table.json.
+
+    Args:
+        folder: searched for run.json with its sub-folders.
+        out: where the table goes.
+        speeds: saved runs with the models' training steps; None takes those in ``folder`` itself.
+        exponents: exponents.csv of ``python -m reports scaling``, or a saved run; None takes the
+            newest saved run in ``out`` or the folder above. Only what was measured on the machine
+            of the records is shown.
+        ablations: folder of ablation-*.json, which are told of below the table.
+
+    Raises:
+        NoRuns: there is no such folder, or a file that was asked for can't be read.
+    """
+    if not folder.is_dir():
+        raise NoRuns(f"no folder {folder} of run records")
+    found, skipped = records.read_runs(folder)
+    timed = _load(sorted(folder.glob("*.json")) if speeds is None else list(speeds))
+    content = results.make(
+        found,
+        steps=timed.training if timed else None,
+        exponents=_near(out, found) if exponents is None else read_exponents(exponents),
+        ablations=records.read_ablations(ablations) if ablations else (),
+    )
+    markdown = results_text.markdown(content)
+    write_json(out / "table.json", content)
+    write_text(out / "table.md", markdown)
+    write_text(out / "table.csv", results_text.to_csv(content))
+    return _said(markdown, out, "table.md, table.csv and table.json", skipped)
+
+
+def write_ablation(
+    setting: str,
+    configs: Sequence[Mapping[str, Any]],
+    folder: Path,
+    out: Path,
+    *,
+    environment: Mapping[str, Any] | None = None,
+    speeds: Sequence[Path] | None = None,
+) -> str:
+    """One setting varied: ablation-SETTING.md, .csv, .json and .svg.
+
+    Args:
+        setting: the name of the field that is varied.
+        configs: of every value and seed, as a record's ``config`` has them.
+        folder: searched for run.json with its sub-folders.
+        out: where the files go.
+        environment: of the machine whose runs count; None takes that of the latest run.
+        speeds: saved runs with the training steps of every value; None takes those in ``folder``.
+
+    Raises:
+        NoRuns: no finished run is of one of these configurations.
+    """
+    found, skipped = records.read_runs(folder)
+    timed = _load(sorted(folder.glob("*.json")) if speeds is None else list(speeds))
+    try:
+        content = ablation.make(
+            setting,
+            configs,
+            found,
+            environment=environment,
+            steps=timed.training if timed else None,
+        )
+    except ValueError as error:
+        raise NoRuns(str(error)) from error
+    stem = out / f"ablation-{setting}"
+    markdown = _document([ablation.as_table(content)])
+    write_json(stem.with_suffix(".json"), content)
+    write_text(stem.with_suffix(".csv"), ablation.to_csv(content))
+    write_text(stem.with_suffix(".md"), markdown)
+    ablation.plot(content, stem.with_suffix(".svg"))
+    return _said(markdown, out, f"{stem.name}.md, .csv, .json and .svg", skipped)
+
+
+def write_steps(run: Path, out: Path) -> str:
+    """Timed training steps of a saved run: step-speed.md and .csv.
+
+    Raises:
+        NoRuns: the file holds no timed training step.
+    """
+    found = steps.groups(runs.load([run]))
+    if not found:
+        raise NoRuns(f"{run} holds no timed training step")
+    markdown = _document([steps.as_table(one) for one in found])
+    write_text(out / "step-speed.md", markdown)
+    write_text(out / "step-speed.csv", steps.to_csv(found))
+    return _said(markdown, out, "step-speed.md and .csv", [])
+
+
+def write_breakdown(record: Path, out: Path) -> str:
+    """Shares of a training step, of a step-breakdown.json: step-breakdown.md and .csv.
+
+    Raises:
+        NoRuns: the file is none.
+    """
+    try:
+        found = records.read_breakdown(record)
+    except ValueError as error:
+        raise NoRuns(str(error)) from error
+    markdown = _document([breakdown.as_table(found)])
+    write_text(out / "step-breakdown.md", markdown)
+    write_text(out / "step-breakdown.csv", breakdown.to_csv(found))
+    return _said(markdown, out, "step-breakdown.md and .csv", [])
+
+
+def read_exponents(path: Path) -> Exponents:
+    """Measured exponents of an exponents.csv or a saved run, of which those with a fit.
+
+    Raises:
+        NoRuns: the file is neither.
+    """
+    if path.suffix == ".json":
+        return Exponents(str(path), _fits(groups(runs.load([path]))))
+    try:
+        with path.open(newline="", encoding="utf-8") as file:
+            rows = list(csv.DictReader(file))
+    except (OSError, ValueError) as error:
+        raise NoRuns(f"{path} is no readable exponents.csv ({error})") from error
+    needed = {"machine", "operation", "pass", "dtype", "backend", "exponent", "low", "high"}
+    if rows and not needed <= set(rows[0]):
+        lacks = ", ".join(sorted(needed - set(rows[0])))
+        raise NoRuns(f"{path} is no exponents.csv of `python -m reports scaling`: lacks {lacks}")
+    return Exponents(str(path), [r for r in rows if r["exponent"] and not r.get("reason")])
+
+
+def _near(out: Path, found: Sequence[records.Record]) -> Exponents | None:
+    """Of the newest saved run beside the table, or in the folder above, of a records' machine."""
+    here = {machines.label(run["environment"]) for run in found}
+    for folder in (out, out.parent):
+        loaded = _load(sorted(folder.glob("*.json")))
+        for head in reversed(loaded.heads if loaded else []):
+            if head["machine"] not in here:
+                continue
+            if fits := _fits(groups(runs.load([Path(head["file"])]))):
+                return Exponents(head["file"], fits)
+    return None
+
+
+def _fits(found: Sequence[Group]) -> list[dict[str, Any]]:
+    return [
+        {
+            "machine": group.machine,
+            "operation": operation,
+            "pass": mode,
+            "dtype": group.dtype,
+            "backend": backend,
+            **{name: getattr(fit, name) for name in ("exponent", "low", "high")},
+        }
+        for group in found
+        for (operation, mode, backend), fit in group.fits.items()
+        if fit.reason is None
+    ]
+
+
+def _load(paths: Sequence[Path]) -> runs.Runs | None:
+    """The saved runs among these files; None without one."""
+    try:
+        return runs.load(paths)
+    except NoRuns:
+        return None
+
+
+def _document(tables: Sequence[Table]) -> str:
+    parts = []
+    for table in tables:
+        parts += [f"{table.title}.", to_markdown(table), *([table.note] if table.note else [])]
+    return join(parts)
+
+
+def _said(markdown: str, out: Path, names: str, skipped: Sequence[str]) -> str:
+    return "\n".join(["", markdown, *skipped, f"written to {out}/{names}"])
