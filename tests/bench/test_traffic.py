@@ -102,6 +102,7 @@ def test_linear_attention_reads_and_writes_every_token_once(folder: Path) -> Non
     held(rows)
 
 
+@pytest.mark.slow
 def test_ripple_stores_once_and_reads_nothing_but_its_taps(folder: Path) -> None:
     """Each output once; of inputs all and nothing else, each element for at most 3×3 taps and z."""
     rows = counted(folder, "--ops", "ripple_pool,ripple_expand", "--dtypes", "bfloat16")
