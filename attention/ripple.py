@@ -5,29 +5,7 @@ from torch import Tensor, nn
 
 from linear_vit.attention.layers import Grid, LocalBranch, check_tokens, head_count
 from linear_vit.kernels import linear_attention_packed, ripple_expand_stages, ripple_pool_stages
-
-
-def halving_axes(grid: Grid, stages: int) -> list[int]:
-    """The axis that each stage halves: 0 (rows), 1 (columns), 0, ... passing over size 1.
-
-    Size n becomes ceil(n / 2). Raises ValueError where the grid cannot be halved that often.
-    """
-    if stages < 0:
-        raise ValueError(f"ripple_stages must be at least 0, got {stages}")
-    size = list(grid)
-    axes: list[int] = []
-    while len(axes) < stages and max(size) > 1:
-        axis = len(axes) % 2
-        if size[axis] == 1:
-            axis = 1 - axis
-        size[axis] = (size[axis] + 1) // 2
-        axes.append(axis)
-    if len(axes) < stages:
-        raise ValueError(
-            f"a token grid of {grid[0]}x{grid[1]} can be halved at most {len(axes)} times, "
-            f"got ripple_stages {stages}"
-        )
-    return axes
+from linear_vit.kernels.ripple.stages import halving_axes
 
 
 class RippleStage(nn.Module):

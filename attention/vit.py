@@ -8,7 +8,8 @@ from torch import Tensor, nn
 from linear_vit.attention.baseline import BaselineAttention
 from linear_vit.attention.hydra import HydraAttention
 from linear_vit.attention.layers import Grid, LocalBranch
-from linear_vit.attention.ripple import RippleAttention, RippleStage, halving_axes
+from linear_vit.attention.ripple import RippleAttention, RippleStage
+from linear_vit.kernels.ripple.stages import halving_axes
 
 ATTENTION_TYPES = ("baseline", "ripple", "hydra")
 

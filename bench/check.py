@@ -24,32 +24,19 @@ from linear_vit.bench.instruments import machine
 from linear_vit.bench.instruments.memory import is_out_of_memory
 from linear_vit.bench.problems import (
     FORWARD_BACKWARD,
-    PACKED,
-    AttentionShape,
     Expected,
     Problem,
-    RippleShape,
     Shape,
     check,
-    expected_results,
     make_problem,
     worst,
 )
+from linear_vit.bench.problems import operation as operation_of
 from linear_vit.bench.sweep import DTYPES, SweepError, resolve_device
 
 SCHEMA = 1
-# Ragged on purpose: no power of two, N ≠ M, grouped heads, an odd grid. One head dim: `compiled`
-# compiles anew for each, and the tests go through all of them.
-_ATTENTION = (
-    AttentionShape(B=2, H=6, Hk=6, N=197, M=197, D=64),
-    AttentionShape(B=1, H=4, Hk=1, N=77, M=130, D=64),
-)
-_PACKED = (AttentionShape(B=2, H=6, Hk=6, N=197, M=197, D=64),)
-_RIPPLE = (RippleShape(2, 8, 8, 48, axis=0), RippleShape(1, 7, 5, 33, axis=1))
-# The interpreter takes seconds for what a GPU does in microseconds.
-_ATTENTION_INTERPRETED = (AttentionShape(B=1, H=2, Hk=1, N=37, M=70, D=16),)
-_PACKED_INTERPRETED = (AttentionShape(B=1, H=2, Hk=2, N=37, M=37, D=16),)
-_RIPPLE_INTERPRETED = (RippleShape(1, 5, 4, 8, axis=0), RippleShape(1, 4, 5, 8, axis=1))
+# One head dim: `compiled` compiles anew for each, and the tests go through all of them.
+_HEAD_DIM, _HEAD_DIM_INTERPRETED = 64, 16
 _SPARED = "each dtype compiles for seconds: python -m bench.check --full goes through all of them"
 
 Result = dict[str, Any]
@@ -100,7 +87,7 @@ def cross_check(
                 if not prepared:
                     for shape in shapes:
                         problem = make_problem(operation, shape, dtype, device)
-                        prepared.append((problem, expected_results(problem)))
+                        prepared.append((problem, problem.expected()))
                 results.append(
                     {**result, **_check_shapes(prepared[: 1 if sparing else None], backend)}
                 )
@@ -175,18 +162,14 @@ def _interpreted_triton(progress: Callable[[str], None]) -> list[Result]:
 
 def _shapes(operation: str, only: str | None) -> tuple[Shape, ...]:
     interpreted = only == "triton" and not kernels.is_timeable("triton", "cpu")
-    if operation.startswith("ripple"):
-        return _RIPPLE_INTERPRETED if interpreted else _RIPPLE
-    if operation in PACKED:
-        return _PACKED_INTERPRETED if interpreted else _PACKED
-    return _ATTENTION_INTERPRETED if interpreted else _ATTENTION
+    head_dim = _HEAD_DIM_INTERPRETED if interpreted else _HEAD_DIM
+    return tuple(operation_of(operation).check_shapes(head_dim, interpreted=interpreted))
 
 
 def _unusable(
     operation: str, backend: str, device: torch.device, dtype: torch.dtype, shape: Shape
 ) -> str | None:
-    head_dim = shape.D if isinstance(shape, AttentionShape) else None
-    return kernels.backends(operation, device, dtype=dtype, head_dim=head_dim)[backend]
+    return kernels.backends(operation, device, dtype=dtype, head_dim=shape.dim)[backend]
 
 
 def _finite(values: Result) -> Result:

@@ -45,6 +45,9 @@ from linear_vit.bench.problems import (
     least_work,
     make_problem,
 )
+from linear_vit.bench.problems import (
+    operation as operation_of,
+)
 from linear_vit.reports.statistics.fits import fit_scaling
 
 CPU = torch.device("cpu")
@@ -228,7 +231,7 @@ def attention_row(n: int, dtype: torch.dtype, mode: str, against: str, budget: f
         calls["softmax"] = softmax.call("torch", mode)
     timings = by_turns(calls, budget)
     own = timings["cpu"]
-    flop = least_work("linear_attention", mode, shape, dtype.itemsize).flop
+    flop = least_work(operation_of("linear_attention"), mode, shape, dtype.itemsize).flop
     name = str(dtype).removeprefix("torch.")
     return {
         "name": f"attention, {name}, {mode}, N = {n}",
@@ -258,7 +261,7 @@ def ripple_rows(budget: float) -> list[Row]:
                     "operation": operation,
                     "grid": side,
                     "batch": shape.B,
-                    "bytes": least_work(operation, FORWARD_BACKWARD, shape, 4).bytes,
+                    "bytes": least_work(operation_of(operation), FORWARD_BACKWARD, shape, 4).bytes,
                     "seconds": medians(timings),
                     "ratio": timings["torch"].over(timings["cpu"]),
                 }
@@ -316,7 +319,7 @@ def roofline_rows(budget: float, *, kept: bool) -> list[Row]:
     table = "Roofline"
     rows: list[Row] = [{"name": "limits", "table": table, "limits": rates}]
     for operation, shape in cases:
-        work = least_work(operation, FORWARD, shape, 4)
+        work = least_work(operation_of(operation), FORWARD, shape, 4)
         done = work.flop / 2  # the rows that a sign picks
         makes_output = operation.endswith("apply") and not kept
         written = 4 * HEADS * TOTAL_TOKENS * HEAD_DIM if makes_output else 0

@@ -6,11 +6,12 @@ import torch
 
 from linear_vit.bench.problems import (
     FORWARD_BACKWARD,
-    PACKED,
-    AttentionShape,
     Shape,
     Work,
     least_work,
+)
+from linear_vit.bench.problems import (
+    operation as operation_of,
 )
 
 # The float64 reference works in chunks: what those take, and the profiler's and allocator's own.
@@ -31,27 +32,9 @@ def memory_bytes(operation: str, mode: str, backend: str, shape: Shape, element_
     the working set of what is known to need one: φ in float32 for what is composed of PyTorch's
     operators, the N×M matrices for softmax attention that stores them.
     """
-    tensors = least_work(operation, FORWARD_BACKWARD, shape, 1).bytes
+    tensors = least_work(operation_of(operation), FORWARD_BACKWARD, shape, 1).bytes
     total = tensors * element_size + 2 * tensors * 8 + _CHUNKS
-    return total + working_set(operation, mode, backend, shape)
-
-
-def working_set(operation: str, mode: str, backend: str, shape: Shape) -> int:
-    """Bytes an implementation holds beyond inputs and outputs, in the same sense."""
-    backward = mode == FORWARD_BACKWARD
-    if not isinstance(shape, AttentionShape):
-        elements = least_work(operation, mode, shape, 1).bytes
-        return 4 * elements * (10 if backend == "reference" else 2)
-    B, H, Hk, N, M, D = shape.B, shape.H, shape.Hk, shape.N, shape.M, shape.D
-    tokens = 4 * B * D * (H * N + 2 * H * M)  # q, k and v in float32, heads repeated
-    if PACKED.get(operation, operation) == "softmax_attention":
-        if backend in ("reference", "sdpa_math"):
-            return 4 * B * H * N * M * (5 if backward else 3) + tokens
-        return tokens * (3 if backward else 1)
-    if backend in ("reference", "torch", "compiled") or backend not in ("cpu", "triton", "cuda"):
-        return tokens * (12 if backward else 5)
-    states = 4 * B * Hk * (2 * D * D + 2 * D)
-    return tokens + 64 * states
+    return total + operation_of(operation).working_set(mode, backend, shape)
 
 
 def available_bytes(device: torch.device) -> int | None:

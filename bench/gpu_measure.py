@@ -27,10 +27,12 @@ from linear_vit.bench.problems import (
     RippleShape,
     Shape,
     check,
-    expected_results,
     least_work,
     make_problem,
     worst,
+)
+from linear_vit.bench.problems import (
+    operation as operation_of,
 )
 from linear_vit.bench.sweep import DTYPES
 from linear_vit.kernels.accuracy import compare
@@ -73,7 +75,7 @@ def _check(device: torch.device, operation: str, dtype: str, backend: str, head_
     errors, off = {}, None
     for shape in _check_shapes(operation, head_dim):
         problem = _problem(operation, shape, dtype, device, backend)
-        verdicts = check(problem, backend, FORWARD_BACKWARD, expected_results(problem))
+        verdicts = check(problem, backend, FORWARD_BACKWARD, problem.expected())
         errors[str(shape)] = {n: vars(v) for n, v in verdicts.items()}
         name, verdict = worst(verdicts)
         if not verdict.passed:
@@ -133,7 +135,7 @@ def _huge(device: torch.device, backend: str, heads: int, tokens: int, head_dim:
         cotangents=tuple(g[:, -1:].clone() for g in problem.cotangents),
     )
     del results, problem
-    expected = expected_results(part)
+    expected = part.expected()
     verdicts = {}
     for name, actual in zip(part.names(FORWARD_BACKWARD), last, strict=True):
         rows = expected.rows[name]
@@ -236,10 +238,12 @@ def _times(timing: clock.Timing) -> Result:
 
 def _least(operation: str, mode: str, shape: AttentionShape, size: int) -> tuple[int, int]:
     """Least bytes and FLOP of a pass; a backward pass alone is both passes less the forward."""
-    work = least_work(operation, FORWARD_BACKWARD if mode == BACKWARD else mode, shape, size)
+    work = least_work(
+        operation_of(operation), FORWARD_BACKWARD if mode == BACKWARD else mode, shape, size
+    )
     if mode != BACKWARD:
         return work.bytes, work.flop
-    forward = least_work(operation, FORWARD, shape, size)
+    forward = least_work(operation_of(operation), FORWARD, shape, size)
     return work.bytes - forward.bytes, work.flop - forward.flop
 
 

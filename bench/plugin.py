@@ -36,10 +36,12 @@ from linear_vit.bench.problems import (
     Problem,
     check,
     expected_of_peer,
-    expected_results,
     least_work,
     make_problem,
     worst,
+)
+from linear_vit.bench.problems import (
+    operation as operation_of,
 )
 from linear_vit.bench.progress import Progress
 from linear_vit.bench.progress import clock as minutes
@@ -172,7 +174,9 @@ class Benchmarks:
         if case is None:
             return 6 * budget, None
         shape = shape_of(case.operation, case.tokens, case.batch)
-        work = least_work(case.operation, case.mode, shape, DTYPES[case.dtype].itemsize)
+        work = least_work(
+            operation_of(case.operation), case.mode, shape, DTYPES[case.dtype].itemsize
+        )
         measured = self._limits()
         _, least_s = measured.binding(work, case.dtype)
         call_s = estimate.call_seconds(case.backend, least_s)
@@ -209,7 +213,9 @@ class Benchmarks:
             joules, joules_how = energy.per_call(call, device, timing.median)
             traced = self._profile(call, str(case))
 
-        work = least_work(case.operation, case.mode, problem.shape, problem.dtype.itemsize)
+        work = least_work(
+            operation_of(case.operation), case.mode, problem.shape, problem.dtype.itemsize
+        )
         work = dataclasses.replace(work, flop=int(work.flop * peers.flop_share(case.backend)))
         limit, least_s = self._limits().binding(work, case.dtype)
         self._record(
@@ -454,7 +460,7 @@ class Benchmarks:
     ) -> tuple[Problem, Expected]:
         shape = shape_of(operation, tokens, batch)
         problem = make_problem(operation, shape, DTYPES[dtype], self.sweep.device)
-        return problem, expected_results(problem)
+        return problem, problem.expected()
 
     # What is shown.
 

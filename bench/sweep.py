@@ -15,6 +15,9 @@ from linear_vit.bench.problems import (
     Shape,
     least_work,
 )
+from linear_vit.bench.problems import (
+    operation as operation_of,
+)
 
 TRAINING_STEP = "training_step"
 OPERATIONS = (*kernels.OPERATIONS, TRAINING_STEP)
@@ -264,7 +267,7 @@ def _lengths(operation: str, kind: str, extent: str) -> tuple[int, ...]:
 
 def _too_much_work(case: Case, kind: str, extent: str) -> str | None:
     shape = shape_of(case.operation, case.tokens, case.batch)
-    flop = least_work(case.operation, case.mode, shape, 4).flop
+    flop = least_work(operation_of(case.operation), case.mode, shape, 4).flop
     limit = _MOST_FLOP[kind][extent]
     if flop <= limit:
         return None

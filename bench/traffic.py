@@ -164,7 +164,8 @@ def count(
     from linear_vit.kernels.triton import tuning
 
     if multiprocessors is None:
-        multiprocessors = max(1, _tokens(shape) // _TOKENS_A_MULTIPROCESSOR)
+        tokens = shape.B * getattr(shape, "H", 1) * shape.tokens
+        multiprocessors = max(1, tokens // _TOKENS_A_MULTIPROCESSOR)
     problem = make_problem(operation, shape, dtype, torch.device("cpu"))
     rows = []
     with tuning.assume(architecture, multiprocessors):
@@ -189,8 +190,8 @@ def count(
     read |= dict(zip(cotangents, problem.cotangents, strict=True))
     written = dict(zip((f"d{name}" for name in problem.inputs), gradients, strict=True))
     needed = {*problem.inputs, *cotangents}
-    if operation.startswith("softmax"):
-        needed |= set(problem.output_names)  # P is worked out again, and its row sums need out
+    if problem.operation.backward_reads_outputs:
+        needed |= set(problem.output_names)
     for row in _rows(backward, read, written, needed, set(written)):
         rows.append(common | {"pass": "backward"} | row)
     return rows
@@ -247,38 +248,10 @@ def _tensors(arguments: Iterable[Any]) -> Iterator[Tensor]:
             yield from _tensors(x)
 
 
-def _tokens(shape: "Shape") -> int:
-    from linear_vit.bench.problems import AttentionShape
-
-    if isinstance(shape, AttentionShape):
-        return shape.B * shape.H * shape.N
-    return shape.B * shape.rows * shape.cols
-
-
 def _interpreting() -> bool:
     import triton
 
     return bool(triton.knobs.runtime.interpret)
-
-
-def shapes(operation: str, head_dim: int) -> list["Shape"]:
-    """Problems that take an operation's different kernels, small enough for the interpreter."""
-    from linear_vit.bench.problems import AttentionShape, RippleShape
-    from linear_vit.bench.static.launches import has_head_dims, rooms
-    from linear_vit.bench.static.launches import operations as operations_of
-
-    (room,) = (r for r in rooms() if operation in operations_of(r))
-    if not has_head_dims(room):
-        return [RippleShape(2, 8, 8, 64, axis) for axis in (0, 1)]
-    short = AttentionShape(2, 2, 2, 64, 64, head_dim)
-    if room == "softmax_attention":
-        return [short, AttentionShape(1, 1, 1, 512, 512, head_dim)]
-    long = AttentionShape(1, 2, 2, 4096, 4096, head_dim)
-    if operation != "linear_attention":
-        return [short, long]
-    # Several tiles in one launch; and query heads that share keys and values, as HydraAttention's.
-    middle = AttentionShape(1, 2, 2, 200, 200, head_dim)
-    return [short, middle, long, AttentionShape(1, 4, 1, 1024, 1024, head_dim)]
 
 
 # ---- python -m bench.traffic ---------------------------------------------------------------------
@@ -340,9 +313,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _cases(operation: str, dtypes: str, head_dims: str) -> Iterator[tuple["Shape", torch.dtype]]:
+    from linear_vit.bench.problems import operation as operation_of
+
     seen = set()
     for head_dim in head_dims.split(","):
-        for shape in shapes(operation, int(head_dim)):
+        for shape in operation_of(operation).traffic_shapes(int(head_dim)):
             for dtype in dtypes.split(","):
                 if (shape, dtype) not in seen:  # ripple has no head dim
                     seen.add((shape, dtype))

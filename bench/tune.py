@@ -14,28 +14,16 @@ import contextlib
 import json
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
 from pathlib import Path
 from unittest import mock
 
 import torch
 
 from linear_vit.bench.instruments import clock
-from linear_vit.bench.problems import (
-    FORWARD,
-    FORWARD_BACKWARD,
-    AttentionShape,
-    Expected,
-    Problem,
-    RippleShape,
-    check,
-    expected_results,
-    make_problem,
-)
+from linear_vit.bench.problems import DTYPES, Expected, Problem, check, make_problem, operations
 from linear_vit.bench.static.machine_code import LIMITS
 from linear_vit.kernels.triton import tuning
 
-DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 # A candidate has to win by this much: less is noise.
 _GAIN = 0.02
 _BUDGET_S = 0.2
@@ -45,74 +33,13 @@ _DIMENSIONS = ("head_dims", "channels")
 Options = dict[str, int]
 
 
-@dataclass(frozen=True)
-class Workload:
-    """What shows a kernel's time: an operation and pass, at a size that takes that kernel."""
-
-    operation: str
-    mode: str
-    B: int
-    H: int = 0  # heads; 0 for a grid
-    N: int = 0  # tokens of a sequence, or of a side of a square grid
-
-    def problem(self, dim: int, dtype: torch.dtype, device: torch.device) -> Problem:
-        shape = (
-            AttentionShape(self.B, self.H, self.H, self.N, self.N, dim)
-            if self.H
-            else RippleShape(self.B, self.N, self.N, dim)
-        )
-        return make_problem(self.operation, shape, dtype, device)
-
-    def smaller(self) -> "Workload":
-        """One that launches the same kernels and fits any machine."""
-        return replace(self, B=min(self.B, 16), H=min(self.H, 6), N=min(self.N, 8192))
-
-
-WORKLOADS = {
-    "linear_attention.state": Workload("linear_attention_state", FORWARD, 1, 16, 65536),
-    "linear_attention.reduce": Workload("linear_attention_state", FORWARD, 1, 1, 16384),
-    "linear_attention.apply": Workload("linear_attention_apply", FORWARD, 1, 16, 65536),
-    "linear_attention.query_gradient": Workload(
-        "linear_attention_apply", FORWARD_BACKWARD, 1, 16, 65536
-    ),
-    "linear_attention.query_sums": Workload(
-        "linear_attention_apply", FORWARD_BACKWARD, 1, 16, 65536
-    ),
-    "linear_attention.key_value_gradient": Workload(
-        "linear_attention_state", FORWARD_BACKWARD, 1, 16, 65536
-    ),
-    "linear_attention.short_forward": Workload("linear_attention", FORWARD, 128, 6, 256),
-    "linear_attention.short_backward": Workload("linear_attention", FORWARD_BACKWARD, 128, 6, 256),
-    "softmax_attention.forward": Workload("softmax_attention", FORWARD, 4, 16, 2048),
-    "softmax_attention.query_gradient": Workload(
-        "softmax_attention", FORWARD_BACKWARD, 4, 16, 2048
-    ),
-    "softmax_attention.key_value_gradient": Workload(
-        "softmax_attention", FORWARD_BACKWARD, 4, 16, 2048
-    ),
-    "ripple.pool": Workload("ripple_pool", FORWARD, 128, N=32),
-    "ripple.pool_backward": Workload("ripple_pool", FORWARD_BACKWARD, 128, N=32),
-    "ripple.expand": Workload("ripple_expand", FORWARD, 128, N=32),
-    "ripple.expand_backward": Workload("ripple_expand", FORWARD_BACKWARD, 128, N=32),
-    "ripple.pool_stages": Workload("ripple_pool_stages", FORWARD, 128, N=8),
-    "ripple.pool_stages_backward": Workload("ripple_pool_stages", FORWARD_BACKWARD, 128, N=8),
-    "ripple.expand_stages": Workload("ripple_expand_stages", FORWARD, 128, N=8),
-    "ripple.expand_stages_backward": Workload("ripple_expand_stages", FORWARD_BACKWARD, 128, N=8),
-    "ripple.sum_partials": Workload("ripple_pool", FORWARD_BACKWARD, 128, N=32),
-}
-
-
-def functions(kernel: str) -> tuple[str, ...]:
-    """The Triton functions that a kernel of the table is, whichever of them its options choose."""
-    name = kernel.partition(".")[2]
-    if name in ("state", "query_sums"):
-        return ("_state", "_feature_outer") if name == "state" else ("_feature_outer",)
-    return (f"_{name.replace('_stages', '')}",)
+_FOUND = {name: w for found in operations().values() for name, w in found.workloads.items()}
+WORKLOADS = {name: _FOUND[name] for name in tuning.TABLE}  # in its order
 
 
 def dtype_of(kernel: str, dtype: torch.dtype) -> torch.dtype:
-    """The dtype that a kernel's rules are asked for: partial sums are float32 always."""
-    return torch.float32 if kernel == "linear_attention.reduce" else dtype
+    """The dtype that a kernel's rules are asked for."""
+    return WORKLOADS[kernel].dtype or dtype
 
 
 def neighbours(options: Options) -> list[Options]:
@@ -150,8 +77,8 @@ def tune(kernel: str, dim: int, dtype: torch.dtype, device: torch.device) -> Opt
         dim: the head dim, or the channels.
     """
     workload = WORKLOADS[kernel]
-    problem = workload.problem(dim, dtype, device)
-    expected = expected_results(problem)
+    problem = make_problem(workload.operation, workload.shape(dim), dtype, device)
+    expected = problem.expected()
     before = best = tuning.options(kernel, dim, dtype_of(kernel, dtype), device)
     times: dict[tuple[tuple[str, int], ...], float] = {}
 
@@ -200,7 +127,9 @@ def compiles_well(
     from linear_vit.bench.static.triton import compile_room
 
     room = kernel.partition(".")[0]
-    problem = WORKLOADS[kernel].smaller().problem(dim, dtype, torch.device("cpu"))
+    workload = WORKLOADS[kernel]
+    shape = workload.smaller(dim)
+    problem = make_problem(workload.operation, shape, dtype, torch.device("cpu"))
     exercise = launches.Exercise(problem, launches.ALIGNED)
     head_dim = dim if launches.has_head_dims(room) else None
     static._cache().mkdir(parents=True, exist_ok=True)
@@ -209,7 +138,7 @@ def compiles_well(
         mock.patch.object(launches, "exercises", return_value=[exercise]),
     ):
         rows = compile_room(room, architecture, dtype, head_dim, static._cache())
-    own = [static._finish(row) for row in rows if row["kernel"] in functions(kernel)]
+    own = [static._finish(row) for row in rows if row["kernel"] in workload.functions]
     if not own:
         return "not launched at this size"
     registers = max(row["registers"] for row in own)

@@ -16,24 +16,13 @@ from unittest import mock
 import torch
 from torch import Tensor
 
-from linear_vit.bench.problems import (
-    FORWARD,
-    FORWARD_BACKWARD,
-    PACKED,
-    AttentionShape,
-    Problem,
-    RippleShape,
-    Shape,
-    make_problem,
-)
+from linear_vit.bench.problems import FORWARD, FORWARD_BACKWARD, Problem, make_problem
+from linear_vit.bench.problems import operation as operation_of
 
 # The module; `kernels.backends` is the function of that name.
 _dispatch = importlib.import_module("linear_vit.kernels.backends")
 
 ALIGNED, RAGGED = "aligned", "ragged"
-# Head dims at which grouped queries are compiled too: the commonest, and HydraAttention's four
-# branches of dim 384.
-_GROUPED = (64, 96)
 _CPU = torch.device("cpu")
 
 
@@ -73,33 +62,13 @@ def exercises(
         dtype, head_dim: of the inputs; head_dim None for a room that has none.
         ragged: tensors whose rows are not multiples of 16 bytes apart, rather than dense ones.
     """
-    for operation in operations(room):
-        for shape in _shapes(operation, head_dim, ragged):
-            problem = make_problem(operation, shape, dtype, _CPU)
+    for name in operations(room):
+        for shape in operation_of(name).static_shapes(head_dim or 0, ragged=ragged):
+            problem = make_problem(name, shape, dtype, _CPU)
             if ragged:
                 inputs = {name: _ragged(x) for name, x in problem.inputs.items()}
                 problem = dataclasses.replace(problem, inputs=inputs)
             yield Exercise(problem, RAGGED if ragged else ALIGNED)
-
-
-def _shapes(operation: str, head_dim: int | None, ragged: bool) -> tuple[Shape, ...]:
-    if head_dim is None:
-        if ragged:
-            return tuple(RippleShape(b, 7, 5, 33, axis) for b in (1, 128) for axis in (0, 1))
-        # The grids of a ViT-S on 32x32 and 64x64 images, with images enough for a pyramid in one
-        # launch; and one past any shared memory.
-        grids = ((32, 8), (32, 16), (1, 128))
-        return tuple(RippleShape(b, n, n, 384, axis) for b, n in grids for axis in (0, 1))
-    D = head_dim
-    if ragged:
-        return (AttentionShape(1, 2, 2, 197, 197, D), AttentionShape(1, 2, 2, 4099, 4099, D))
-    shapes = [AttentionShape(1, 2, 2, 8192, 8192, D), AttentionShape(8, 6, 6, 64, 64, D)]
-    if operation == "linear_attention":
-        # One launch, of several tiles that are read again for the state; and of a kept state.
-        shapes += [AttentionShape(1, 2, 2, 200, 200, D), AttentionShape(26, 6, 6, 260, 260, D)]
-    if operation not in PACKED and D in _GROUPED:
-        shapes += [AttentionShape(1, 4, 1, 8192, 8192, D), AttentionShape(8, 4, 1, 64, 64, D)]
-    return tuple(shapes)
 
 
 def _ragged(x: Tensor) -> Tensor:

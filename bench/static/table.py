@@ -279,7 +279,7 @@ def _kept(unit: Unit) -> Path:
         patterns += [f"{unit.room}/{name}" for name in ("cuda.*", "*.cuh", "*.h")]
         patterns += ["cuda/*", "*.h"]
     sources = [p for pattern in patterns for p in kernels.glob(pattern)]
-    sources += (_ROOT / "bench").glob("problems*")
+    sources += (_ROOT / "bench" / "problems").glob("*.py")
     sources += Path(__file__).parent.glob("launch_recorder.*")
     sources += Path(__file__).parent.glob("*.py")
     overrides = os.environ.get("LINEAR_VIT_TUNING")

@@ -113,3 +113,26 @@ def level_shapes(shape: Sequence[int], axes: Sequence[int]) -> list[tuple[int, i
     for axis in axes:
         shapes.append(pooled_shape(shapes[-1], axis))
     return shapes
+
+
+def halving_axes(grid: tuple[int, int], stages: int) -> list[int]:
+    """The axis that each stage halves: 0 (rows), 1 (columns), 0, ... passing over size 1.
+
+    Size n becomes ceil(n / 2). Raises ValueError where the grid cannot be halved that often.
+    """
+    if stages < 0:
+        raise ValueError(f"ripple_stages must be at least 0, got {stages}")
+    size = list(grid)
+    axes: list[int] = []
+    while len(axes) < stages and max(size) > 1:
+        axis = len(axes) % 2
+        if size[axis] == 1:
+            axis = 1 - axis
+        size[axis] = (size[axis] + 1) // 2
+        axes.append(axis)
+    if len(axes) < stages:
+        raise ValueError(
+            f"a token grid of {grid[0]}x{grid[1]} can be halved at most {len(axes)} times, "
+            f"got ripple_stages {stages}"
+        )
+    return axes

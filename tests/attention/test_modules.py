@@ -14,8 +14,8 @@ from linear_vit.attention import (
     RippleAttention,
     VisionTransformer,
 )
-from linear_vit.attention.ripple import halving_axes
 from linear_vit.attention.vit import DropPath
+from linear_vit.kernels.ripple.stages import halving_axes
 
 MODULES = {
     "baseline": lambda dim, **options: BaselineAttention(dim, heads=2, **options),

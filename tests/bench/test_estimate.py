@@ -9,6 +9,7 @@ from linear_vit import kernels
 from linear_vit.bench import estimate
 from linear_vit.bench.instruments.memory import peak_beyond_outputs
 from linear_vit.bench.problems import PASSES, make_problem
+from linear_vit.bench.problems import operation as operation_of
 from linear_vit.bench.progress import Progress, clock
 from linear_vit.bench.sweep import Case, make_sweep, memory_of, parse_case, shape_of
 
@@ -27,7 +28,7 @@ def test_working_set_bounds_what_is_measured(operation: str, mode: str, backend:
     call()
     peak, _ = peak_beyond_outputs(call, CPU)
     assert peak is not None
-    bound = estimate.working_set(operation, mode, backend, shape)
+    bound = operation_of(operation).working_set(mode, backend, shape)
     assert peak <= bound + MIB
     assert bound <= 12 * peak + 64 * MIB
 

@@ -14,7 +14,6 @@ from linear_vit.bench.problems import (
     AttentionShape,
     check,
     expected_of_peer,
-    expected_results,
     make_problem,
 )
 from linear_vit.bench.sweep import make_sweep
@@ -27,7 +26,7 @@ SHAPE = AttentionShape(B=2, H=3, Hk=3, N=37, M=37, D=16)
 @pytest.mark.parametrize("name", ["sdpa_math", "sdpa_flash"])
 def test_sdpa_kernels_are_right(name: str) -> None:
     problem = make_problem("softmax_attention", SHAPE, torch.float32, CPU)
-    for verdict in check(problem, name, FORWARD_BACKWARD, expected_results(problem)).values():
+    for verdict in check(problem, name, FORWARD_BACKWARD, problem.expected()).values():
         assert verdict.passed, verdict
 
 
@@ -67,7 +66,7 @@ def test_adapters_make_our_function_of_theirs(
         monkeypatch.setitem(sys.modules, ".".join(parts[:i]), made)
     setattr(sys.modules[module], attribute, function)
     problem = make_problem("linear_attention", SHAPE, torch.float32, CPU)
-    for verdict in check(problem, name, FORWARD_BACKWARD, expected_results(problem)).values():
+    for verdict in check(problem, name, FORWARD_BACKWARD, problem.expected()).values():
         assert verdict.passed, verdict
 
 
@@ -87,7 +86,7 @@ def test_litemla_is_checked_against_its_own_function_and_marked(monkeypatch) -> 
     theirs = expected_of_peer(problem, "litemla")
     for verdict in check(problem, "litemla", FORWARD_BACKWARD, theirs).values():
         assert verdict.passed, verdict
-    ours = expected_results(problem)
+    ours = problem.expected()
     assert not compare(theirs.values["out"].float(), ours.values["out"], gradient=False).passed
     assert "one-sided" in str(peers.other_function("litemla"))
     assert peers.other_function("fla") is None

@@ -11,13 +11,18 @@ from linear_vit.bench.problems import (
     AttentionShape,
     Problem,
     RippleShape,
+    attention,
     check,
-    expected_results,
     least_work,
     make_problem,
+    softmax_attention,
     worst,
 )
+from linear_vit.bench.problems import (
+    operation as operation_of,
+)
 
+PACKED = ("linear_attention_packed", "softmax_attention_packed")
 CPU = torch.device("cpu")
 ATTENTION = AttentionShape(B=2, H=4, Hk=2, N=37, M=29, D=16)
 SELF_ATTENTION = AttentionShape(B=2, H=3, Hk=3, N=37, M=37, D=16)
@@ -28,7 +33,7 @@ def problem_of(operation: str, dtype: torch.dtype = torch.float32) -> Problem:
     shape: problems.Shape = ATTENTION
     if operation.startswith("ripple"):
         shape = RIPPLE
-    elif operation in problems.PACKED:
+    elif operation in PACKED:
         shape = SELF_ATTENTION
     return make_problem(operation, shape, dtype, CPU)
 
@@ -45,26 +50,26 @@ def direct(problem: Problem) -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize("operation", kernels.OPERATIONS)
 def test_expected_results_are_the_references(operation: str, monkeypatch) -> None:
-    monkeypatch.setattr(problems, "_CHUNK", 7)
+    monkeypatch.setattr(attention, "CHUNK", 7)
     problem = problem_of(operation)
-    expected = expected_results(problem)
+    expected = problem.expected()
     for name, value in direct(problem).items():
         assert expected.rows[name] is None
         torch.testing.assert_close(expected.values[name], value, rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize("operation", ["linear_attention", "softmax_attention", *problems.PACKED])
+@pytest.mark.parametrize("operation", ["linear_attention", "softmax_attention", *PACKED])
 def test_long_sequences_are_compared_on_a_sample(operation: str, monkeypatch) -> None:
-    monkeypatch.setattr(problems, "_MOST_ROWS", 20)
-    monkeypatch.setattr(problems, "_MOST_REFERENCE_FLOP", 1.0)
-    monkeypatch.setattr(problems, "_SAMPLED_ROWS", 9)
+    monkeypatch.setattr(attention, "MOST_ROWS", 20)
+    monkeypatch.setattr(softmax_attention, "MOST_REFERENCE_FLOP", 1.0)
+    monkeypatch.setattr(attention, "SAMPLED_ROWS", 9)
     problem = problem_of(operation)
-    expected = expected_results(problem)
+    expected = problem.expected()
     rows = expected.rows["out"]
     assert rows is not None
     assert len(rows) == 9
     assert {0, ATTENTION.N - 1} <= set(rows.tolist())
-    axis = 1 if operation in problems.PACKED else 2
+    axis = 1 if operation in PACKED else 2
     out = direct(problem)["out"].index_select(axis, rows)
     torch.testing.assert_close(expected.values["out"], out)
     for mode in (FORWARD, FORWARD_BACKWARD):
@@ -74,7 +79,7 @@ def test_long_sequences_are_compared_on_a_sample(operation: str, monkeypatch) ->
 @pytest.mark.parametrize("operation", kernels.OPERATIONS)
 def test_a_wrong_result_is_seen_in_every_tensor(operation: str, monkeypatch) -> None:
     problem = problem_of(operation)
-    expected = expected_results(problem)
+    expected = problem.expected()
     assert all(v.passed for v in check(problem, "torch", FORWARD_BACKWARD, expected).values())
     names = problem.names(FORWARD_BACKWARD)
     right = problem.gradients("torch", problem.cotangents)
@@ -89,7 +94,7 @@ def test_a_wrong_result_is_seen_in_every_tensor(operation: str, monkeypatch) -> 
 
 def test_nan_is_the_worst() -> None:
     problem = problem_of("linear_attention")
-    expected = expected_results(problem)
+    expected = problem.expected()
     with torch.no_grad():
         problem.inputs["q"][0, 0, 0, 0] = float("nan")
     name, verdict = worst(check(problem, "torch", FORWARD, expected))
@@ -126,7 +131,7 @@ def test_inputs_are_random_and_the_same_for_a_seed() -> None:
     ],
 )
 def test_least_work_of_attention(operation: str, mode: str, elements: int, flop: int) -> None:
-    work = least_work(operation, mode, ATTENTION, 2)
+    work = least_work(operation_of(operation), mode, ATTENTION, 2)
     assert work.bytes == 2 * 2 * elements
     assert work.flop == 2 * flop
 
@@ -138,7 +143,7 @@ def test_least_traffic_is_that_of_the_tensors(operation: str) -> None:
     outputs = problem.call("reference", FORWARD)()
     tensors = (*problem.inputs.values(), *outputs)
     total = sum(x.numel() * x.element_size() for x in tensors)
-    assert least_work(operation, FORWARD, problem.shape, 2).bytes == total
+    assert least_work(operation_of(operation), FORWARD, problem.shape, 2).bytes == total
 
 
 def test_forward_runs_without_a_graph_and_backward_returns_every_gradient() -> None:

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 
+from linear_vit.bench.problems.ripple import RipplePool, RippleShape
 from linear_vit.bench.static import table as static
 from linear_vit.kernels import build
 
@@ -297,9 +298,8 @@ def test_a_triton_kernel_is_compiled_once_whatever_changes_around_it(
     from linear_vit.bench.static.triton import compile_room
 
     asked = ("ripple", "sm_90a", torch.bfloat16, None, tmp_path)
-    monkeypatch.setattr(
-        static.launches, "_shapes", lambda *_: (static.launches.RippleShape(1, 4, 4, 64, 0),)
-    )
+    grid = (RippleShape(1, 4, 4, 64, 0),)
+    monkeypatch.setattr(RipplePool, "static_shapes", lambda *_, **__: grid)
     monkeypatch.setattr(static.launches, "operations", lambda room: ("ripple_pool",))
     first = compile_room(*asked)
     assert {row["kernel"] for row in first} == {"_pool", "_pool_backward", "_sum_partials"}

@@ -13,7 +13,13 @@ from typing import Any
 import pytest
 
 from linear_vit.bench import traffic
-from linear_vit.bench.problems import FORWARD, FORWARD_BACKWARD, AttentionShape, least_work
+from linear_vit.bench.problems import (
+    FORWARD,
+    FORWARD_BACKWARD,
+    AttentionShape,
+    least_work,
+    operation,
+)
 from tests.kernels.test_triton import ROOT, interpreter_reason, pytestmark
 
 __all__ = ["pytestmark"]
@@ -86,8 +92,12 @@ def held(rows: tuple[dict[str, Any], ...]) -> None:
             for r in rows
             if (r["pass"], r["shape"]) == (row["pass"], row["shape"])
         )
-        forward = least_work(row["operation"], FORWARD, shape_of(row), row_size(row)).bytes
-        both = least_work(row["operation"], FORWARD_BACKWARD, shape_of(row), row_size(row)).bytes
+        forward = least_work(
+            operation(row["operation"]), FORWARD, shape_of(row), row_size(row)
+        ).bytes
+        both = least_work(
+            operation(row["operation"]), FORWARD_BACKWARD, shape_of(row), row_size(row)
+        ).bytes
         assert mode_total == (forward if row["pass"] == "forward" else both - forward)
 
 

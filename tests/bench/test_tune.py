@@ -1,5 +1,6 @@
 """Tuning without a GPU: what is tried, what is kept, and that the kernels ask for it."""
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ import torch
 
 from linear_vit.bench import tune
 from linear_vit.bench.instruments import machine
+from linear_vit.bench.problems import AttentionShape
 from linear_vit.kernels.triton import tuning
 
 CPU = torch.device("cpu")
@@ -44,16 +46,18 @@ def test_a_candidate_is_the_table_while_it_is_tried() -> None:
 
 def test_steps_lead_to_the_fastest(monkeypatch: pytest.MonkeyPatch) -> None:
     """From 16 tokens to 128 there are three steps, each faster than the one before."""
-    monkeypatch.setattr(tune, "expected_results", lambda problem: None)
     monkeypatch.setattr(tuning, "options", lambda *asked: {**START, "BLOCK_N": 16})
 
     def seconds(kernel: str, options: tune.Options, *rest: Any) -> float:
         return abs(options["BLOCK_N"] - 128) + abs(options["num_warps"] - 4) + 1.0
 
     monkeypatch.setattr(tune, "_time", seconds)
-    monkeypatch.setitem(
-        tune.WORKLOADS, "linear_attention.apply", tune.Workload("linear_attention", "f", 1, 1, 8)
+    workload = dataclasses.replace(
+        tune.WORKLOADS["linear_attention.apply"],
+        operation="linear_attention",
+        shape=lambda dim: AttentionShape(1, 1, 1, 8, 8, dim),
     )
+    monkeypatch.setitem(tune.WORKLOADS, "linear_attention.apply", workload)
     found = tune.tune("linear_attention.apply", 16, torch.float32, CPU)
     assert found == {"BLOCK_N": 128, "num_warps": 4, "num_stages": 3}
 

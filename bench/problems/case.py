@@ -1,0 +1,295 @@
+"""What is timed and checked: cases, their problems, and what an operation has to say of itself.
+
+A :class:`Case` names one thing to time. Its :class:`Operation` is the only place that knows the
+operation: its shapes and inputs, its least work, what the right answer is, and the sizes that the
+check, the sweeps, the traffic count, the static table and the tuning take. Nothing else switches on
+an operation's name.
+"""
+
+import math
+import re
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from linear_vit.kernels.accuracy import Comparison, compare
+
+FORWARD = "forward"
+BACKWARD = "backward"
+FORWARD_BACKWARD = "forward+backward"
+PASSES = (FORWARD, FORWARD_BACKWARD)
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+# Sizes of a sweep, shortest first; what a machine can't do in reasonable time is left out of it.
+EXTENTS = ("quick", "full")
+
+
+class Shape(ABC):
+    """The sizes of a problem: a frozen dataclass of its operation's, all fields plain numbers.
+
+    Attributes:
+        B: sequences, grids or images in a call.
+        tokens: N, of one sequence or grid: what a complexity plot has on its x axis.
+    """
+
+    B: int
+
+    @property
+    @abstractmethod
+    def tokens(self) -> int: ...
+
+    @property
+    def dim(self) -> int | None:
+        """The head dim that kernels are specialised for; None where there is none."""
+        return None
+
+
+@dataclass(frozen=True)
+class Case:
+    """One thing to time: an operation's pass, on a backend, at a size.
+
+    ``captured`` replays the call from a CUDA graph instead of launching it anew.
+    """
+
+    operation: str
+    mode: str
+    dtype: str
+    shape: Shape
+    backend: str
+    captured: bool = False
+
+    @property
+    def together(self) -> "Case":
+        """What is alike for cases that work on the same problem and so take turns."""
+        return replace(self, backend="", captured=False)
+
+
+@dataclass(frozen=True)
+class Work:
+    """The least an implementation has to do: bytes moved to and from memory, and FLOP."""
+
+    bytes: int
+    flop: int
+
+
+@dataclass(frozen=True)
+class Expected:
+    """Float64 results by name ("out", "grad q", ...), and the token rows they stand for.
+
+    ``rows[name]`` is None where all of the tensor is there, else the indices along the token axis.
+    ``cotangents`` are the output gradients that the results belong to.
+    """
+
+    values: dict[str, Tensor]
+    rows: dict[str, Tensor | None]
+    cotangents: tuple[Tensor, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class Problem:
+    """Inputs of an operation, and a closure that runs it on any backend.
+
+    ``inputs`` are leaves that ask for gradients; ``run(tensors, backend)`` returns the outputs as a
+    tuple; ``cotangents`` are random output gradients of matching shape.
+    """
+
+    operation: "Operation"
+    shape: Any
+    dtype: torch.dtype
+    inputs: dict[str, Tensor]
+    output_names: tuple[str, ...]
+    cotangents: tuple[Tensor, ...]
+    run: Callable[[dict[str, Tensor], str], tuple[Tensor, ...]]
+
+    def call(self, backend: str, mode: str) -> Callable[[], tuple[Tensor, ...]]:
+        """A closure without arguments that does one pass: what is timed.
+
+        Forward runs on tensors that ask for no gradient, as inference does; backward is the
+        gradients alone, of a forward pass that was run once; forward+backward returns the outputs
+        and then the gradient of each input.
+        """
+        if mode == FORWARD:
+            plain = {name: x.detach() for name, x in self.inputs.items()}
+            return lambda: self.run(plain, backend)
+        if mode == BACKWARD:
+            outputs, leaves = self.run(self.inputs, backend), tuple(self.inputs.values())
+            return lambda: torch.autograd.grad(outputs, leaves, self.cotangents, retain_graph=True)
+        return lambda: self.gradients(backend, self.cotangents)
+
+    def gradients(self, backend: str, cotangents: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """The outputs, then the gradient of each input."""
+        outputs = self.run(self.inputs, backend)
+        leaves = tuple(self.inputs.values())
+        return (*outputs, *torch.autograd.grad(outputs, leaves, cotangents))
+
+    def names(self, mode: str) -> tuple[str, ...]:
+        """Names of what :meth:`call` returns."""
+        gradients = tuple(f"grad {name}" for name in self.inputs)
+        if mode == FORWARD:
+            return self.output_names
+        return gradients if mode == BACKWARD else self.output_names + gradients
+
+    def expected(self) -> Expected:
+        """The results and gradients by the reference in float64."""
+        return self.operation.expected(self)
+
+    def least_work(self, mode: str) -> Work:
+        """The least traffic and work of a pass, whatever the implementation does.
+
+        A backward pass alone is both passes less the forward.
+        """
+        return least_work(self.operation, mode, self.shape, self.dtype.itemsize)
+
+
+@dataclass(frozen=True)
+class Workload:
+    """What shows a tuned kernel's time: a pass at a size that takes that kernel.
+
+    ``shape(dim)`` has this head dim, or so many channels; ``functions`` are the Triton functions
+    that the kernel's options may choose; ``dtype`` is what its rules are asked for where that is
+    not the inputs'.
+    """
+
+    operation: str
+    mode: str
+    shape: Callable[[int], Shape]
+    smaller: Callable[[int], Shape]  # launches the same kernels and fits any machine
+    functions: tuple[str, ...]
+    dtype: torch.dtype | None = None
+
+
+class Operation(ABC):
+    """What the suite has to know of an operation to check, time and report it.
+
+    Attributes:
+        name: as in ``kernels.operations()``.
+        title: for tables and plots.
+        quick: whether a quick sweep has it. One that is made of the same kernels as another is
+            left to the full one.
+        token_axis: of outputs and gradients whose rows are sampled (see :class:`Expected`).
+        backward_reads_outputs: whether the least traffic of the backward pass includes them.
+        workloads: of the tuning table's kernels that belong to this operation's folder, by name.
+    """
+
+    name: str
+    title: str
+    quick: bool = False
+    token_axis: int = 2
+    backward_reads_outputs: bool = False
+    workloads: ClassVar[Mapping[str, Workload]] = {}
+
+    # Sizes and inputs.
+
+    @abstractmethod
+    def shape(self, tokens: int, batch: int = 1) -> Shape:
+        """What is timed at N tokens."""
+
+    @abstractmethod
+    def problem(
+        self, shape: Any, dtype: torch.dtype, device: torch.device, seed: int = 0
+    ) -> Problem:
+        """Random inputs of zero mean and unit variance, drawn on the device."""
+
+    @abstractmethod
+    def lengths(self, device_type: str, extent: str) -> Sequence[int]:
+        """Token counts of a sweep, one of ``EXTENTS``."""
+
+    @abstractmethod
+    def check_shapes(self, head_dim: int, *, interpreted: bool = False) -> Sequence[Shape]:
+        """Ragged sizes that results are checked at. ``interpreted``: small enough for Triton's
+        interpreter, which takes seconds for what a GPU does in microseconds."""
+
+    def traffic_shapes(self, head_dim: int) -> Sequence[Shape]:
+        """Sizes that take the operation's different kernels, small enough to be interpreted."""
+        return self.check_shapes(head_dim, interpreted=True)
+
+    def static_shapes(self, head_dim: int, *, ragged: bool) -> Sequence[Shape]:
+        """Sizes that between them launch every kernel; ``ragged``: rows that are no multiples of
+        16 bytes."""
+        return self.check_shapes(head_dim)
+
+    # What is least, and what is right.
+
+    @abstractmethod
+    def least_work(self, mode: str, shape: Any, element_size: int) -> Work:
+        """The least traffic and work of one call, whatever the implementation does."""
+
+    def working_set(self, mode: str, backend: str, shape: Any) -> int:
+        """About how many bytes an implementation holds beyond inputs and outputs."""
+        return 4 * self.least_work(mode, shape, 1).bytes * 2
+
+    def expected(self, problem: Problem) -> Expected:
+        """The problem's results and gradients by the reference in float64."""
+        leaves = {n: x.detach().double().requires_grad_() for n, x in problem.inputs.items()}
+        outputs = problem.run(leaves, "reference")
+        cotangents = tuple(g.double() for g in problem.cotangents)
+        gradients = torch.autograd.grad(outputs, tuple(leaves.values()), cotangents)
+        results = (*(x.detach() for x in outputs), *gradients)
+        values = dict(zip(problem.names(FORWARD_BACKWARD), results, strict=True))
+        return Expected(values, dict.fromkeys(values), problem.cotangents)
+
+    def roundings(self, shape: Any) -> int:
+        """How often a result may be rounded to the dtype on its way."""
+        return 1
+
+    # How a case is named, in a test's id and a saved run.
+
+    def size_name(self, shape: Any) -> str:
+        """The size in a case's name: N64, B1024-N64."""
+        return f"B{shape.B}-N{shape.tokens}" if shape.B > 1 else f"N{shape.tokens}"
+
+    def parse_size(self, text: str) -> Shape | None:
+        """The shape of this :meth:`size_name`; None where it is none."""
+        match = re.fullmatch(r"(?:B(\d+)-)?N(\d+)", text)
+        return self.shape(int(match[2]), int(match[1] or 1)) if match else None
+
+
+def least_work(operation: Operation, mode: str, shape: Any, element_size: int) -> Work:
+    """An operation's least work, of a backward pass alone too: both passes less the forward."""
+    if mode != BACKWARD:
+        return operation.least_work(mode, shape, element_size)
+    both = operation.least_work(FORWARD_BACKWARD, shape, element_size)
+    forward = operation.least_work(FORWARD, shape, element_size)
+    return Work(both.bytes - forward.bytes, both.flop - forward.flop)
+
+
+def check(problem: Problem, backend: str, mode: str, expected: Expected) -> dict[str, Comparison]:
+    """Run one pass and compare everything it returns; the verdicts by name."""
+    if mode == FORWARD_BACKWARD:
+        results = problem.gradients(backend, expected.cotangents)
+    else:
+        results = problem.call(backend, mode)()
+    operation, verdicts = problem.operation, {}
+    for name, actual in zip(problem.names(mode), results, strict=True):
+        rows = expected.rows[name]
+        if rows is not None:
+            actual = actual.index_select(operation.token_axis, rows)
+        # A gradient of a float32 state is made of half-precision factors that may be rounded once.
+        dtype = problem.dtype if name.startswith("grad") else None
+        verdicts[name] = compare(
+            actual,
+            expected.values[name],
+            gradient=name.startswith("grad"),
+            dtype=dtype,
+            roundings=operation.roundings(problem.shape),
+        )
+    return verdicts
+
+
+def worst(verdicts: Mapping[str, Comparison]) -> tuple[str, Comparison]:
+    """The verdict nearest to, or furthest past, its tolerance."""
+
+    def strain(item: tuple[str, Comparison]) -> float:
+        c = item[1]
+        ratio = max(c.rms_error / c.rms_tolerance, c.max_error / c.max_tolerance)
+        return math.inf if math.isnan(ratio) or not c.passed else ratio
+
+    return max(verdicts.items(), key=strain)
+
+
+def own_kernels(backend: str) -> bool:
+    """Whether a backend is kernels of this project, and not composed of PyTorch's operators."""
+    return backend in ("cpu", "triton", "cuda")

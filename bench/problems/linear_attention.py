@@ -1,0 +1,300 @@
+"""Linear attention: all of it, of one packed projection, its state, and reading a state."""
+
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from linear_vit import kernels
+from linear_vit.bench.problems import attention
+from linear_vit.bench.problems.attention import AttentionShape, square
+from linear_vit.bench.problems.case import (
+    FORWARD,
+    FORWARD_BACKWARD,
+    Expected,
+    Operation,
+    Problem,
+    Work,
+    Workload,
+    own_kernels,
+)
+from linear_vit.bench.problems.inputs import Normal
+from linear_vit.bench.problems.packed import Packed
+
+# Head dims at which grouped queries are compiled too: the commonest, and HydraAttention's four
+# branches of dim 384.
+_GROUPED = (64, 96)
+
+
+def _state_bytes(shape: AttentionShape) -> int:
+    """Of S and z of one sequence, in float32."""
+    return 4 * shape.Hk * (2 * shape.D**2 + 2 * shape.D)
+
+
+def _long(dim: int) -> AttentionShape:
+    return square(1, 16, 65_536, dim)
+
+
+def _long_smaller(dim: int) -> AttentionShape:
+    return square(1, 6, 8192, dim)
+
+
+def _short(dim: int) -> AttentionShape:
+    return square(128, 6, 256, dim)
+
+
+def _short_smaller(dim: int) -> AttentionShape:
+    return square(16, 6, 256, dim)
+
+
+class _Linear(Operation):
+    """What the four have in common."""
+
+    def shape(self, tokens: int, batch: int = 1) -> AttentionShape:
+        return square(batch, attention.HEADS, tokens, attention.HEAD_DIM)
+
+    def lengths(self, device_type: str, extent: str) -> tuple[int, ...]:
+        return attention.lengths(device_type, extent)
+
+    def check_shapes(
+        self, head_dim: int, *, interpreted: bool = False
+    ) -> tuple[AttentionShape, ...]:
+        # Ragged on purpose: no power of two, N ≠ M, grouped heads.
+        if interpreted:
+            return (AttentionShape(1, 2, 1, 37, 70, head_dim),)
+        return (
+            AttentionShape(2, 6, 6, 197, 197, head_dim),
+            AttentionShape(1, 4, 1, 77, 130, head_dim),
+        )
+
+    def traffic_shapes(self, head_dim: int) -> tuple[AttentionShape, ...]:
+        return (square(2, 2, 64, head_dim), square(1, 2, 4096, head_dim))
+
+    def static_shapes(self, head_dim: int, *, ragged: bool) -> tuple[AttentionShape, ...]:
+        D = head_dim
+        if ragged:
+            return (square(1, 2, 197, D), square(1, 2, 4099, D))
+        shapes = (square(1, 2, 8192, D), square(8, 6, 64, D))
+        if D not in _GROUPED:
+            return shapes
+        return (*shapes, AttentionShape(1, 4, 1, 8192, 8192, D), AttentionShape(8, 4, 1, 64, 64, D))
+
+    def working_set(self, mode: str, backend: str, shape: AttentionShape) -> int:
+        tokens = attention.in_float32(shape)
+        if own_kernels(backend):
+            return tokens + 64 * shape.B * _state_bytes(shape)
+        return tokens * (5 if mode == FORWARD else 12)  # φ of every token, and its gradients
+
+    def size_name(self, shape: AttentionShape) -> str:
+        return attention.size_name(shape)
+
+    def parse_size(self, text: str) -> AttentionShape | None:
+        return attention.parse_size(text)
+
+
+class LinearAttention(_Linear):
+    name = "linear_attention"
+    title = "Linear attention"
+    quick = True
+    workloads: ClassVar = {
+        "linear_attention.short_forward": Workload(
+            "linear_attention", FORWARD, _short, _short_smaller, ("_short_forward",)
+        ),
+        "linear_attention.short_backward": Workload(
+            "linear_attention", FORWARD_BACKWARD, _short, _short_smaller, ("_short_backward",)
+        ),
+    }
+
+    def problem(
+        self, shape: AttentionShape, dtype: torch.dtype, device: torch.device, seed: int = 0
+    ) -> Problem:
+        normal = Normal(dtype, device, seed)
+        B, H, Hk, N, M, D = shape.B, shape.H, shape.Hk, shape.N, shape.M, shape.D
+        inputs = {"q": normal(B, H, N, D), "k": normal(B, Hk, M, D), "v": normal(B, Hk, M, D)}
+
+        def run(t: dict[str, Tensor], backend: str) -> tuple[Tensor, ...]:
+            return (kernels.linear_attention(t["q"], t["k"], t["v"], backend=backend),)
+
+        return normal.problem(self, shape, inputs, ("out",), (normal(B, H, N, D),), run)
+
+    def traffic_shapes(self, head_dim: int) -> tuple[AttentionShape, ...]:
+        short, long = super().traffic_shapes(head_dim)
+        # Several tiles in one launch; and query heads that share keys and values, as
+        # HydraAttention's.
+        middle = square(1, 2, 200, head_dim)
+        return (short, middle, long, AttentionShape(1, 4, 1, 1024, 1024, head_dim))
+
+    def static_shapes(self, head_dim: int, *, ragged: bool) -> tuple[AttentionShape, ...]:
+        shapes = super().static_shapes(head_dim, ragged=ragged)
+        if ragged:
+            return shapes
+        # One launch, of several tiles that are read again for the state; and of a kept state.
+        more = (square(1, 2, 200, head_dim), square(26, 6, 260, head_dim))
+        return (*shapes[:2], *more, *shapes[2:])
+
+    def least_work(self, mode: str, shape: AttentionShape, element_size: int) -> Work:
+        """Each of q, k, v read once and out written once, 4·D² FLOP per key token and 4·D² per
+        query token; backward reads q, k, v, dout, writes dq, dk, dv, and does twice that (S and z
+        kept)."""
+        backward = mode == FORWARD_BACKWARD
+        queries, keys = shape.H * shape.N * shape.D, shape.Hk * shape.M * shape.D
+        elements = 2 * queries + 2 * keys + backward * (3 * queries + 4 * keys)
+        flop = 4 * shape.D * (queries + keys) * (3 if backward else 1)
+        return Work(shape.B * elements * element_size, shape.B * flop)
+
+    def expected(self, problem: Problem) -> Expected:
+        """In chunks of tokens, so that no feature map of a long sequence is held: states of
+        disjoint token ranges add up, and query rows are independent of one another."""
+        return _expected_in_chunks(problem)
+
+
+class LinearAttentionPacked(Packed, _Linear):
+    name = "linear_attention_packed"
+    title = "Linear attention, packed"
+    of = LinearAttention()
+
+
+class LinearAttentionState(_Linear):
+    name = "linear_attention_state"
+    title = "Linear attention: state"
+    workloads: ClassVar = {
+        "linear_attention.state": Workload(
+            "linear_attention_state", FORWARD, _long, _long_smaller, ("_state", "_feature_outer")
+        ),
+        "linear_attention.reduce": Workload(
+            "linear_attention_state",
+            FORWARD,
+            lambda dim: square(1, 1, 16_384, dim),
+            lambda dim: square(1, 1, 8192, dim),
+            ("_reduce",),
+            torch.float32,  # partial sums are float32 always
+        ),
+        "linear_attention.key_value_gradient": Workload(
+            "linear_attention_state",
+            FORWARD_BACKWARD,
+            _long,
+            _long_smaller,
+            ("_key_value_gradient",),
+        ),
+    }
+
+    def problem(
+        self, shape: AttentionShape, dtype: torch.dtype, device: torch.device, seed: int = 0
+    ) -> Problem:
+        normal = Normal(dtype, device, seed)
+        B, Hk, M, D = shape.B, shape.Hk, shape.M, shape.D
+        inputs = {"k": normal(B, Hk, M, D), "v": normal(B, Hk, M, D)}
+        cotangents = (
+            normal(B, Hk, 2 * D, D, dtype=torch.float32),
+            normal(B, Hk, 2 * D, dtype=torch.float32),
+        )
+
+        def run(t: dict[str, Tensor], backend: str) -> tuple[Tensor, ...]:
+            return kernels.linear_attention_state(t["k"], t["v"], backend=backend)
+
+        return normal.problem(self, shape, inputs, ("S", "z"), cotangents, run)
+
+    def least_work(self, mode: str, shape: AttentionShape, element_size: int) -> Work:
+        """k and v read once, S and z written; backward reads them again with dS and dz and writes
+        dk, dv."""
+        backward = mode == FORWARD_BACKWARD
+        keys = shape.Hk * shape.M * shape.D
+        elements = 2 * keys + backward * 4 * keys
+        states = _state_bytes(shape) * (2 if backward else 1)
+        flop = 4 * shape.D * keys * (3 if backward else 1)
+        return Work(shape.B * (elements * element_size + states), shape.B * flop)
+
+
+class LinearAttentionApply(_Linear):
+    name = "linear_attention_apply"
+    title = "Linear attention: apply"
+    workloads: ClassVar = {
+        "linear_attention.apply": Workload(
+            "linear_attention_apply", FORWARD, _long, _long_smaller, ("_apply",)
+        ),
+        "linear_attention.query_gradient": Workload(
+            "linear_attention_apply", FORWARD_BACKWARD, _long, _long_smaller, ("_query_gradient",)
+        ),
+        "linear_attention.query_sums": Workload(
+            "linear_attention_apply", FORWARD_BACKWARD, _long, _long_smaller, ("_feature_outer",)
+        ),
+    }
+
+    def problem(
+        self, shape: AttentionShape, dtype: torch.dtype, device: torch.device, seed: int = 0
+    ) -> Problem:
+        normal = Normal(dtype, device, seed)
+        B, H, Hk, N, D = shape.B, shape.H, shape.Hk, shape.N, shape.D
+        # A state that tokens made: a random z could be negative, and divide by nothing.
+        S, z = kernels.linear_attention_state(
+            normal(B, Hk, 256, D), normal(B, Hk, 256, D), backend="reference"
+        )
+        inputs = {"q": normal(B, H, N, D), "S": S, "z": z}
+
+        def run(t: dict[str, Tensor], backend: str) -> tuple[Tensor, ...]:
+            return (kernels.linear_attention_apply(t["q"], t["S"], t["z"], backend=backend),)
+
+        return normal.problem(self, shape, inputs, ("out",), (normal(B, H, N, D),), run)
+
+    def least_work(self, mode: str, shape: AttentionShape, element_size: int) -> Work:
+        """q, S and z read once, out written; backward reads them again with dout and writes dq, dS
+        and dz."""
+        backward = mode == FORWARD_BACKWARD
+        queries = shape.H * shape.N * shape.D
+        elements = 2 * queries + backward * 3 * queries
+        states = _state_bytes(shape) * (3 if backward else 1)
+        flop = 4 * shape.D * queries * (3 if backward else 1)
+        return Work(shape.B * (elements * element_size + states), shape.B * flop)
+
+
+OPERATIONS = (
+    LinearAttention(),
+    LinearAttentionPacked(),
+    LinearAttentionState(),
+    LinearAttentionApply(),
+)
+
+
+def _expected_in_chunks(problem: Problem) -> Expected:
+    chunk = attention.CHUNK
+    q, k, v = (problem.inputs[name].detach().double() for name in "qkv")
+    (g,) = (x.double() for x in problem.cotangents)
+    query_rows, key_rows = (
+        attention.sample(x.shape[2], x.device) if x.shape[2] > attention.MOST_ROWS else None
+        for x in (q, k)
+    )
+
+    def state(rows: slice) -> tuple[Tensor, Tensor]:
+        return kernels.linear_attention_state(k[:, :, rows], v[:, :, rows], backend="reference")
+
+    S, z = state(slice(0, chunk))
+    for start in range(chunk, k.shape[2], chunk):
+        more_S, more_z = state(slice(start, start + chunk))
+        S, z = S + more_S, z + more_z
+    S, z = S.requires_grad_(), z.requires_grad_()
+
+    out, dq = torch.empty_like(q), torch.empty_like(q)
+    dS, dz = torch.zeros_like(S), torch.zeros_like(z)
+    for start in range(0, q.shape[2], chunk):
+        rows = slice(start, start + chunk)
+        part = q[:, :, rows].requires_grad_()
+        result = kernels.linear_attention_apply(part, S, z, backend="reference")
+        out[:, :, rows] = result.detach()
+        dq[:, :, rows], more_dS, more_dz = torch.autograd.grad(result, (part, S, z), g[:, :, rows])
+        dS, dz = dS + more_dS, dz + more_dz
+
+    dk, dv = torch.empty_like(k), torch.empty_like(v)
+    for start in range(0, k.shape[2], chunk):
+        rows = slice(start, start + chunk)
+        parts = (k[:, :, rows].requires_grad_(), v[:, :, rows].requires_grad_())
+        states = kernels.linear_attention_state(*parts, backend="reference")
+        dk[:, :, rows], dv[:, :, rows] = torch.autograd.grad(states, parts, (dS, dz))
+
+    picked = {
+        "out": (out, query_rows),
+        "grad q": (dq, query_rows),
+        "grad k": (dk, key_rows),
+        "grad v": (dv, key_rows),
+    }
+    values = {n: x if rows is None else x[:, :, rows] for n, (x, rows) in picked.items()}
+    return Expected(values, {n: rows for n, (_, rows) in picked.items()}, problem.cotangents)
