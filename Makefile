@@ -49,7 +49,8 @@ test: install
 	$(PYTEST)
 
 test-slow: install
-	$(PYTEST) -m slow $(if $(SHARD),--shard $(SHARD)) --durations=10
+	$(PYTEST) -m slow --durations=10 $(if $(SHARD),--shard $(SHARD)) \
+	  $(if $(RECORD),--record-seconds $(RECORD))
 
 test-all: lint test test-slow
 

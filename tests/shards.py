@@ -2,7 +2,7 @@
 
 To record anew:
 
-    pytest -m slow --record-seconds seconds.tsv
+    make test-slow RECORD=seconds.tsv
     python -m tests.shards seconds.tsv
 """
 

@@ -79,12 +79,12 @@ def test_pytest_runs_each_in_one_shard(tmp_path: Path) -> None:
     assert toy(tmp_path) == ["tests/test_toy.py::test_quick"]
     record = tmp_path / "seconds.tsv"
     parts = [
-        toy(tmp_path, "-m", "slow", "--shard", f"{k}/3", f"--record-seconds={record}")
-        for k in (1, 2, 3)
+        toy(tmp_path, "-m", "slow", "--shard", f"{k}/2", f"--record-seconds={record}")
+        for k in (1, 2)
     ]
     slow = [f"tests/test_toy.py::test_slow[{i}]" for i in range(7)]
     assert sorted(test for part in parts for test in part) == slow
-    assert [len(part) for part in parts] == [3, 2, 2]
+    assert [len(part) for part in parts] == [4, 3]
     assert sorted(line.split("\t")[0] for line in record.read_text().splitlines()) == slow
 
 
