@@ -24,11 +24,11 @@ class Mutation(NamedTuple):
     tests: str  # a pytest -k expression: the smallest part of the tests that must notice
 
 
-OPERATIONS = ("linear_attention", "softmax_attention", "ripple")
-LINEAR, SOFTMAX, RIPPLE = (f"kernels/{operation}/triton.py" for operation in OPERATIONS)
+LINEAR, RIPPLE = (f"kernels/{room}/triton.py" for room in ("linear_attention", "ripple"))
 STREAMED = "kernels/linear_attention/triton_streamed.py"
 NAMED = "test_named_cases and {op} and N70-M77"
 LINEAR_NAMED = NAMED.format(op="linear_attention")
+SOFTMAX = "kernels/softmax_attention/triton.py"
 FLOAT32 = "many_tiles and 200-130 and float32"
 
 FAST = [
