@@ -2,7 +2,7 @@
 
 That every kernel compiles for every architecture without spills, with tensor-core products and
 16-byte accesses, is held by ``tests/bench/test_static.py``; the two whose registers are fewest are
-looked at here too, in seconds.
+looked at here too.
 """
 
 import json
@@ -55,9 +55,8 @@ def compile_for(
 
 
 @needs_nvcc
-@pytest.mark.parametrize(
-    "room", [pytest.param("linear_attention", marks=pytest.mark.slow), "softmax_attention"]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("room", ["linear_attention", "softmax_attention"])
 def test_one_variant_compiles_without_spills(room: str, tmp_path: Path) -> None:
     spills = compile_for("sm_90a", room, tmp_path, NARROW)
     assert len(spills) > 1
