@@ -1,17 +1,20 @@
-# make demo      cross-check, benchmark, plot, train, and write reports/out/index.html
-# make test      the tests that take seconds (under 10 minutes on 2 cores)
-# make test-all  those, the slow ones, the linter and the type checker
-# make check-noise  whether a planted slow-down of 10 % is caught, end to end
+# make demo                cross-check, benchmark, plot, train, write reports/out/index.html: half an hour
+# make demo SHORT=1        the same with few lengths and one seed, to see everything work: 5 minutes
+# make test                the tests that take seconds: 4 minutes
+# make test-slow SHARD=1/6 a sixth of the others: 12 minutes; without SHARD all of them: over an hour
+# make test-all            the linter, the type checker and every test
+# make lint                the linter and the type checker: half a minute
+# make check-noise         whether a planted slow-down of 10 % is caught, end to end: 10 minutes
+# make install             .venv, with all that these need; each of them does it first
+# Times are of two quiet cores. PYTHON=... picks another interpreter (3.11 or newer).
 # The tests of the page need a browser (Debian: apt-get install chromium) and are skipped without one.
-# Each creates .venv and installs into it first. PYTHON=... picks another interpreter (3.11 or newer).
 
 PYTHON ?= python3
 BIN := .venv/bin
 OUT := reports/out
-# Tests are single-threaded, so that two files run side by side. WORKERS=0 runs them in one process.
+# Tests are single-threaded, so that two run side by side. WORKERS=0 runs them in one process.
 WORKERS ?= 2
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
-# make demo SHORT=1: a few lengths and one seed, to see everything work; no result to quote.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 ifdef SHORT
 SWEEP := --seq-lens 64,256 --dtypes float32
 TABLE := --seeds 1 --epochs 2
@@ -19,7 +22,7 @@ BENCH := --seconds 0.3
 PROFILE := --steps 2
 endif
 
-.PHONY: demo test test-all check-noise lint install clean
+.PHONY: demo test test-slow test-all check-noise lint install clean
 
 install: .venv/installed
 
@@ -43,12 +46,15 @@ demo: install
 	@echo "Open $(OUT)/index.html"
 
 test: install
-	$(PYTEST) -m "not slow"
+	$(PYTEST)
 
-test-all: lint test
-	$(PYTEST) -m slow
+test-slow: install
+	$(PYTEST) -m slow --durations=10 $(if $(SHARD),--shard $(SHARD)) \
+	  $(if $(RECORD),--record-seconds $(RECORD))
 
-# Is a kernel that does a tenth more caught by `reports compare`, beside a noisy neighbour? Minutes.
+test-all: lint test test-slow
+
+# Is a kernel that does a tenth more caught by `reports compare`, beside a noisy neighbour?
 check-noise: install
 	$(BIN)/python -m bench.noise
 
@@ -58,4 +64,4 @@ lint: install
 	$(BIN)/mypy
 
 clean:
-	rm -rf .venv $(OUT) .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info
+	rm -rf .venv $(OUT) .pytest_cache .mypy_cache .ruff_cache .hypothesis build *.egg-info

@@ -29,7 +29,9 @@ from typing import Any
 
 import torch
 
-from linear_vit.training import breakdown, distributed, evaluation, experiments, tables
+from linear_vit.reports import tables
+from linear_vit.reports.saved.runs import NoRuns
+from linear_vit.training import breakdown, distributed, evaluation, experiments
 from linear_vit.training.checkpoints import load_checkpoint, load_weights
 from linear_vit.training.config import Config, build_model, model_settings
 from linear_vit.training.data import datasets
@@ -224,7 +226,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if args.command != "train" and distributed.local_rank() is not None:
             raise UserError(f"torchrun is for train; {args.command} runs in one process")
         commands[args.command](args)
-    except UserError as error:
+    except (UserError, NoRuns) as error:
         print(f"train_minimal.py: error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

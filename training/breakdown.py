@@ -16,7 +16,6 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
@@ -130,23 +129,3 @@ def _install(watch: _Stopwatch, model: nn.Module, optimizer: torch.optim.Optimiz
     stop: Callable[..., None] = lambda *_: watch.clocks["optimizer"].stop()  # noqa: E731
     optimizer.register_step_pre_hook(start)
     optimizer.register_step_post_hook(stop)
-
-
-def to_markdown(found: dict[str, Any]) -> str:
-    """A line per model, shares in percent."""
-    setting, machine = found["setting"], found["environment"]
-    lines = [
-        f"Shares of a training step (batch {setting['batch_size']}, dim {setting['dim']}, depth "
-        f"{setting['depth']}, {setting['dataset']} images, recipe {setting['recipe']}, amp "
-        f"{setting['amp']}, not compiled; forward and backward together; projections are the "
-        "linear layers around attention, other is norms, embedding, head, loss and clipping); on "
-        f"{machine['cpu'] if machine['device'] == 'cpu' else machine['device']}.",
-        "",
-        "| Model | " + " | ".join(name.capitalize() for name in SHARES) + " | Step | Images/s |",
-        "|---" + "|---:" * (len(SHARES) + 2) + "|",
-    ]
-    for row in found["rows"]:
-        cells = [row["title"], *(f"{row['shares'][name]:.1%}" for name in SHARES)]
-        cells += [f"{1e3 * row['seconds']:.3g} ms", f"{row['images_per_second']:,.0f}"]
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines) + "\n"

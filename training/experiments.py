@@ -7,24 +7,10 @@ from typing import Any
 
 import torch
 
-from linear_vit.bench.problems import Case
-from linear_vit.training import results, speed
-from linear_vit.training.config import Config
+from linear_vit.training.config import Config, digest
 from linear_vit.training.evaluation import check_usable
-from linear_vit.training.record import (
-    environment,
-    finished_runs,
-    same_machine,
-    write_json,
-)
-from linear_vit.training.steps import (
-    TRAINING_STEP,
-    config_of,
-    own_backends,
-    step_case,
-    time_steps,
-    why_not,
-)
+from linear_vit.training.record import environment, finished_runs, same_machine
+from linear_vit.training.steps import own_backends, step_case, time_steps, were_timed
 
 # What is varied of which model, where none is named.
 _MODEL_OF = {"ripple_stages": "ripple", "hydra_branches": "hydra"}
@@ -77,45 +63,30 @@ def missing(configs: Sequence[Config], folder: Path, device: torch.device) -> It
 def time_models(
     configs: Sequence[Config], folder: Path, device: torch.device, *, seconds: float
 ) -> None:
-    """Training steps of a table's models by turns, in a record beside the runs, if it is missing.
+    """Training steps of a table's models by turns, in a saved run beside the runs, if missing.
 
     Runs are minutes apart, so what their own images/s say of two models is also what the machine
     did meanwhile.
     """
-    configs = list(dict.fromkeys(configs))
-    names = [config.model for config in configs]
-    wanted = {"config": dataclasses.asdict(configs[0]), "environment": environment(device)}
-    for known in speed.read_models(folder)[0]:
-        same = results.common(known) == results.common(wanted)
-        if same and set(names) <= set(known["models"]):
-            return
-    print(f"training steps of {', '.join(names)}, by turns")
-    cases = [step_case(config) for config in configs]
-    timings = time_steps(cases, device, seconds=seconds)
-    by_model = dict(zip(names, timings.values(), strict=True))
-    measured = speed.summarise_models(configs, by_model, device)
-    write_json(speed.models_path(folder, configs[0]), measured)
+    cases = [step_case(config) for config in dict.fromkeys(configs)]
+    path = folder / f"steps-{digest(configs[0].setting)}.json"
+    if not were_timed(cases, path, device):
+        print(f"training steps of {', '.join(config.model for config in configs)}, by turns")
+        time_steps(cases, path, device, seconds=seconds)
 
 
 def time_values(
     setting: str, configs: Sequence[Config], folder: Path, device: torch.device, *, seconds: float
 ) -> Path:
-    """Training steps of an ablation's values by turns; the file of what was measured."""
-    configs = list(dict.fromkeys(dataclasses.replace(config, seed=0) for config in configs))
-    values = [str(getattr(config, setting)) for config in configs]
-    print(f"training steps of {setting} {', '.join(values)}, by turns")
-    cases = [
-        step_case(config, variant=f"{setting}={value}")
-        for config, value in zip(configs, values, strict=True)
-    ]
-    timings = time_steps(cases, device, seconds=seconds).values()
-    rates = {
-        value: speed.rate(config.batch_size, timing)
-        for value, config, timing in zip(values, configs, timings, strict=True)
+    """Training steps of an ablation's values by turns; the saved run."""
+    cases = {
+        value: step_case(config, variant=f"{setting}={value}")
+        for config in configs
+        for value in [getattr(config, setting)]
     }
+    print(f"training steps of {setting} {', '.join(map(str, cases))}, by turns")
     path = folder / f"steps-{setting}.json"
-    write_json(path, {"environment": environment(device), "rates": rates})
-    return path
+    return time_steps(list(cases.values()), path, device, seconds=seconds)
 
 
 def time_backends(
@@ -126,19 +97,7 @@ def time_backends(
     *,
     seconds: float,
 ) -> Path:
-    """Training steps of models on backends (PyTorch's and our own), all by turns; the file."""
-    configs = list(dict.fromkeys(configs))
-    names = [speed.PYTORCH, *own_backends()] if backends is None else backends
-    cases = [step_case(config, name) for config in configs for name in names]
-    reasons = {case: why_not(case, device) for case in cases}
-    usable = [case for case in cases if reasons[case] is None]
-    timings = time_steps(usable, device, seconds=seconds)
-    timed = {_key(case): timings[TRAINING_STEP.case_name(case)] for case in usable}
-    refused = {_key(case): why for case, why in reasons.items() if why is not None}
-    path = out / "step-speed.json"
-    write_json(path, speed.summarise(configs, timed, refused, device))
-    return path
-
-
-def _key(case: Case) -> tuple[str, str]:
-    return config_of(case).model, case.backend
+    """Training steps of models on backends (PyTorch's and our own), all by turns; the saved run."""
+    names = ["torch", *own_backends()] if backends is None else backends
+    cases = [step_case(config, name) for config in dict.fromkeys(configs) for name in names]
+    return time_steps(cases, out / "step-speed.json", device, seconds=seconds)

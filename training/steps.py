@@ -1,15 +1,17 @@
 """A training step as a case of the one harness: which model, sized how, on which backend."""
 
+import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from linear_vit import kernels
-from linear_vit.bench import problems
-from linear_vit.bench.instruments.clock import Timing, measure_interleaved
-from linear_vit.bench.problems import Case, Operation, Problem, Shape, Work
+from linear_vit.bench import problems, runner, store
+from linear_vit.bench.instruments import machine
+from linear_vit.bench.problems import Case, Operation, Problem, Shape, Wanted, Work
 from linear_vit.training.config import (
     DATASETS,
     MODELS,
@@ -19,10 +21,11 @@ from linear_vit.training.config import (
     model_settings,
     resolve,
 )
-from linear_vit.training.errors import UserError
+from linear_vit.training.errors import UserError, notice
 from linear_vit.training.step import make_optimizer, make_scaler, training_step
 
 STEP = "step"
+_MACHINE = ("device", "cpu", "torch", "threads")  # times compare where these are alike
 DEFAULT = "default"  # the backend that a model takes where none is named
 # Sized for the device: a model that learns within a minute, or the ViT-S.
 SIZES: dict[str, dict[str, Any]] = {
@@ -59,6 +62,7 @@ class TrainingStep(Operation):
     budget = 4.0  # of what a kernel's case gets: there are few of them, and they are long
     test = "test_training_step"
     has_reference = False
+    usual_backends = (DEFAULT,)
 
     def shape(self, tokens: int, batch: int = 1) -> StepShape:
         """Of the CPU's model; its size is that of its data set's images, whatever is asked for."""
@@ -90,11 +94,17 @@ class TrainingStep(Operation):
         return (_DTYPES[SIZES[device_type]["amp"]],)
 
     def backends(self, device: torch.device, asked: Sequence[str]) -> dict[str, str | None]:
-        """The one that a model takes by itself, or those asked for by name."""
-        if not asked:
-            return {DEFAULT: None}
+        """The one that a model takes by itself, and those asked for by name, or all."""
         known = kernels.backends("linear_attention", device)
-        return {name: why for name, why in known.items() if name in asked}
+        if asked:
+            return {name: why for name, why in known.items() if name in asked}
+        return {DEFAULT: None, **{name: why for name, why in known.items() if why is None}}
+
+    def unusable(self, shape: StepShape, backend: str, device: torch.device) -> str | None:
+        """Why the backend has no kernel for the model's attention."""
+        if backend == DEFAULT or shape.config.attention_type != "baseline":
+            return None
+        return kernels.backends("softmax_attention_packed", device)[backend]
 
     def turn_key(self, shape: StepShape) -> str:
         """All models of a setting take turns."""
@@ -110,8 +120,21 @@ class TrainingStep(Operation):
         """None: it is what its operations are, and has no float64 expectation."""
         return ()
 
+    def special(self, sweep: str) -> list[Wanted]:
+        """Every model with and without own kernels, after the most important of attention."""
+        kind = "cuda" if sweep == "gpu" else "cpu"
+        [dtype] = self.dtypes(kind, ())
+        names = (DEFAULT, "torch", *own_backends())
+        return [
+            Wanted(200, STEP, dtype, shape, names)
+            for shape in self.sizes(kind, sweep, (), None, {})
+        ]
+
+    def can_be_captured(self, backend: str) -> bool:
+        return False
+
     def least_work(self, mode: str, shape: Any, element_size: int) -> Work:
-        """Not stated: a step is judged by images/s, not by a share of the machine's limits."""
+        """Not counted: a step is judged by images/s, not by a share of the machine's limits."""
         return Work(0, 0)
 
     def working_set(self, mode: str, backend: str, shape: Any) -> int:
@@ -198,15 +221,42 @@ def why_not(case: Case, device: torch.device) -> str | None:
     return None
 
 
-def time_steps(cases: Sequence[Case], device: torch.device, *, seconds: float) -> dict[str, Timing]:
-    """Steps timed by turns, so that a machine that drifts does so for all alike; by case name."""
-    calls = {
-        TRAINING_STEP.case_name(case): TRAINING_STEP.problem(
-            case.shape, torch.float32, device
-        ).call(case.backend, STEP)
-        for case in cases
+def time_steps(cases: Sequence[Case], path: Path, device: torch.device, *, seconds: float) -> Path:
+    """Times steps by turns, so that a machine that drifts does so for all alike.
+
+    ``path`` is the saved run that it leaves, with why the others were not timed. ``seconds`` are
+    spent on each. Raises UserError for a backend that there is not.
+    """
+    reasons = {problems.case_name(case): why_not(case, device) for case in cases}
+    sources = store.sources()
+    head = {
+        "sweep": "training steps",
+        "device": device.type,
+        "machine": machine.describe(device),
+        "sources": sources,
+        "not_timed": {name: why for name, why in reasons.items() if why is not None},
     }
-    return measure_interleaved(calls, device, budget_s=seconds)
+    usable = [case for case in cases if reasons[problems.case_name(case)] is None]
+    kept = store.Store(path, head)
+    plan = runner.Plan(device, seconds / TRAINING_STEP.budget, sources=sources)
+    for result in runner.run([tuple(usable)] if usable else [], plan, kept, isolate=False):
+        if result.status != store.MEASURED:
+            notice(f"{result.case} was not timed: {result.reason}")
+    kept.write()
+    kept.close(done=True)
+    return path
+
+
+def were_timed(cases: Sequence[Case], path: Path, device: torch.device) -> bool:
+    """Whether a saved run has all of these steps, timed on this machine."""
+    try:
+        document = json.loads(path.read_text(encoding="utf-8"))
+        there = {saved["param"] for saved in document["benchmarks"]}
+        then, now = document["kernel_suite"]["machine"], machine.describe(device)
+    except (OSError, ValueError, KeyError):
+        return False
+    same = all(then.get(name) == now[name] for name in ("device_name", *_MACHINE))
+    return same and {problems.case_name(case) for case in cases} <= there
 
 
 def make_step(

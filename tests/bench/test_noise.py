@@ -27,7 +27,13 @@ def test_a_tenth_that_is_seen_is_right(tmp_path: Path, capsys: pytest.CaptureFix
     assert "the same code in compiled: same; a tenth more work: slower" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize(("planted", "luck"), [(1.0, 1.0), (1.1, 1.5)], ids=["unseen", "alarm"])
+@pytest.mark.parametrize(
+    ("planted", "luck"),
+    [
+        pytest.param(1.0, 1.0, id="unseen"),
+        pytest.param(1.1, 1.5, id="alarm", marks=pytest.mark.slow),
+    ],
+)
 def test_a_tenth_unseen_and_a_false_alarm_fail(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], planted: float, luck: float
 ) -> None:

@@ -26,11 +26,6 @@ needs_compiler = pytest.mark.skipif(
 )
 
 
-def build_room(room: str, folder: Path, flags: tuple[str, ...] = ()) -> dict[str, Path]:
-    """One room's library, built from the sources as they are."""
-    return emulator.build({room: emulator.sources()[room]}, folder, flags)
-
-
 # ---- attention -----------------------------------------------------------------------------------
 
 
@@ -158,17 +153,9 @@ def assert_sanitizers_find_nothing(
     ).stdout.strip()
     if not Path(asan).is_file():
         pytest.skip("the compiler comes without AddressSanitizer's library")
-    build_room(
-        room,
-        folder,
-        (
-            *flags,
-            "-g",
-            "-fsanitize=address,undefined",
-            "-fno-sanitize-recover=all",
-            "-DCUDA_HOST_SANITIZE",
-        ),
-    )
+    sanitize = ("-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all")
+    source = {room: emulator.sources()[room]}
+    emulator.build(source, folder, (*flags, *sanitize, "-DCUDA_HOST_SANITIZE"))
     environment = os.environ | {
         "LD_PRELOAD": asan,
         "ASAN_OPTIONS": "detect_leaks=0,detect_stack_use_after_return=0",

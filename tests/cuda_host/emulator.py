@@ -10,6 +10,8 @@ structures of the room's ``cuda.h`` and one method an operator.
 """
 
 import ctypes
+import fcntl
+import hashlib
 import os
 import shutil
 import subprocess
@@ -25,6 +27,7 @@ from linear_vit.kernels.layout import empty_like
 
 HERE = Path(__file__).resolve().parent
 KERNELS = HERE.parent.parent / "kernels"
+KEPT = HERE.parent.parent / ".pytest_cache" / "cuda_host"
 ROOMS = ("linear_attention", "softmax_attention", "ripple")
 ELEMENT_TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 THREAD_ORDERS = {"forward": 0, "reverse": 1, "strided": 2}
@@ -63,6 +66,33 @@ def build(sources: dict[str, Path], folder: Path, flags: Sequence[str] = ()) -> 
         if process.returncode != 0 or "warning:" in output:
             raise RuntimeError(f"{room} does not compile cleanly for the host:\n{output}")
     return libraries
+
+
+def build_once(room: str, flags: Sequence[str] = ()) -> dict[str, Path]:
+    """The room's library, built unless one of the same sources, flags and compiler is kept.
+
+    Other processes wait for the first to build it. What older sources made goes.
+    """
+    digest = hashlib.sha256("\0".join([*flags, _compiler_version()]).encode())
+    folder = KEPT / f"{room}_{digest.hexdigest()[:8]}"
+    headers = [path for path in KERNELS.rglob("*") if path.suffix in (".cu", ".cuh", ".h")]
+    for path in sorted([*headers, *HERE.glob("*.h"), Path(__file__)]):
+        digest.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
+    library = folder / f"{digest.hexdigest()[:16]}.so"
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # the system lets go of it if this process is killed
+        if not library.exists():
+            for old in folder.glob("*.so"):
+                old.unlink()
+            build({room: sources()[room]}, folder, flags)[room].rename(library)
+    return {room: library}
+
+
+def _compiler_version() -> str:
+    cxx = compiler()
+    assert cxx is not None
+    return subprocess.run([cxx, "--version"], capture_output=True, text=True, check=True).stdout
 
 
 def sources(kernels: Path = KERNELS) -> dict[str, Path]:

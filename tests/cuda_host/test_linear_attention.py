@@ -20,14 +20,13 @@ from tests.cuda_host.checks import (
     Mutation,
     assert_accurate,
     assert_sanitizers_find_nothing,
-    build_room,
     double,
     first_failure,
     grad,
     needs_compiler,
     see_red,
 )
-from tests.cuda_host.emulator import guarded
+from tests.cuda_host.emulator import build_once, guarded
 from tests.cuda_host.linear_attention import LinearAttention
 from tests.cuda_host.traffic import measure
 
@@ -37,8 +36,8 @@ CLOSE = {"rtol": 2e-2, "atol": 1e-4}
 
 
 @pytest.fixture(scope="session")
-def libraries(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    return build_room(ROOM, tmp_path_factory.mktemp(ROOM))
+def libraries() -> dict[str, Path]:
+    return build_once(ROOM)
 
 
 def run(
@@ -593,15 +592,15 @@ float_checks = partial(narrow_checks, dtype=torch.float32)
 
 
 @pytest.fixture(scope="session")
-def sound(tmp_path_factory: pytest.TempPathFactory) -> None:
+def sound() -> None:
     """The unbroken kernels, built as the mutants are, pass."""
-    libraries = build_room(ROOM, tmp_path_factory.mktemp("sound"), NARROW)
+    libraries = build_once(ROOM, NARROW)
     assert first_failure(half_checks(libraries)) is None
 
 
 @pytest.fixture(scope="session")
-def sound_float(tmp_path_factory: pytest.TempPathFactory) -> None:
-    libraries = build_room(ROOM, tmp_path_factory.mktemp("sound_float"), NARROW_FLOAT)
+def sound_float() -> None:
+    libraries = build_once(ROOM, NARROW_FLOAT)
     assert first_failure(float_checks(libraries)) is None
 
 

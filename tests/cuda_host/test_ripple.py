@@ -18,14 +18,13 @@ from tests.cuda_host.checks import (
     Mutation,
     assert_accurate,
     assert_sanitizers_find_nothing,
-    build_room,
     double,
     first_failure,
     grad,
     needs_compiler,
     see_red,
 )
-from tests.cuda_host.emulator import guarded
+from tests.cuda_host.emulator import build_once, guarded
 from tests.cuda_host.ripple import RippleOperators
 
 ROOM = "ripple"
@@ -33,8 +32,8 @@ pytestmark = needs_compiler
 
 
 @pytest.fixture(scope="session")
-def libraries(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    return build_room(ROOM, tmp_path_factory.mktemp(ROOM))
+def libraries() -> dict[str, Path]:
+    return build_once(ROOM)
 
 
 @dataclass(frozen=True)
@@ -402,9 +401,9 @@ def narrow_checks(libraries: dict[str, Path]) -> list:
 
 
 @pytest.fixture(scope="session")
-def sound(tmp_path_factory: pytest.TempPathFactory) -> None:
+def sound() -> None:
     """The unbroken kernels, built as the mutants are, pass."""
-    libraries = build_room(ROOM, tmp_path_factory.mktemp("sound"), NARROW)
+    libraries = build_once(ROOM, NARROW)
     assert first_failure(narrow_checks(libraries)) is None
 
 

@@ -18,14 +18,13 @@ from tests.cuda_host.checks import (
     Mutation,
     assert_accurate,
     assert_sanitizers_find_nothing,
-    build_room,
     double,
     first_failure,
     grad,
     needs_compiler,
     see_red,
 )
-from tests.cuda_host.emulator import ELEMENT_TYPES, guarded
+from tests.cuda_host.emulator import ELEMENT_TYPES, build_once, guarded
 from tests.cuda_host.softmax_attention import SoftmaxAttention
 
 ROOM = "softmax_attention"
@@ -33,8 +32,8 @@ pytestmark = needs_compiler
 
 
 @pytest.fixture(scope="session")
-def libraries(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    return build_room(ROOM, tmp_path_factory.mktemp(ROOM))
+def libraries() -> dict[str, Path]:
+    return build_once(ROOM)
 
 
 def run(
@@ -523,10 +522,10 @@ def test_more_broken_kernels_are_noticed(mutation: Mutation, tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize("file", [HALF, FLOAT32])
-def test_unbroken_kernels_pass(file: str, tmp_path: Path) -> None:
+def test_unbroken_kernels_pass(file: str) -> None:
     """Built as the mutants are: that these go red is then due to the mutation."""
     _, flags = narrow(file)
-    assert first_failure(narrow_checks(file, build_room(ROOM, tmp_path, flags))) is None
+    assert first_failure(narrow_checks(file, build_once(ROOM, flags))) is None
 
 
 SANITIZED = """

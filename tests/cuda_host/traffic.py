@@ -7,7 +7,6 @@ SPEC.md names. The workspace is everything else: partial sums, S, z and their gr
 """
 
 import argparse
-import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +14,7 @@ from pathlib import Path
 import torch
 
 from tests.cuda_host import emulator
-from tests.cuda_host.checks import Case, build_room
+from tests.cuda_host.checks import Case
 from tests.cuda_host.linear_attention import LinearAttention
 
 
@@ -89,19 +88,18 @@ def main() -> None:
     flags = (f"-DLINEAR_VIT_HEAD_DIMS={options.head_dims}",)
     columns = ("operation", "pass", "dtype", "tensor", "loaded", "stored", "least", "ratio")
     print(("{:<18}{:<10}{:<10}{:<8}" + "{:>12}" * 4).format(*columns))
-    with tempfile.TemporaryDirectory() as folder:
-        libraries = build_room("linear_attention", Path(folder), flags)
-        for head_dim in head_dims:
-            for dtype in emulator.ELEMENT_TYPES:
-                case = Case(
-                    head_dim, dtype, queries=options.tokens, keys=options.tokens,
-                    num_splits=options.splits,
-                )  # fmt: skip
-                for row in measure(libraries, case, save_state=options.splits is not None):
-                    print(
-                        f"{row.operation:<18}{row.pass_name:<10}{row.dtype:<10}{row.tensor:<8}"
-                        f"{row.loaded:>12}{row.stored:>12}{row.least:>12}{row.ratio:>12.2f}"
-                    )
+    libraries = emulator.build_once("linear_attention", flags)
+    for head_dim in head_dims:
+        for dtype in emulator.ELEMENT_TYPES:
+            case = Case(
+                head_dim, dtype, queries=options.tokens, keys=options.tokens,
+                num_splits=options.splits,
+            )  # fmt: skip
+            for row in measure(libraries, case, save_state=options.splits is not None):
+                print(
+                    f"{row.operation:<18}{row.pass_name:<10}{row.dtype:<10}{row.tensor:<8}"
+                    f"{row.loaded:>12}{row.stored:>12}{row.least:>12}{row.ratio:>12.2f}"
+                )
 
 
 if __name__ == "__main__":

@@ -215,14 +215,15 @@ def assert_accurate(case: Case, backend: str) -> None:
 
 
 def on_every(cases: list[Case], *, compiled: int) -> list[Any]:
-    """(case, backend) parameters; ``compiled`` takes only the first few cases of each operation."""
+    """(case, backend) parameters; ``compiled`` takes only the first few cases of each operation,
+    and all but the very first are slow."""
     parameters = []
     for op in dict.fromkeys(case.op for case in cases):
         for index, case in enumerate(case for case in cases if case.op == op):
             for backend in usable_backends(op):
                 if backend == "compiled" and index >= compiled:
                     continue
-                marks = _marks(backend) if index else []
+                marks = _marks(backend) if index or op != cases[0].op else []
                 name = f"{backend}-{_label(case)}"
                 parameters.append(pytest.param(case, backend, id=name, marks=marks))
     return parameters

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import pytest
 
-from tests.kernels.test_triton import ROOT, SUITE, interpreter_reason, pytestmark, run_interpreted
+from tests.kernels.test_triton import ALL, ROOT, interpreter_reason, pytestmark, run_interpreted
 
 __all__ = ["pytestmark"]
 
@@ -28,6 +28,8 @@ LINEAR, RIPPLE = (f"kernels/{family}/triton.py" for family in ("linear_attention
 STREAMED = "kernels/linear_attention/triton_streamed.py"
 NAMED = "test_named_cases and {op} and N70-M77"
 LINEAR_NAMED = NAMED.format(op="linear_attention")
+SOFTMAX = "kernels/softmax_attention/triton.py"
+FLOAT32 = "many_tiles and 200-130 and float32"
 
 FAST = [
     Mutation(
@@ -36,8 +38,10 @@ FAST = [
         "        k = load_rows(k_head, tokens, end, k_stride_n, columns, D).to(tl.float32)",
         "        k = load_rows(k_head, tokens, end // 32 * 32, k_stride_n, columns, D)"
         ".to(tl.float32)",
-        LINEAR_NAMED,
+        LINEAR_NAMED + " and float32",
     ),
+]
+SLOW = [
     Mutation(
         "a split's partial sum is left out",
         LINEAR,
@@ -45,8 +49,6 @@ FAST = [
         "        total += load_rows(source, splits, num_splits - 1, size, elements, size)",
         "split_over_programs and float32",
     ),
-]
-SLOW = [
     Mutation(
         "φ's halves are swapped for keys",
         LINEAR,
@@ -153,6 +155,83 @@ SLOW = [
         "            pair = pair_pointers[s] + (parity * 0)[:, None] + channels[None, :]",
         "test_ripple_stages and test_expand and 5x6x20",
     ),
+    Mutation(
+        "keys past the end are attended to",
+        SOFTMAX,
+        'scores = tl.where(inside, scores * scale, float("-inf"))',
+        "scores = scores * scale",
+        FLOAT32,
+    ),
+    Mutation(
+        "the running maximum's correction is lost",
+        SOFTMAX,
+        "total = total * correction + tl.sum(weights, axis=1)",
+        "total = total + tl.sum(weights, axis=1)",
+        FLOAT32,
+    ),
+    Mutation(
+        "delta is left out of the score gradient",
+        SOFTMAX,
+        "dscores = weights * (dweights * dscore_scale - delta[:, None])",
+        "dscores = weights * (dweights * dscore_scale)",
+        FLOAT32,
+    ),
+    Mutation(
+        "keys past the end have a gradient",
+        SOFTMAX,
+        "weights = tl.where((tl.arange(0, k_rows.shape[0]) < valid)[None, :], weights, 0.0)",
+        "weights = weights",
+        "far_below and float32",
+    ),
+    Mutation(
+        "the tile after the whole ones is dropped",
+        SOFTMAX,
+        "    if num_keys % PASSED != 0:\n        maximum",
+        "    if num_keys % PASSED < 0:\n        maximum",
+        FLOAT32,
+    ),
+    Mutation(
+        "every query head of a group is the first",
+        SOFTMAX,
+        "h = hk * GROUP + g",
+        "h = hk * GROUP",
+        FLOAT32,
+    ),
+    Mutation(
+        "a query past the end is read",
+        SOFTMAX,
+        "dout = _load(dout_rows, inside, D, BLOCK_D, True)",
+        "dout = _load(dout_rows, inside + 1, D, BLOCK_D, True)",
+        "packed_is_the_same and float32",
+    ),
+    Mutation(
+        "a part of the depth of a product is left out",
+        SOFTMAX,
+        "for start in tl.static_range(0, D, DEPTH):",
+        "for start in tl.static_range(DEPTH, D, DEPTH):",
+        FLOAT32,
+    ),
+    Mutation(
+        "a negative scale is taken for a positive one",
+        SOFTMAX,
+        "        scores = -scores",
+        "        scores = scores",
+        "any_scale and float32",
+    ),
+    Mutation(
+        "weights underflow float16",
+        SOFTMAX,
+        "SHIFT: tl.constexpr = 15.0 if",
+        "SHIFT: tl.constexpr = 0.0 if",
+        "subnormal",
+    ),
+    Mutation(
+        "score gradients underflow float16",
+        SOFTMAX,
+        "return 2.0 ** max(0, num_keys.bit_length() - 11) if dtype == torch.float16 else 1.0",
+        "return 1.0",
+        "subnormal",
+    ),
 ]
 
 
@@ -167,15 +246,14 @@ def test_broken_kernel_is_noticed(mutation: Mutation, tmp_path: Path) -> None:
     reason = interpreter_reason()
     if reason:
         pytest.skip(reason)
-    shutil.copytree(ROOT / "kernels", tmp_path / "kernels")
-    shutil.copytree(ROOT / "linear_vit", tmp_path / "linear_vit", symlinks=True)
-    shutil.copytree(ROOT / "tests" / "kernels", tmp_path / "tests" / "kernels")
+    for folder in ("kernels", "attention", "linear_vit", "tests/kernels"):
+        shutil.copytree(ROOT / folder, tmp_path / folder, symlinks=True)
     shutil.copy(ROOT / "pyproject.toml", tmp_path)
     source = (tmp_path / mutation.file).read_text()
     assert source.count(mutation.old) == 1, f"{mutation.file} no longer has {mutation.old!r} once"
     (tmp_path / mutation.file).write_text(source.replace(mutation.old, mutation.new))
 
-    files = [f"tests/kernels/test_{name}.py" for name in SUITE]
+    files = [f"tests/kernels/test_{name}.py" for name in ALL]
     done = run_interpreted(*files, "-k", f"({mutation.tests}) and triton", root=tmp_path)
     failed = re.search(r"(\d+) failed", done.stdout)
     assert done.returncode == 1, f"not noticed:\n{done.stdout[-2000:]}{done.stderr[-2000:]}"

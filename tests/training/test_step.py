@@ -13,7 +13,7 @@ from linear_vit.training.config import DATASETS, MODELS, build_model, resolve
 from linear_vit.training.data.augmentation import normalise
 from linear_vit.training.errors import UserError
 from linear_vit.training.logbook import check_finite, out_of_memory
-from linear_vit.training.metrics import accuracy, predict, t_interval
+from linear_vit.training.metrics import accuracy, predict
 from linear_vit.training.step import make_optimizer, make_scaler, training_step
 
 
@@ -81,26 +81,6 @@ def test_a_step_is_what_it_says() -> None:
     assert hits.item() == (logits.argmax(1) == labels).sum().item()
     moved = torch.cat([(a - b).flatten() for a, b in zip(model.parameters(), before, strict=True)])
     assert moved.norm().item() == pytest.approx(1e-3, rel=1e-3)
-
-
-def test_t_interval() -> None:
-    # Student's quantile for 95 % and 2 degrees of freedom is 4.302653 (any table).
-    interval = t_interval([1.0, 2.0, 3.0])
-    assert interval.mean == 2.0
-    assert interval.half_width == pytest.approx(4.302653 * 1.0 / 3**0.5, rel=1e-6)
-    assert t_interval([5.0]).half_width is None
-    with pytest.raises(ValueError, match="at least one"):
-        t_interval([])
-
-
-def test_t_interval_covers_the_truth_as_often_as_it_says() -> None:
-    samples = torch.randn(2000, 4, generator=draws(7)).tolist()
-    covered = 0
-    for sample in samples:
-        interval = t_interval(sample)
-        assert interval.half_width is not None
-        covered += abs(interval.mean) <= interval.half_width
-    assert 0.935 <= covered / len(samples) <= 0.965
 
 
 def test_median_images_per_second() -> None:

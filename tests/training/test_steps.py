@@ -20,6 +20,7 @@ from linear_vit.training.steps import (
     own_backends,
     step_case,
     time_steps,
+    were_timed,
     why_not,
 )
 
@@ -121,15 +122,26 @@ def test_a_rehearsal_is_tiny_and_runs(losses: list[Tensor]) -> None:
     assert len(losses) == len(MODELS)
 
 
-def test_cases_of_one_setting_take_turns_and_variants_have_names_of_their_own() -> None:
+def test_cases_of_one_setting_take_turns_and_variants_have_names_of_their_own(
+    tmp_path: Path,
+) -> None:
     settings = {**SIZES["cpu"], **model_settings("ripple")}
     configs = [resolve({**settings, "ripple_stages": stages, "dim": 16}) for stages in (1, 2)]
     cases = [
         step_case(config, "torch", f"ripple_stages={config.ripple_stages}") for config in configs
     ]
-    timings = time_steps(cases, CPU, seconds=0.01)
-    assert list(timings) == ["ripple-ripple_stages=1-torch", "ripple-ripple_stages=2-torch"]
-    assert len({timing.turns for timing in timings.values()}) == 1
+    assert not were_timed(cases, tmp_path / "run.json", CPU)
+    path = time_steps(cases, tmp_path / "run.json", CPU, seconds=0.01)
+    assert [found.name for found in tmp_path.iterdir()] == ["run.json"]
+    saved = json.loads(path.read_text())["benchmarks"]
+    assert [one["name"] for one in saved] == [
+        "test_training_step[ripple-ripple_stages=1-torch]",
+        "test_training_step[ripple-ripple_stages=2-torch]",
+    ]
+    assert [one["extra_info"]["settings"]["ripple_stages"] for one in saved] == [1, 2]
+    assert len({one["extra_info"]["turns"] for one in saved}) == 1
+    assert were_timed(cases, path, CPU)
+    assert not were_timed([step_case(configs[0], "compiled"), *cases], path, CPU)
 
 
 def test_what_cannot_be_timed_says_why() -> None:

@@ -128,8 +128,9 @@ def test_table_trains_what_is_missing_once(
     command += ["--seconds", 0.1]
     assert main(*command, "--seeds", 1) == 0
     assert len(list((tmp_path / "runs").rglob("run.json"))) == 2
-    [speeds] = (tmp_path / "runs").glob("speed-*.json")
-    assert set(json.loads(speeds.read_text())["models"]) == {"baseline", "ripple"}
+    [speeds] = (tmp_path / "runs").glob("steps-*.json")
+    timed = json.loads(speeds.read_text())["benchmarks"]
+    assert [saved["param"] for saved in timed] == ["baseline-default", "ripple-default"]
     times = {
         path: path.stat().st_mtime_ns for path in [*(tmp_path / "runs").rglob("run.json"), speeds]
     }
@@ -305,12 +306,12 @@ def test_ablate(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
 def test_bench_and_profile(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     options = [*TINY, "--models", "baseline", "hydra", f"--out={tmp_path}"]
     assert main("bench", *options, "--backends=torch,cuda,triton", "--seconds=0.01") == 0
-    speed = json.loads((tmp_path / "step-speed.json").read_text())
-    for row in speed["rows"]:
-        assert row["backends"]["torch"]["seconds"] > 0
-        if not torch.cuda.is_available():
-            assert "reason" in row["backends"]["cuda"]
-    assert "PyTorch time" in capsys.readouterr().out
+    saved = json.loads((tmp_path / "step-speed.json").read_text())
+    names = {"baseline-torch", "hydra-torch"}
+    assert names <= {one["param"] for one in saved["benchmarks"]}
+    if not torch.cuda.is_available():
+        assert "hydra-cuda" in saved["kernel_suite"]["not_timed"]
+    assert "PyTorch" in capsys.readouterr().out
     assert main("bench", *options, "--backends=magic") == 2
     for recipe in ("light", "strong"):
         more = ("--recipe", recipe, "--steps", 2, "--backend", "torch")
