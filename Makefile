@@ -16,7 +16,7 @@ OUT := reports/out
 WORKERS ?= 2
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 ifdef SHORT
-SWEEP := --seq-lens 64,256 --dtypes float32
+SWEEP := --tokens 64,256 --dtypes float32
 TABLE := --seeds 1 --epochs 2
 BENCH := --seconds 0.3
 PROFILE := --steps 2
@@ -36,7 +36,7 @@ install: .venv/installed
 
 demo: install
 	mkdir -p $(OUT)
-	$(BIN)/python -m bench.check --json $(OUT)/check.json
+	$(BIN)/python -m bench check --out $(OUT)/check.json
 	$(BIN)/python -m pytest --benchmark-only $(SWEEP) --benchmark-json=$(OUT)/benchmark.json
 	$(BIN)/python -m reports scaling $(OUT)/benchmark.json --out $(OUT)
 	$(BIN)/python train_minimal.py table --runs $(OUT)/runs --out $(OUT)/training $(TABLE)
@@ -56,7 +56,7 @@ test-all: lint test test-slow
 
 # Is a kernel that does a tenth more caught by `reports compare`, beside a noisy neighbour?
 check-noise: install
-	$(BIN)/python -m bench.noise
+	$(BIN)/python -m bench noise
 
 lint: install
 	$(BIN)/ruff check .

@@ -21,7 +21,13 @@ HEAD: dict[str, Any] = {"machine": {"cpu": "A", "git": "1"}, "sweep": "quick", "
 
 
 def measured(name: str, *seconds: float) -> Result:
-    info = {"schema": 2, "operation": "o", "sources": "one", "share_of_limit": float("nan")}
+    info = {
+        "schema": 2,
+        "operation": "o",
+        "backend": "b",
+        "sources": "one",
+        "share_of_limit": float("nan"),
+    }
     return Result(name, MEASURED, None, "test_kernel", "g", seconds or (1.0, 2.0, 3.0), info)
 
 
@@ -117,6 +123,8 @@ def test_the_document_is_pytest_benchmarks(tmp_path: Path) -> None:
     assert case["stats"]["data"] == [1.0, 2.0, 3.0]
     assert (case["stats"]["median"], case["stats"]["rounds"]) == (2.0, 3)
     suite = document["kernel_suite"]
+    assert suite["operations"] == {"o": {"title": "o"}}
+    assert suite["backends"] == {"b": {"title": "b", "colour": None, "own": False}}
     assert (suite["kind"], suite["schema"]) == ("benchmarks", 2)
     assert suite["failed"] == {"b": "wrong result"}
     assert suite["out_of_memory"] == {"c": "out of memory: none"}

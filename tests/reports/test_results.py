@@ -149,7 +149,7 @@ def test_speeds_by_turns_come_before_those_of_the_runs(tmp_path: Path) -> None:
         len(found[0]["epochs"]) * 1000 / 500
     )
     assert table["speeds"] == [str(tmp_path / "speed.json")]
-    assert "Speed-ups by turns: " in results_text.markdown(table)
+    assert "Speed-ups by turns: " in " ".join(results_text.markdown(table).split())
     for changes in ({"environment": {"threads": 99}}, {"config": {"epochs": 99}}):
         other = {**known, **{key: {**known[key], **new} for key, new in changes.items()}}
         kept = results.make(found, steps=steps(tmp_path, other))
