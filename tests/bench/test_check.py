@@ -2,7 +2,6 @@
 
 import contextlib
 import json
-import runpy
 import subprocess
 import sys
 import textwrap
@@ -187,19 +186,21 @@ def test_an_interrupt_ends_it_in_a_line(
     assert capsys.readouterr().err == "interrupted\n"
 
 
-@pytest.mark.parametrize("name", COMMANDS)
-def test_the_old_spelling_still_works(
-    name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """``python -m bench.check``, in this process: a new one takes seconds to import PyTorch."""
-    monkeypatch.setattr(sys, "argv", ["bench", "--help"])
-    for loaded in ("bench", f"bench.{name}"):
-        monkeypatch.delitem(sys.modules, loaded, raising=False)
-    monkeypatch.delitem(sys.modules, f"linear_vit.bench.{name}", raising=False)
-    with pytest.raises(SystemExit) as ended:
-        runpy.run_module(f"bench.{name}", run_name="__main__")
-    assert not ended.value.code
-    assert f"python -m bench {name}" in capsys.readouterr().out
+@pytest.mark.parametrize("name", ["check", "static"])  # a module, and a folder
+def test_the_old_spelling_still_works(name: str) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", f"bench.{name}", "--help"], cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert f"python -m bench {name}" in done.stdout
+
+
+def test_what_is_gone_names_what_there_is() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "bench.gpu"], cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.returncode == 1
+    assert "bench.gpu is gone: use pytest --benchmark-only --sweep gpu" in done.stderr
 
 
 # ---- from outside --------------------------------------------------------------------------------
