@@ -126,6 +126,7 @@ class Benchmarks:
         self._chosen = set(cases)
         minutes = self._config.getoption("minutes")
         deadline = None if minutes is None else time.monotonic() + 60 * minutes
+        runner.build_ahead(cases, self.sweep.device)
         self._session = runner.Session(self._plan, self._store, deadline=deadline, isolate=None)
         self._progress = Countdown(list(seconds), seconds, self._terminal)
         return None

@@ -5,6 +5,7 @@ The one way to time anything here. ``pytest --benchmark-only`` and ``train_minim
 """
 
 import dataclasses
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -110,13 +111,26 @@ def run(
         The results of the cases, in their order.
     """
     deadline = None if minutes is None else time.monotonic() + 60 * minutes
-    found: list[Result] = []
+    groups, found = list(groups), list[Result]()
+    build_ahead([case for group in groups for case in group], plan.device)
     with Session(plan, store, deadline=deadline, isolate=isolate) as session:
         for group in groups:
             for result in session.measure(group):
                 progress(result)
                 found.append(result)
     return found
+
+
+def build_ahead(cases: Iterable[Case], device: torch.device) -> None:
+    """Build the CUDA extensions that cases need, before any of them is timed: it takes minutes.
+
+    In a process of its own; what does not build fails its own cases, with the reason.
+    """
+    rows = kernels.backend_rows()
+    needed = {case.backend for case in cases if case.backend in rows and rows[case.backend].builds}
+    if device.type == "cuda" and needed:
+        root = Path(__file__).resolve().parents[1]
+        subprocess.run([sys.executable, "-m", "linear_vit.kernels", "build"], cwd=root, check=False)
 
 
 class Session:

@@ -14,7 +14,7 @@ from linear_vit import options
 from linear_vit.bench.store import FAILED, Result
 
 # A process hangs that takes longer than this many times what its group was expected to, and more.
-PATIENCE, GRACE_S = 4.0, 30.0
+PATIENCE, GRACE_S = 4.0, 60.0
 # After an error on the device every later call on it fails: a new process is needed.
 _DEVICE_IS_LOST = ("CUDA error", "Triton Error")
 
