@@ -42,26 +42,7 @@ def correctness(found: Documents) -> Section:
     for table, notes in found.each(found.checks, partial(_matrix, _words(found))):
         section.tables.append(table)
         section.notes += notes
-    section.tables += _untimed(found)
     return section
-
-
-def _untimed(found: Documents) -> Iterable[Table]:
-    """What a run checked on its device and did not time; runs of older versions alone have it."""
-    for head in found.runs.heads if found.runs else ():
-        results = head["untimed"]
-        rows = []
-        for r in results:
-            right = r["status"] == "measured" and not r.get("off")
-            said = "✓ right" if right else f"✗ {r['status'] if r['reason'] else 'off'}"
-            mark = "passed" if right else "failed"
-            tip = str(r["reason"] or r.get("off") or "")
-            rows.append(Row([word(r["section"]), word(r["case"]), word(said, tip, mark)]))
-        if rows:
-            passed = sum(row.cells[2].mark == "passed" for row in rows)
-            title = f"{passed} of {len(rows)} right on the device; {machine(head['facts'])}"
-            titles = ["section", "case", "result"]
-            yield Table(title, columns(titles, titles), rows)
 
 
 def _matrix(words: Words, saved: Saved) -> tuple[Table, list[str]]:

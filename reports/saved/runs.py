@@ -120,7 +120,6 @@ def load(paths: Sequence[Path]) -> Runs:
     heads: list[dict[str, Any]] = []
     skipped: list[str] = []
     words = Words()
-    sections: list[dict[str, Any]] = []  # of an old GPU run: each file of it gives the whole
     for path, explicit in _files(paths, skipped):
         try:
             document = read(path)
@@ -131,10 +130,6 @@ def load(paths: Sequence[Path]) -> Runs:
         except ValueError as error:
             skipped.append(f"{path}: {error}")
             continue
-        if document in sections:
-            continue
-        if (document.get("kernel_suite") or {}).get("untimed"):
-            sections.append(document)
         head, kernel_rows, training_rows, complaints = _rows(path, document)
         skipped += [f"{path}: {complaint}" for complaint in complaints]
         if kernel_rows or training_rows:
@@ -221,7 +216,7 @@ def read(path: Path) -> dict[str, Any]:
         if isinstance(document.get("kind"), str) or str(kind).startswith("linear"):
             raise OfAnotherKind(f"no benchmark run, but {kind}")
     try:
-        return convert.file_to_current(path, document)
+        return convert.to_current(document)
     except (KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"damaged ({type(error).__name__}: {error})") from error
 
@@ -279,7 +274,6 @@ def _rows(
         "failed": suite.get("failed") or {},
         "sweep": sweep,
         "limits": suite.get("limits") or {},
-        "untimed": suite.get("untimed") or [],
     }
     return head, kernels, training, complaints
 

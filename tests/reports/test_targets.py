@@ -1,6 +1,5 @@
 """Targets, judged from saved runs whose truth is known: kept, broken, and not measured."""
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -246,11 +245,3 @@ def test_a_gpus_run_is_judged_by_the_gpus_targets(tmp_path: Path, capsys) -> Non
     assert capsys.readouterr().out.count("pass  ") == 8
     assert "| forward, one head of 1M tokens | ≥ 80% of the copy rate | 82.0%" in out.read_text()
     assert main(["targets", str(path), "--targets", "cpu"]) == 2
-
-
-def test_an_old_gpu_run_is_judged_too(tmp_path: Path) -> None:
-    for name, section in saved.old_gpu().items():
-        saved.save(tmp_path / f"{name}.json", section)
-    found = verdicts(load([tmp_path / "sweep.json"]), GPU)
-    assert found[0].holds is False
-    assert json.dumps(found[0].found).count("wrong") == 1
