@@ -37,7 +37,7 @@ _STEP_COLUMNS = ("model", "model_title", "backend", "dtype", "images_per_s", "se
 # What tells the cases of a machine and backend apart.
 PLACE = ["sweep", "total_tokens", "setting", "operation", "pass", "dtype", "N"]
 # Fields of a shape that are its length.
-_LENGTHS = ("N", "M", "rows", "cols")
+LENGTHS = ("N", "M", "rows", "cols")
 
 
 class NoRuns(Exception):
@@ -352,7 +352,7 @@ def _settings(benchmarks: Iterable[Any]) -> dict[Any, tuple[str, ...]]:
         key: tuple(
             name
             for name in dict.fromkeys(name for _, shape in found for name in shape)
-            if name not in _LENGTHS and not (key[1] and name == "B") and not _is_length(name, found)
+            if name not in LENGTHS and not (key[1] and name == "B") and not _is_length(name, found)
         )
         for key, found in shapes.items()
     }

@@ -225,7 +225,7 @@ def table() -> dict[str, Any]:
     return {
         "schema": "linear-vit-table/1",
         "created": "2030-01-02T03:04:05+00:00",
-        "claims": {"source": "the original", "backbone": "dim 384"},
+        "claims": {"source": "the original", "backbone": "dim 384", "hours_200_epochs": {}},
         "datasets": [
             {
                 "dataset": "digits",
@@ -381,38 +381,42 @@ def traffic() -> dict[str, Any]:
     return {"kind": "traffic", "schema": 1, "rows": [row, workspace]}
 
 
-def gpu(*shapes: tuple[int, int]) -> dict[str, Any]:
-    """A run of --sweep gpu: linear attention with Triton and PyTorch, and the fastest SDPA.
+def gpu(*shapes: tuple[int, int, int]) -> dict[str, Any]:
+    """A run of --sweep gpu: linear attention with Triton and PyTorch, and SDPA.
 
     Args:
-        shapes: batch and heads of each curve; one sequence of 16 heads unless it is said.
+        shapes: batch, heads and head dim of each curve; one sequence of 16 heads of 64 unless it is
+            said.
     """
-    speed = {"triton": 1.0, "torch": 4.0, "sdpa_flash": 0.5}
+    speed = {("triton", False): 1.0, ("torch", False): 4.0, ("sdpa_flash", True): 0.5}
+    if shapes:
+        speed["torch", True] = 0.5
 
-    def timed(backend: str, mode: str, shape: tuple[int, int, int], captured: bool) -> Any:
-        batch, heads, tokens = shape
+    def timed(rival: tuple[str, bool], mode: str, of: tuple[int, ...], captured: bool) -> Any:
+        (backend, softmax), (batch, heads, dim, tokens) = rival, of
         made = case("linear_attention", "torch", mode, tokens, "bfloat16")
-        info, softmax = made["extra_info"], backend.startswith("sdpa")
-        seconds = speed[backend] * 4e-9 * tokens * batch * heads / 16
-        # Softmax attention overtakes at a length that each shape has of its own.
+        info, shape = made["extra_info"], {"B": batch, "H": heads, "Hk": heads, "D": dim}
+        seconds = speed[rival] * 4e-9 * tokens * batch * heads * dim / 1024
+        # Fewer heads are crossed later.
         seconds *= tokens / 1024 * heads / 16 if softmax else 1
-        info |= {"backend": backend, "captured": captured, "device": "cuda", "turns": str(shape)}
+        info |= {"backend": backend, "captured": captured, "device": "cuda", "turns": str(of)}
         info |= {"operation": "softmax_attention" if softmax else "linear_attention"}
         info |= {"implementation": f"tiles of {backend}"}
-        info["shape"] = info["shape"] | {"B": batch, "H": heads, "Hk": heads}
-        size = f"B{batch}-H{heads}-N{tokens}{'-captured' * captured}"
+        info["shape"] = info["shape"] | shape
+        size = f"B{batch}-H{heads}-D{dim}-N{tokens}{'-captured' * captured}"
         made["name"] = f"test_kernel[{info['operation']}-{mode}-bfloat16-{size}-{backend}]"
         return made | {"stats": stats(seconds / 2 if captured else seconds)}
 
     cases = [
-        timed(backend, mode, (batch, heads, tokens), False)
-        for batch, heads in shapes or ((1, 16),)
+        timed(rival, mode, (*shape, tokens), False)
+        for shape in shapes or ((1, 16, 64),)
         for tokens in (1024, 4096, 16_384, *((2048, 8192, 32_768) if shapes else ()))
         for mode in ("forward", "backward")
-        for backend in speed
+        for rival in speed
     ]
     if not shapes:
-        cases += [timed("triton", "forward", (1, 16, 64), captured) for captured in (False, True)]
+        short = (1, 16, 64, 64)
+        cases += [timed(("triton", False), "forward", short, how) for how in (False, True)]
     suite = {
         "kind": "benchmarks",
         "schema": 2,
