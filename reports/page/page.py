@@ -182,16 +182,7 @@ def _facets(section: Section) -> Iterable[dict[str, str]]:
 def _where(found: Documents) -> Section:
     section = Section("where", "What ran where", "Every figure below comes from these files.")
     heads = found.runs.heads if found.runs else []
-    lines = [
-        _source(
-            h["file"],
-            f"{h['cases']} timed cases",
-            proofs.machine(h["facts"]),
-            h["facts"].get("git"),
-            h["datetime"],
-        )
-        for h in heads
-    ]
+    lines = [_run_source(head) for head in heads]
     for of_kind, describe in (
         (found.checks, _check_source),
         (found.tables, _table_sources),

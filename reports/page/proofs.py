@@ -6,7 +6,7 @@ from typing import Any
 
 import pandas as pd
 
-from linear_vit.reports.page.parts import Section
+from linear_vit.reports.page.parts import FACETS, Section
 from linear_vit.reports.saved import machines
 from linear_vit.reports.saved.documents import Documents, Saved
 from linear_vit.reports.saved.runs import Words
@@ -30,19 +30,14 @@ HOW_TO_COUNT = "python -m bench traffic --json reports/out/traffic.json"
 
 
 def correctness(found: Documents) -> Section:
-    section = Section(
+    made = found.each(found.checks, partial(_matrix, _words(found)))
+    return Section(
         "correctness",
         "Correctness",
         "Output and every gradient against the float64 reference: ✓ and the largest relative rms "
         "error where all are within tolerance, ✗ where one is not, – where a backend can't run "
         "here. Point at a cell for the tensor, its tolerance, or the reason.",
-    )
-    if not found.checks:
-        section.missing = HOW_TO_CHECK
-    for table, notes in found.each(found.checks, partial(_matrix, _words(found))):
-        section.tables.append(table)
-        section.notes += notes
-    return section
+    ).add(made, HOW_TO_CHECK)
 
 
 def _matrix(words: Words, saved: Saved) -> tuple[Table, list[str]]:
@@ -105,20 +100,15 @@ _STATIC_KEY = ["backend", "room", "kernel", "architecture"]
 
 
 def static(found: Documents) -> Section:
-    section = Section(
+    made = found.each(found.statics, partial(_compiled, _operations(found)))
+    return Section(
         "static",
         "Compiled kernels",
         "Every kernel and configuration that ships, compiled for every architecture, with no GPU. "
         "A line is a kernel's range over its head dims, dtypes and tiles; spilled bytes and shared "
         "memory are those that ptxas reports, the instruction counts are of the machine code, and "
         "the occupancy is what registers and shared memory allow.",
-    )
-    for table, notes in found.each(found.statics, partial(_compiled, _operations(found))):
-        section.tables.append(table)
-        section.notes += notes
-    if not section.tables:
-        section.missing = HOW_TO_COMPILE
-    return section
+    ).add(made, HOW_TO_COMPILE)
 
 
 def _compiled(known: Iterable[str], saved: Saved) -> tuple[Table, list[str]]:
@@ -158,32 +148,23 @@ def _compiled(known: Iterable[str], saved: Saved) -> tuple[Table, list[str]]:
 
 
 def traffic(found: Documents) -> Section:
-    section = Section(
+    made = found.each(found.traffics, partial(_counted, _words(found)))
+    return Section(
         "traffic",
         "Traffic",
         "Bytes that the Triton kernels load and store, counted while Triton's interpreter runs "
         "them: exact, and the same on any machine. Beside each tensor, how often the least traffic "
         "that is; what is neither input nor result is workspace, as a share of the whole least "
         "traffic. A byte loaded twice counts twice, though the second time may come from a cache.",
-    )
-    section.tables = found.each(found.traffics, partial(_counted, _words(found)))
-    if not section.tables:
-        section.missing = HOW_TO_COUNT
-    return section
+    ).add(made, HOW_TO_COUNT)
 
 
-def _counted(words: Words, saved: Saved) -> Table:
+def _counted(words: Words, saved: Saved) -> tuple[Table, list[str]]:
     rows = saved.content["rows"]
-    facets = [
-        {
-            "operation": row["operation"],
-            "backend": row.get("backend", "triton"),
-            "dtype": row["dtype"],
-        }
-        for row in rows
-    ]
+    alike = {"backend": "triton"}  # of files that don't say it
+    facets = [{name: (alike | row)[name] for name in FACETS} for row in rows]
     lines = [_traffic_line(words, row) for row in rows]
-    return of_lines(f"{len(rows):,} tensors counted", lines, rows=facets)
+    return of_lines(f"{len(rows):,} tensors counted", lines, rows=facets), []
 
 
 def _traffic_line(words: Words, row: dict[str, Any]) -> Line:

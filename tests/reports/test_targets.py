@@ -7,6 +7,7 @@ import pytest
 
 from linear_vit.reports.__main__ import main
 from linear_vit.reports.saved.runs import MEASUREMENTS, Runs, load
+from linear_vit.reports.tables import cpu
 from linear_vit.reports.targets import CPU, GPU, Verdict, verdicts
 from tests.reports import saved
 
@@ -148,6 +149,38 @@ def test_command(tmp_path: Path, capsys) -> None:
     assert "not measured  ripple" in capsys.readouterr().out
     assert main(["targets", str(saved.save(tmp_path / "steps.json", saved.step_speed()))]) == 2
     assert "none of the targets can be read" in capsys.readouterr().err
+
+
+def product(kept: bool = False) -> dict[str, Any]:
+    """A run of today: a product says how long each limit alone would let it take."""
+    made = saved.run()
+    case = saved.case("linear_attention_apply", "torch", "forward", 1024)
+    limits = {"copy": 1e-3, "float32 matmul": 9e-3, "fma": 2e-3, "load": 3e-3}
+    limits |= {"instructions": 4e-3, "fresh": 5e-3}
+    case["extra_info"] |= {"backend": "cpu", "limits_s": limits, "least_flop": 2 * 10**9}
+    case["stats"] = saved.stats(0.01)
+    made["benchmarks"] = [case, saved.case("linear_attention", "torch", "forward", 64)]
+    made["benchmarks"][1]["extra_info"]["limits_s"] = {"copy": 1e-3, "float32 matmul": 1e-3}
+    suite = made["kernel_suite"]
+    suite["limits"] |= {"probes": {"fma": 2e11, "load": 1.5e11, "instructions": 4e11}}
+    suite["limits"] |= {"fresh_bytes_per_s": 1e9, "fresh_large_bytes_per_s": 2e9}
+    suite["machine"] = suite["machine"] | ({"memory": "kept"} if kept else {})
+    return made
+
+
+@pytest.mark.parametrize(
+    ("kept", "binding", "last"), [(False, "fresh pages", "50%"), (True, "instructions", "0%")]
+)
+def test_the_limits_of_a_product_are_those_that_its_case_says(
+    tmp_path: Path, kept: bool, binding: str, last: str
+) -> None:
+    loaded = load([saved.save(tmp_path / "run.json", product(kept))])
+    found = cpu.products(loaded)
+    (row,) = cpu.products_table(loaded, found).rows
+    texts = [cell.text for cell in row.cells]
+    assert texts[1:5] == ["1,024", "10.0 ms", "100", binding]
+    assert texts[5:] == ["20%", "30%", "40%", "10%", last]
+    assert "200 GFLOP/s of FMAs on registers" in cpu.products_table(loaded, found).note
 
 
 # ---- on a GPU ------------------------------------------------------------------------------------
