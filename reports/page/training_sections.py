@@ -218,7 +218,7 @@ def _kernel_speedup(
         frame = loaded.kernels
         frame = frame[(frame["operation"] == operation) & (frame["pass"] == "forward+backward")]
         frame = frame[(frame["dtype"] == dtype) & (frame["machine"] == timed.machine)]
-        # Of one case each: of several heads or dims at a length those that come first.
+        # A shape a row: where a length was timed with several heads or dims, one of them is taken.
         case = ["file", "sweep", "total_tokens", "setting", "N"]
         both = frame.pivot_table("median_s", case, "backend")
         if own not in both or PYTORCH not in both:
