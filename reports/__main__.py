@@ -2,13 +2,15 @@
 
 import argparse
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
+from linear_vit import options
 from linear_vit.reports.saved import runs
 from linear_vit.reports.saved.files import write_json, write_text
 
-Command = Callable[[argparse.Namespace], int]
+Parser = argparse.ArgumentParser
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -19,7 +21,7 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     try:
         return int(arguments.run(arguments))
-    except runs.NoRuns as error:
+    except (runs.NoRuns, options.OptionError) as error:
         print(error, file=sys.stderr)
         return 2
     except OSError as error:
@@ -27,78 +29,64 @@ def main(argv: list[str] | None = None) -> int:
         return 2
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+def _parser() -> Parser:
+    parser = Parser(
         prog="python -m reports", description="Plots, tables and pages from what was saved."
     )
     commands = parser.add_subparsers(dest="command", metavar="COMMAND")
-
-    def command(name: str, run: Command, text: str) -> argparse.ArgumentParser:
+    for add, run, text in (
+        (_add_scaling, _scaling, "time, memory and speed-up against N, as plots"),
+        (
+            _add_compare,
+            _compare,
+            "two runs: what became faster or slower; or the backends of one, with --baseline",
+        ),
+        (_add_targets, _targets, "the bounds set for this project, judged from a run"),
+        (_add_table, _table, "the results table, from the records of training runs"),
+        (_add_page, _page, "one self-contained HTML page of everything saved"),
+        (_add_results, _results, "what the repository's own measurements say, as Markdown"),
+        (
+            _add_convert,
+            _convert,
+            "runs that an older version saved, in today's schema; nothing is lost",
+        ),
+    ):
+        name = run.__name__.removeprefix("_")
         made = commands.add_parser(name, help=text, description=f"{text[0].upper()}{text[1:]}.")
         made.set_defaults(run=run)
-        return made
-
-    _add_scaling(command("scaling", _scaling, "time, memory and speed-up against N, as plots"))
-    text = "two runs: what became faster or slower; or the backends of one, with --baseline"
-    _add_compare(command("compare", _compare, text))
-    _add_targets(command("targets", _targets, "the bounds set for this project, judged from a run"))
-    _add_table(command("table", _table, "the results table, from the records of training runs"))
-    _add_page(command("page", _page, "one self-contained HTML page of everything saved"))
-    text = "what the repository's own measurements say, as Markdown"
-    made = command("results", _results, text)
-    _out(made, "file", Path("docs/results.md"))
-    text = "runs that an older version saved, in today's schema; nothing is lost"
-    _add_convert(command("convert", _convert, text))
+        add(made)
     return parser
 
 
-def _names(text: str) -> list[str]:
-    """A list with commas; an empty one is refused."""
-    found = [name for name in text.replace(",", " ").split() if name]
-    if not found:
-        raise argparse.ArgumentTypeError("the list is empty")
-    return found
-
-
-def _operations(text: str) -> list[str]:
-    return [name.replace("-", "_") for name in _names(text)]
-
-
-def _add_cases(parser: argparse.ArgumentParser) -> None:
+def _add_cases(parser: Parser) -> None:
     """Which saved runs, and which of their cases."""
-    _paths(parser)
-    for option, kind, text in (
-        ("op", _operations, "only these operations"),
-        ("dtype", _names, "only these dtypes"),
-        ("backend", _names, "only these backends"),
-    ):
-        spellings = (f"--{option}s", f"--{option}")
-        parser.add_argument(
-            *spellings, action="extend", type=kind, default=[], metavar="A,B", help=text
-        )
+    _add_paths(parser)
+    for name, what in (("op", "operations"), ("dtype", "dtypes"), ("backend", "backends")):
+        settings = options.settings(f"{name}s", f"only these {what}")
+        options.option(parser, f"--{name}s", f"--{name}", action="extend", **settings)
 
 
-def _paths(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "paths",
-        nargs="*",
-        type=Path,
-        metavar="FILE_OR_FOLDER",
-        help="saved runs (default: the newest in reports/out, else reports/measurements)",
-    )
+def _add_paths(parser: Parser) -> None:
+    text = "saved runs (default: the newest in reports/out, else reports/measurements)"
+    parser.add_argument("paths", nargs="*", type=Path, metavar="FILE_OR_FOLDER", help=text)
 
 
-def _out(parser: argparse.ArgumentParser, what: str, default: Path | None) -> None:
-    text = f"{what} (%(default)s)" if default else what
-    parser.add_argument("--out", type=Path, default=default, metavar="PATH", help=text)
+def _add_path(parser: Parser, option: str, text: str, default: Path | None, **more: Any) -> None:
+    more = {"metavar": "FILE", **more}
+    shown = f"{text} (%(default)s)" if default else text
+    parser.add_argument(option, type=Path, default=default, help=shown, **more)
 
 
-def _add_scaling(parser: argparse.ArgumentParser) -> None:
+def _add_out(parser: Parser, text: str, default: Path | None) -> None:
+    _add_path(parser, "--out", text, default, metavar="PATH")
+
+
+def _add_scaling(parser: Parser) -> None:
     _add_cases(parser)
-    _out(parser, "folder", runs.DEFAULT_OUT / "scaling")
+    _add_out(parser, "folder", runs.DEFAULT_OUT / "scaling")
 
 
-def _add_compare(parser: argparse.ArgumentParser) -> None:
+def _add_compare(parser: Parser) -> None:
     parser.description = (
         "BEFORE AFTER: per case faster, slower, same or undecided; with one run, BEFORE is "
         "reports/measurements. With --baseline: every backend of a run over that one."
@@ -116,39 +104,40 @@ def _add_compare(parser: argparse.ArgumentParser) -> None:
     )
     text = "compare runs of different environments"
     parser.add_argument("--anyway", action="store_true", help=text)
-    parser.add_argument("--csv", type=Path, metavar="FILE", help="write the cases there, too")
+    _add_path(parser, "--csv", "write the cases there, too", None)
 
 
-def _add_targets(parser: argparse.ArgumentParser) -> None:
+def _add_targets(parser: Parser) -> None:
     parser.epilog = "Exits with 1 where a target is broken, with 2 where none can be read."
     parser.add_argument("paths", nargs=1, type=Path, metavar="RUN", help="a saved run")
     text = "which list (that of the run's device)"
     parser.add_argument("--targets", choices=("cpu", "gpu"), help=text)
-    _out(parser, "file for the tables behind the verdicts, as Markdown", None)
+    _add_out(parser, "file for the tables behind the verdicts, as Markdown", None)
 
 
-def _add_table(parser: argparse.ArgumentParser) -> None:
+def _add_table(parser: Parser) -> None:
     parser.add_argument("runs", type=Path, metavar="RUNS", help="folder of run records")
-    _out(parser, "folder of the table", runs.DEFAULT_OUT / "training")
+    _add_out(parser, "folder of the table", runs.DEFAULT_OUT / "training")
     text = "saved runs of the models' training steps (those in RUNS)"
-    parser.add_argument("--speeds", nargs="+", type=Path, metavar="FILE", help=text)
+    _add_path(parser, "--speeds", text, None, nargs="+")
     text = "exponents.csv, or a saved run (the newest beside the table)"
-    parser.add_argument("--exponents", type=Path, metavar="FILE", help=text)
-    text = "folder of ablation-*.json (%(default)s)"
+    _add_path(parser, "--exponents", text, None)
     folder = runs.DEFAULT_OUT / "ablation"
-    parser.add_argument("--ablations", type=Path, default=folder, metavar="FOLDER", help=text)
+    _add_path(parser, "--ablations", "folder of ablation-*.json", folder, metavar="FOLDER")
 
 
-def _add_page(parser: argparse.ArgumentParser) -> None:
-    _paths(parser)
-    _out(parser, "file", runs.DEFAULT_OUT / "index.html")
-    text = "folder that is searched for everything else (%(default)s)"
-    parser.add_argument(
-        "--results", type=Path, default=runs.DEFAULT_OUT, metavar="FOLDER", help=text
-    )
+def _add_page(parser: Parser) -> None:
+    _add_paths(parser)
+    _add_out(parser, "file", runs.DEFAULT_OUT / "index.html")
+    text = "folder that is searched for everything else"
+    _add_path(parser, "--results", text, runs.DEFAULT_OUT, metavar="FOLDER")
 
 
-def _add_convert(parser: argparse.ArgumentParser) -> None:
+def _add_results(parser: Parser) -> None:
+    _add_out(parser, "file", Path("docs/results.md"))
+
+
+def _add_convert(parser: Parser) -> None:
     text = "a file, or a folder with its sub-folders"
     parser.add_argument("old", type=Path, metavar="OLD", help=text)
     text = "where the converted file, or files of the same names, go"
@@ -156,13 +145,13 @@ def _add_convert(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--in-place", action="store_true", help="write over the old files")
 
 
-def _verdicts(text: str) -> list[str]:
+def _verdicts(text: str) -> tuple[str, ...]:
     from linear_vit.reports.changes import VERDICTS
 
-    for name in _names(text):
-        if name not in VERDICTS:
-            raise argparse.ArgumentTypeError(f"no {name!r}; there are {', '.join(VERDICTS)}")
-    return _names(text)
+    try:
+        return options.known("fail-on", options.words(text), VERDICTS)
+    except options.OptionError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
 
 
 def _percent(text: str) -> float:
@@ -179,7 +168,7 @@ def _scaling(arguments: argparse.Namespace) -> int:
     from linear_vit.reports import groups, scaling
 
     loaded = _load(arguments.paths or runs.default_paths())
-    found = groups.groups(loaded, arguments.ops, arguments.dtypes, arguments.backends)
+    found = groups.groups(loaded.only(arguments.ops, arguments.dtypes, arguments.backends))
     if not found:
         raise runs.NoRuns(
             f"the saved runs time no operation (only training steps). Make one with: "
@@ -197,8 +186,8 @@ def _compare(arguments: argparse.Namespace) -> int:
     from linear_vit.reports import compare
 
     loaded = _load(arguments.paths or runs.default_paths())
-    asked = (arguments.backends, arguments.ops, arguments.dtypes)
-    cases = compare.speedups(loaded, arguments.baseline, *asked)
+    chosen = loaded.only(arguments.ops, arguments.dtypes)
+    cases = compare.speedups(chosen, arguments.baseline, arguments.backends)
     if arguments.csv:
         cases.to_csv(arguments.csv, index=False)
     print(compare.render(cases, arguments.baseline, loaded.words))
@@ -213,12 +202,10 @@ def _compare_runs(arguments: argparse.Namespace) -> int:
             "compare takes two runs, BEFORE and AFTER (or one, held against reports/measurements); "
             "to compare the backends of one run add --baseline NAME"
         )
-    before = arguments.paths[:-1] or runs.measured()
-    control = None if arguments.control == "none" else arguments.control
     found = changes.changes(
-        _load(before),
+        _load(arguments.paths[:-1] or runs.measured()),
         _load(arguments.paths[-1:]),
-        control=control,
+        control=None if arguments.control == "none" else arguments.control,
         margin=arguments.margin,
         anyway=arguments.anyway,
     ).only(arguments.ops, arguments.dtypes, arguments.backends)
@@ -245,15 +232,8 @@ def _targets(arguments: argparse.Namespace) -> int:
 def _table(arguments: argparse.Namespace) -> int:
     from linear_vit.reports import tables
 
-    print(
-        tables.write_results(
-            arguments.runs,
-            arguments.out,
-            speeds=arguments.speeds,
-            exponents=arguments.exponents,
-            ablations=arguments.ablations,
-        )
-    )
+    asked = {name: getattr(arguments, name) for name in ("speeds", "exponents", "ablations")}
+    print(tables.write_results(arguments.runs, arguments.out, **asked))
     return 0
 
 
@@ -274,26 +254,21 @@ def _results(arguments: argparse.Namespace) -> int:
 
 
 def _convert(arguments: argparse.Namespace) -> int:
+    old, new = arguments.old, arguments.old if arguments.in_place else arguments.new
     if arguments.in_place == (arguments.new is not None):
         raise runs.NoRuns("convert takes OLD and NEW, or OLD and --in-place")
-    if not arguments.old.exists():
-        raise runs.NoRuns(f"{arguments.old}: there is no such file or folder")
-    several = arguments.old.is_dir()
-    paths = sorted(arguments.old.rglob("*.json")) if several else [arguments.old]
+    if not old.exists():
+        raise runs.NoRuns(f"{old}: there is no such file or folder")
     converted = 0
-    for path in paths:
+    for path in sorted(old.rglob("*.json")) if old.is_dir() else [old]:
         try:
             document = runs.read(path)
         except (ValueError, runs.OfAnotherKind) as error:
-            if not several:
+            if not old.is_dir():
                 raise runs.NoRuns(f"{path}: {error}") from error
             continue
-        new = path if arguments.in_place else arguments.new
-        if several and not arguments.in_place:
-            new = arguments.new / path.relative_to(arguments.old)
-        write_json(new, document)
+        print(write_json(new / path.relative_to(old), document))
         converted += 1
-        print(new)
     return 0 if converted else 2
 
 

@@ -32,7 +32,7 @@ from scipy import stats
 from linear_vit.reports import units
 from linear_vit.reports.claims import PYTORCH
 from linear_vit.reports.saved import machines
-from linear_vit.reports.saved.runs import PLACE, TRAINING_STEP, NoRuns, Runs
+from linear_vit.reports.saved.runs import PLACE, TRAINING_STEP, Asked, NoRuns, Runs, only
 from linear_vit.reports.statistics import pools, turns
 
 SLOWER, FASTER, SAME, UNDECIDED = "slower", "faster", "same", "undecided"
@@ -72,17 +72,12 @@ class Changes:
     scatter: float | None
     notes: list[str] = field(default_factory=list)
 
-    def only(
-        self, operations: Sequence[str], dtypes: Sequence[str], backends: Sequence[str]
-    ) -> "Changes":
-        """Those of these names; an empty list takes all."""
-        asked = {"operation": operations, "dtype": dtypes, "backend": backends}
-        parts = []
-        for frame in (self.cases, self.pools):
-            for column, names in asked.items():
-                frame = frame[frame[column].isin(names)] if names else frame
-            parts.append(frame)
-        return replace(self, cases=parts[0], pools=parts[1])
+    def only(self, *asked: Asked) -> "Changes":
+        """Those of these operations, dtypes and backends, as :meth:`Runs.only` takes them."""
+        cases, pooled = only(self.cases, *asked), self.pools
+        for column in ("operation", "dtype", "backend"):
+            pooled = pooled[pooled[column].isin(cases[column])]
+        return replace(self, cases=cases, pools=pooled)
 
     @property
     def verdicts(self) -> set[str]:
@@ -161,7 +156,10 @@ def _in_both(
     elif len(kept) < len(before.heads):
         notes.append(f"of {len(before.heads)} earlier runs, those of the same environment")
 
-    ambiguous = any(_ambiguous(run.kernels) for run in (before, after))
+    # Whether length and backend alone do not tell the cases of an operation apart.
+    place = [name for name in (*PLACE, "backend") if name != "setting"]
+    kernels = [run.kernels for run in (before, after) if not run.kernels.empty]
+    ambiguous = any(frame.duplicated(place).any() for frame in kernels)
     one, other = (_cases(run, with_setting=ambiguous) for run in (before, after))
     one = one[one["file"].isin(kept)].drop_duplicates("case", keep="last")
     both = one.merge(other, on="case", suffixes=("_before", "_after"))
@@ -285,12 +283,6 @@ def _comparable(before: Runs, after: Runs) -> tuple[set[str], list[str]]:
             elif nearest is None or len(why) < len(nearest):
                 nearest = why
     return matches, [] if matches else nearest or []
-
-
-def _ambiguous(kernels: pd.DataFrame) -> bool:
-    """Whether length and backend alone do not tell the cases of an operation apart."""
-    place = [name for name in (*PLACE, "backend") if name != "setting"]
-    return not kernels.empty and bool(kernels.duplicated(place).any())
 
 
 def _cases(runs: Runs, *, with_setting: bool) -> pd.DataFrame:

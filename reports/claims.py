@@ -106,16 +106,6 @@ DATASETS = {
     "tiny-imagenet": ("Tiny ImageNet", 64),
 }
 
-# What a forward product of the C++ kernels takes of a core per FMA that it does, as the header of
-# kernels/linear_attention/cpu_simd.cpp counts it for AVX-512. It does half of the dense work: the
-# rows that a sign picks.
-PER_FMA = {
-    "linear_attention_state": {"fma": 1, "load": 6 / 8, "instructions": 18 / 8},
-    "linear_attention_apply": {"fma": 1, "load": 4 / 4, "instructions": 8 / 4},
-}
-# Products whose output is written to memory that may be fresh from the system.
-WRITES_OUTPUT = ("linear_attention_apply",)
-
 
 def model_of(name: str, title: str | None = None) -> Model:
     """A model by its key; ``title`` is what its records say."""

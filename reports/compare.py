@@ -11,6 +11,7 @@ from collections.abc import Sequence
 import numpy as np
 import pandas as pd
 
+from linear_vit import options
 from linear_vit.reports import units
 from linear_vit.reports.saved.runs import NoRuns, Runs, Words
 from linear_vit.reports.statistics import turns
@@ -20,38 +21,26 @@ _GROUP = [*_PLACE, "backend"]
 _NORMAL_95 = 1.96
 
 
-def speedups(
-    runs: Runs,
-    baseline: str,
-    backends: Sequence[str] = (),
-    operations: Sequence[str] = (),
-    dtypes: Sequence[str] = (),
-) -> pd.DataFrame:
+def speedups(runs: Runs, baseline: str, backends: Sequence[str] | None = None) -> pd.DataFrame:
     """A row per case that the baseline has, too.
 
     Args:
         runs: saved runs.
         baseline: the backend to divide by.
-        backends: those to compare; empty takes every other one.
-        operations, dtypes: those to look at; empty takes all.
+        backends: those to compare; None takes every other one.
 
     Returns:
         Columns of ``_GROUP``, ``N``, ``median_s``, ``baseline_s``, ``speedup``, ``low``, ``high``.
 
     Raises:
-        NoRuns: no saved case is of what was asked for, or none is of both backends.
+        NoRuns: none is of both backends.
+        OptionError: no case is of one of them.
     """
     frame = runs.kernels
-    asked = (("backend", (baseline, *backends)), ("operation", operations), ("dtype", dtypes))
-    for column, names in asked:
-        there = sorted(frame[column].unique()) if not frame.empty else []
-        for name in names:
-            if name not in there:
-                listed = ", ".join(there) or "none"
-                raise NoRuns(f"no saved case is of {column} {name!r}; there are {listed}")
-        if names and column != "backend":
-            frame = frame[frame[column].isin(names)]
-    others = backends or tuple(set(frame["backend"]) - {baseline})
+    there = sorted(frame["backend"].unique()) if not frame.empty else []
+    options.known("baseline", [baseline], there)
+    backends = options.known("backends", backends, there)
+    others = [name for name in backends if name != baseline]
     case = [*_PLACE, "N"]
     base = frame[frame["backend"] == baseline]
     base = base[[*case, "file", *turns.OF_A_CASE]]

@@ -8,7 +8,7 @@ import pandas as pd
 
 from linear_vit.reports import units
 from linear_vit.reports.claims import FAMILIES, PYTORCH, Family, family_of
-from linear_vit.reports.saved.runs import NoRuns, Runs, Words
+from linear_vit.reports.saved.runs import Runs, Words
 from linear_vit.reports.statistics import turns
 from linear_vit.reports.statistics.fits import Crossover, Fit, crossover, fit_scaling
 
@@ -121,27 +121,9 @@ OVER_TORCH = Picture(
 )
 
 
-def groups(
-    runs: Runs,
-    operations: Sequence[str] = (),
-    dtypes: Sequence[str] = (),
-    backends: Sequence[str] = (),
-) -> list[Group]:
-    """Split the kernels' cases by machine, family and dtype, with a fit for every curve.
-
-    Raises:
-        NoRuns: nothing is left of what was asked for; the message lists what there is.
-    """
+def groups(runs: Runs) -> list[Group]:
+    """Split the kernels' cases by machine, family and dtype, with a fit for every curve."""
     frame = runs.kernels
-    for column, asked in (("operation", operations), ("dtype", dtypes), ("backend", backends)):
-        there = sorted(frame[column].unique()) if not frame.empty else []
-        missing = [name for name in asked if name not in there]
-        if missing:
-            raise NoRuns(
-                f"no saved case has {column} {missing[0]!r}; there are {', '.join(there) or 'none'}"
-            )
-        if asked:
-            frame = frame[frame[column].isin(asked)]
     if frame.empty:
         return []
     family = frame["operation"].map(lambda operation: family_of(operation).name)

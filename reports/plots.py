@@ -1,7 +1,4 @@
-"""The plots: one colour and marker per backend everywhere, units on every axis, log-log.
-
-Colours are Okabe and Ito's, which stay apart for colour-blind readers; markers say the same again.
-"""
+"""The plots: one colour and marker per backend everywhere, units on every axis, log-log."""
 
 import textwrap
 from collections.abc import Iterable

@@ -4,61 +4,12 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-import pandas as pd
-
 from linear_vit.reports import plots
 from linear_vit.reports.groups import Group, crossovers, file_name, pictures
+from linear_vit.reports.tables.scaling import crossover_frame, fit_frame
 
 # Columns of a case that a CSV file has no place for.
 _NOT_IN_CSV = "datetime|seconds|turns|info|ratios|name|setting|sweep"
-
-
-def fit_table(found: Sequence[Group]) -> pd.DataFrame:
-    """A row per curve: the exponent with its interval, or why there is none."""
-    rows = [
-        {
-            "machine": group.machine,
-            "operation": operation,
-            "pass": mode,
-            "dtype": group.dtype,
-            "backend": backend,
-            "exponent": None if fit.reason else fit.exponent,
-            "low": None if fit.reason else fit.low,
-            "high": None if fit.reason else fit.high,
-            "floor_s": None if fit.reason else fit.floor,
-            "residual": fit.residual,
-            "local_slope": fit.local_slope,
-            "lengths": fit.lengths,
-            "reason": fit.reason or "",
-            "sweep": group.sweep,
-            "setting": group.setting,
-        }
-        for group in found
-        for (operation, mode, backend), fit in group.fits.items()
-    ]
-    return pd.DataFrame(rows)
-
-
-def crossover_table(found: Sequence[Group]) -> pd.DataFrame:
-    """A row per backend that is set against an incumbent: the length from which on it is faster."""
-    rows = []
-    for group, mode, backend, answer in crossovers(found):
-        rows.append(
-            {
-                "machine": group.machine,
-                "pass": mode,
-                "dtype": group.dtype,
-                "total_tokens": group.total_tokens,
-                "backend": backend,
-                "estimate": answer.estimate,
-                "low": answer.low,
-                "high": answer.high,
-                "text": answer.text,
-                "sweep": group.sweep,
-                "setting": group.setting,
-            }
-        )
-    return pd.DataFrame(rows)
 
 
 def write(found: Sequence[Group], out: Path) -> list[Path]:
@@ -75,12 +26,9 @@ def write(found: Sequence[Group], out: Path) -> list[Path]:
             table = stem.with_name(stem.name + ".csv")
             frame.filter(regex=f"^(?!({_NOT_IN_CSV})(_base)?$)").to_csv(table, index=False)
             written.append(table)
-    for name, table_frame in (
-        ("exponents.csv", fit_table(found)),
-        ("crossovers.csv", crossover_table(found)),
-    ):
-        table_frame.to_csv(out / name, index=False)
-        written.append(out / name)
+    for name, frame in (("exponents", fit_frame(found)), ("crossovers", crossover_frame(found))):
+        written.append(out / f"{name}.csv")
+        frame.to_csv(written[-1], index=False)
     return written
 
 

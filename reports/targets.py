@@ -6,22 +6,22 @@ nor broken.
 """
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from statistics import geometric_mean
 from typing import Any
 
-import pandas as pd
-
 from linear_vit.reports.claims import PYTORCH
-from linear_vit.reports.saved.runs import NoRuns, Runs
+from linear_vit.reports.saved.runs import LENGTHS, NoRuns, Runs
 from linear_vit.reports.statistics import turns
 from linear_vit.reports.statistics.fits import fit_scaling
-from linear_vit.reports.tables.table import Row, Table, columns, word
+from linear_vit.reports.tables import table
+from linear_vit.reports.tables.table import Table, word
 
 Found = tuple[str, bool]  # what was measured, in words, and whether it keeps the bound
 Case = dict[Any, Any]  # a row of Runs.kernels
+Place = tuple[str, int, str]
 
 
 @dataclass(frozen=True)
@@ -68,56 +68,56 @@ def of_device(run: Runs) -> tuple[Target, ...]:
 
 def as_table(found: Sequence[Verdict]) -> Table:
     """A row per target: what was measured, and whether that keeps it."""
-    rows = []
-    for verdict in found:
-        said = {True: "yes", False: "no", None: "–"}[verdict.holds]
-        mark = {True: "passed", False: "failed", None: ""}[verdict.holds]
-        measured = verdict.found[0] if verdict.found else "not measured"
-        name = word(verdict.target.name, verdict.target.reason)
-        rows.append(Row([name, word(verdict.target.bound), word(measured), word(said, "", mark)]))
-    titles = ["", "target", "measured", "met"]
-    return Table("Targets", columns(titles, titles), rows)
+    marks = {True: ("yes", "passed"), False: ("no", "failed"), None: ("–", "")}
+    lines = [
+        {
+            "": word(verdict.target.name, verdict.target.reason),
+            "target": word(verdict.target.bound),
+            "measured": word(verdict.found[0] if verdict.found else "not measured"),
+            "met": word(marks[verdict.holds][0], mark=marks[verdict.holds][1]),
+        }
+        for verdict in found
+    ]
+    return table.of_lines("Targets", lines)
 
 
 # ---- what is read off a run ----------------------------------------------------------------------
 
 
-def _cases(run: Runs, **wanted: Any) -> list[Case]:
-    """Cases with these values, ``pass_`` for pass and ``call`` for the tokens of a call."""
-    frame = run.kernels
-    if frame.empty:
-        return []
-    for name, value in wanted.items():
-        column = frame.apply(_tokens, axis=1) if name == "call" else frame[name.rstrip("_")]
-        frame = frame[column == value]
-        if frame.empty:
-            return []
-    return sorted(frame.to_dict("records"), key=lambda case: case["N"])
+def _cases(run: Runs, *, call: int | None = None, **wanted: Any) -> list[Case]:
+    """Cases with these values, ``pass_`` for pass; if it is said, of so many tokens a ``call``."""
+    asked = {name.rstrip("_"): value for name, value in wanted.items()}
+    found = [
+        case
+        for case in run.kernels.to_dict("records")
+        if all(case[name] == value for name, value in asked.items())
+        and call in (None, _batch(case) * case["N"])
+    ]
+    return sorted(found, key=lambda case: case["N"])
 
 
-def _tokens(case: "Case | pd.Series[Any]") -> int:
-    """Tokens of all sequences of a call."""
-    return int(_shape(case).get("B", 1)) * int(case["N"])
-
-
-def _shape(case: "Case | pd.Series[Any]") -> dict[str, Any]:
+def shape(case: Case) -> dict[str, Any]:
     return case["info"].get("shape") or {}
+
+
+def _batch(case: Case) -> int:
+    return int(shape(case).get("B", 1))
+
+
+def place(case: Case) -> Place:
+    """What cases that may be set against each other have in common: the file and all of a shape."""
+    return case["file"], int(case["N"]), str(sorted(shape(case).items()))
 
 
 def over(own: Case, other: Case) -> float:
     """How much faster the first is, turn by turn."""
-    if (kept := own["ratios"].get(other["name"])) is not None:
-        return float(kept)
     return math.exp(turns.speedup(own, other)[0])
 
 
-def _pairs(own: Sequence[Case], others: Sequence[Case]) -> Iterator[tuple[Case, Case]]:
-    """Cases of one length and file."""
-    at = {(case["N"], case["file"], case["operation"]): case for case in others}
-    for case in own:
-        other = at.get((case["N"], case["file"], case["operation"]))
-        if other is not None:
-            yield case, other
+def _over(own: Iterable[Case], others: Iterable[Case]) -> list[tuple[Case, float]]:
+    """Of our cases those that have their like among the others, and how much faster they are."""
+    at = {place(case): case for case in others}
+    return [(case, over(case, at[place(case)])) for case in own if place(case) in at]
 
 
 def _mean_and_worst(ratios: Sequence[float], mean: float, worst: float) -> Found | None:
@@ -143,44 +143,44 @@ def _own(run: Runs, mode: str, dtype: str) -> list[Case]:
 
 
 def _of_turns(cases: Sequence[Case], *, others: bool) -> list[Case]:
-    """One case a length: of two, that which took turns with other backends, or that with lengths.
+    """One case a shape: of two, that which took turns with other backends, or that with lengths.
 
     One sequence of 65,536 tokens may be in a run as either.
     """
     in_order = sorted(cases, key=lambda case: case["total_tokens"], reverse=not others)
-    at = {case["N"]: case for case in in_order}
-    return [at[n] for n in sorted(at)]
+    at = {place(case): case for case in in_order}
+    return sorted(at.values(), key=lambda case: case["N"])
 
 
 def _over_compiled(run: Runs, mode: str, dtype: str, mean: float, worst: float) -> Found | None:
     others = {"operation": "linear_attention", "backend": "compiled", "pass_": mode}
-    both = _pairs(_own(run, mode, dtype), _cases(run, **others, dtype=dtype, call=_CALL))
-    return _mean_and_worst([over(a, b) for a, b in both if a["N"] in _TOKENS], mean, worst)
+    both = _over(_own(run, mode, dtype), _cases(run, **others, dtype=dtype, call=_CALL))
+    return _mean_and_worst([ratio for case, ratio in both if case["N"] in _TOKENS], mean, worst)
+
+
+def over_matmul(run: Runs, case: Case) -> float | None:
+    """Dense FLOP a second over those of a float32 matmul: turn by turn where they took turns."""
+    peak = (run.limits(case["file"]).get("matmul_flop_per_s") or {}).get("float32")
+    ratio: float | None = case["ratios"].get("matmul")
+    if ratio is None and peak and not math.isnan(case["tflop_per_s"]):
+        return float(1e12 * case["tflop_per_s"] / peak)
+    return ratio
 
 
 def _over_matmul(run: Runs, mean: float, worst: float) -> Found | None:
-    """Dense FLOP a second over those of a matmul: turn by turn where they took turns."""
-    ratios = []
-    for case in _own(run, "forward", "float32"):
-        ratio = case["ratios"].get("matmul")
-        peak = (run.limits(case["file"]).get("matmul_flop_per_s") or {}).get("float32")
-        if ratio is None and peak:
-            ratio = 1e12 * case["tflop_per_s"] / peak
-        if ratio is not None and case["N"] in _TOKENS and case["N"] >= _SHORTEST:
-            ratios.append(ratio)
-    return _mean_and_worst(ratios, mean, worst)
+    own = [c for c in _own(run, "forward", "float32") if c["N"] in _TOKENS and c["N"] >= _SHORTEST]
+    ratios = [over_matmul(run, case) for case in own]
+    return _mean_and_worst([ratio for ratio in ratios if ratio is not None], mean, worst)
 
 
 def _over_sdpa(run: Runs) -> Found | None:
     softmax = {"operation": "softmax_attention", "backend": PYTORCH, "pass_": "forward"}
     others = _cases(run, **softmax, dtype="float32", call=_CALL)
-    at = {(case["N"], case["file"]): case for case in others}
-    own = [case for case in _own(run, "forward", "float32") if (case["N"], case["file"]) in at]
-    ratios = {case["N"]: over(case, at[case["N"], case["file"]]) for case in own}
+    ratios = [(c["N"], ratio) for c, ratio in _over(_own(run, "forward", "float32"), others)]
     if not ratios:
         return None
-    slow = [n for n, ratio in ratios.items() if ratio <= 1]
-    text = ", ".join(f"{ratio:.1f}× at {n:,}" for n, ratio in ratios.items())
+    slow = [n for n, ratio in ratios if ratio <= 1]
+    text = ", ".join(f"{ratio:.1f}× at {n:,}" for n, ratio in ratios)
     return text, max(slow, default=0) < _SDPA_FROM
 
 
@@ -189,16 +189,20 @@ def _ripple(run: Runs, mean: float, worst: float) -> Found | None:
     for operation in ("ripple_pool", "ripple_expand"):
         of = {"operation": operation, "pass_": "forward+backward", "dtype": "float32"}
         own, others = (_cases(run, **of, backend=b, call=_GRIDS) for b in ("cpu", PYTORCH))
-        ratios += [over(a, b) for a, b in _pairs(own, others)]
+        ratios += [ratio for _, ratio in _over(own, others)]
     return _mean_and_worst(ratios, mean, worst)
 
 
 def one_sequence(run: Runs) -> list[Case]:
-    """The C++ forward pass of one sequence, a case per length."""
+    """The C++ forward pass of one sequence, a case per length: the curve of the most lengths."""
     own = {"operation": "linear_attention", "backend": "cpu", "pass_": "forward"}
-    cases = _cases(run, **own, dtype="float32")
-    single = [c for c in cases if _shape(c).get("B", 1) == 1 and c["N"] >= _SHORTEST]
-    return _of_turns(single, others=False)
+    cases = _cases(run, call=None, **own, dtype="float32")
+    single = [case for case in cases if _batch(case) == 1 and case["N"] >= _SHORTEST]
+    curves: dict[str, list[Case]] = {}
+    for case in _of_turns(single, others=False):
+        alike = [item for item in sorted(shape(case).items()) if item[0] not in LENGTHS]
+        curves.setdefault(str(alike), []).append(case)
+    return max(curves.values(), key=len, default=[])
 
 
 def _exponent(run: Runs) -> Found | None:
@@ -260,51 +264,34 @@ def _bf16(run: Runs, operation: str, mode: str) -> list[Case]:
     return [case for case in found if not case["info"].get("captured")]
 
 
-def _place(case: Case) -> tuple[Any, ...]:
-    shape = _shape(case)
-    return case["file"], case["N"], shape.get("B"), shape.get("H"), shape.get("D")
+def _fastest(run: Runs, operation: str, mode: str, *, own: bool) -> dict[Place, Case]:
+    """Of our backends, or of the others, by place."""
+    cases = [c for c in _bf16(run, operation, mode) if run.words.own(c["backend"]) is own]
+    return {place(c): c for c in sorted(cases, key=lambda c: -c["median_s"])}  # the last one counts
 
 
-def _fastest(cases: Sequence[Case]) -> dict[tuple[Any, ...], Case]:
-    """By place."""
-    found: dict[tuple[Any, ...], Case] = {}
-    for case in cases:
-        place = _place(case)
-        if place not in found or case["median_s"] < found[place]["median_s"]:
-            found[place] = case
-    return found
+def _fastest_own(run: Runs, mode: str) -> dict[Place, Case]:
+    return _fastest(run, "linear_attention", mode, own=True)
 
 
-def _fastest_own(run: Runs, mode: str) -> dict[tuple[Any, ...], Case]:
-    cases = _bf16(run, "linear_attention", mode)
-    return _fastest([case for case in cases if run.words.own(case["backend"])])
-
-
-def _fastest_sdpa(run: Runs, mode: str) -> dict[tuple[Any, ...], Case]:
+def _fastest_sdpa(run: Runs) -> dict[Place, Case]:
     """Of PyTorch's kernels for softmax attention."""
-    cases = _bf16(run, "softmax_attention", mode)
-    return _fastest([c for c in cases if not run.words.own(c["backend"])])
+    return _fastest(run, "softmax_attention", "forward", own=False)
 
 
 def _heads(case: Case) -> int:
     """Heads of all sequences of a call."""
-    return int(_shape(case).get("B", 1)) * int(_shape(case).get("H", 1))
+    return _batch(case) * int(shape(case).get("H", 1))
 
 
 def _all_right(run: Runs) -> Found | None:
     """Every case is checked against the float64 reference before it is timed."""
-    checked = [r for head in run.heads for r in head["untimed"]]
-    wrong = {
-        f"{r['section']}: {r['case']}": r["reason"] for r in checked if r["status"] == "failed"
-    }
-    for head in run.heads:
-        for case, why in head["failed"].items():
-            if any(case.endswith(name) for name in run.words.backends if run.words.own(name)):
-                wrong[case] = why
-    done = len(run.kernels) + sum(r["status"] == "measured" for r in checked)
-    if not done:
+    own = tuple(name for name in run.words.backends if run.words.own(name))
+    failed = {case: why for head in run.heads for case, why in head["failed"].items()}
+    wrong = {case: why for case, why in failed.items() if case.endswith(own)}
+    if run.kernels.empty:
         return None
-    found = f"{done} cases done, {len(wrong)} wrong"
+    found = f"{len(run.kernels)} cases done, {len(wrong)} wrong"
     for case, why in list(wrong.items())[:1]:
         found += f"; {case}: {why}"
     return found, not wrong
@@ -337,26 +324,24 @@ def _single_head(run: Runs) -> Found | None:
 def _gpu_over_compiled(run: Runs, mode: str) -> Found | None:
     """Of one sequence of 16 heads."""
     compiled = [c for c in _bf16(run, "linear_attention", mode) if c["backend"] == "compiled"]
-    own, ratios = _fastest_own(run, mode), {}
-    for case in compiled:
-        if _shape(case).get("B") == 1 and _heads(case) == 16 and _place(case) in own:
-            ratios[case["N"]] = over(own[_place(case)], case)
+    single = [case for case in compiled if _batch(case) == 1 and _heads(case) == 16]
+    ratios = [(r, case["N"]) for case, r in _over(_fastest_own(run, mode).values(), single)]
     if not ratios:
         return None
-    mean = geometric_mean(ratios.values())
-    at, worst = min(ratios.items(), key=lambda item: item[1])
-    text = f"{mean:.2f}× over {len(ratios)} lengths, {worst:.2f}× at N={at:,}"
+    mean = geometric_mean(ratio for ratio, _ in ratios)
+    worst, at = min(ratios)
+    lengths = len({n for _, n in ratios})
+    text = f"{mean:.2f}× over {lengths} lengths, {worst:.2f}× at N={at:,}"
     return text, mean >= 3 and worst >= 2
 
 
 def _crossover(run: Runs) -> Found | None:
-    """The least length measured from which on ours wins at every length measured."""
-    own, others = _fastest_own(run, "forward"), _fastest_sdpa(run, "forward")
-    wins = {
-        case["N"]: case["median_s"] < others[place]["median_s"]
-        for place, case in own.items()
-        if place in others and _heads(case) >= 64 and _shape(case)["H"] == 16
-    }
+    """The least length measured from which on ours wins at every length and shape measured."""
+    others, wins = _fastest_sdpa(run), dict[int, bool]()
+    for at, case in _fastest_own(run, "forward").items():
+        if at in others and _heads(case) >= 64 and shape(case)["H"] == 16:
+            won = case["median_s"] < others[at]["median_s"]
+            wins[case["N"]] = wins.get(case["N"], True) and won
     lengths = sorted(wins)
     if 512 not in wins:
         return None
@@ -368,14 +353,12 @@ def _crossover(run: Runs) -> Found | None:
 
 
 def _vit(run: Runs) -> Found | None:
-    others = _fastest_sdpa(run, "forward")
-    for place, own in _fastest_own(run, "forward").items():
-        shape = _shape(own)
-        if (shape.get("B"), shape.get("H"), own["N"]) == (128, 6, 64) and place in others:
-            other = others[place]
-            a, b = own["median_s"], other["median_s"]
+    others = _fastest_sdpa(run)
+    for at, own in _fastest_own(run, "forward").items():
+        if (_batch(own), shape(own).get("H"), own["N"]) == (128, 6, 64) and at in others:
+            a, b = own["median_s"], others[at]["median_s"]
             text = f"{a * 1e6:.1f} µs ({own['backend']}) against {b * 1e6:.1f} µs"
-            return f"{text} ({other['backend']})", a <= b
+            return f"{text} ({others[at]['backend']})", a <= b
     return None
 
 

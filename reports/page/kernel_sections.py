@@ -19,7 +19,7 @@ from linear_vit.reports.page.parts import Figure, Section
 from linear_vit.reports.saved import runs
 from linear_vit.reports.statistics import turns
 from linear_vit.reports.tables import scaling
-from linear_vit.reports.tables.table import NOTHING, Cell, Column, Row, Table, columns, number
+from linear_vit.reports.tables.table import NOTHING, Cell, Column, Line, Table, number, of_lines
 from linear_vit.reports.units import capital, duration, exact, mebibytes, rate
 
 # Units as page.js formats them.
@@ -231,45 +231,38 @@ def _see_heat(part: list[Case]) -> str:
 def _speed_table(group: Group, operation: str, mode: str, part: list[Case], brief: bool) -> Table:
     backends = [name for (name,) in by(part, "backend")]
     limits = any(isinstance(case["limit"], str) for case in part)
-    rows = [
-        _speed_row(tokens, line, backends, limits, brief)
-        for (tokens,), line in sorted(by(part, "N").items())
-    ]
-    titles = [Column("N")]
-    titles += [Column(n, facets={"backend": n}, tip=group.words.backend(n)) for n in backends]
-    titles += columns(["GFLOP/s", "GB/s", *(["of limit"] if limits else [])])
-    return Table(
+    words = group.words.backend
+    return of_lines(
         f"{capital(group.words.operation(operation))}, {mode.replace('+', ' + ')}; {group.where}",
-        titles,
-        rows,
+        [
+            _speed_line(tokens, line, backends, limits, brief)
+            for (tokens,), line in sorted(by(part, "N").items())
+        ],
         _what_ran(part, backends),
         {"operation": operation, "dtype": group.dtype},
+        heads={n: Column(n, facets={"backend": n}, tip=words(n)) for n in backends},
     )
 
 
-def _speed_row(
-    tokens: int, line: list[Case], backends: list[str], limits: bool, brief: bool
-) -> Row:
-    at = {case["backend"]: case for case in line}
-    best = min(line, key=lambda case: case["median_s"])
-    cells = [number(f"{tokens:,}", tokens)]
-    for backend in backends:
-        if backend in at:
-            mark = "best" if backend == best["backend"] and len(line) > 1 else ""
-            cells.append(_time_cell(at[backend], brief, mark))
-        else:
-            cells.append(Cell(NOTHING, tip=f"{backend} was not timed at this length"))
-    for value in (best["tflop_per_s"] * 1e3, best["gb_per_s"]):
+def _speed_line(
+    tokens: int, found: list[Case], backends: list[str], limits: bool, brief: bool
+) -> Line:
+    at = {case["backend"]: case for case in found}
+    best = min(found, key=lambda case: case["median_s"])
+    line = {"N": number(f"{tokens:,}", tokens)}
+    for name in backends:
+        mark = "best" if name == best["backend"] and len(found) > 1 else ""
+        absent = Cell(NOTHING, tip=f"{name} was not timed at this length")
+        line[name] = _time_cell(at[name], brief, mark) if name in at else absent
+    for unit, value in (("GFLOP/s", best["tflop_per_s"] * 1e3), ("GB/s", best["gb_per_s"])):
         tip = f"{exact(value)} ({best['backend']})"
-        cells.append(Cell(NOTHING) if math.isnan(value) else number(rate(value), value, tip))
+        line[unit] = Cell(NOTHING) if math.isnan(value) else number(rate(value), value, tip)
     if limits:
         share, limit = best["share_of_limit"], best["limit"]
-        cells.append(
-            number(f"{share:.0%} {limit}", share, exact(100 * share, "%"))
-            if isinstance(limit, str)
-            else Cell(NOTHING)
-        )
-    return Row(cells)
+        line["of limit"] = Cell(NOTHING)
+        if isinstance(limit, str):
+            line["of limit"] = number(f"{share:.0%} {limit}", share, exact(100 * share, "%"))
+    return line
 
 
 def _what_ran(part: list[Case], backends: list[str]) -> str:

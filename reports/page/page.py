@@ -6,6 +6,7 @@ files make an equal page, byte for byte.
 
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,7 @@ from linear_vit.reports.saved.documents import Documents, Saved
 from linear_vit.reports.saved.runs import ROOT, NoRuns, Words
 from linear_vit.reports.styles import page_style
 from linear_vit.reports.tables import ablation, breakdown, results_text
-from linear_vit.reports.tables.table import Row, Table, columns, word
+from linear_vit.reports.tables.table import Line, of_lines, word
 
 HOW_TO_JUDGE = "pytest --benchmark-only --sweep cpu --benchmark-json=reports/out/cpu.json"
 _MOST_BYTES = 3_000_000
@@ -98,17 +99,15 @@ def _targets(found: Documents) -> Section:
     """Of every run that measured half of its device's targets or more."""
     section = Section("targets", "Targets", "The bounds that this project set itself.")
     for run in [found.runs.of_file(h["file"]) for h in found.runs.heads] if found.runs else ():
-        head = run.heads[0]
         try:
             verdicts = targets.verdicts(run, targets.of_device(run))
         except NoRuns:
             continue
         read = sum(verdict.holds is not None for verdict in verdicts)
         if 2 * read >= len(verdicts):
-            table = targets.as_table(verdicts)
             kept = sum(verdict.holds is True for verdict in verdicts)
-            title = f"{kept} of {read} targets met; {head['machine']}"
-            section.tables.append(Table(title, table.columns, table.rows))
+            title = f"{kept} of {read} targets met; {run.heads[0]['machine']}"
+            section.tables.append(replace(targets.as_table(verdicts), title=title))
     if not section.tables:
         section.missing = HOW_TO_JUDGE
     return section
@@ -182,29 +181,26 @@ def _facets(section: Section) -> Iterable[dict[str, str]]:
 
 def _where(found: Documents) -> Section:
     section = Section("where", "What ran where", "Every figure below comes from these files.")
-    titles = ["file", "what", "machine", "revision", "when (UTC)"]
-    rows = []
-    for head in found.runs.heads if found.runs else []:
-        what = f"{head['cases']} timed cases"
-        facts = head["facts"]
-        rows.append(
-            _source(head["file"], what, proofs.machine(facts), facts.get("git"), head["datetime"])
-        )
-    rows += found.each(found.checks, _check_source)
-    for lines in found.each(found.tables, _table_sources):
-        rows += lines
-    for kind, what in ((found.ablations, "ablation"), (found.breakdowns, "shares of a step")):
-        rows += found.each(kind, partial(_training_source, what))
-    for kind in (found.statics, found.traffics):
-        rows += found.each(kind, _proof_source)
-    if rows:
-        section.tables.append(Table("", columns(titles, titles), rows))
-    for head in found.runs.heads if found.runs else []:
+    heads = found.runs.heads if found.runs else []
+    lines = [_run_source(head) for head in heads]
+    for of_kind, describe in (
+        (found.checks, _check_source),
+        (found.tables, _table_sources),
+        (found.ablations, partial(_training_source, "ablation")),
+        (found.breakdowns, partial(_training_source, "shares of a step")),
+        (found.statics, _proof_source),
+        (found.traffics, _proof_source),
+    ):
+        for of_one in found.each(of_kind, describe):
+            lines += of_one
+    if lines:
+        section.tables.append(of_lines("", lines))
+    else:
+        section.missing = "make demo"
+    for head in heads:
         for words, which in (("Not timed", "not_timed"), ("Failed", "failed")):
             section.notes += list(_reasons(words, head[which]))
     section.notes += [f"Skipped {line}" for line in dict.fromkeys(found.skipped)]
-    if not rows:
-        section.missing = "make demo"
     return section
 
 
@@ -218,9 +214,10 @@ def _reasons(words: str, cases: Mapping[str, Any]) -> Iterator[str]:
         yield f"{words}: {names[0]}{others}: {why}."
 
 
-def _source(file: Path | str, what: str, machine: str, revision: Any, when: Any) -> Row:
+def _source(file: Path | str, what: str, machine: str, revision: Any, when: Any) -> Line:
     date = str(when or "–")[:16].replace("T", " ")
-    return Row([word(_shown(file)), *map(word, (what, machine, revision or "–", date))])
+    said = {"file": _shown(file), "what": what, "machine": machine, "revision": revision or "–"}
+    return {name: word(text) for name, text in (said | {"when (UTC)": date}).items()}
 
 
 def _shown(file: Path | str) -> str:
@@ -229,40 +226,42 @@ def _shown(file: Path | str) -> str:
     return str(path.relative_to(ROOT.parent)) if path.is_relative_to(ROOT.parent) else str(file)
 
 
-def _check_source(saved: Saved) -> Row:
-    ran = sum(r["status"] in ("passed", "failed") for r in saved.content["results"])
-    facts = saved.content["machine"]
+def _run_source(head: Mapping[str, Any]) -> Line:
+    facts, what = head["facts"], f"{head['cases']} timed cases"
+    return _source(head["file"], what, proofs.machine(facts), facts.get("git"), head["datetime"])
+
+
+def _check_source(saved: Saved) -> list[Line]:
+    facts, results = saved.content["machine"], saved.content["results"]
+    ran = sum(r["status"] in ("passed", "failed") for r in results)
     when = saved.content.get("created")
-    return _source(saved.path, f"{ran} checks", proofs.machine(facts), facts.get("git"), when)
+    return [_source(saved.path, f"{ran} checks", proofs.machine(facts), facts.get("git"), when)]
 
 
-def _table_sources(saved: Saved) -> list[Row]:
-    return [
-        _source(
-            saved.path,
-            f"{sum(len(row['seeds']) for row in dataset['rows'])} training runs on "
-            f"{dataset['title']}",
-            machines.label(dataset["environment"]),
-            dataset["environment"].get("revision"),
-            saved.content.get("created"),
-        )
-        for dataset in saved.content["datasets"]
-        if dataset["status"] == "measured"
-    ]
+def _table_sources(saved: Saved) -> list[Line]:
+    lines = []
+    for dataset in saved.content["datasets"]:
+        where = dataset["environment"]
+        if where:
+            runs = sum(len(row["seeds"]) for row in dataset["rows"])
+            what = f"{runs} training runs on {dataset['title']}"
+            when = saved.content.get("created")
+            of = (machines.label(where), where.get("revision"), when)
+            lines.append(_source(saved.path, what, *of))
+    return lines
 
 
-def _training_source(what: str, saved: Saved) -> Row:
-    environment = saved.content["environment"]
-    revision = environment.get("revision") or environment.get("git")
-    return _source(saved.path, what, machines.label(environment), revision, None)
+def _training_source(what: str, saved: Saved) -> list[Line]:
+    where = saved.content["environment"]
+    revision = where.get("revision") or where.get("git")
+    return [_source(saved.path, what, machines.label(where), revision, None)]
 
 
-def _proof_source(saved: Saved) -> Row:
-    content = saved.content
-    facts = content.get("machine")
+def _proof_source(saved: Saved) -> list[Line]:
+    content, facts = saved.content, saved.content.get("machine") or {}
     what = f"{len(content['rows']):,} rows ({content['kind']})"
     machine = proofs.machine(facts) if facts else "any"
-    return _source(saved.path, what, machine, (facts or {}).get("git"), content.get("created"))
+    return [_source(saved.path, what, machine, facts.get("git"), content.get("created"))]
 
 
 def _newest(found: Documents) -> str:

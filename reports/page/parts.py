@@ -3,6 +3,7 @@
 Facets are those of :mod:`reports.tables.table`.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -32,3 +33,12 @@ class Section:
     figures: list[Figure] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     missing: str | None = None
+
+    def add(self, made: Iterable[tuple[Table, list[str]]], how: str) -> "Section":
+        """Tables with notes on each; ``how`` is the command that makes the first."""
+        for table, notes in made:
+            self.tables.append(table)
+            self.notes += notes
+        if not self.tables:
+            self.missing = how
+        return self

@@ -9,7 +9,7 @@ from urllib.parse import quote
 from linear_vit.reports.groups import Group
 from linear_vit.reports.page.cases import Case, by, cases
 from linear_vit.reports.page.parts import Section
-from linear_vit.reports.tables.table import NOTHING, Cell, Row, Table, columns, number, word
+from linear_vit.reports.tables.table import NOTHING, Cell, Line, Table, number, of_lines, word
 from linear_vit.reports.units import capital, duration, exact
 
 HOW_TO_PROFILE = "pytest --benchmark-only --profile --benchmark-json=reports/out/benchmark.json"
@@ -76,51 +76,49 @@ def _is_sound(seen: dict[str, Any]) -> bool:
 
 
 def _top(title: str, profiled: Iterable[_Profiled], facets: dict[str, str], folder: Path) -> Table:
-    rows: list[Row] = []
+    lines, of_rows = [], []
     why: dict[str, None] = {}
     for case, seen in profiled:
         trace = _trace(case, str(seen["trace"]), folder)
         for one in seen["top"][:_MOST]:
             per_call = one["total_us"] / one["calls"]
-            cells = [
-                number(f"{case['N']:,}", case["N"]),
-                word(case["backend"]),
-                word(_shortened(one["name"]), one["name"]),
-                number(f"{one['share']:.1%}", one["share"], exact(100 * one["share"], "%")),
-                number(duration(per_call * 1e-6), per_call, exact(per_call, "µs")),
-                number(f"{one['calls']:,}", one["calls"]),
-                trace,
-            ]
-            rows.append(Row(cells, {"backend": str(case["backend"])}))
+            measured = {
+                "share": number(
+                    f"{one['share']:.1%}", one["share"], exact(100 * one["share"], "%")
+                ),
+                "time each": number(duration(per_call * 1e-6), per_call, exact(per_call, "µs")),
+                "calls": number(f"{one['calls']:,}", one["calls"]),
+            }
+            named = _named(case, "kernel or operator", one["name"])
+            lines.append(named | measured | {"trace": trace})
+            of_rows.append({"backend": str(case["backend"])})
         if not seen.get("ncu") and seen.get("ncu_why"):
             why[str(seen["ncu_why"])] = None
-    titles = ["N", "backend", "kernel or operator", "share", "time each", "calls", "trace"]
     note = f"No counters: {'; '.join(why)}." if why else ""
-    words = ["backend", "kernel or operator", "trace"]
-    return Table(title, columns(titles, words), rows, note, facets)
+    return of_lines(title, lines, note, facets, rows=of_rows)
 
 
 def _counters(title: str, profiled: Iterable[_Profiled], facets: dict[str, str]) -> list[Table]:
-    rows = []
+    lines, of_rows = [], []
     for case, seen in profiled:
         for kernel, values in (seen.get("ncu") or {}).items():
-            cells = [number(f"{case['N']:,}", case["N"]), word(case["backend"])]
-            cells.append(word(_shortened(kernel), kernel))
-            for name, heading, scale in _COUNTERS:
-                value = values.get(name)
-                cells.append(
-                    Cell(NOTHING, tip=f"{name} was not counted")
-                    if value is None
-                    else number(
-                        f"{value * scale:,.3g}", value, f"{heading}: {exact(value * scale)}"
-                    )
-                )
-            rows.append(Row(cells, {"backend": str(case["backend"])}))
-    titles = ["N", "backend", "kernel", *(heading for _, heading, _ in _COUNTERS)]
+            counted = {h: _counter(values, name, h, scale) for name, h, scale in _COUNTERS}
+            lines.append(_named(case, "kernel", kernel) | counted)
+            of_rows.append({"backend": str(case["backend"])})
     note = "Of one call, by Nsight Compute; percentages are of the device's peak."
-    return (
-        [Table(title, columns(titles, ["backend", "kernel"]), rows, note, facets)] if rows else []
-    )
+    return [of_lines(title, lines, note, facets, rows=of_rows)] if lines else []
+
+
+def _named(case: Case, what: str, kernel: str) -> Line:
+    named = word(_shortened(kernel), kernel)
+    return {"N": number(f"{case['N']:,}", case["N"]), "backend": word(case["backend"]), what: named}
+
+
+def _counter(values: dict[str, float], name: str, heading: str, scale: float) -> Cell:
+    value = values.get(name)
+    if value is None:
+        return Cell(NOTHING, tip=f"{name} was not counted")
+    return number(f"{value * scale:,.3g}", value, f"{heading}: {exact(value * scale)}")
 
 
 def _trace(case: Case, name: str, folder: Path) -> Cell:

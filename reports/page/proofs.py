@@ -6,7 +6,7 @@ from typing import Any
 
 import pandas as pd
 
-from linear_vit.reports.page.parts import Section
+from linear_vit.reports.page.parts import FACETS, Section
 from linear_vit.reports.saved import machines
 from linear_vit.reports.saved.documents import Documents, Saved
 from linear_vit.reports.saved.runs import Words
@@ -14,10 +14,10 @@ from linear_vit.reports.tables.table import (
     NOTHING,
     Cell,
     Column,
-    Row,
+    Line,
     Table,
-    columns,
     number,
+    of_lines,
     word,
 )
 
@@ -30,38 +30,14 @@ HOW_TO_COUNT = "python -m bench traffic --json reports/out/traffic.json"
 
 
 def correctness(found: Documents) -> Section:
-    section = Section(
+    made = found.each(found.checks, partial(_matrix, _words(found)))
+    return Section(
         "correctness",
         "Correctness",
         "Output and every gradient against the float64 reference: ✓ and the largest relative rms "
         "error where all are within tolerance, ✗ where one is not, – where a backend can't run "
         "here. Point at a cell for the tensor, its tolerance, or the reason.",
-    )
-    if not found.checks:
-        section.missing = HOW_TO_CHECK
-    for table, notes in found.each(found.checks, partial(_matrix, _words(found))):
-        section.tables.append(table)
-        section.notes += notes
-    section.tables += _untimed(found)
-    return section
-
-
-def _untimed(found: Documents) -> Iterable[Table]:
-    """What a run checked on its device and did not time; runs of older versions alone have it."""
-    for head in found.runs.heads if found.runs else ():
-        results = head["untimed"]
-        rows = []
-        for r in results:
-            right = r["status"] == "measured" and not r.get("off")
-            said = "✓ right" if right else f"✗ {r['status'] if r['reason'] else 'off'}"
-            mark = "passed" if right else "failed"
-            tip = str(r["reason"] or r.get("off") or "")
-            rows.append(Row([word(r["section"]), word(r["case"]), word(said, tip, mark)]))
-        if rows:
-            passed = sum(row.cells[2].mark == "passed" for row in rows)
-            title = f"{passed} of {len(rows)} right on the device; {machine(head['facts'])}"
-            titles = ["section", "case", "result"]
-            yield Table(title, columns(titles, titles), rows)
+    ).add(made, HOW_TO_CHECK)
 
 
 def _matrix(words: Words, saved: Saved) -> tuple[Table, list[str]]:
@@ -83,23 +59,16 @@ def _matrix(words: Words, saved: Saved) -> tuple[Table, list[str]]:
             "(interpreter): Triton's kernels run instruction by instruction on the CPU, on small "
             "shapes; this shows that they are right and says nothing about their speed."
         )
-    lines = [
-        Row(
-            [
-                word(words.operation(operation)),
-                word(dtype),
-                *(cells.get(b, Cell("")) for b in backends),
-            ],
-            {"operation": operation, "dtype": dtype},
-        )
-        for (operation, dtype), cells in rows.items()
-    ]
-    titles = columns(["operation", "dtype"], ["operation", "dtype"])
-    titles += [Column(name, words=True, facets={"backend": name}) for name in backends]
+    lines = []
+    for (operation, dtype), cells in rows.items():
+        names = {"operation": word(words.operation(operation)), "dtype": word(dtype)}
+        lines.append(names | {backend: cells.get(backend, Cell("")) for backend in backends})
+    facets = [{"operation": operation, "dtype": dtype} for operation, dtype in rows]
     passed = sum(r["status"] == "passed" for r in results)
     ran = passed + sum(r["status"] == "failed" for r in results)
     title = f"{passed} of {ran} that can run here agree; {machine(saved.content['machine'])}"
-    return Table(title, titles, lines), notes
+    heads = {name: Column(name, words=True, facets={"backend": name}) for name in backends}
+    return of_lines(title, lines, rows=facets, heads=heads), notes
 
 
 def _check_cell(r: dict[str, Any]) -> Cell:
@@ -128,35 +97,18 @@ def _worst(r: dict[str, Any]) -> str:
 
 
 _STATIC_KEY = ["backend", "room", "kernel", "architecture"]
-_STATIC_COLUMNS = (
-    "backend",
-    "kernel",
-    "architecture",
-    "configurations",
-    "registers",
-    "spilled bytes",
-    "shared KiB",
-    "occupancy",
-    "tensor-core instructions",
-    "16-byte accesses",
-)
 
 
 def static(found: Documents) -> Section:
-    section = Section(
+    made = found.each(found.statics, partial(_compiled, _operations(found)))
+    return Section(
         "static",
         "Compiled kernels",
         "Every kernel and configuration that ships, compiled for every architecture, with no GPU. "
         "A line is a kernel's range over its head dims, dtypes and tiles; spilled bytes and shared "
         "memory are those that ptxas reports, the instruction counts are of the machine code, and "
         "the occupancy is what registers and shared memory allow.",
-    )
-    for table, notes in found.each(found.statics, partial(_compiled, _operations(found))):
-        section.tables.append(table)
-        section.notes += notes
-    if not section.tables:
-        section.missing = HOW_TO_COMPILE
-    return section
+    ).add(made, HOW_TO_COMPILE)
 
 
 def _compiled(known: Iterable[str], saved: Saved) -> tuple[Table, list[str]]:
@@ -167,89 +119,69 @@ def _compiled(known: Iterable[str], saved: Saved) -> tuple[Table, list[str]]:
         f"{row['dtype']}: {'; '.join(row['faults'])}"
         for row in wrong
     ]
-    lines = []
-    for (backend, room, kernel, architecture), part in pd.DataFrame(rows).groupby(
-        _STATIC_KEY, sort=False
-    ):
+    lines, of_rows = [], []
+    for key, part in pd.DataFrame(rows).groupby(_STATIC_KEY, sort=False):
+        backend, room, kernel, architecture = map(str, key)
         shared = (part["static_shared"] + part["dynamic_shared"].fillna(0)) / 1024
         spilled = int((part["spill_stores"] + part["spill_loads"]).max())
-        cells = [
-            word(backend),
-            word(f"{room}: {kernel}"),
-            word(architecture),
-            number(str(len(part)), len(part)),
-            _range(part["registers"]),
-            number(f"{spilled:,}", spilled, mark="failed" if spilled else ""),
-            _range(shared.round()),
-            _range(100 * part["occupancy"].dropna(), " %"),
-            _range(part["tensor_core"]),
-            _range(part["wide_loads"] + part["wide_stores"]),
-        ]
-        facets = {
-            "operation": _of_room(str(room), known),
-            "backend": str(backend),
-            "dtype": "|".join(sorted({str(name) for name in part["dtype"]})),
-        }
-        lines.append(Row(cells, facets))
+        lines.append(
+            {
+                "backend": word(backend),
+                "kernel": word(f"{room}: {kernel}"),
+                "architecture": word(architecture),
+                "configurations": number(str(len(part)), len(part)),
+                "registers": _range(part["registers"]),
+                "spilled bytes": number(f"{spilled:,}", spilled, "", "failed" if spilled else ""),
+                "shared KiB": _range(shared.round()),
+                "occupancy": _range(100 * part["occupancy"].dropna(), " %"),
+                "tensor-core instructions": _range(part["tensor_core"]),
+                "16-byte accesses": _range(part["wide_loads"] + part["wide_stores"]),
+            }
+        )
+        dtypes = "|".join(sorted({str(name) for name in part["dtype"]}))
+        of_rows.append({"operation": _of_room(room, known), "backend": backend, "dtype": dtypes})
     title = f"{len(rows):,} kernels compiled, {len(wrong)} at fault"
-    return Table(title, columns(_STATIC_COLUMNS, _STATIC_COLUMNS[:3]), lines), notes
+    return of_lines(title, lines, rows=of_rows), notes
 
 
 # Counted.
 
 
-_TRAFFIC_COLUMNS = (
-    "operation",
-    "pass",
-    "dtype",
-    "shape",
-    "launches",
-    "tensor",
-    "loaded",
-    "of them distinct",
-    "stored",
-    "× least",
-)
-
-
 def traffic(found: Documents) -> Section:
-    section = Section(
+    made = found.each(found.traffics, partial(_counted, _words(found)))
+    return Section(
         "traffic",
         "Traffic",
         "Bytes that the Triton kernels load and store, counted while Triton's interpreter runs "
         "them: exact, and the same on any machine. Beside each tensor, how often the least traffic "
         "that is; what is neither input nor result is workspace, as a share of the whole least "
         "traffic. A byte loaded twice counts twice, though the second time may come from a cache.",
-    )
-    section.tables = found.each(found.traffics, partial(_counted, _words(found)))
-    if not section.tables:
-        section.missing = HOW_TO_COUNT
-    return section
+    ).add(made, HOW_TO_COUNT)
 
 
-def _counted(words: Words, saved: Saved) -> Table:
+def _counted(words: Words, saved: Saved) -> tuple[Table, list[str]]:
     rows = saved.content["rows"]
-    lines = []
-    for row in rows:
-        launches = row["launches"].split()
-        cells = [
-            word(words.operation(row["operation"])),
-            word(row["pass"]),
-            word(row["dtype"]),
-            word(row["shape"]),
-            number(str(len(launches)), len(launches), ", ".join(launches)),
-            word(row["tensor"]),
-            *(number(f"{row[k]:,}", row[k]) for k in ("loaded", "distinct", "stored")),
-            _times_least(row),
-        ]
-        facets = {
-            "operation": row["operation"],
-            "backend": row.get("backend", "triton"),
-            "dtype": row["dtype"],
-        }
-        lines.append(Row(cells, facets))
-    left = ("operation", "pass", "dtype", "shape", "tensor")
-    return Table(f"{len(rows):,} tensors counted", columns(_TRAFFIC_COLUMNS, left), lines)
+    alike = {"backend": "triton"}  # of files that don't say it
+    facets = [{name: (alike | row)[name] for name in FACETS} for row in rows]
+    lines = [_traffic_line(words, row) for row in rows]
+    return of_lines(f"{len(rows):,} tensors counted", lines, rows=facets), []
+
+
+def _traffic_line(words: Words, row: dict[str, Any]) -> Line:
+    launches, counted = row["launches"].split(), ("loaded", "distinct", "stored")
+    loaded, distinct, stored = (number(f"{row[name]:,}", row[name]) for name in counted)
+    return {
+        "operation": word(words.operation(row["operation"])),
+        "pass": word(row["pass"]),
+        "dtype": word(row["dtype"]),
+        "shape": word(row["shape"]),
+        "launches": number(str(len(launches)), len(launches), ", ".join(launches)),
+        "tensor": word(row["tensor"]),
+        "loaded": loaded,
+        "of them distinct": distinct,
+        "stored": stored,
+        "× least": _times_least(row),
+    }
 
 
 def _times_least(row: dict[str, Any]) -> Cell:

@@ -1,6 +1,7 @@
 """The page's sections on models: accuracy beside the claims, and where a training step goes."""
 
 import math
+from dataclasses import replace
 from typing import Any
 
 from linear_vit.reports.claims import BASELINE, PYTORCH, model_of
@@ -12,7 +13,16 @@ from linear_vit.reports.statistics.seeds import percent_text, points_text
 from linear_vit.reports.tables import ablation, breakdown, pairs, results_text, steps
 from linear_vit.reports.tables.results_text import Part
 from linear_vit.reports.tables.steps import Steps
-from linear_vit.reports.tables.table import NOTHING, Cell, Row, Table, columns, maybe, number, word
+from linear_vit.reports.tables.table import (
+    NOTHING,
+    Cell,
+    Line,
+    Table,
+    maybe,
+    number,
+    of_lines,
+    word,
+)
 from linear_vit.reports.units import duration, exact
 
 HOW_TO_TRAIN = "python train_minimal.py table"
@@ -45,8 +55,7 @@ def _results_of(saved: Saved) -> tuple[list[Table], list[Figure], list[str]]:
     tables, figures = [], []
     for part in results_text.parts(saved.content):
         title = f"{part.title}: {part.where}".replace("`", "")
-        note = " ".join(part.notes)
-        tables.append(Table(title, part.table.columns, part.table.rows, note))
+        tables.append(replace(part.table, title=title, note=" ".join(part.notes)))
         figures += _accuracy_figure(part)
     return tables, figures, results_text.notes(saved.content)
 
@@ -148,47 +157,39 @@ def _breakdown(saved: Saved) -> tuple[Table, Figure]:
 
 def _joined(timed: Steps, found: Documents) -> Table:
     """From kernel to model in one line each: k, s, the step predicted and measured, accuracy."""
-    rows = [_joined_row(timed, model, found) for model in timed.models]
-    titles = [
-        "model",
-        "own kernels",
-        "kernel speed-up",
-        "share of the step",
-        "step, predicted",
-        "step, measured",
-        "test accuracy",
-    ]
+    lines = [_joined_line(timed, model, found) for model in timed.models]
     note = (
         "Kernel speed-up: forward + backward over PyTorch's, of the benchmarked length nearest to "
         "the model’s, largest batch first (of several operations, together). Share: of the "
         "attention core in a step with PyTorch’s kernels. The two need not agree: the share holds "
         "reshapes and the hooks’ own cost, and a step calls kernels on its own batch and dims."
     )
-    return Table(f"From kernel to model; {timed.where}", columns(titles, titles[:2]), rows, note)
+    return of_lines(f"From kernel to model; {timed.where}", lines, note)
 
 
-def _joined_row(timed: Steps, model: str, found: Documents) -> Row:
+def _joined_line(timed: Steps, model: str, found: Documents) -> Line:
     own = timed.own(model)
     kernel = _kernel_speedup(timed, model, own, _tokens(timed.setting, found), found.runs)
     share, share_tip = _share(timed, model, found, kernel and kernel[0])
     predicted = 1 / (1 - share + share / kernel[0]) if kernel and share is not None else None
     accuracy = _accuracy_of(model, timed.setting, found)
-    cells = [
-        word(timed.title(model)),
-        word(own or "none usable"),
-        number(f"{kernel[0]:.2f}×", kernel[0], kernel[1])
+    return {
+        "model": word(timed.title(model)),
+        "own kernels": word(own or "none usable"),
+        "kernel speed-up": number(f"{kernel[0]:.2f}×", kernel[0], kernel[1])
         if kernel
         else Cell(NOTHING, tip="no timed kernel of this backend at such a length"),
-        number(f"{share:.1%}", share, share_tip)
+        "share of the step": number(f"{share:.1%}", share, share_tip)
         if share is not None
         else Cell(NOTHING, tip=f"make it with {HOW_TO_PROFILE}"),
-        maybe(predicted, "{:.2f}×"),
-        maybe(timed.gain(model), "{:.2f}×"),
-        number(percent_text(accuracy), accuracy["mean"], pairs.values(accuracy, "%"))
+        "step, predicted": maybe(predicted, "{:.2f}×"),
+        "step, measured": maybe(timed.gain(model), "{:.2f}×"),
+        "test accuracy": number(
+            percent_text(accuracy), accuracy["mean"], pairs.values(accuracy, "%")
+        )
         if accuracy
         else Cell(NOTHING, tip=f"make it with {HOW_TO_TRAIN}"),
-    ]
-    return Row(cells)
+    }
 
 
 def _tokens(setting: dict[str, Any], found: Documents) -> int | None:
@@ -217,14 +218,16 @@ def _kernel_speedup(
         frame = loaded.kernels
         frame = frame[(frame["operation"] == operation) & (frame["pass"] == "forward+backward")]
         frame = frame[(frame["dtype"] == dtype) & (frame["machine"] == timed.machine)]
-        both = frame.pivot_table("median_s", ["file", "total_tokens", "N"], "backend")
+        # A shape a row: where a length was timed with several heads or dims, one of them is taken.
+        case = ["file", "sweep", "total_tokens", "setting", "N"]
+        both = frame.pivot_table("median_s", case, "backend")
         if own not in both or PYTORCH not in both:
             return None
         both = both.dropna(subset=[own, PYTORCH]).reset_index()
         if both.empty:
             return None
         distance = (both["N"].astype(float) / tokens).map(lambda r: abs(math.log(r)))
-        near = both[distance == distance.min()].sort_values("total_tokens").iloc[-1]
+        near = both[distance == distance.min()].sort_values("total_tokens", kind="stable").iloc[-1]
         for name in times:
             times[name] += float(near[name])
         tips.append(
@@ -262,14 +265,12 @@ def _share(
 
 def _accuracy_of(model: str, setting: dict[str, Any], found: Documents) -> dict[str, Any] | None:
     keys = ("dataset", "dim", "depth", "patch_size")
+    wanted = {key: setting.get(key) for key in keys}
     for saved in found.tables:
         for dataset in saved.content["datasets"]:
-            own = dataset["setting"] or {}
-            if dataset["dataset"] != setting["dataset"] or any(
-                own.get(key) != setting.get(key) for key in keys
-            ):
-                continue
-            for row in dataset["rows"]:
-                if row["model"] == model and row["accuracy"]:
-                    return row["accuracy"]
+            own = (dataset["setting"] or {}) | {"dataset": dataset["dataset"]}
+            if {key: own.get(key) for key in keys} == wanted:
+                for row in dataset["rows"]:
+                    if row["model"] == model and row["accuracy"]:
+                        return row["accuracy"]
     return None

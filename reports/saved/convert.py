@@ -7,10 +7,7 @@ did not have (rounds, a date) is empty, not made up.
 
 import statistics
 from collections.abc import Iterable, Iterator, Mapping
-from pathlib import Path
 from typing import Any
-
-from linear_vit.reports.saved.files import read_json
 
 Content = dict[str, Any]
 
@@ -53,8 +50,6 @@ def kind_of(document: Any) -> str | None:
     schema = {"linear-vit-step-speed/1": "steps", "linear-vit-model-speed/1": "models"}
     if found := schema.get(str(document.get("schema"))):
         return found
-    if document.get("kind") == "gpu" and isinstance(document.get("results"), list):
-        return "gpu"
     of_cpu = document.get("kind", "cpu kernels") == "cpu kernels"
     return "cpu" if of_cpu and document.get("machine") and document.get("rows") else None
 
@@ -69,18 +64,8 @@ def to_current(document: Content) -> Content:
     kind = kind_of(document)
     if kind is None:
         raise ValueError("no benchmark run: it has no list of benchmarks")
-    if kind == "gpu":
-        return gpu_run([document])
     made = {"benchmarks": _benchmarks, "steps": _steps, "models": _models, "cpu": _cpu}
     return made[kind](document)
-
-
-def file_to_current(path: Path, document: Content) -> Content:
-    """The same of a file; those of an old GPU run, a file a section, are taken together."""
-    if kind_of(document) == "gpu":
-        sections = (read_json(one) for one in sorted(path.parent.glob("*.json")))
-        return gpu_run([one for one in sections if kind_of(one) == "gpu"])
-    return to_current(document)
 
 
 # ---- pytest-benchmark documents of schema 1 ------------------------------------------------------
@@ -396,79 +381,3 @@ def _models(document: Content) -> Content:
     run = _run(document["environment"], cases, document["created"], sweep="models")
     run["kernel_suite"]["config"] = config
     return run
-
-
-# ---- bench.gpu: a file a section -----------------------------------------------------------------
-
-
-def gpu_run(documents: Iterable[Content]) -> Content:
-    """One run of the section files of a device; what has no time of its own stays as it was."""
-    machine: Content | None = None
-    head: Content = {"limits": None, "not_timed": {}, "failed": {}, "out_of_memory": {}}
-    head |= {"sweep": "gpu", "untimed": [], "dry_run": False}
-    cases: list[Content] = []
-    timed = {"sweep": _gpu_kernels, "graphs": _gpu_kernels, "training": _gpu_step}
-    unlucky = {"failed": "failed", "out of memory": "out_of_memory", "left out": "not_timed"}
-    for document in documents:
-        section, machine = document["section"], document["machine"]
-        head["dry_run"] |= document["dry_run"]
-        for row in document["results"]:
-            measured = row["status"] == "measured"
-            if measured and section == "ceilings":
-                known = {k: row[k] for k in ("copy_bytes_per_s", "matmul_flop_per_s", "launch_s")}
-                head["limits"] = known | {"measured": None}
-            elif measured and section in timed:
-                cases += timed[section](row, head["not_timed"])
-            elif section in ("check", "huge", "capture"):
-                head["untimed"].append({"section": section, **row})
-            else:
-                head[unlucky[row["status"]]][f"{section}: {row['case']}"] = row["reason"]
-    if machine is None:
-        raise ValueError("no section of a GPU run")
-    return _run(machine, cases, **head)
-
-
-def _gpu_kernels(row: Content, absent: Content) -> Iterator[Content]:
-    rates = ("bytes_per_s", "flop_per_s")
-    renamed = {"joules": "energy_per_call_j", "joules_how": "energy_how"}
-    renamed |= {"interval_s": "median_interval_s"}
-    for name, times in row["times"].items():
-        operation, backend, captured = _gpu_contender(name)
-        info = {
-            renamed.get(key, key): value
-            for key, value in times.items()
-            if key not in ("seconds", "rounds", *rates)
-        }
-        seconds = times["seconds"]
-        stats = _stats(seconds, times["rounds"], times["relative_iqr"] * seconds)
-        of = (operation, row["mode"], row["dtype"], row["shape"], backend, seconds)
-        info |= {"captured": captured, "device": "cuda", "turns": row["case"]}
-        yield _kernel(*of, stats=stats, **info)
-    for name, why in row["absent"].items():
-        absent[f"{row['case']}: {name}"] = why
-
-
-def _gpu_contender(name: str) -> tuple[str, str, bool]:
-    """``linear_attention/triton replayed``: operation, backend, and whether from a graph."""
-    name, _, how = name.partition(" ")
-    operation, _, backend = name.partition("/")
-    if operation == "sdpa":
-        operation, backend = "softmax_attention", f"sdpa_{backend}"
-    return operation, backend, how == "replayed"
-
-
-def _gpu_step(row: Content, _: Content) -> Iterator[Content]:
-    seconds = row["seconds"]
-    stats = _stats(seconds, row["rounds"], row["relative_iqr"] * seconds)
-    names = (
-        "images_per_s",
-        "peak_memory_bytes",
-        "peak_memory_how",
-        "relative_iqr",
-        "stop",
-        "clock",
-    )
-    info = {name: row[name] for name in names}
-    info |= {"energy_per_call_j": row["joules"], "energy_how": row["joules_how"]}
-    info |= {"median_interval_s": row["interval_s"], "device": "cuda"}
-    yield _step(row["model"], row["model"], row["backend"], row["settings"], stats, **info)

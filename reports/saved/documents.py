@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
-from linear_vit.reports.saved import convert, runs
+from linear_vit.reports.saved import runs
 from linear_vit.reports.saved.files import read_json
 from linear_vit.reports.saved.runs import Runs
 
@@ -103,8 +103,6 @@ def _read_all(found: Documents, folder: Path, wanted: tuple[str, ...]) -> None:
         for path in sorted(folder.rglob(pattern), key=lambda path: path.with_suffix("")):
             try:
                 content = read_json(path)
-                if convert.kind_of(content) is not None:  # a section of an old GPU run
-                    continue
                 if not isinstance(content, dict) or not is_right(content):
                     raise ValueError("of another schema")
             except ValueError as error:

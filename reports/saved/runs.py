@@ -1,5 +1,7 @@
 """Saved benchmark runs, as pandas tables; files that are none are named and left out."""
 
+import contextlib
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -8,6 +10,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from linear_vit import options
 from linear_vit.reports.saved import convert, machines
 from linear_vit.reports.saved.files import read_json
 from linear_vit.reports.statistics import turns
@@ -37,7 +40,11 @@ _STEP_COLUMNS = ("model", "model_title", "backend", "dtype", "images_per_s", "se
 # What tells the cases of a machine and backend apart.
 PLACE = ["sweep", "total_tokens", "setting", "operation", "pass", "dtype", "N"]
 # Fields of a shape that are its length.
-_LENGTHS = ("N", "M", "rows", "cols")
+LENGTHS = ("N", "M", "rows", "cols")
+
+
+Content = dict[str, Any]
+Asked = Sequence[str] | None  # names of a list of options
 
 
 class NoRuns(Exception):
@@ -88,13 +95,21 @@ class Runs:
 
     kernels: pd.DataFrame
     training: pd.DataFrame
-    heads: list[dict[str, Any]]
+    heads: list[Content]
     skipped: list[str] = field(default_factory=list)
     words: Words = field(default_factory=Words)
 
-    def limits(self, file: str) -> dict[str, Any]:
+    def limits(self, file: str) -> Content:
         """The machine's limits that a run measured; empty where it has none."""
         return next((h["limits"] for h in self.heads if h["file"] == file), {})
+
+    def only(self, *asked: Asked) -> "Runs":
+        """The kernels of these operations, dtypes and backends; None takes all.
+
+        Raises:
+            OptionError: something of which no case is; the message lists what there is.
+        """
+        return replace(self, kernels=only(self.kernels, *asked))
 
     def of_file(self, file: str) -> "Runs":
         """What one of the files says."""
@@ -106,6 +121,15 @@ class Runs:
         return replace(self, kernels=kernels, training=training, heads=heads)
 
 
+def only(frame: pd.DataFrame, *asked: Asked) -> pd.DataFrame:
+    """Of cases those of these operations, dtypes and backends."""
+    for column, names in zip(("operation", "dtype", "backend"), asked, strict=False):
+        there = [] if frame.empty else sorted(frame[column].unique())
+        known = options.known(f"{column}s", names, there)
+        frame = frame[frame[column].isin(known)] if names else frame
+    return frame
+
+
 def load(paths: Sequence[Path]) -> Runs:
     """Read saved runs from files and folders (searched with their sub-folders).
 
@@ -115,37 +139,31 @@ def load(paths: Sequence[Path]) -> Runs:
     Raises:
         NoRuns: no path holds a run.
     """
-    kernels: list[dict[str, Any]] = []
-    training: list[dict[str, Any]] = []
-    heads: list[dict[str, Any]] = []
+    rows: list[Content] = []
+    heads: list[Content] = []
     skipped: list[str] = []
     words = Words()
-    sections: list[dict[str, Any]] = []  # of an old GPU run: each file of it gives the whole
     for path, explicit in _files(paths, skipped):
         try:
             document = read(path)
         except OfAnotherKind as other:
-            if explicit:
-                skipped.append(f"{path}: {other}")
+            skipped += [f"{path}: {other}"] if explicit else []
             continue
         except ValueError as error:
             skipped.append(f"{path}: {error}")
             continue
-        if document in sections:
-            continue
-        if (document.get("kernel_suite") or {}).get("untimed"):
-            sections.append(document)
-        head, kernel_rows, training_rows, complaints = _rows(path, document)
+        head, cases, complaints = _cases(path, document)
         skipped += [f"{path}: {complaint}" for complaint in complaints]
-        if kernel_rows or training_rows:
+        if cases:
             heads.append(head)
-            kernels += kernel_rows
-            training += training_rows
+            rows += cases
             _learn(words, document.get("kernel_suite") or {})
     if not heads:
         detail = "".join(f"\n  skipped {line}" for line in skipped)
         raise NoRuns(f"no saved benchmark run found. Make one with: {HOW_TO_MEASURE}{detail}")
     heads.sort(key=lambda head: head["datetime"])
+    training = [row for row in rows if "model" in row]
+    kernels = [row for row in rows if "model" not in row]
     return Runs(
         _newest(pd.DataFrame(kernels), ["machine", *PLACE, "backend"]),
         _newest(pd.DataFrame(training), ["machine", "sweep", "case", "dtype"]),
@@ -157,20 +175,20 @@ def load(paths: Sequence[Path]) -> Runs:
 
 def default_paths(out: Path = DEFAULT_OUT) -> list[Path]:
     """The newest run in ``out``, else the repository's own benchmarks."""
-    candidates = []
-    for path in sorted(out.glob("*.json")) if out.is_dir() else []:
-        try:
-            candidates.append((str(read(path)["datetime"]), path))
-        except (OfAnotherKind, ValueError, KeyError):
-            continue
-    if candidates:
-        return [max(candidates)[1]]
-    return measured()
+    found = [(str(run.get("datetime", "")), path) for path, run in all_below(out, deep=False)]
+    return [max(found)[1]] if found else measured()
 
 
 def measured() -> list[Path]:
     """The benchmarks that the repository has saved."""
     return sorted(MEASUREMENTS.glob("*/benchmark.json"))
+
+
+def all_below(folder: Path, *, deep: bool = True) -> Iterator[tuple[Path, Content]]:
+    """Every run that can be read in a folder, and in those below it; all else is left out."""
+    for path in sorted(folder.rglob("*.json") if deep else folder.glob("*.json")):
+        with contextlib.suppress(OfAnotherKind, ValueError):
+            yield path, read(path)
 
 
 def newest_of_each(folder: Path) -> tuple[list[Path], list[str]]:
@@ -211,7 +229,7 @@ def _files(paths: Iterable[Path], skipped: list[str]) -> Iterator[tuple[Path, bo
             skipped.append(f"{path}: there is no such file or folder")
 
 
-def read(path: Path) -> dict[str, Any]:
+def read(path: Path) -> Content:
     """A run of today's schema, if need be converted; ValueError says what is wrong."""
     document = read_json(path)
     if not isinstance(document, dict):
@@ -221,7 +239,7 @@ def read(path: Path) -> dict[str, Any]:
         if isinstance(document.get("kind"), str) or str(kind).startswith("linear"):
             raise OfAnotherKind(f"no benchmark run, but {kind}")
     try:
-        return convert.file_to_current(path, document)
+        return convert.to_current(document)
     except (KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"damaged ({type(error).__name__}: {error})") from error
 
@@ -238,34 +256,26 @@ def _replayed(backend: str) -> str:
     return f"{backend} (graph)"
 
 
-def _rows(
-    path: Path, document: dict[str, Any]
-) -> tuple[dict[str, Any], list[dict[str, Any]], list[dict[str, Any]], list[str]]:
-    """Head, kernel rows, training rows and complaints of one document."""
+def _cases(path: Path, document: dict[str, Any]) -> tuple[Content, list[Content], list[str]]:
+    """Head, a row per case and complaints of one document."""
     suite = document.get("kernel_suite")
     suite = suite if isinstance(suite, dict) else {}
-    kernels: list[dict[str, Any]] = []
-    training: list[dict[str, Any]] = []
-    bad: dict[str, int] = {}
-    settings = _settings(document["benchmarks"])
+    facts, sweep = suite.get("machine") or {}, suite.get("sweep")
     when = str(document.get("datetime", ""))
-    facts: dict[str, Any] = suite.get("machine") or {}
-    sweep = suite.get("sweep")
-    alike = {"file": str(path), "datetime": when}
-    alike["sweep"] = "" if sweep in _EXTENTS else str(sweep)
+    alike = {"file": str(path), "datetime": when, "sweep": "" if sweep in _EXTENTS else str(sweep)}
+    settings = _settings(document["benchmarks"])
+    rows: list[Content] = []
+    bad: Counter[str] = Counter()
     for benchmark in document["benchmarks"]:
         try:
             info = benchmark["extra_info"]
             _check_schema(info)
             where = machines.label(info.get("machine") or facts)
             row = {"machine": where} | alike | _timed(benchmark)
-            if info["operation"] == TRAINING_STEP:
-                training.append(row | _of_step(info))
-            else:
-                kernels.append(row | _of_kernel(info, settings))
+            is_step = info["operation"] == TRAINING_STEP
+            rows.append(row | (_of_step(info) if is_step else _of_kernel(info, settings)))
         except (KeyError, TypeError, AttributeError, ValueError) as error:
-            reason = str(error) if type(error) is ValueError else "damaged cases"
-            bad[reason] = bad.get(reason, 0) + 1
+            bad[str(error) if type(error) is ValueError else "damaged cases"] += 1
     complaints = [f"{count} {reason}" for reason, count in bad.items()]
     if not document["benchmarks"]:
         complaints.append("an empty run")
@@ -274,14 +284,11 @@ def _rows(
         "datetime": when,
         "machine": machines.label(facts) if facts else "?",
         "facts": facts,
-        "cases": len(kernels) + len(training),
-        "not_timed": suite.get("not_timed") or {},
-        "failed": suite.get("failed") or {},
+        "cases": len(rows),
         "sweep": sweep,
-        "limits": suite.get("limits") or {},
-        "untimed": suite.get("untimed") or [],
+        **{name: suite.get(name) or {} for name in ("not_timed", "failed", "limits")},
     }
-    return head, kernels, training, complaints
+    return head, rows, complaints
 
 
 def _check_schema(info: dict[str, Any]) -> None:
@@ -292,7 +299,7 @@ def _check_schema(info: dict[str, Any]) -> None:
         raise ValueError(f"cases of schema version {version!r}, this reads {convert.SCHEMA}")
 
 
-def _timed(benchmark: dict[str, Any]) -> dict[str, Any]:
+def _timed(benchmark: dict[str, Any]) -> Content:
     """What every case has: its time, and what that is known from."""
     info, stats = benchmark["extra_info"], benchmark["stats"]
     row = {
@@ -313,7 +320,7 @@ def _timed(benchmark: dict[str, Any]) -> dict[str, Any]:
     return row
 
 
-def _of_step(info: dict[str, Any]) -> dict[str, Any]:
+def _of_step(info: dict[str, Any]) -> Content:
     settings = {k: v for k, v in info["settings"].items() if k != "backend"}
     row = {name: info[name] for name in _STEP_COLUMNS} | {"info": info}
     row["peak_memory_bytes"] = info.get("peak_memory_bytes")
@@ -321,7 +328,7 @@ def _of_step(info: dict[str, Any]) -> dict[str, Any]:
     return row
 
 
-def _of_kernel(info: dict[str, Any], settings: dict[Any, tuple[str, ...]]) -> dict[str, Any]:
+def _of_kernel(info: dict[str, Any], settings: dict[Any, tuple[str, ...]]) -> Content:
     row = {name: info[name] for name in _KERNEL_COLUMNS} | {"info": info}
     if info.get("captured"):
         row["backend"] = _replayed(info["backend"])
@@ -349,24 +356,22 @@ def _settings(benchmarks: Iterable[Any]) -> dict[Any, tuple[str, ...]]:
     A length is a field of such a name, or one that is N in every case, of several; where the tokens
     of a call are given, the batch follows from the length, too.
     """
-    shapes: dict[Any, list[tuple[Any, dict[str, Any]]]] = {}
+    shapes: dict[Any, list[tuple[Any, Content]]] = {}
     for benchmark in benchmarks:
         info = benchmark.get("extra_info") if isinstance(benchmark, dict) else None
         if isinstance(info, dict) and isinstance(info.get("shape"), dict):
             shapes.setdefault(_of_one_plot(info), []).append((info.get("N"), info["shape"]))
-    return {
-        key: tuple(
+    settings = {}
+    for (operation, total), found in shapes.items():
+        several = len({tokens for tokens, _ in found}) > 1
+        lengths = {*LENGTHS, *(("B",) if total else ())}
+        names = dict.fromkeys(name for _, shape in found for name in shape if name not in lengths)
+        settings[operation, total] = tuple(
             name
-            for name in dict.fromkeys(name for _, shape in found for name in shape)
-            if name not in _LENGTHS and not (key[1] and name == "B") and not _is_length(name, found)
+            for name in names
+            if not (several and all(shape.get(name) == tokens for tokens, shape in found))
         )
-        for key, found in shapes.items()
-    }
-
-
-def _is_length(name: str, found: list[tuple[Any, dict[str, Any]]]) -> bool:
-    several = len({tokens for tokens, _ in found}) > 1
-    return several and all(shape.get(name) == tokens for tokens, shape in found)
+    return settings
 
 
 def _relative_error(row: dict[str, Any], interval: list[float] | None) -> float:

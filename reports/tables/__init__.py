@@ -15,7 +15,8 @@ from linear_vit.reports.saved.files import write_json, write_text
 from linear_vit.reports.saved.runs import NoRuns
 from linear_vit.reports.tables import ablation, breakdown, results, results_text, steps
 from linear_vit.reports.tables.results import Exponents
-from linear_vit.reports.tables.table import Table, join, to_markdown
+from linear_vit.reports.tables.scaling import fit_frame
+from linear_vit.reports.tables.table import Table, join, section
 
 
 def write_results(
@@ -165,19 +166,8 @@ def _near(out: Path, found: Sequence[records.Record]) -> Exponents | None:
 
 
 def _fits(found: Sequence[Group]) -> list[dict[str, Any]]:
-    return [
-        {
-            "machine": group.machine,
-            "operation": operation,
-            "pass": mode,
-            "dtype": group.dtype,
-            "backend": backend,
-            **{name: getattr(fit, name) for name in ("exponent", "low", "high")},
-        }
-        for group in found
-        for (operation, mode, backend), fit in group.fits.items()
-        if fit.reason is None
-    ]
+    rows = fit_frame(found).to_dict("records")
+    return [{str(k): v for k, v in row.items()} for row in rows if not row["reason"]]
 
 
 def _load(paths: Sequence[Path]) -> runs.Runs | None:
@@ -191,7 +181,8 @@ def _load(paths: Sequence[Path]) -> runs.Runs | None:
 def _document(tables: Sequence[Table]) -> str:
     parts = []
     for table in tables:
-        parts += [f"{table.title}.", to_markdown(table), *([table.note] if table.note else [])]
+        title, *rest = section(table)
+        parts += [f"{title.removeprefix('## ')}.", *rest]
     return join(parts)
 
 

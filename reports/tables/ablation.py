@@ -15,8 +15,6 @@
     claimed_best what the original found best, or null
 """
 
-import csv
-import io
 import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -28,8 +26,8 @@ from linear_vit.reports.claims import CLAIMS, DATASETS, model_of
 from linear_vit.reports.saved import machines
 from linear_vit.reports.saved.records import Record
 from linear_vit.reports.statistics.seeds import paired_ratios, percent_text, t_interval
-from linear_vit.reports.tables import pairs
-from linear_vit.reports.tables.table import Cell, Table, columns, number
+from linear_vit.reports.tables import pairs, table
+from linear_vit.reports.tables.table import Cell, Line, Table, number
 from linear_vit.reports.units import capital, exact
 
 SCHEMA = "linear-vit-ablation/1"
@@ -125,7 +123,6 @@ def describe(found: Record) -> str:
 
 def as_table(found: Record) -> Table:
     """A row per value; the best by validation accuracy is marked."""
-    lines = [_cells(row, found) for row in found["rows"]]
     first = found["rows"][0]
     how = {
         "by turns": "training steps of all values by turns in one process; 95 % interval",
@@ -138,11 +135,10 @@ def as_table(found: Record) -> Table:
         f"{machines.label(found['environment'])}"
     )
     note = f"{describe(found)} Speed: images/s over those of {first['value']}: {how}."
-    rows = [pairs.row(line) for line in lines]
-    return Table(title, columns(lines[0]), rows, note)
+    return table.of_lines(title, [_cells(row, found) for row in found["rows"]], note)
 
 
-def _cells(row: dict[str, Any], found: Record) -> dict[str, Cell]:
+def _cells(row: dict[str, Any], found: Record) -> Line:
     rate, best = row["images_per_second"]["median"], row["value"] == found["best"]
     return {
         found["setting"]: number(str(row["value"]), row["value"]),
@@ -171,17 +167,21 @@ def _dataset(found: Record) -> str:
 
 def to_csv(found: Record) -> str:
     """One line per value."""
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    titles = ["seeds", "parameters", "val_accuracy_mean_percent", "accuracy_mean_percent"]
-    titles += ["accuracy_half_width_percent", "images_per_second", "speedup_median"]
-    writer.writerow([found["setting"], *titles])
-    for row in found["rows"]:
-        cells = [row["value"], len(row["seeds"]), row["parameters"], row["val_accuracy"]["mean"]]
-        cells += [row["accuracy"]["mean"], row["accuracy"]["half_width"]]
-        cells += [row["images_per_second"]["median"], (row["speedup"] or {}).get("median")]
-        writer.writerow(cells)
-    return text.getvalue()
+    return table.to_csv(
+        [
+            {
+                found["setting"]: row["value"],
+                "seeds": len(row["seeds"]),
+                "parameters": row["parameters"],
+                "val_accuracy_mean_percent": row["val_accuracy"]["mean"],
+                "accuracy_mean_percent": row["accuracy"]["mean"],
+                "accuracy_half_width_percent": row["accuracy"]["half_width"],
+                "images_per_second": row["images_per_second"]["median"],
+                "speedup_median": (row["speedup"] or {}).get("median"),
+            }
+            for row in found["rows"]
+        ]
+    )
 
 
 def plot(found: Record, path: Path) -> None:

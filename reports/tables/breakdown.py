@@ -1,11 +1,9 @@
 """What a training step spends its time on, as a table; see training/breakdown.py for the record."""
 
-import csv
-import io
-
 from linear_vit.reports.saved import machines
 from linear_vit.reports.saved.records import Record
-from linear_vit.reports.tables.table import Row, Table, columns, number, word
+from linear_vit.reports.tables import table
+from linear_vit.reports.tables.table import Line, Table, number, word
 from linear_vit.reports.units import capital, duration, exact
 
 _NOTE = (
@@ -21,18 +19,17 @@ def parts(found: Record) -> list[str]:
 
 def as_table(found: Record) -> Table:
     """A row per model, shares in percent."""
-    names, rows = parts(found), []
-    for row in found["rows"]:
-        cells = [word(row["title"])]
-        for name in names:
-            share = row["shares"][name]
-            cells.append(number(f"{share:.1%}", share, tip(row, name)))
-        cells.append(number(duration(row["seconds"]), row["seconds"]))
-        rate = row["images_per_second"]
-        cells.append(number(f"{rate:,.0f}", rate, exact(rate, "images/s")))
-        rows.append(Row(cells))
-    titles = ["Model", *map(capital, names), "Step", "Images/s"]
-    return Table(title(found), columns(titles, ["Model"]), rows, _NOTE)
+    return table.of_lines(title(found), [_line(row, parts(found)) for row in found["rows"]], _NOTE)
+
+
+def _line(row: Record, names: list[str]) -> Line:
+    shares, rate = row["shares"], row["images_per_second"]
+    return {
+        "Model": word(row["title"]),
+        **{capital(n): number(f"{shares[n]:.1%}", shares[n], tip(row, n)) for n in names},
+        "Step": number(duration(row["seconds"]), row["seconds"]),
+        "Images/s": number(f"{rate:,.0f}", rate, exact(rate, "images/s")),
+    }
 
 
 def title(found: Record) -> str:
@@ -54,11 +51,10 @@ def tip(row: Record, name: str) -> str:
 
 def to_csv(found: Record) -> str:
     """One line per model: seconds, images/s and shares."""
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    names = parts(found)
-    writer.writerow(["model", "seconds", "images_per_second", *names])
-    for row in found["rows"]:
-        shares = [row["shares"][name] for name in names]
-        writer.writerow([row["model"], row["seconds"], row["images_per_second"], *shares])
-    return text.getvalue()
+    plain, names = ("model", "seconds", "images_per_second"), parts(found)
+    return table.to_csv(
+        [
+            {name: row[name] for name in plain} | {name: row["shares"][name] for name in names}
+            for row in found["rows"]
+        ]
+    )

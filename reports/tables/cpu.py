@@ -1,26 +1,28 @@
 """The C++ kernels: the page of their targets, what limits them, and the tables behind."""
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from linear_vit.reports import targets
-from linear_vit.reports.claims import PER_FMA, PYTORCH, WRITES_OUTPUT, family_of
+from linear_vit.reports.claims import PYTORCH, family_of
 from linear_vit.reports.saved.runs import Runs
 from linear_vit.reports.statistics.fits import fit_scaling
+from linear_vit.reports.tables import table
 from linear_vit.reports.tables.table import (
     NOTHING,
     Cell,
-    Row,
+    Line,
     Table,
-    columns,
-    from_lines,
     join,
+    maybe,
     number,
     to_markdown,
     word,
 )
+from linear_vit.reports.targets import Case
 from linear_vit.reports.units import duration, exact, rate
 
 WHAT_LIMITS = """\
@@ -33,7 +35,14 @@ are waited for. A matmul needs little more than one instruction an FMA, and work
 And an output of 100 MB is memory fresh from the system at every call, unless the process keeps
 what is freed (`--keep-memory`): the column "fresh pages" is the time to have that cleared,
 whoever computes."""
-_PROBES = {"fma": "FMA rate", "load": "L1 loads", "instructions": "instructions"}
+# A case's limits by the names that runs have; what they are called here, in the order of the table.
+_LIMITS = {
+    "fma": "FMA rate",
+    "load": "L1 loads",
+    "instructions": "instructions",
+    "copy": "memory",
+    "fresh": "fresh pages",
+}
 _OWN = "cpu"
 
 
@@ -41,7 +50,7 @@ _OWN = "cpu"
 class Product:
     """One product of the forward pass, and how long each limit alone would let it take."""
 
-    case: dict[Any, Any]
+    case: Case
     flop_done: float  # half of the dense work: the rows that a sign picks
     bounds: dict[str, float]
 
@@ -54,49 +63,49 @@ class Product:
 
 
 def products(run: Runs) -> list[Product]:
-    """Of the cases whose limits the run has measured."""
+    """Of the cases whose own limits the run says, those of the processor among them."""
+    kept = {head["file"] for head in run.heads if head["facts"].get("memory")}
     found = []
-    kept = {head["file"]: bool(head["facts"].get("memory")) for head in run.heads}
     for case in run.kernels.to_dict("records"):
-        per_fma, limits = PER_FMA.get(case["operation"]), run.limits(case["file"])
-        probes, copy = limits.get("probes") or {}, limits.get("copy_bytes_per_s")
-        own = case["backend"] == _OWN and case["pass"] == "forward" and case["dtype"] == "float32"
-        if not (own and per_fma and copy and all(probes.get(name) for name in per_fma)):
-            continue
-        info = case["info"]
-        done, shape = info["least_flop"] / 2, info["shape"]
-        bounds = {_PROBES[name]: done * n / probes[name] for name, n in per_fma.items()}
-        bounds["memory"] = info["least_bytes"] / copy
-        fresh = limits.get("fresh_large_bytes_per_s")
-        writes = case["operation"] in WRITES_OUTPUT and not kept[case["file"]]
-        written = 4 * shape["B"] * shape["H"] * shape["N"] * shape["D"] if writes else 0
-        bounds["fresh pages"] = written / fresh if fresh else 0.0
-        found.append(Product(case, done, bounds))
+        bounds = _bounds(case["info"], fresh=case["file"] not in kept)
+        if bounds:
+            found.append(Product(case, case["info"]["least_flop"] / 2, bounds))
     return found
+
+
+def _bounds(info: dict[str, Any], *, fresh: bool) -> dict[str, float]:
+    """By limit the least seconds; runs of older versions have them under the names of a table.
+
+    ``fresh``: whether an output's memory is fresh from the system.
+    """
+    seconds = info.get("limits_s") or {}
+    if "fma" not in seconds:
+        return info.get("bounds_s") or {}
+    found = {title: float(seconds.get(name, 0.0)) for name, title in _LIMITS.items()}
+    return found if fresh else found | {_LIMITS["fresh"]: 0.0}
 
 
 def products_table(run: Runs, found: Sequence[Product]) -> Table:
     """What is done a second, and the share of the time that each limit alone would take."""
-    lines = []
-    for product in found:
-        case = product.case
-        done = product.flop_done / case["median_s"] / 1e9
-        bounds = "\n".join(f"{k}: {duration(v)}" for k, v in product.bounds.items() if v)
-        line = {
-            "operation": word(run.words.operation(case["operation"])),
-            "N": number(f"{case['N']:,}", case["N"]),
-            "time": number(duration(case["median_s"]), case["median_s"]),
-            "GFLOP/s done": number(rate(done), done, exact(done, "GFLOP/s")),
-            "limited by": word(product.binding, f"each limit alone allows\n{bounds}"),
-        }
-        for name in product.bounds:
-            share = product.share(name)
-            line[name] = number(f"{share:.0%}", share, exact(100 * share, "%"))
-        lines.append(line)
     first = found[0].case
     title = f"Limits of the C++ products; {first['machine']}"
-    note = _limits(run.limits(first["file"]))
-    return from_lines(title, lines, ("operation", "limited by"), note)
+    lines = [_product_line(run, product) for product in found]
+    return table.of_lines(title, lines, _limits(run.limits(first["file"])))
+
+
+def _product_line(run: Runs, product: Product) -> Line:
+    case = product.case
+    done = product.flop_done / case["median_s"] / 1e9
+    bounds = "\n".join(f"{k}: {duration(v)}" for k, v in product.bounds.items() if v)
+    shares = {name: product.share(name) for name in product.bounds}
+    return {
+        "operation": word(run.words.operation(case["operation"])),
+        "N": number(f"{case['N']:,}", case["N"]),
+        "time": number(duration(case["median_s"]), case["median_s"]),
+        "GFLOP/s done": number(rate(done), done, exact(done, "GFLOP/s")),
+        "limited by": word(product.binding, f"each limit alone allows\n{bounds}"),
+        **{k: number(f"{s:.0%}", s, exact(100 * s, "%")) for k, s in shares.items()},
+    }
 
 
 def _limits(limits: dict[str, Any]) -> str:
@@ -114,66 +123,52 @@ def _limits(limits: dict[str, Any]) -> str:
 
 def against_others(run: Runs) -> list[Table]:
     """The own kernels on batches beside every backend that took turns with them."""
-    frame = run.kernels
-    frame = frame[frame["total_tokens"] > 0] if not frame.empty else frame
+    cases = [case for case in run.kernels.to_dict("records") if case["total_tokens"]]
+    at = {_key(case, case["operation"], case["backend"]): case for case in cases}
+    curves: dict[tuple[str, ...], list[Case]] = {}
+    for case in cases:
+        alike = tuple(case[name] for name in ("operation", "pass", "dtype", "setting"))
+        curves.setdefault(alike, []).append(case)
     tables = []
-    for (operation, mode, dtype), part in frame.groupby(["operation", "pass", "dtype"], sort=False):
-        own = part[part["backend"] == _OWN].sort_values("N")
-        others = [str(name) for name in part["backend"].unique() if name != _OWN]
-        if own.empty or not others:
-            continue
-        at = {(case["N"], case["backend"]): case for case in part.to_dict("records")}
-        incumbent = _incumbent(run, str(operation), str(mode), str(dtype))
-        lines = [
-            _against(run, case, {name: at.get((case["N"], name)) for name in others}, incumbent)
-            for case in own.to_dict("records")
-        ]
-        title = f"{run.words.operation(str(operation)).capitalize()}, {mode}, {dtype}"
-        tables.append(from_lines(title, lines, ()))
+    for (operation, *names, setting), part in curves.items():
+        others = [c["backend"] for c in part if c["backend"] != _OWN]
+        own = sorted((c for c in part if c["backend"] == _OWN), key=lambda c: c["N"])
+        if own and others:
+            lines = [_against(run, case, list(dict.fromkeys(others)), at) for case in own]
+            title = ", ".join([run.words.operation(operation).capitalize(), *names])
+            if len({key[-1] for key in curves if key[0] == operation}) > 1:
+                title += f", {setting}"
+            tables.append(table.of_lines(title, table.without_empty(lines)))
     return tables
 
 
-def _incumbent(run: Runs, operation: str, mode: str, dtype: str) -> dict[int, dict[Any, Any]]:
-    """By length: PyTorch's cases of the operation whose work this one does in another way."""
-    family = family_of(operation)
-    if not family.incumbent or operation != family.operations[0]:
-        return {}
-    frame = run.kernels
-    frame = frame[(frame["operation"] == family.operations[1]) & (frame["backend"] == PYTORCH)]
-    frame = frame[(frame["pass"] == mode) & (frame["dtype"] == dtype) & (frame["total_tokens"] > 0)]
-    return {int(case["N"]): case for case in frame.to_dict("records")}
+def _key(case: Case, operation: str, backend: str) -> tuple[Any, ...]:
+    """Of the case of another operation or backend that this one is set against."""
+    return operation, backend, case["pass"], case["dtype"], targets.place(case)
 
 
-def _against(
-    run: Runs,
-    own: dict[Any, Any],
-    others: dict[str, dict[Any, Any] | None],
-    incumbent: dict[int, dict[Any, Any]],
-) -> dict[str, Cell]:
+def _against(run: Runs, own: Case, others: Sequence[str], at: dict[Any, Case]) -> Line:
     line = {
         "N": number(f"{own['N']:,}", own["N"]),
         f"{_OWN}, time": number(duration(own["median_s"]), own["median_s"]),
         f"{_OWN}, GFLOP/s": _rate(own["tflop_per_s"] * 1e3),
         f"{_OWN}, GB/s": _rate(own["gb_per_s"]),
     }
-    for name, other in others.items():
-        ratio = targets.over(own, other) if other else None
+    for name in others:
+        other = at.get(_key(own, own["operation"], name))
         line[f"{name}, GFLOP/s"] = _rate(other["tflop_per_s"] * 1e3 if other else None)
-        line[f"over {name}"] = Cell(NOTHING) if ratio is None else number(f"{ratio:.2f}×", ratio)
-    matmul = own["ratios"].get("matmul")
-    line["over float32 matmul"] = (
-        Cell(NOTHING) if matmul is None else number(f"{matmul:.2f}×", matmul)
-    )
-    other = incumbent.get(own["N"])
-    ratio = targets.over(own, other) if other else None
-    line[f"over {family_of(own['operation']).incumbent}"] = (
-        Cell(NOTHING) if ratio is None else number(f"{ratio:.1f}×", ratio)
-    )
+        line[f"over {name}"] = maybe(targets.over(own, other) if other else None, "{:.2f}×", "")
+    line["over float32 matmul"] = maybe(targets.over_matmul(run, own), "{:.2f}×", "")
+    family = family_of(own["operation"])
+    if family.incumbent and own["operation"] == family.operations[0]:
+        other = at.get(_key(own, family.operations[1], PYTORCH))
+        over = targets.over(own, other) if other else None
+        line[f"over {family.incumbent}"] = maybe(over, "{:.1f}×", "")
     return line
 
 
 def _rate(value: float | None) -> Cell:
-    if value is None or value != value:  # NaN: the file does not say the work
+    if value is None or math.isnan(value):  # the file does not say the work
         return Cell(NOTHING)
     return number(rate(value), value)
 
@@ -183,26 +178,27 @@ def time_against_n(run: Runs) -> Table | None:
     cases = targets.one_sequence(run)
     if not cases:
         return None
-    rows = []
+    lines = []
     for case in cases:
-        heads = case["info"]["shape"]["H"]
-        each = 1e9 * case["median_s"] / case["N"] / heads
-        cells = [number(f"{case['N']:,}", case["N"])]
-        cells += [number(duration(case["median_s"]), case["median_s"]), number(f"{each:.0f}", each)]
-        rows.append(Row(cells))
+        each = 1e9 * case["median_s"] / case["N"] / targets.shape(case)["H"]
+        lines.append(
+            {
+                "N": number(f"{case['N']:,}", case["N"]),
+                "time": number(duration(case["median_s"]), case["median_s"]),
+                "ns per token and head": number(f"{each:.0f}", each),
+            }
+        )
     fit = fit_scaling([c["N"] for c in cases], [c["median_s"] for c in cases])
-    title = "Time against N, one sequence, forward, float32"
-    titles = ["N", "time", "ns per token and head"]
-    return Table(title, columns(titles), rows, f"Fitted: {fit}.")
+    return table.of_lines(
+        "Time against N, one sequence, forward, float32", lines, f"Fitted: {fit}."
+    )
 
 
 def document(run: Runs, found: Sequence[targets.Verdict]) -> str:
     """The targets of a CPU, and what is behind each figure, as Markdown."""
     lines = ["# The CPU kernels, measured", _heading(run), to_markdown(targets.as_table(found))]
     lines.append(WHAT_LIMITS)
-    for table in _tables(run):
-        lines += [f"## {table.title}", to_markdown(table), *([table.note] if table.note else [])]
-    return join(lines)
+    return join(lines + [text for one in _tables(run) for text in table.section(one)])
 
 
 def _tables(run: Runs) -> Iterator[Table]:

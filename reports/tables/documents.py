@@ -1,16 +1,16 @@
 """Whole pages of tables as Markdown: a run beside its targets, and what the repository measured."""
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from linear_vit.reports import targets
 from linear_vit.reports.groups import groups
-from linear_vit.reports.saved import records, runs
+from linear_vit.reports.saved import runs
 from linear_vit.reports.saved.files import read_json
 from linear_vit.reports.saved.runs import Runs
-from linear_vit.reports.tables import ablation, breakdown, cpu, results_text, scaling, steps
-from linear_vit.reports.tables.table import Cell, Row, Table, columns, join, to_markdown, word
+from linear_vit.reports.tables import ablation, breakdown, cpu, results_text, scaling, steps, table
+from linear_vit.reports.tables.table import Cell, Table, join, to_markdown, word
 from linear_vit.reports.targets import Verdict
 
 
@@ -47,13 +47,11 @@ def _source(path: Path, folder: Path, where: str = "") -> str:
     return f"From `reports/measurements/{path.relative_to(folder)}`{where and f': {where}'}."
 
 
-def _shown(table: Table, path: Path, folder: Path) -> Iterator[str]:
+def _shown(found: Table, path: Path, folder: Path) -> Iterator[str]:
     """A part of its own; the machine stands at the end of a table's title."""
-    heading, _, where = table.title.rpartition("; ")
-    yield f"## {heading}"
-    yield _source(path, folder, where)
-    yield to_markdown(table)
-    yield from filter(None, [table.note])
+    heading, _, where = found.title.rpartition("; ")
+    parts = table.section(replace(found, title=heading))
+    yield from (parts[0], _source(path, folder, where), *parts[1:])
 
 
 def _results(machine: Path, folder: Path) -> Iterator[str]:
@@ -73,12 +71,7 @@ def _results(machine: Path, folder: Path) -> Iterator[str]:
 
 def _ablations(machine: Path, folder: Path) -> Iterator[str]:
     for path in sorted(machine.rglob("ablation-*.json")):
-        (found,) = [one for one in records.read_ablations(path.parent) if _is_of(one, path)]
-        yield from _shown(ablation.as_table(found), path, folder)
-
-
-def _is_of(found: dict[str, Any], path: Path) -> bool:
-    return path.stem == f"ablation-{found['setting']}"
+        yield from _shown(ablation.as_table(read_json(path)), path, folder)
 
 
 def _kernels(machine: Path, folder: Path) -> Iterator[str]:
@@ -87,11 +80,8 @@ def _kernels(machine: Path, folder: Path) -> Iterator[str]:
         found = groups(runs.load([path]))
         yield "## Growth with the number of tokens"
         yield f"{_source(path, folder)} One sequence, or one grid, a call: time = a + b·N^p."
-        for table in (*scaling.crossings(found), scaling.exponents(found)):
-            if table is not None:
-                yield f"### {table.title}"
-                yield to_markdown(table)
-                yield from filter(None, [table.note])
+        for one in filter(None, (*scaling.crossings(found), scaling.exponents(found))):
+            yield from table.section(one, "###")
 
 
 def _targets(machine: Path, folder: Path) -> Iterator[str]:
@@ -101,16 +91,15 @@ def _targets(machine: Path, folder: Path) -> Iterator[str]:
         return
     loaded = [runs.load([path]) for path in paths]
     judged = [targets.verdicts(run, targets.of_device(run)) for run in loaded]
-    rows = []
+    lines = []
     for verdicts in zip(*judged, strict=True):
-        target = verdicts[0].target
-        cells = [word(target.name), word(target.bound), *map(_measured, verdicts)]
-        rows.append(Row([*cells, word(target.reason)]))
-    titles = ["", "target", *(path.stem for path in paths), "why"]
+        line = {"": word(verdicts[0].target.name), "target": word(verdicts[0].target.bound)}
+        line |= {path.stem: _measured(of) for path, of in zip(paths, verdicts, strict=True)}
+        lines.append(line | {"why": word(verdicts[0].target.reason)})
     yield "## The kernels against the targets set for them"
     for path, run in zip(paths, loaded, strict=True):
         yield f"{path.stem}: {_source(path, folder, run.heads[-1]['machine'])}"
-    yield to_markdown(Table("", columns(titles, titles), rows))
+    yield to_markdown(table.of_lines("", lines))
 
 
 def _is_of_targets(path: Path) -> bool:
@@ -133,7 +122,7 @@ def _steps(machine: Path, folder: Path) -> Iterator[str]:
         for one in steps.groups(runs.load([path])):
             yield from _shown(steps.as_table(one), path, folder)
     for path in sorted(machine.rglob("step-breakdown.json")):
-        yield from _shown(breakdown.as_table(records.read_breakdown(path)), path, folder)
+        yield from _shown(breakdown.as_table(read_json(path)), path, folder)
 
 
 def _noise(machine: Path, folder: Path) -> Iterator[str]:

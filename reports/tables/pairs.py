@@ -10,7 +10,7 @@ from linear_vit.reports.saved import machines
 from linear_vit.reports.saved.records import Record
 from linear_vit.reports.statistics import turns
 from linear_vit.reports.statistics.seeds import ratio_text
-from linear_vit.reports.tables.table import NOTHING, Cell, Row, number
+from linear_vit.reports.tables.table import NOTHING, Cell, number
 from linear_vit.reports.units import exact
 
 _NORMAL_95 = 1.96
@@ -80,7 +80,3 @@ def speedup_cell(ratio: Mapping[str, Any] | None) -> Cell:
 def values(of: Mapping[str, Any], unit: str) -> str:
     """Single values, for a tooltip."""
     return f"{', '.join(f'{value:,.4g}' for value in of['values'])} {unit}" if of["values"] else ""
-
-
-def row(cells: Mapping[str, Cell]) -> Row:
-    return Row(list(cells.values()))

@@ -5,45 +5,33 @@
     schema    "linear-vit-table/1"
     created   ISO time, UTC
     claims    {source, backbone, accuracy: {data set: {model: percent}}, speedup: {...}}
-    datasets  one entry per data set and setting:
-        dataset, title      key and name in full
-        status              "measured" or "not run" (then setting and environment are null)
-        setting             what the runs have in common (preset, sizes, epochs, lr, ...)
-        environment         torch, device, cpu, threads ... of the first run
-        rows                one per model:
-            model, title, attention_type, local_branch
-            status          "measured" or "not run" (then the measured fields are null)
-            seeds           list of the seeds measured
-            parameters      their number
+    datasets  one entry per data set and setting: dataset, title, status ("measured", or "not run":
+        then setting and environment are null), setting (what the runs have in common), environment
+        (of the first run), arithmetic (what the FLOP of a layer allow, as :func:`arithmetic`), and
+        rows, one per model, whose measured fields are null where it was not run:
+            model, title, attention_type, local_branch, status, seeds (those measured), parameters
             accuracy        {mean, half_width, values}: test accuracy in percent; the 95 %
                             t-interval over seeds is mean ± half_width (null for one seed)
-            images_per_second  {median, values, how}: training steps; values are the runs' own,
-                            one per seed; how is "by turns" where a saved run has the models' steps
-                            and the median is its, else "in the runs"
+            images_per_second  {median, values, how}: training steps; values are the runs' own, one
+                            per seed; how is "by turns" where a saved run has the models' steps and
+                            the median is its, else "in the runs"
             speedup         {median, low, high, values, how}: images/s over the baseline's; by turns
                             [low, high] is the 95 % interval, in the runs the range of values, those
-                            of the same seed, run next to each other; null for lack of such pairs
-            claim           {accuracy, speedup} or null
+                            of the same seed; null for lack of such pairs
             gain            {mean, half_width, values}: accuracy over the baseline's of the same
                             seed, in points; null without pairs
             time_to_baseline  {target_percent, seconds, reached, seeds, speedup}: training seconds
-                            until validation accuracy first reached the baseline's final one
-                            (median of the seeds that did), and how much faster than the baseline
-                            itself got there {median, low, high, values}; null without pairs.
-                            Images seen by then over the images/s above, where by turns
+                            until validation accuracy first reached the baseline's final one (median
+                            of the seeds that did), and how much faster than the baseline itself
             complexity      {order, exponent, low, high, pass, backend, dtype, machine}: of the
-                            attention core; all but order null where it was not measured on the
-                            machine of the runs
+                            attention core; all but order null unless measured on the runs' machine
             hours_200_epochs  training steps alone, from the median epoch, or the rate by turns
             peak_memory     bytes on a CUDA device, the most of any seed; null on a CPU
-            verdict         "reproduced", "not reproduced", "not run" or "no claim", and why:
+            claim           {accuracy, speedup} or null
+            verdict         "reproduced", "not reproduced", "not run" or "no claim"
             verdict_reason  a sentence
-        arithmetic      what the FLOP of a layer allow: {tokens, dim, core_share, free_core,
-                        pooled, no_attention}, the last three as speed-ups of a layer
-    exponents   the file of the measured exponents, or null
-    speeds      the files of the speeds by turns
-    ablations   the ablation-*.json there were, in short: {text, setting, best, claimed_best,
-                dataset}
+    exponents, speeds   the files of the measured exponents (or null), and of the speeds by turns
+    ablations   the ablation-*.json there were: {text, setting, best, claimed_best, dataset}
 """
 
 import json

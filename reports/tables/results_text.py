@@ -1,28 +1,15 @@
 """The results table as people read it: a part per data set, the notes below, and CSV."""
 
-import csv
-import io
 from dataclasses import dataclass
 from typing import Any
 
 from linear_vit.reports.saved import machines
 from linear_vit.reports.statistics.seeds import percent_text, points_text, ratio_text
-from linear_vit.reports.tables import pairs
-from linear_vit.reports.tables.table import (
-    NOTHING,
-    Cell,
-    Table,
-    from_lines,
-    join,
-    maybe,
-    number,
-    to_markdown,
-    word,
-)
+from linear_vit.reports.tables import pairs, table
+from linear_vit.reports.tables.table import NOTHING, Cell, Line, Table, maybe, number, word
 from linear_vit.reports.units import exact
 
 _VERDICTS = {"reproduced": "best", "not reproduced": "failed"}
-_WORDS = ("Model", "Complexity", "Verdict")
 _NOTES = (
     "Accuracy: on the test set, read once per run; mean ± 95 % t-interval over the seeds. "
     "Over the baseline: the same in percentage points, paired by seed. "
@@ -58,8 +45,8 @@ def notes(content: dict[str, Any]) -> list[str]:
     """What is said once, of all data sets."""
     claims = content["claims"]
     said = [f"{_NOTES} Claimed: as stated in {claims['source']} ({claims['backbone']})."]
-    said += [str(entry["text"]) for entry in content.get("ablations") or ()]
-    if content.get("exponents"):
+    said += [entry["text"] for entry in content["ablations"]]
+    if content["exponents"]:
         said.append(f"Exponents: {content['exponents']}.")
     if content.get("speeds"):
         said.append(f"Speed-ups by turns: {', '.join(content['speeds'])}.")
@@ -70,21 +57,22 @@ def markdown(content: dict[str, Any]) -> str:
     """The whole table for people: one section per data set."""
     lines = []
     for part in parts(content):
-        lines += [f"## {part.title}", part.where, to_markdown(part.table), *part.notes]
-    return join([*lines, *notes(content)])
+        lines += [f"## {part.title}", part.where, table.to_markdown(part.table), *part.notes]
+    return table.join([*lines, *notes(content)])
 
 
 def _part(dataset: dict[str, Any], claims: dict[str, Any]) -> Part:
     here = machines.label(dataset["environment"]) if dataset["environment"] else ""
     lines = [_cells(row, here) for row in dataset["rows"]]
-    said = [arithmetic(dataset["arithmetic"])] if dataset.get("arithmetic") else []
-    hours = (claims.get("hours_200_epochs") or {}).get(dataset["dataset"])
+    said = [arithmetic(dataset["arithmetic"])] if dataset["arithmetic"] else []
+    hours = claims["hours_200_epochs"].get(dataset["dataset"])
     if hours and dataset["status"] == "measured":
         said.append(f"Claimed for 200 epochs: about {hours} h on one RTX 3090.")
-    if claims.get("peak_memory_gb") and any(row.get("peak_memory") for row in dataset["rows"]):
+    if any(row["peak_memory"] for row in dataset["rows"]):
         said.append(f"Claimed peak memory: {claims['peak_memory_gb']} GB.")
     title = str(dataset["title"])
-    return Part(title, _where(dataset), from_lines(title, lines, _WORDS), said, dataset)
+    shown = table.of_lines(title, table.without_empty(lines))
+    return Part(title, _where(dataset), shown, said, dataset)
 
 
 def _where(dataset: dict[str, Any]) -> str:
@@ -112,39 +100,39 @@ def arithmetic(a: dict[str, Any]) -> str:
     )
 
 
-def _cells(row: dict[str, Any], here: str) -> dict[str, Cell]:
+def _cells(row: dict[str, Any], here: str) -> Line:
     """The cells of a model; ``here`` is the machine that its table is of."""
-    claim, accuracy = row["claim"] or {}, row["accuracy"]
-    gain, rate, peak = row.get("gain"), row["images_per_second"], row.get("peak_memory")
-    verdict, seeds = row.get("verdict", NOTHING), len(row["seeds"])
+    claim, accuracy, gain = row["claim"] or {}, row["accuracy"], row["gain"]
+    rate, peak = row["images_per_second"], row["peak_memory"]
+    mark = _VERDICTS.get(row["verdict"], "")
+    shown = percent_text(accuracy) if accuracy else ""
     return {
         "Model": word(row["title"]),
         "Parameters": maybe(row["parameters"], "{:,}"),
-        "Accuracy": number(percent_text(accuracy), accuracy["mean"], pairs.values(accuracy, "%"))
-        if accuracy
-        else Cell("not run"),
+        "Accuracy": _of_seeds(accuracy, shown, "%") if accuracy else Cell("not run"),
         "Accuracy claimed": maybe(claim.get("accuracy"), "{:.1f} %"),
-        "Over the baseline": number(points_text(gain), gain["mean"], pairs.values(gain, "points"))
-        if gain
-        else Cell(NOTHING),
-        "Complexity": _order(row.get("complexity"), here),
-        "Images/s": number(f"{rate['median']:,.0f}", rate["median"], pairs.values(rate, "images/s"))
-        if rate
-        else Cell(NOTHING),
+        "Over the baseline": _of_seeds(gain, points_text(gain), "points"),
+        "Complexity": _order(row["complexity"], here),
+        "Images/s": maybe(
+            rate and rate["median"], "{:,.0f}", rate and pairs.values(rate, "images/s")
+        ),
         "Speed-up": pairs.speedup_cell(row["speedup"]),
         "Speed-up claimed": maybe(claim.get("speedup"), "{:.1f}×"),
-        "Time to baseline's accuracy": _time_to(row.get("time_to_baseline")),
-        "200 epochs": maybe(row.get("hours_200_epochs"), "{:.2g} h"),
+        "Time to baseline's accuracy": _time_to(row["time_to_baseline"]),
+        "200 epochs": maybe(row["hours_200_epochs"], "{:.2g} h"),
         "Peak memory": maybe(peak and peak / 1e9, "{:.2g} GB"),
-        "Seeds": number(str(seeds), seeds) if seeds else Cell(NOTHING),
-        "Verdict": word(verdict, str(row.get("verdict_reason", "")), _VERDICTS.get(verdict, "")),
+        "Seeds": maybe(len(row["seeds"]) or None, "{}", ""),
+        "Verdict": word(row["verdict"], row["verdict_reason"], mark),
     }
 
 
-def _order(complexity: dict[str, Any] | None, here: str) -> Cell:
-    if complexity is None:
+def _of_seeds(interval: dict[str, Any] | None, text: str, unit: str) -> Cell:
+    if interval is None:
         return Cell(NOTHING)
-    c = complexity
+    return number(text, interval["mean"], pairs.values(interval, unit))
+
+
+def _order(c: dict[str, Any], here: str) -> Cell:
     if c["exponent"] is None:
         return word(c["order"], "not measured on this machine")
     fit = f"N^{c['exponent']:.2f} ({c['low']:.2f} to {c['high']:.2f})"
@@ -171,10 +159,7 @@ def _time_to(found: dict[str, Any] | None) -> Cell:
 
 # Column of table.csv, and where in a row of table.json it stands.
 _CSV = {
-    "model": "model",
-    "status": "status",
-    "seeds": "seeds",
-    "parameters": "parameters",
+    **{name: name for name in ("model", "status", "seeds", "parameters")},
     "accuracy_claimed_percent": "claim.accuracy",
     "accuracy_mean_percent": "accuracy.mean",
     "accuracy_half_width_percent": "accuracy.half_width",
@@ -193,24 +178,24 @@ _CSV = {
     "time_to_baseline_reached": "time_to_baseline.reached",
     "hours_200_epochs": "hours_200_epochs",
     "peak_memory_bytes": "peak_memory",
-    "verdict": "verdict",
-    "verdict_reason": "verdict_reason",
+    **{name: name for name in ("verdict", "verdict_reason")},
 }
 
 
 def to_csv(content: dict[str, Any]) -> str:
     """One line per data set, setting and model; empty where not run or not claimed."""
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(["dataset", "preset", "machine", *_CSV])
+    rows = []
     for dataset in content["datasets"]:
-        preset = (dataset["setting"] or {}).get("preset")
-        machine = machines.label(dataset["environment"]) if dataset["environment"] else None
+        setting, where = dataset["setting"], dataset["environment"]
+        alike = {
+            "dataset": dataset["dataset"],
+            "preset": setting and setting["preset"],
+            "machine": where and machines.label(where),
+        }
         for row in dataset["rows"]:
             row = row | {"seeds": len(row["seeds"])}
-            cells = [_at(row, path) for path in _CSV.values()]
-            writer.writerow([dataset["dataset"], preset, machine, *cells])
-    return text.getvalue()
+            rows.append(alike | {name: _at(row, path) for name, path in _CSV.items()})
+    return table.to_csv(rows)
 
 
 def _at(row: Any, path: str) -> Any:

@@ -3,9 +3,12 @@
 import math
 from collections.abc import Sequence
 
+import pandas as pd
+
 from linear_vit.reports.groups import Group, crossovers
 from linear_vit.reports.statistics.fits import Fit
-from linear_vit.reports.tables.table import NOTHING, Cell, Row, Table, columns, number, word
+from linear_vit.reports.tables import table
+from linear_vit.reports.tables.table import NOTHING, Cell, Facets, Line, Table, number, word
 from linear_vit.reports.units import exact
 
 _RESIDUAL = (
@@ -16,53 +19,94 @@ _RESIDUAL = (
 
 def crossings(found: Sequence[Group]) -> list[Table]:
     """From which N each backend overtakes the incumbent; a table per family that asks for it."""
-    lines: dict[str, list[tuple[dict[str, Cell], dict[str, str]]]] = {}
+    lines: dict[str, list[tuple[Line, Facets]]] = {}
     for group, mode, backend, answer in crossovers(found):
         first = group.family.operations[0]
         heading = f"Crossover: from which N {group.words.operation(first)} beats "
-        line = {
-            "pass": word(mode),
-            "dtype": word(group.dtype),
-            "backend": word(backend),
-            "crossover (95 % interval)": number(answer.text, answer.estimate),
-            "where": word(_where(group)),
-        }
-        facets = {"operation": first, "backend": backend, "dtype": group.dtype}
-        lines.setdefault(heading + group.family.incumbent, []).append((line, facets))
+        crossing = {"crossover (95 % interval)": number(answer.text, answer.estimate)}
+        line = _line(group, first, mode, backend, crossing)
+        del line[0]["operation"]
+        lines.setdefault(heading + group.family.incumbent, []).append(line)
     return [_table(heading, of, "") for heading, of in lines.items()]
 
 
 def exponents(found: Sequence[Group]) -> Table | None:
     """A row per fitted curve; None without one."""
-    lines = []
-    for group in found:
-        for (operation, mode, backend), fit in group.fits.items():
-            line = {
-                "operation": word(group.words.operation(operation)),
-                "pass": word(mode),
-                "dtype": word(group.dtype),
-                "backend": word(backend),
-                **dict(zip(("exponent p", "residual", "last slope"), _fit_cells(fit), strict=True)),
-                "where": word(_where(group)),
-            }
-            facets = {"operation": operation, "backend": backend, "dtype": group.dtype}
-            lines.append((line, facets))
+    names = ("exponent p", "residual", "last slope")
+    lines = [
+        _line(group, operation, mode, backend, dict(zip(names, _fit_cells(fit), strict=True)))
+        for group in found
+        for (operation, mode, backend), fit in group.fits.items()
+    ]
     return _table("Fitted exponents", lines, _RESIDUAL) if lines else None
 
 
-def _where(group: Group) -> str:
-    return group.where.partition(", ")[2]
+def fit_frame(found: Sequence[Group]) -> pd.DataFrame:
+    """A row per curve: the exponent with its interval, or why there is none."""
+    rows = [
+        {
+            "machine": group.machine,
+            "operation": operation,
+            "pass": mode,
+            "dtype": group.dtype,
+            "backend": backend,
+            "exponent": None if fit.reason else fit.exponent,
+            "low": None if fit.reason else fit.low,
+            "high": None if fit.reason else fit.high,
+            "floor_s": None if fit.reason else fit.floor,
+            "residual": fit.residual,
+            "local_slope": fit.local_slope,
+            "lengths": fit.lengths,
+            "reason": fit.reason or "",
+            "sweep": group.sweep,
+            "setting": group.setting,
+        }
+        for group in found
+        for (operation, mode, backend), fit in group.fits.items()
+    ]
+    return pd.DataFrame(rows)
 
 
-def _table(title: str, lines: Sequence[tuple[dict[str, Cell], dict[str, str]]], note: str) -> Table:
+def crossover_frame(found: Sequence[Group]) -> pd.DataFrame:
+    """A row per backend that is set against an incumbent: the length from which on it is faster."""
+    rows = [
+        {
+            "machine": group.machine,
+            "pass": mode,
+            "dtype": group.dtype,
+            "total_tokens": group.total_tokens,
+            "backend": backend,
+            "estimate": answer.estimate,
+            "low": answer.low,
+            "high": answer.high,
+            "text": answer.text,
+            "sweep": group.sweep,
+            "setting": group.setting,
+        }
+        for group, mode, backend, answer in crossovers(found)
+    ]
+    return pd.DataFrame(rows)
+
+
+def _line(
+    group: Group, operation: str, mode: str, backend: str, measured: Line
+) -> tuple[Line, Facets]:
+    names = {"operation": group.words.operation(operation), "pass": mode}
+    names |= {"dtype": group.dtype, "backend": backend}
+    where = word(group.where.partition(", ")[2])
+    line = {name: word(text) for name, text in names.items()} | measured | {"where": where}
+    return line, {"operation": operation, "backend": backend, "dtype": group.dtype}
+
+
+def _table(title: str, found: Sequence[tuple[Line, Facets]], note: str) -> Table:
     """Where all rows are of one machine, the title says it; else each row does."""
-    places = {line["where"].text for line, _ in lines}
-    names = [name for name in lines[0][0] if name != "where" or len(places) > 1]
+    lines, facets = zip(*found, strict=True)
+    places = {line["where"].text for line in lines}
     if len(places) == 1:
         title += f"; {places.pop()}"
-    rows = [Row([line[name] for name in names], facets) for line, facets in lines]
-    left = [name for name in names if name not in ("residual", "last slope")]
-    return Table(title, columns(names, left), rows, note)
+        lines = tuple({k: cell for k, cell in line.items() if k != "where"} for line in lines)
+    left = [name for name in lines[0] if name not in ("residual", "last slope")]
+    return table.of_lines(title, lines, note, rows=facets, words=left)
 
 
 def _fit_cells(fit: Fit) -> list[Cell]:

@@ -1,17 +1,17 @@
 """Timed training steps of a saved run: every model's time by backend, and what own kernels gain."""
 
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import pandas as pd
 
 from linear_vit.reports.claims import BASELINE, MODELS, PYTORCH, model_of
 from linear_vit.reports.saved.runs import Runs, Words
 from linear_vit.reports.statistics import turns
-from linear_vit.reports.tables import pairs
-from linear_vit.reports.tables.table import NOTHING, Cell, Column, Row, Table, maybe, number, word
+from linear_vit.reports.tables import pairs, table
+from linear_vit.reports.tables.table import NOTHING, Cell, Column, Table, maybe, number, word
 from linear_vit.reports.units import duration, exact
 
 DEFAULT = "default"  # of a step: the fastest backend of each operation
@@ -59,10 +59,10 @@ class Steps:
         fastest = here.sort_values("median_s", kind="stable")
         return None if here.empty else str(fastest["backend"].iloc[0])
 
-    def gain(self, model: str) -> float | None:
-        """The fastest own kernels' step over PyTorch's, turn by turn."""
-        own, base = self.row(model, self.own(model)), self.row(model, PYTORCH)
-        return float(np.exp(turns.speedup(own, base)[0])) if own and base else None
+    def gain(self, model: str, backend: str | None = None) -> float | None:
+        """PyTorch's step over that with a backend, the fastest own one if none is named."""
+        own, base = self.row(model, backend or self.own(model)), self.row(model, PYTORCH)
+        return math.exp(turns.speedup(own, base)[0]) if own and base else None
 
     def title(self, model: str) -> str:
         """What the model is called."""
@@ -95,15 +95,13 @@ def groups(runs: Runs) -> list[Steps]:
 def as_table(steps: Steps) -> Table:
     """A row per model: time with each backend, speed-up, images/s of PyTorch's and of the best."""
     lines = [dict(_cells(steps, model)) for model in steps.models]
-    kept = [name for name in lines[0] if any(line[name].text != NOTHING for line in lines)]
-    of_backend = {steps.words.backend(name): name for name in steps.backends}
-    facets = {title: {"backend": name} for title, name in of_backend.items()}
-    columns = [Column(title, title == "Model", facets.get(title, {})) for title in kept]
-    rows = [Row([line[title] for title in kept]) for line in lines]
+    titles = {steps.words.backend(name): {"backend": name} for name in steps.backends}
+    heads = {title: Column(title, facets=facets) for title, facets in titles.items()}
     note = "All took turns. Speed-up: PyTorch's step over that with the fastest own kernels."
     for why, names in _reasons(steps).items():
         note += f" Not timed ({', '.join(names)}): {why}."
-    return Table(f"Time of a training step; {steps.where}", columns, rows, note)
+    title = f"Time of a training step; {steps.where}"
+    return table.of_lines(title, table.without_empty(lines), note, heads=heads)
 
 
 def _cells(steps: Steps, model: str) -> Iterator[tuple[str, Cell]]:
@@ -115,10 +113,7 @@ def _cells(steps: Steps, model: str) -> Iterator[tuple[str, Cell]]:
     yield "Over the baseline", _over_baseline(steps, model)
     for title, name in (("PyTorch", PYTORCH), ("own", own), ("fastest", DEFAULT)):
         row = steps.row(model, name)
-        yield (
-            f"Images/s, {title}",
-            maybe(None if row is None else float(row["images_per_s"]), "{:,.0f}"),
-        )
+        yield f"Images/s, {title}", maybe(float(row["images_per_s"]) if row else None, "{:,.0f}")
 
 
 def _time(steps: Steps, model: str, backend: str, own: str | None) -> Cell:
@@ -149,15 +144,10 @@ def _reasons(steps: Steps) -> dict[str, list[str]]:
 
 def to_csv(found: list[Steps]) -> str:
     """One line per step."""
+    columns = ["model", "backend", "dtype", "median_s", "images_per_s", "machine"]
     frames = []
     for steps in found:
-        columns = ["model", "backend", "dtype", "median_s", "images_per_s", "machine"]
-        frame = steps.frame[columns].copy()
-        frame["speedup_over_pytorch"] = [_gain_of(steps, row) for row in frame.to_dict("records")]
-        frames.append(frame)
+        named = zip(steps.frame["model"], steps.frame["backend"], strict=True)
+        gains = pd.Series([steps.gain(*names) for names in named], steps.frame.index, float)
+        frames.append(steps.frame[columns].assign(speedup_over_pytorch=gains))
     return str(pd.concat(frames).to_csv(index=False))
-
-
-def _gain_of(steps: Steps, row: Mapping[Any, Any]) -> float | None:
-    own, base = steps.row(row["model"], row["backend"]), steps.row(row["model"], PYTORCH)
-    return float(np.exp(turns.speedup(own, base)[0])) if own and base else None

@@ -1,11 +1,13 @@
-"""A table as plain data: built once, then written as Markdown or drawn by the page.
+"""A table as plain data: built once, then written as Markdown or CSV, or drawn by the page.
 
 ``facets`` say which operation, backend and dtype a part belongs to, so that the page's filters can
 hide it; a part without a facet is never hidden by the filter of that name.
 """
 
+import csv
+import io
 import textwrap
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -53,13 +55,42 @@ class Table:
     facets: Facets = field(default_factory=dict)
 
 
+Line = dict[str, Cell]  # a row's cells by column
 NOTHING = "–"
 
 
-def columns(titles: Iterable[str], words: Iterable[str] = ()) -> list[Column]:
-    """Columns by title; those in ``words`` hold text."""
-    left = set(words)
-    return [Column(title, title in left) for title in titles]
+def of_lines(
+    title: str,
+    lines: Sequence[Line],
+    note: str = "",
+    facets: Facets | None = None,
+    *,
+    rows: Sequence[Facets] = (),
+    heads: Mapping[str, Column] | None = None,
+    words: Sequence[str] = (),
+) -> Table:
+    """A table of such lines, which all have the same columns; there is at least one.
+
+    Args:
+        facets: of the table as a whole.
+        rows: facets of each row.
+        heads: columns, by title, that have a tip or facets of their own.
+        words: columns that stand on the left, besides those that hold nothing but names.
+    """
+    columns = [
+        (heads or {}).get(name)
+        or Column(name, name in words or all(isinstance(line[name].value, str) for line in lines))
+        for name in lines[0]
+    ]
+    of_rows = rows or [{} for _ in lines]
+    made = [Row(list(line.values()), of) for line, of in zip(lines, of_rows, strict=True)]
+    return Table(title, columns, made, note, facets or {})
+
+
+def without_empty(lines: Sequence[Line]) -> list[Line]:
+    """The lines without the columns that say nothing in any of them."""
+    kept = [name for name in lines[0] if any(line[name].text != NOTHING for line in lines)]
+    return [{name: line[name] for name in kept} for line in lines]
 
 
 def number(text: str, value: float | None, tip: str = "", mark: str = "") -> Cell:
@@ -72,18 +103,11 @@ def word(text: Any, tip: str = "", mark: str = "") -> Cell:
     return Cell(str(text), str(text).lower(), tip, mark)
 
 
-def maybe(value: float | None, form: str) -> Cell:
-    """A figure in this format, or a dash where there is none."""
-    return Cell(NOTHING) if value is None else number(form.format(value), value, exact(value))
-
-
-def from_lines(
-    title: str, lines: Sequence[dict[str, Cell]], words: Iterable[str], note: str = ""
-) -> Table:
-    """A table of rows that are cells by column; a column that says nothing in any is left out."""
-    kept = [name for name in lines[0] if any(line[name].text != NOTHING for line in lines)]
-    rows = [Row([line[name] for name in kept]) for line in lines]
-    return Table(title, columns(kept, words), rows, note)
+def maybe(value: float | None, form: str, tip: str | None = None) -> Cell:
+    """A figure in this format, or a dash where there is none; ``tip`` if not its exact value."""
+    if value is None:
+        return Cell(NOTHING)
+    return number(form.format(value), value, exact(value) if tip is None else tip)
 
 
 def to_markdown(table: Table) -> str:
@@ -96,6 +120,20 @@ def to_markdown(table: Table) -> str:
 
 def _emphasised(cell: Cell) -> str:
     return f"**{cell.text}**" if cell.mark == "failed" else cell.text
+
+
+def section(table: Table, level: str = "##") -> list[str]:
+    """Heading, table and note, as parts of a document."""
+    return [f"{level} {table.title}", to_markdown(table), *filter(None, [table.note])]
+
+
+def to_csv(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Rows of the same columns, which the first names; None is an empty cell."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue()
 
 
 def join(parts: Iterable[str]) -> str:

@@ -225,7 +225,7 @@ def table() -> dict[str, Any]:
     return {
         "schema": "linear-vit-table/1",
         "created": "2030-01-02T03:04:05+00:00",
-        "claims": {"source": "the original", "backbone": "dim 384"},
+        "claims": {"source": "the original", "backbone": "dim 384", "hours_200_epochs": {}},
         "datasets": [
             {
                 "dataset": "digits",
@@ -359,8 +359,7 @@ def save_all(folder: Path) -> None:
     save(folder / "training" / "table.json", table())
     save(folder / "training" / "step-speed.json", step_speed())
     save(folder / "training" / "step-breakdown.json", step_breakdown())
-    for name, document in old_gpu().items():
-        save(folder / "test-gpu" / "gpu" / f"{name}.json", document)
+    save(folder / "test-gpu" / "benchmark.json", gpu())
     save(folder / "ablation" / "ablation-ripple_stages.json", ablation())
 
 
@@ -382,75 +381,60 @@ def traffic() -> dict[str, Any]:
     return {"kind": "traffic", "schema": 1, "rows": [row, workspace]}
 
 
-def old_gpu() -> dict[str, dict[str, Any]]:
-    """As bench.gpu wrote it: by section, a document each."""
-    machine = MACHINE | {"device": "cuda", "device_name": "Test GPU", "torch": "2.99"}
-    rival = {"linear_attention/triton": 1.0, "linear_attention/torch": 4.0, "sdpa/flash": 0.5}
+def gpu(*shapes: tuple[int, int, int]) -> dict[str, Any]:
+    """A run of --sweep gpu: linear attention with Triton and PyTorch, and SDPA.
 
-    def times(scale: float) -> dict[str, Any]:
-        return {
-            "seconds": scale,
-            "interval_s": [0.99 * scale, 1.01 * scale],
-            "relative_iqr": 0.02,
-            "rounds": 40,
-            "stop": "interval",
-            "clock": "device time (CUDA events, L2 flushed)",
-        }
+    Args:
+        shapes: batch, heads and head dim of each curve; one sequence of 16 heads of 64 unless it is
+            said.
+    """
+    speed = {("triton", False): 1.0, ("torch", False): 4.0, ("sdpa_flash", True): 0.5}
+    if shapes:
+        speed["torch", True] = 0.5
 
-    def sweep(mode: str, tokens: int) -> dict[str, Any]:
-        shape = {"B": 1, "H": 16, "Hk": 16, "N": tokens, "M": tokens, "D": 64}
-        work = {"least_bytes": 8192 * tokens, "least_flop": 8 * 64 * 64 * 16 * tokens}
-        timed = {}
-        for name, factor in rival.items():
-            s = factor * 4e-9 * tokens * (tokens / 1024 if name.startswith("sdpa") else 1)
-            rates = {"bytes_per_s": work["least_bytes"] / s, "flop_per_s": work["least_flop"] / s}
-            joules = {"joules": 0.25, "joules_how": "NVML"}
-            more = {"peak_memory_bytes": 2**20, "implementation": f"tiles of {name}"}
-            timed[name] = times(s) | work | rates | joules | more
-        described = {"what": "long", "shape": shape, "dtype": "bfloat16", "mode": mode}
-        return described | {"times": timed, "absent": {"sdpa/math": "out of memory"}}
+    def timed(rival: tuple[str, bool], mode: str, of: tuple[int, ...], captured: bool) -> Any:
+        (backend, softmax), (batch, heads, dim, tokens) = rival, of
+        made = case("linear_attention", "torch", mode, tokens, "bfloat16")
+        info, shape = made["extra_info"], {"B": batch, "H": heads, "Hk": heads, "D": dim}
+        seconds = speed[rival] * 4e-9 * tokens * batch * heads * dim / 1024
+        # Fewer heads are crossed later.
+        seconds *= tokens / 1024 * heads / 16 if softmax else 1
+        info |= {"backend": backend, "captured": captured, "device": "cuda", "turns": str(of)}
+        info |= {"operation": "softmax_attention" if softmax else "linear_attention"}
+        info |= {"implementation": f"tiles of {backend}"}
+        info["shape"] = info["shape"] | shape
+        size = f"B{batch}-H{heads}-D{dim}-N{tokens}{'-captured' * captured}"
+        made["name"] = f"test_kernel[{info['operation']}-{mode}-bfloat16-{size}-{backend}]"
+        return made | {"stats": stats(seconds / 2 if captured else seconds)}
 
-    error = {"rms_error": 1e-3, "rms_tolerance": 3e-3, "max_error": 2e-3, "max_tolerance": 8e-3}
-    check = {"operation": "linear_attention", "dtype": "bfloat16", "off": None}
-    check |= {"errors": {"B1 H4 N77": {"out": error | {"passed": True}}}}
-    failed = {"status": "failed", "reason": "grad q: rms 1e-1"}
-    ceilings = {"copy_bytes_per_s": 4e12, "launch_s": 4e-6}
-    ceilings |= {"matmul_flop_per_s": {"float32": 5e13, "bfloat16": 8e14}}
-    graph_times = {
-        f"linear_attention/triton {how}": times(seconds)
-        for how, seconds in (("called", 2e-5), ("replayed", 1e-5))
+    cases = [
+        timed(rival, mode, (*shape, tokens), False)
+        for shape in shapes or ((1, 16, 64),)
+        for tokens in (1024, 4096, 16_384, *((2048, 8192, 32_768) if shapes else ()))
+        for mode in ("forward", "backward")
+        for rival in speed
+    ]
+    if not shapes:
+        short = (1, 16, 64, 64)
+        cases += [timed(("triton", False), "forward", short, how) for how in (False, True)]
+    suite = {
+        "kind": "benchmarks",
+        "schema": 2,
+        "sweep": "gpu",
+        "device": "cuda",
+        "machine": MACHINE | {"device": "cuda", "device_name": "Test GPU"},
+        "operations": {name: {"title": title} for name, title in OPERATIONS.items()},
+        "backends": {
+            "triton": {"title": "Triton", "colour": "#009E73", "own": True},
+            "torch": BACKENDS["torch"],
+            "sdpa_flash": {"title": "sdpa_flash", "colour": None, "own": False},
+        },
+        "limits": {"copy_bytes_per_s": 4e12, "matmul_flop_per_s": {"bfloat16": 8e14}},
+        "not_timed": dict.fromkeys(("sdpa_math N=1024", "sdpa_math N=4096"), "out of memory"),
+        "failed": {},
     }
-    graphs = {"shape": sweep("forward", 64)["shape"], "dtype": "bfloat16", "mode": "forward"}
-    training: dict[str, Any] = {"model": "ripple", "backend": "triton", "settings": SETTING}
-    training |= {"joules": None}
-    training |= times(0.02) | {"images_per_s": 6400.0, "peak_memory_bytes": 2**30}
-    training |= {"peak_memory_how": "allocator", "joules_how": "no counter"}
-    sections: dict[str, list[dict[str, Any]]] = {
-        "check": [
-            check | {"case": "linear_attention bfloat16 D=64 triton", "backend": "triton"},
-            failed | {"case": "linear_attention bfloat16 D=64 cuda"},
-            check | {"case": "linear_attention bfloat16 D=64 torch", "off": "grad k: rms 9e-3"},
-        ],
-        "ceilings": [ceilings | {"case": "copy, matmul, launch"}],
-        "sweep": [
-            {"case": f"bfloat16 {mode} long N={n}"} | sweep(mode, n)
-            for mode in ("forward", "backward")
-            for n in (1024, 4096, 16_384)
-        ],
-        "huge": [failed | {"case": "33 heads", "status": "out of memory", "reason": "no memory"}],
-        "capture": [{"case": "linear_attention triton"}],
-        "graphs": [graphs | {"case": "vit", "times": graph_times, "absent": {}}],
-        "training": [
-            training | {"case": "ripple triton"},
-            {"case": "hydra cuda", "status": "left out", "reason": "no time left"},
-        ],
-    }
-    head = {"kind": "gpu", "schema": 1, "dry_run": False, "machine": machine}
-    sound = {"status": "measured", "reason": None, "key": "0"}
-    return {
-        name: head | {"section": name, "results": [sound | row for row in rows]}
-        for name, rows in sections.items()
-    }
+    when = "2030-01-02T03:04:05+00:00"
+    return {"datetime": when, "benchmarks": cases, "kernel_suite": suite}
 
 
 def static() -> dict[str, Any]:

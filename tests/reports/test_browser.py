@@ -156,7 +156,7 @@ def test_gpu_results_and_profiles_filter_sort_and_link(browser: Browser, html: P
     browser.run(f"{CLICK}({heading!r}, 'triton (graph)')")
     assert browser.run(f"{COLUMN}({heading!r}, 'N')")[0] == "64"  # the only one that was replayed
     replayed = browser.run(f"{COLUMN}({heading!r}, 'triton (graph)')")
-    assert replayed == ["10.0 µs", "–", "–", "–"]
+    assert replayed == ["128 ns", "–", "–", "–"]
 
     # Traces that are there are linked, from where the page is.
     links = "[...document.querySelectorAll('#profiles td a')].map(a => a.getAttribute('href'))"

@@ -96,4 +96,4 @@ def test_command(tmp_path: Path, capsys) -> None:
     assert "geometric mean 2.00×, worst 2.00×" in said
     assert len(list(csv.DictReader(table.open()))) == 3 * 2 * 7
     assert main(["compare", "--baseline", "cudnn", str(run)]) == 2
-    assert "no saved case is of backend 'cudnn'; there are compiled" in capsys.readouterr().err
+    assert "unknown baseline 'cudnn'; there are compiled" in capsys.readouterr().err

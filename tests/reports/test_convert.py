@@ -38,40 +38,12 @@ def numbers(value: Any) -> Iterator[float]:
         yield value
 
 
-def texts(value: Any) -> Iterator[str]:
-    if isinstance(value, dict):
-        for item in value.values():
-            yield from texts(item)
-    elif isinstance(value, list):
-        for item in value:
-            yield from texts(item)
-    elif isinstance(value, str):
-        yield value
-
-
 @pytest.mark.parametrize("kind", documents())
 def test_no_number_is_lost(kind: str) -> None:
     old = documents()[kind]
     before, after = set(numbers(old)), set(numbers(convert.to_current(old)))
     assert before - after == set()
     assert convert.to_current(convert.to_current(old)) == convert.to_current(old)
-
-
-def test_of_a_gpu_run_no_number_and_no_word_is_lost() -> None:
-    sections = saved.old_gpu()
-    run = convert.gpu_run(sections.values())
-    kept = set(numbers(run))
-    for name, section in sections.items():
-        # Rates follow from the least bytes and FLOP over the time, which are kept.
-        text = re.sub(r'"(bytes|flop)_per_s": [^,}]+,?', "", json.dumps(section))
-        text = text.replace(", }", "}")
-        assert set(numbers(json.loads(text))) - kept == set(), name
-        reasons = {r["reason"] for r in section["results"] if r["reason"]}
-        assert reasons <= set(texts(run)), name
-    info = run["benchmarks"][0]["extra_info"]
-    times = sections["sweep"]["results"][0]["times"]["linear_attention/triton"]
-    assert 1e9 * info["gb_per_s"] == pytest.approx(times["bytes_per_s"])
-    assert 1e12 * info["tflop_per_s"] == pytest.approx(times["flop_per_s"])
 
 
 def test_the_machine_stands_once_and_titles_and_colours_are_said() -> None:
@@ -141,22 +113,6 @@ def test_in_place_and_what_is_no_run_stays(tmp_path: Path, capsys) -> None:
     assert "no benchmark run, but check" in capsys.readouterr().err
     assert main(["convert", str(run)]) == 2
     assert "OLD and NEW" in capsys.readouterr().err
-
-
-def test_the_sections_of_a_gpu_run_are_one_run(tmp_path: Path, capsys) -> None:
-    for name, section in saved.old_gpu().items():
-        saved.save(tmp_path / "gpu" / f"{name}.json", section)
-    new = tmp_path / "run.json"
-    assert main(["convert", str(tmp_path / "gpu" / "sweep.json"), str(new)]) == 0
-    run = load([new])
-    assert run.heads[0]["machine"] == "Test GPU, torch 2.99"
-    assert run.limits(str(new))["copy_bytes_per_s"] == 4e12
-    assert {"triton", "triton (graph)", "torch", "sdpa_flash"} == set(run.kernels["backend"])
-    assert run.words.own("triton (graph)")
-    # The section files themselves give the same run, once and not once a section.
-    of_sections = load([tmp_path / "gpu"])
-    assert len(of_sections.kernels) == len(run.kernels)
-    assert [head["cases"] for head in of_sections.heads] == [run.heads[0]["cases"]]
 
 
 def test_what_is_damaged_is_said(tmp_path: Path) -> None:

@@ -1,6 +1,5 @@
 """Targets, judged from saved runs whose truth is known: kept, broken, and not measured."""
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +7,7 @@ import pytest
 
 from linear_vit.reports.__main__ import main
 from linear_vit.reports.saved.runs import MEASUREMENTS, Runs, load
+from linear_vit.reports.tables import cpu
 from linear_vit.reports.targets import CPU, GPU, Verdict, verdicts
 from tests.reports import saved
 
@@ -151,6 +151,38 @@ def test_command(tmp_path: Path, capsys) -> None:
     assert "none of the targets can be read" in capsys.readouterr().err
 
 
+def product(kept: bool = False) -> dict[str, Any]:
+    """A run of today: a product says how long each limit alone would let it take."""
+    made = saved.run()
+    case = saved.case("linear_attention_apply", "torch", "forward", 1024)
+    limits = {"copy": 1e-3, "float32 matmul": 9e-3, "fma": 2e-3, "load": 3e-3}
+    limits |= {"instructions": 4e-3, "fresh": 5e-3}
+    case["extra_info"] |= {"backend": "cpu", "limits_s": limits, "least_flop": 2 * 10**9}
+    case["stats"] = saved.stats(0.01)
+    made["benchmarks"] = [case, saved.case("linear_attention", "torch", "forward", 64)]
+    made["benchmarks"][1]["extra_info"]["limits_s"] = {"copy": 1e-3, "float32 matmul": 1e-3}
+    suite = made["kernel_suite"]
+    suite["limits"] |= {"probes": {"fma": 2e11, "load": 1.5e11, "instructions": 4e11}}
+    suite["limits"] |= {"fresh_bytes_per_s": 1e9, "fresh_large_bytes_per_s": 2e9}
+    suite["machine"] = suite["machine"] | ({"memory": "kept"} if kept else {})
+    return made
+
+
+@pytest.mark.parametrize(
+    ("kept", "binding", "last"), [(False, "fresh pages", "50%"), (True, "instructions", "0%")]
+)
+def test_the_limits_of_a_product_are_those_that_its_case_says(
+    tmp_path: Path, kept: bool, binding: str, last: str
+) -> None:
+    loaded = load([saved.save(tmp_path / "run.json", product(kept))])
+    found = cpu.products(loaded)
+    (row,) = cpu.products_table(loaded, found).rows
+    texts = [cell.text for cell in row.cells]
+    assert texts[1:5] == ["1,024", "10.0 ms", "100", binding]
+    assert texts[5:] == ["20%", "30%", "40%", "10%", last]
+    assert "200 GFLOP/s of FMAs on registers" in cpu.products_table(loaded, found).note
+
+
 # ---- on a GPU ------------------------------------------------------------------------------------
 
 
@@ -246,11 +278,3 @@ def test_a_gpus_run_is_judged_by_the_gpus_targets(tmp_path: Path, capsys) -> Non
     assert capsys.readouterr().out.count("pass  ") == 8
     assert "| forward, one head of 1M tokens | ≥ 80% of the copy rate | 82.0%" in out.read_text()
     assert main(["targets", str(path), "--targets", "cpu"]) == 2
-
-
-def test_an_old_gpu_run_is_judged_too(tmp_path: Path) -> None:
-    for name, section in saved.old_gpu().items():
-        saved.save(tmp_path / f"{name}.json", section)
-    found = verdicts(load([tmp_path / "sweep.json"]), GPU)
-    assert found[0].holds is False
-    assert json.dumps(found[0].found).count("wrong") == 1
