@@ -130,3 +130,16 @@ def test_any_callables_can_be_measured() -> None:
     low, high = found["once"].interval
     assert 0 < low <= found["once"].median <= high
     assert found["twice"].over(found["once"]) > 0
+
+
+def test_what_has_to_be_built_is_built_before_anything_is_timed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    commands: list[list[str]] = []
+    monkeypatch.setattr(runner.subprocess, "run", lambda command, **_: commands.append(command))
+    cuda = replace(CASES[0], backend="cuda")
+    runner.build_ahead([*CASES, replace(cuda, backend="sdpa_flash")], torch.device("cuda"))
+    runner.build_ahead([cuda], CPU)
+    assert commands == []
+    runner.build_ahead([*CASES, cuda], torch.device("cuda"))
+    assert [command[1:] for command in commands] == [["-m", "linear_vit.kernels", "build"]]
