@@ -56,7 +56,7 @@ test-all: lint test test-slow
 
 # Is a kernel that does a tenth more caught by `reports compare`, beside a noisy neighbour?
 check-noise: install
-	$(BIN)/python -m bench.noise
+	$(BIN)/python -m bench noise
 
 lint: install
 	$(BIN)/ruff check .
