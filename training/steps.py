@@ -260,40 +260,6 @@ def were_timed(cases: Sequence[Case], path: Path, device: torch.device) -> bool:
     return same and {problems.case_name(case) for case in cases} <= there
 
 
-def make_step(
-    model_name: str,
-    *,
-    device: str | torch.device = "cpu",
-    amp: str = "off",
-    batch_size: int | None = None,
-    preset: str = "small",
-    dataset: str = "digits",
-    backend: str | None = None,
-    seed: int = 0,
-) -> Callable[[], None]:
-    """A full training step of a model on one fixed random batch: call it to run it once.
-
-    Args:
-        model_name: a key of ``training.config.MODELS``.
-        device: where it runs. The step does not wait for a CUDA device.
-        amp: ``off`` (float32) or ``bf16`` autocast.
-        batch_size: None takes the preset's.
-        preset, dataset: what sizes model and images, as on the command line; no data is read.
-        backend: of the kernels; None for the fastest usable one.
-    """
-    given = {
-        **model_settings(model_name),
-        "preset": preset,
-        "dataset": dataset,
-        "amp": amp,
-        "backend": backend,
-        "seed": seed,
-    }
-    if batch_size is not None:
-        given["batch_size"] = batch_size
-    return step_of(resolve(given), torch.device(device))
-
-
 def step_of(config: Config, device: torch.device) -> Callable[[], None]:
     """A full training step of a configuration on one fixed random batch: call it to run it once."""
     info = DATASETS[config.dataset]

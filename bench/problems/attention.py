@@ -72,10 +72,9 @@ class AttentionOperation(Drawn):
         """Of q, k and v."""
         B, H, Hk, N, M, D = shape.B, shape.H, shape.Hk, shape.N, shape.M, shape.D
         inputs = {"q": normal(B, H, N, D), "k": normal(B, Hk, M, D), "v": normal(B, Hk, M, D)}
-        function = getattr(kernels, self.name)
 
         def run(t: dict[str, Tensor], backend: str) -> tuple[Tensor, ...]:
-            return (function(t["q"], t["k"], t["v"], backend=backend),)
+            return (getattr(kernels, self.name)(t["q"], t["k"], t["v"], backend=backend),)
 
         return normal.problem(self, shape, inputs, ("out",), (normal(B, H, N, D),), run)
 

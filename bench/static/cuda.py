@@ -64,7 +64,7 @@ def compile_unit(unit: Unit, cache: Path) -> list[dict[str, Any]]:
         RuntimeError: a compiler's error, with its output.
     """
     listed, log = _nvcc(unit, cache)
-    usage = {name: u for (_, name), u in machine_code.read_ptxas(log).items()}
+    usage = machine_code.read_ptxas(log)
     code = machine_code.disassemble(listed)
     readable = _demangle(usage)
     with tempfile.TemporaryDirectory() as folder:

@@ -17,8 +17,8 @@ from linear_vit.training.steps import (
     STEP,
     TRAINING_STEP,
     compared_backends,
-    make_step,
     step_case,
+    step_of,
     time_steps,
     were_timed,
     why_not,
@@ -45,7 +45,7 @@ def losses(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
 def cases_of_a_sweep(*tokens: int) -> list[problems.Case]:
     """Those of all models on a CPU, on the backends they take by themselves."""
     [dtype] = TRAINING_STEP.dtypes("cpu", ("float16",))
-    [backend] = TRAINING_STEP.backends(CPU, ())
+    [backend] = TRAINING_STEP.usual_backends
     return [
         problems.Case(TRAINING_STEP.name, mode, dtype, shape, backend)
         for shape in TRAINING_STEP.sizes("cpu", "quick", tokens, None, {})
@@ -54,16 +54,16 @@ def cases_of_a_sweep(*tokens: int) -> list[problems.Case]:
 
 
 @pytest.mark.parametrize("name", ["baseline", "ripple", "hydra-local"])
-def test_make_step_trains(name: str, losses: list[Tensor]) -> None:
-    step = make_step(name, batch_size=8)
+def test_a_step_trains(name: str, losses: list[Tensor]) -> None:
+    step = step_of(resolve({**SIZES["cpu"], **model_settings(name), "batch_size": 8}), CPU)
     for _ in range(6):
         step()
     assert losses[-1] < losses[0] - 0.1
 
 
-def test_make_step_refuses_unknown_models() -> None:
+def test_unknown_models_are_refused() -> None:
     with pytest.raises(UserError, match="unknown model 'vit'; there are baseline, "):
-        make_step("vit")
+        model_settings("vit")
 
 
 def test_a_case_trains_its_model_and_returns_nothing(losses: list[Tensor]) -> None:
