@@ -18,7 +18,7 @@ from pathlib import Path
 
 from linear_vit import kernels, options
 
-_ROOT = Path(__file__).resolve().parent.parent
+_ROOT = Path(str(kernels.__file__)).resolve().parents[1]  # run by its old name, this has no file
 _SHARE = 0.1
 _LENGTHS = (*range(512, 2048, 128), *range(2048, 5120, 256))
 _TURNS = 4

@@ -37,7 +37,10 @@ class _ShortName(MetaPathFinder, Loader):
             return None
         if name in _MOVED:
             raise ModuleNotFoundError(f"{name} is gone: use {_MOVED[name]}", name=name)
-        return ModuleSpec(name, self)
+        full = importlib.util.find_spec(f"{__name__}.{name}")
+        # Of a package, python -m runs the __main__.
+        is_package = full is not None and full.submodule_search_locations is not None
+        return ModuleSpec(name, self, is_package=is_package)
 
     def get_code(self, name: str) -> CodeType | None:
         """For ``python -m``, which runs a module's code under the name ``__main__``."""

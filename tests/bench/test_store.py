@@ -21,7 +21,8 @@ HEAD: dict[str, Any] = {"machine": {"cpu": "A", "git": "1"}, "sweep": "quick", "
 
 
 def measured(name: str, *seconds: float) -> Result:
-    info = {"schema": 2, "operation": "o", "sources": "one", "share_of_limit": float("nan")}
+    info: dict[str, Any] = {"schema": 2, "operation": "o", "backend": "b", "sources": "one"}
+    info["share_of_limit"] = float("nan")
     return Result(name, MEASURED, None, "test_kernel", "g", seconds or (1.0, 2.0, 3.0), info)
 
 
