@@ -39,6 +39,7 @@ from linear_vit.bench.problems import (
     operations,
     worst,
 )
+from linear_vit.bench.store import finite, titles
 
 SCHEMA = 1
 # One head dim: what compiles does so anew for each, and the tests go through all of them.
@@ -136,7 +137,7 @@ def _check_shapes(prepared: list[tuple[Problem, Expected]], backend: str) -> Res
             reason = f"{what}: {message[0]} ({problem.shape})"
             return {"status": "failed", "reason": reason, "tensors": tensors}
         for name, verdict in verdicts.items():
-            tensors.append({"tensor": name, "shape": str(problem.shape), **_finite(vars(verdict))})
+            tensors.append({"tensor": name, "shape": str(problem.shape), **finite(vars(verdict))})
         name, verdict = worst(verdicts)
         if not verdict.passed:
             reason = f"wrong {name}: {verdict} ({problem.shape})"
@@ -146,14 +147,6 @@ def _check_shapes(prepared: list[tuple[Problem, Expected]], backend: str) -> Res
         "reason": None,
         "tensors": tensors,
         "worst_rms_error": max(t["rms_error"] for t in tensors),
-    }
-
-
-def _finite(values: Result) -> Result:
-    """NaN and infinity are no JSON: None says that there was no finite error."""
-    return {
-        key: None if isinstance(value, float) and not abs(value) < float("inf") else value
-        for key, value in values.items()
     }
 
 
@@ -251,20 +244,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def document(results: list[Result], device: torch.device) -> dict[str, Any]:
     """The results with where they were found, and what their operations and backends are called."""
-    rows = kernels.backend_rows()
     return {
         "kind": "check",
         "schema": SCHEMA,
         "device": device.type,
         "machine": machine.describe(device),
-        "operations": {
-            name: {"title": operations()[name].title}
-            for name in dict.fromkeys(r["operation"] for r in results)
-        },
-        "backends": {
-            name: {"title": rows[name].title, "colour": rows[name].colour, "own": rows[name].own}
-            for name in dict.fromkeys(r["backend"] for r in results)
-        },
+        **titles(results),
         "results": results,
     }
 

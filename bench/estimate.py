@@ -12,8 +12,7 @@ from linear_vit.bench.problems import DTYPES, FORWARD_BACKWARD, Case, least_work
 # The float64 reference works in chunks: what those take, and the profiler's and allocator's own.
 _CHUNKS = 256 * 2**20
 # A call takes this many times what the limits allow: a coarse middle of eager and own kernels.
-_OVER_LIMIT = {"reference": 20.0, "torch": 5.0}
-_OVER_LIMIT_ELSE = 3.0
+_OVER_LIMIT = {"oracle": 20.0, "eager": 5.0, "kernels": 3.0}
 _OVERHEAD_S = 0.25  # checking, profiling, warming up
 _COMPILES_S = 8.0
 # Of the memory that is free now, the share a case may ask for.
@@ -69,11 +68,14 @@ def seconds(case: Case, plan: Plan) -> float:
     if not of.has_reference or plan.limits is None:
         return _OVERHEAD_S + 2 * budget
     allowed = plan.limits.least_seconds(work.bytes, work.flop, case.dtype)
-    call_s = _OVER_LIMIT.get(case.backend, _OVER_LIMIT_ELSE) * max(allowed.values()) + 20e-6
+    row = kernels.backend_rows().get(case.backend)
+    kind = "kernels"
+    if row is not None and row.eager:
+        kind = "oracle" if row.oracle else "eager"
+    call_s = _OVER_LIMIT[kind] * max(allowed.values()) + 20e-6
     rounds = min(budget, 60 * max(call_s, 1e-3))
     # The reference in float64, of eager operators, and both passes.
     check = 6 * work.flop / plan.limits.matmul_flop_per_s.get(case.dtype, 1e11)
-    row = kernels.backend_rows().get(case.backend)
     compiles = _COMPILES_S / 8 if row is not None and row.compiles else 0.0
     return _OVERHEAD_S + check + max(rounds, 4 * call_s) + compiles
 

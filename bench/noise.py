@@ -16,11 +16,9 @@ import sys
 import tempfile
 from pathlib import Path
 
-import torch
-
 from linear_vit import kernels, options
 
-_ROOT = Path(__file__).resolve().parent.parent
+_ROOT = Path(str(kernels.__file__)).resolve().parents[1]  # run by its old name, this has no file
 _SHARE = 0.1
 _LENGTHS = (*range(512, 2048, 128), *range(2048, 5120, 256))
 _TURNS = 4
@@ -62,7 +60,7 @@ def main(argv: list[str] | None = None) -> int:
     text = "without the busy neighbour"
     options.option(parser, "--quiet-machine", action="store_true", help=text)
     arguments = parser.parse_args(argv)
-    usable = kernels.backends("linear_attention", torch.device("cpu"), head_dim=64)
+    usable = kernels.backends("linear_attention", "cpu", head_dim=64)
     rows = [row for row in kernels.backend_rows().values() if row.own or row.compiles]
     rows.sort(key=lambda row: not row.own)
     backend = next((row.name for row in rows if usable[row.name] is None), None)
@@ -93,7 +91,8 @@ def _time(path: Path, backend: str, turn: int, plant: Path | None = None) -> Non
     path.parent.mkdir(exist_ok=True)
     lengths = ",".join(map(str, _LENGTHS[turn::_TURNS]))
     given = ["--benchmark-only", "--device", "cpu", "--ops", "linear_attention"]
-    given += ["--seq-lens", lengths, "--backends", f"torch,{backend}", "--sweep", "full"]
+    plain = next(r.name for r in kernels.backend_rows().values() if r.eager and not r.oracle)
+    given += ["--tokens", lengths, "--backends", f"{plain},{backend}", "--sweep", "full"]
     given += ["--dtypes", "float32", "-k", "forward-", "-p", "no:cacheprovider"]
     given += [f"--benchmark-json={path}", *(["-p", "planted"] if plant else [])]
     print(f"timing {path.parent.name}, {turn + 1} of {_TURNS}", flush=True)
@@ -102,7 +101,7 @@ def _time(path: Path, backend: str, turn: int, plant: Path | None = None) -> Non
         cwd=_ROOT,
         # One thread: with as many as there are cores, each would wait for the neighbour's core.
         env={k: v for k, v in os.environ.items() if not k.startswith("PYTEST_")}
-        | {"OMP_NUM_THREADS": "1", "LINEAR_VIT_LIMITS": str(path.parent.parent)},
+        | {"OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
     )

@@ -3,7 +3,6 @@
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from types import TracebackType
 from typing import Any, TextIO
 
 
@@ -34,17 +33,6 @@ class Progress:
         self._silent = silent
         self._bar = None if silent else _bar(self._file, title, total, done)
         self._total, self._from, self._started = total, done, time.monotonic()
-
-    def __enter__(self) -> "Progress":
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
 
     def line(self, text: str, *, red: bool = False) -> None:
         """Shows a line that stays; ``red`` where it is bad news."""

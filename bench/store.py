@@ -109,7 +109,7 @@ class Store:
         """A case has ended: it is on disk when this returns."""
         self.results[result.case] = result
         if result.status == MEASURED:
-            self._write({"finished": result.case, "result": _finite(asdict(result))})
+            self._write({"finished": result.case, "result": finite(asdict(result))})
         else:
             self._write({"failed": result.case, "reason": result.reason})
 
@@ -149,7 +149,7 @@ class Store:
             "kind": "benchmarks",
             "schema": SCHEMA,
             **self.head,
-            **_titles(r.info for r in self.results.values() if r.status == MEASURED),
+            **titles(r.info for r in self.results.values() if r.status == MEASURED),
             "not_timed": not_timed,
             "failed": by_status[FAILED],
             "out_of_memory": by_status[OUT_OF_MEMORY],
@@ -189,7 +189,7 @@ class Store:
         from pytest_benchmark.plugin import pytest_benchmark_generate_machine_info
         from pytest_benchmark.utils import get_commit_info
 
-        return _finite(
+        return finite(
             {
                 "machine_info": pytest_benchmark_generate_machine_info(),
                 "commit_info": get_commit_info(),
@@ -280,7 +280,7 @@ def sources() -> str:
     return digest.hexdigest()[:16]
 
 
-def _titles(timed: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
+def titles(timed: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
     """Titles and colours of the operations and backends of these cases, for reports."""
     timed = list(timed)
     known = operations()
@@ -295,10 +295,10 @@ def _titles(timed: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
     return {"operations": ops, "backends": backends}
 
 
-def _finite(value: Any) -> Any:
+def finite(value: Any) -> Any:
     """NaN and infinity are no JSON: None says that there is no finite number."""
     if isinstance(value, Mapping):
-        return {key: _finite(item) for key, item in value.items()}
+        return {key: finite(item) for key, item in value.items()}
     if isinstance(value, Sequence) and not isinstance(value, str):
-        return [_finite(item) for item in value]
+        return [finite(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -32,8 +32,6 @@ _MOST_FLOP = {
     "cuda": {"quick": 5e13, "full": 1e16, "gpu": 3e13, "cpu": 5e13},
 }
 _QUICK_DTYPES = {"cpu": ("float32",), "cuda": ("bfloat16", "float32")}
-# The oracle; nobody's choice of an implementation.
-_FULL_ONLY_BACKENDS = ("reference",)
 _SPARED = "the oracle is timed by --sweep full, or by name with --backends"
 _INTERPRETED = "it runs in Triton's interpreter here: right, but no time worth reporting"
 
@@ -139,7 +137,7 @@ def _check(asked: _Asked) -> None:
     known = {*kernels.backend_rows(), *peers.NAMES}
     for name in asked.backends:
         if name not in known:
-            there_are = _list_backends("linear_attention", asked.device)
+            there_are = _list_backends(asked.operations[0].name, asked.device)
             raise SweepError(f"--backends: unknown backend {name!r}; there are {there_are}")
 
 
@@ -235,7 +233,8 @@ def _timeable(asked: _Asked, of: Operation, left_out: dict[str, str]) -> tuple[s
         if reason is None and not kernels.is_timeable(name, asked.device):
             reason = _INTERPRETED
         if reason is None and asked.extent != "full" and not asked.backends:
-            reason = _SPARED if name in _FULL_ONLY_BACKENDS else None
+            row = kernels.backend_rows().get(name)
+            reason = _SPARED if row is not None and row.oracle else None
         if reason is None:
             usable.append(name)
         elif asked.backends:

@@ -21,7 +21,7 @@ import torch
 from torch import nn
 
 from linear_vit.training.config import Config
-from linear_vit.training.errors import UserError
+from linear_vit.training.errors import UserError, first_line
 from linear_vit.training.record import writing
 
 SCHEMA = "linear-vit-checkpoint/2"
@@ -86,9 +86,8 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises a different type for nearly every kind of damage
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(
-            f"{path} is not a readable checkpoint ({reason:.120}); "
+            f"{path} is not a readable checkpoint ({first_line(error):.120}); "
             "it may be truncated or of another program: delete it and train again, "
             "or give another file"
         ) from error

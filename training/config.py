@@ -69,20 +69,25 @@ DATASETS: dict[str, DatasetInfo] = {
 
 @dataclass(frozen=True)
 class Model:
-    """A row of the results table: an attention type, with or without the local branch."""
+    """A row of the results table: an attention type, with or without the local branch.
+
+    ``operation`` is the one of ``kernels`` whose backends it can take.
+    """
 
     title: str
     attention_type: str
     local_branch: bool
+    operation: str
 
 
+_SOFTMAX, _LINEAR = "softmax_attention_packed", "linear_attention"
 MODELS: dict[str, Model] = {
-    "baseline": Model("Baseline ViT", "baseline", False),
-    "baseline-local": Model("Baseline ViT + local branch", "baseline", True),
-    "ripple": Model("RippleViT", "ripple", False),
-    "ripple-local": Model("RippleViT + local branch", "ripple", True),
-    "hydra": Model("HydraViT", "hydra", False),
-    "hydra-local": Model("HydraViT + local branch", "hydra", True),
+    "baseline": Model("Baseline ViT", "baseline", False, _SOFTMAX),
+    "baseline-local": Model("Baseline ViT + local branch", "baseline", True, _SOFTMAX),
+    "ripple": Model("RippleViT", "ripple", False, _LINEAR),
+    "ripple-local": Model("RippleViT + local branch", "ripple", True, _LINEAR),
+    "hydra": Model("HydraViT", "hydra", False, _LINEAR),
+    "hydra-local": Model("HydraViT + local branch", "hydra", True, _LINEAR),
 }
 
 # The rows of a results table, where nothing else is asked for.

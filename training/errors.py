@@ -17,3 +17,8 @@ def notice(text: str) -> None:
     if text not in _notices:
         _notices.add(text)
         print(text, file=sys.stderr)
+
+
+def first_line(error: BaseException) -> str:
+    """What an exception says, in one line; its type where it says nothing."""
+    return (str(error).splitlines() or [type(error).__name__])[0]

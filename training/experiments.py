@@ -10,7 +10,7 @@ import torch
 from linear_vit.training.config import Config, digest
 from linear_vit.training.evaluation import check_usable
 from linear_vit.training.record import environment, finished_runs, same_machine
-from linear_vit.training.steps import own_backends, step_case, time_steps, were_timed
+from linear_vit.training.steps import compared_backends, step_case, time_steps, were_timed
 
 # What is varied of which model, where none is named.
 _MODEL_OF = {"ripple_stages": "ripple", "hydra_branches": "hydra"}
@@ -98,6 +98,6 @@ def time_backends(
     seconds: float,
 ) -> Path:
     """Training steps of models on backends (PyTorch's and our own), all by turns; the saved run."""
-    names = ["torch", *own_backends()] if backends is None else backends
+    names = compared_backends() if backends is None else backends
     cases = [step_case(config, name) for config in dict.fromkeys(configs) for name in names]
     return time_steps(cases, out / "step-speed.json", device, seconds=seconds)

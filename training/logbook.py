@@ -25,7 +25,7 @@ from linear_vit.training.clock import StepClock, median_images_per_second
 from linear_vit.training.config import DATASETS, RECIPES, Config
 from linear_vit.training.data.datasets import Dataset
 from linear_vit.training.data.loader import Loader
-from linear_vit.training.errors import UserError
+from linear_vit.training.errors import UserError, first_line
 from linear_vit.training.metrics import accuracy
 from linear_vit.training.record import check_writable, new_record, remove_leftovers, write_json
 
@@ -278,10 +278,9 @@ def out_of_memory(error: BaseException, config: Config) -> UserError | None:
         return None
     size = DATASETS[config.dataset].image_size
     smaller = max(1, config.batch_size // 2)
-    reason = (str(error).splitlines() or ["no memory"])[0]
     return UserError(
         f"out of memory: a batch of {config.batch_size} images of {size}x{size} did not fit with "
         f"the {config.model} model of dim {config.dim}, depth {config.depth} and {config.heads} "
-        f"heads ({reason:.120}); try --batch_size {smaller}, or "
+        f"heads ({first_line(error):.120}); try --batch_size {smaller}, or "
         f"--accumulate {2 * config.accumulate}, which keeps the batch and its result"
     )

@@ -5,14 +5,15 @@ Every option can be written with ``_`` or ``-``.
 """
 
 import argparse
-import copy
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
+from linear_vit import options
 from linear_vit.training import distributed
 from linear_vit.training.config import COMPARED, MODELS, OPTIONS, Config, Option, resolve
 from linear_vit.training.errors import UserError
@@ -192,7 +193,9 @@ def make_parser(description: str | None) -> argparse.ArgumentParser:
             help=command.help,
             usage=f"%(prog)s [OPTION ...]   ({command.help})",
             allow_abbrev=False,
-            formatter_class=_OneSpelling,
+            formatter_class=functools.partial(
+                argparse.HelpFormatter, max_help_position=26, width=100
+            ),
         )
         if command.preset is not None:
             _add_settings(made, name, command)
@@ -229,7 +232,7 @@ def _add(parser: Any, name: str, **details: Any) -> None:
     """An option in both spellings, --batch_size and --batch-size."""
     if details.get("metavar", "") is None:
         del details["metavar"]
-    parser.add_argument(f"--{name}", *{f"--{name.replace('_', '-')}"} - {f"--{name}"}, **details)
+    options.option(parser, f"--{name}", f"--{name.replace('_', '-')}", **details)
 
 
 def _listed(kind: Callable[[str], Any]) -> Callable[[str], Any]:
@@ -240,19 +243,6 @@ def _listed(kind: Callable[[str], Any]) -> Callable[[str], Any]:
 
     parse.__name__ = kind.__name__  # argparse's message says "invalid int value"
     return parse
-
-
-class _OneSpelling(argparse.HelpFormatter):
-    """Help that lists an option once, though it has two spellings; a line for most."""
-
-    def __init__(self, prog: str) -> None:
-        super().__init__(prog, max_help_position=26, width=100)
-
-    def _format_action_invocation(self, action: argparse.Action) -> str:
-        shown = copy.copy(action)
-        if shown.option_strings and "_" in shown.option_strings[0]:
-            shown.option_strings = shown.option_strings[:1]
-        return super()._format_action_invocation(shown)
 
 
 def chosen_config(args: argparse.Namespace, **more: Any) -> Config:

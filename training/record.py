@@ -28,7 +28,7 @@ import dataclasses
 import json
 import os
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
@@ -94,8 +94,22 @@ def remove_leftovers(folder: Path) -> None:
 
 def read_runs(folder: Path) -> tuple[dict[Path, dict[str, Any]], list[str]]:
     """Every run record below ``folder``, and one line for each file that could not be used."""
-    fields = {"status", "config", "environment", "model", "epochs"}
-    return read_records(folder.rglob("run.json"), SCHEMA, fields)
+    records: dict[Path, dict[str, Any]] = {}
+    skipped: list[str] = []
+    for path in sorted(folder.rglob("run.json")):
+        try:
+            record = json.loads(path.read_text(encoding="utf-8"))
+            if not isinstance(record, dict) or record.get("schema") != SCHEMA:
+                found = record.get("schema") if isinstance(record, dict) else type(record).__name__
+                raise ValueError(f"schema {found!r}, expected {SCHEMA!r}")
+            missing = {"status", "config", "environment", "model", "epochs"} - set(record)
+            if missing:
+                raise ValueError(f"lacks {', '.join(sorted(missing))}")
+        except (OSError, ValueError) as error:
+            skipped.append(f"skipped {path}: {error}")
+        else:
+            records[path] = record
+    return records, skipped
 
 
 def finished_runs(folder: Path) -> dict[Path, dict[str, Any]]:
@@ -112,28 +126,6 @@ def finished_record(out: Path, config: Config) -> dict[str, Any] | None:
         if run["status"] == "finished" and run["config"] == dataclasses.asdict(config):
             return run
     return None
-
-
-def read_records(
-    paths: Iterable[Path], schema: str, fields: set[str]
-) -> tuple[dict[Path, dict[str, Any]], list[str]]:
-    """The JSON records of a schema with all its fields, and one line for each file that is none."""
-    records: dict[Path, dict[str, Any]] = {}
-    skipped: list[str] = []
-    for path in sorted(paths):
-        try:
-            record = json.loads(path.read_text(encoding="utf-8"))
-            if not isinstance(record, dict) or record.get("schema") != schema:
-                found = record.get("schema") if isinstance(record, dict) else type(record).__name__
-                raise ValueError(f"schema {found!r}, expected {schema!r}")
-            missing = fields - set(record)
-            if missing:
-                raise ValueError(f"lacks {', '.join(sorted(missing))}")
-        except (OSError, ValueError) as error:
-            skipped.append(f"skipped {path}: {error}")
-            continue
-        records[path] = record
-    return records, skipped
 
 
 def environment(device: torch.device) -> dict[str, Any]:

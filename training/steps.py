@@ -95,16 +95,16 @@ class TrainingStep(Operation):
 
     def backends(self, device: torch.device, asked: Sequence[str]) -> dict[str, str | None]:
         """The one that a model takes by itself, and those asked for by name, or all."""
-        known = kernels.backends("linear_attention", device)
+        known = kernels.backends(MODELS[Config().model].operation, device)
         if asked:
             return {name: why for name, why in known.items() if name in asked}
         return {DEFAULT: None, **{name: why for name, why in known.items() if why is None}}
 
     def unusable(self, shape: StepShape, backend: str, device: torch.device) -> str | None:
         """Why the backend has no kernel for the model's attention."""
-        if backend == DEFAULT or shape.config.attention_type != "baseline":
+        if backend == DEFAULT:
             return None
-        return kernels.backends("softmax_attention_packed", device)[backend]
+        return kernels.backends(MODELS[shape.config.model].operation, device)[backend]
 
     def turn_key(self, shape: StepShape) -> str:
         """All models of a setting take turns."""
@@ -124,7 +124,7 @@ class TrainingStep(Operation):
         """Every model with and without own kernels, after the most important of attention."""
         kind = "cuda" if sweep == "gpu" else "cpu"
         [dtype] = self.dtypes(kind, ())
-        names = (DEFAULT, "torch", *own_backends())
+        names = (DEFAULT, *compared_backends())
         return [
             Wanted(200, STEP, dtype, shape, names)
             for shape in self.sizes(kind, sweep, (), None, {})
@@ -199,9 +199,10 @@ def step_case(config: Config, backend: str | None = None, variant: str = "") -> 
     return Case(TRAINING_STEP.name, STEP, _DTYPES[config.amp], shape, name)
 
 
-def own_backends() -> list[str]:
-    """Backends whose kernels are this project's: what a step is timed on beside PyTorch's."""
-    return [name for name in kernels.BACKENDS if problems.own_kernels(name)]
+def compared_backends() -> list[str]:
+    """What a step is timed on where none is named: PyTorch's operators, and our own kernels."""
+    rows = [kernels.backend_rows()[name] for name in kernels.BACKENDS]
+    return [row.name for row in rows if row.own or (row.eager and not row.oracle)]
 
 
 def why_not(case: Case, device: torch.device) -> str | None:
@@ -257,40 +258,6 @@ def were_timed(cases: Sequence[Case], path: Path, device: torch.device) -> bool:
         return False
     same = all(then.get(name) == now[name] for name in ("device_name", *_MACHINE))
     return same and {problems.case_name(case) for case in cases} <= there
-
-
-def make_step(
-    model_name: str,
-    *,
-    device: str | torch.device = "cpu",
-    amp: str = "off",
-    batch_size: int | None = None,
-    preset: str = "small",
-    dataset: str = "digits",
-    backend: str | None = None,
-    seed: int = 0,
-) -> Callable[[], None]:
-    """A full training step of a model on one fixed random batch: call it to run it once.
-
-    Args:
-        model_name: a key of ``training.config.MODELS``.
-        device: where it runs. The step does not wait for a CUDA device.
-        amp: ``off`` (float32) or ``bf16`` autocast.
-        batch_size: None takes the preset's.
-        preset, dataset: what sizes model and images, as on the command line; no data is read.
-        backend: of the kernels; None for the fastest usable one.
-    """
-    given = {
-        **model_settings(model_name),
-        "preset": preset,
-        "dataset": dataset,
-        "amp": amp,
-        "backend": backend,
-        "seed": seed,
-    }
-    if batch_size is not None:
-        given["batch_size"] = batch_size
-    return step_of(resolve(given), torch.device(device))
 
 
 def step_of(config: Config, device: torch.device) -> Callable[[], None]:

@@ -86,25 +86,9 @@ def median_interval(seconds: Sequence[float], draws: int = 1000) -> tuple[float,
     return float(low), float(high)
 
 
-def measure(
-    call: Callable[[], object],
-    device: torch.device,
-    *,
-    budget_s: float,
-    target: float = TARGET,
-    min_rounds: int = 5,
-    max_rounds: int = 200,
-) -> Timing:
-    """Time one call by itself: :func:`measure_interleaved` of one."""
-    timings = measure_interleaved(
-        {"": call},
-        device,
-        budget_s=budget_s,
-        target=target,
-        min_rounds=min_rounds,
-        max_rounds=max_rounds,
-    )
-    return timings[""]
+def measure(call: Callable[[], object], device: torch.device, **how: Any) -> Timing:
+    """Time one call by itself: :func:`measure_interleaved` of one, which has the options."""
+    return measure_interleaved({"": call}, device, **how)[""]
 
 
 def measure_interleaved(

@@ -48,14 +48,7 @@ def write(
         name: the case's.
         child: command of a process that makes the call once, between the marks that ncu waits for.
     """
-    activities = [torch.profiler.ProfilerActivity.CPU]
-    if device.type == "cuda":
-        activities.append(torch.profiler.ProfilerActivity.CUDA)
-    with torch.profiler.profile(activities=activities, record_shapes=True) as profile:
-        for _ in range(_CALLS):
-            call()
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
+    profile = trace(call, device, calls=_CALLS, record_shapes=True)
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{re.sub(r'[^A-Za-z0-9_.+-]', '_', name)}.trace.json"
     profile.export_chrome_trace(str(path))
@@ -69,6 +62,21 @@ def write(
         "ncu": counters,
         "ncu_why": why,
     }
+
+
+def trace(
+    call: Callable[[], object], device: torch.device, *, calls: int = 1, record_shapes: bool = False
+) -> torch.profiler.profile:
+    """What PyTorch's profiler records of these calls, on the host and on the device."""
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    if device.type == "cuda":
+        activities.append(torch.profiler.ProfilerActivity.CUDA)
+    with torch.profiler.profile(activities=activities, record_shapes=record_shapes) as profile:
+        for _ in range(calls):
+            call()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+    return profile
 
 
 def top(profile: torch.profiler.profile, device: torch.device) -> list[dict[str, Any]]:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
+from linear_vit.bench.instruments import profiles
 from linear_vit.kernels.operators import NAMESPACE
 
 _COMPILED = ("Torch-Compiled Region", "## Call CompiledFxGraph")
@@ -42,13 +43,7 @@ def names_of(
     call: Callable[[], object], device: torch.device
 ) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """Operators and device kernels of one call, each name once, in the order they began."""
-    activities = [torch.profiler.ProfilerActivity.CPU]
-    if device.type == "cuda":
-        activities.append(torch.profiler.ProfilerActivity.CUDA)
-    with torch.profiler.profile(activities=activities) as profile:
-        call()
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
+    profile = profiles.trace(call, device)
     operators: dict[str, None] = {}
     kernels: dict[str, None] = {}
     for event in sorted(profile.events() or [], key=lambda e: e.time_range.start):

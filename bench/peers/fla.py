@@ -4,21 +4,12 @@ What its users do for the non-causal one: φ outside, the causal kernel for its 
 output is not needed, and is not avoided), then the state applied to the queries.
 """
 
-import importlib.util
-
-import torch
 from torch import Tensor
 
 from linear_vit.bench.peers.features import phi, through_state
-from linear_vit.bench.peers.peer import Peer
+from linear_vit.bench.peers.peer import Peer, gpu_only
 
-
-def unusable(device: torch.device, dtype: torch.dtype | None) -> str | None:
-    if importlib.util.find_spec("fla") is None:
-        return "fla-core is not installed: pip install fla-core"
-    if device.type != "cuda":
-        return f"its kernels are Triton's, which run on CUDA devices, not on {device.type}"
-    return None
+unusable = gpu_only("fla", "fla-core is not installed: pip install fla-core")
 
 
 def run(q: Tensor, k: Tensor, v: Tensor) -> Tensor:

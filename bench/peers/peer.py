@@ -1,5 +1,6 @@
 """What the suite has to know of another library's implementation."""
 
+import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -33,3 +34,16 @@ class Peer:
     other_function: str | None = None
     flop_share: float = 1.0
     expected: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None
+
+
+def gpu_only(module: str, missing: str) -> Callable[[torch.device, torch.dtype | None], str | None]:
+    """:attr:`Peer.unusable` of a library of Triton kernels; ``missing`` is said where it is not."""
+
+    def unusable(device: torch.device, dtype: torch.dtype | None) -> str | None:
+        if importlib.util.find_spec(module) is None:
+            return missing
+        if device.type != "cuda":
+            return f"its kernels are Triton's, which run on CUDA devices, not on {device.type}"
+        return None
+
+    return unusable

@@ -16,9 +16,7 @@ from linear_vit import kernels
 from linear_vit.bench import peers
 from linear_vit.bench.problems.attention import AttentionShape
 from linear_vit.bench.problems.case import (
-    BACKWARD,
     DTYPES,
-    EXTENTS,
     FORWARD,
     FORWARD_BACKWARD,
     PASSES,
@@ -29,7 +27,6 @@ from linear_vit.bench.problems.case import (
     Shape,
     Wanted,
     Work,
-    Workload,
     check,
     least_work,
     own_kernels,
@@ -38,9 +35,7 @@ from linear_vit.bench.problems.case import (
 from linear_vit.bench.problems.ripple import RippleShape
 
 __all__ = [
-    "BACKWARD",
     "DTYPES",
-    "EXTENTS",
     "FORWARD",
     "FORWARD_BACKWARD",
     "PASSES",
@@ -53,7 +48,6 @@ __all__ = [
     "Shape",
     "Wanted",
     "Work",
-    "Workload",
     "case_name",
     "check",
     "expected_of_peer",

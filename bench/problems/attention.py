@@ -1,20 +1,24 @@
-"""What attention operations share: a shape, and the rows compared where there are too many."""
+"""What attention operations share: shapes, inputs, and the rows compared where there are many."""
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
+from linear_vit import kernels
 from linear_vit.bench.problems.case import (
     BACKWARD,
     DTYPES,
     EXTENTS,
     FORWARD,
     PASSES,
+    Problem,
     Shape,
     Wanted,
 )
+from linear_vit.bench.problems.inputs import Drawn, Normal
 
 # One sequence, six heads of 64: time against N is then the scaling of one attention layer of a
 # ViT-S.
@@ -28,6 +32,9 @@ MOST_ROWS = 131_072
 SAMPLED_ROWS = 64
 _LONGEST = {("cpu", "quick"): 16_384}
 _LONGEST_ELSE = 1_048_576
+# Head dims at which grouped queries are compiled too: the commonest, and HydraAttention's four
+# branches of dim 384.
+_GROUPED = (64, 96)
 
 
 @dataclass(frozen=True)
@@ -55,40 +62,71 @@ def square(batch: int, heads: int, tokens: int, head_dim: int) -> AttentionShape
     return AttentionShape(batch, heads, heads, tokens, tokens, head_dim)
 
 
-def lengths(device_type: str, extent: str) -> tuple[int, ...]:
-    """Powers of two from 64 on."""
-    assert extent in EXTENTS
-    longest = _LONGEST.get((device_type, extent), _LONGEST_ELSE)
-    return tuple(2**i for i in range(6, longest.bit_length()))
+class AttentionOperation(Drawn):
+    """An operation on queries, keys and values, or on what is made of them."""
 
+    def shape(self, tokens: int, batch: int = 1) -> AttentionShape:
+        return square(batch, HEADS, tokens, HEAD_DIM)
 
-def size_name(shape: AttentionShape) -> str:
-    """B128-H16-N64-D32, of which what is as usual is left out."""
-    parts = [f"B{shape.B}"] if shape.B > 1 else []
-    if shape.H != HEADS:
-        parts.append(f"H{shape.H}")
-    if shape.Hk != shape.H:
-        parts.append(f"K{shape.Hk}")
-    parts.append(f"N{shape.N}")
-    if shape.M != shape.N:
-        parts.append(f"M{shape.M}")
-    if shape.D != HEAD_DIM:
-        parts.append(f"D{shape.D}")
-    return "-".join(parts)
+    def drawn(self, normal: Normal, shape: AttentionShape) -> Problem:
+        """Of q, k and v."""
+        B, H, Hk, N, M, D = shape.B, shape.H, shape.Hk, shape.N, shape.M, shape.D
+        inputs = {"q": normal(B, H, N, D), "k": normal(B, Hk, M, D), "v": normal(B, Hk, M, D)}
 
+        def run(t: dict[str, Tensor], backend: str) -> tuple[Tensor, ...]:
+            return (getattr(kernels, self.name)(t["q"], t["k"], t["v"], backend=backend),)
 
-def parse_size(text: str) -> AttentionShape | None:
-    """The shape of this :func:`size_name`; None where it is none."""
-    number = r"(\d+)"
-    match = re.fullmatch(
-        rf"(?:B{number}-)?(?:H{number}-)?(?:K{number}-)?N{number}(?:-M{number})?(?:-D{number})?",
-        text,
-    )
-    if match is None:
-        return None
-    B, H, Hk, N, M, D = (int(found) if found else 0 for found in match.groups())
-    H = H or HEADS
-    return AttentionShape(B or 1, H, Hk or H, N, M or N, D or HEAD_DIM)
+        return normal.problem(self, shape, inputs, ("out",), (normal(B, H, N, D),), run)
+
+    def lengths(self, device_type: str, extent: str) -> tuple[int, ...]:
+        """Powers of two from 64 on."""
+        assert extent in EXTENTS
+        longest = _LONGEST.get((device_type, extent), _LONGEST_ELSE)
+        return tuple(2**i for i in range(6, longest.bit_length()))
+
+    def check_shapes(
+        self, head_dim: int, *, interpreted: bool = False
+    ) -> tuple[AttentionShape, ...]:
+        # Ragged on purpose: no power of two, N ≠ M, grouped heads.
+        if interpreted:
+            return (AttentionShape(1, 2, 1, 37, 70, head_dim),)
+        return (
+            AttentionShape(2, 6, 6, 197, 197, head_dim),
+            AttentionShape(1, 4, 1, 77, 130, head_dim),
+        )
+
+    def static_shapes(self, head_dim: int, *, ragged: bool) -> tuple[AttentionShape, ...]:
+        D = head_dim
+        if ragged:
+            return (square(1, 2, 197, D), square(1, 2, 4099, D))
+        shapes = (square(1, 2, 8192, D), square(8, 6, 64, D))
+        if D not in _GROUPED:
+            return shapes
+        return (*shapes, AttentionShape(1, 4, 1, 8192, 8192, D), AttentionShape(8, 4, 1, 64, 64, D))
+
+    def size_name(self, shape: AttentionShape) -> str:
+        """B128-H16-N64-D32, of which what is as usual is left out."""
+        parts = [f"B{shape.B}"] if shape.B > 1 else []
+        if shape.H != HEADS:
+            parts.append(f"H{shape.H}")
+        if shape.Hk != shape.H:
+            parts.append(f"K{shape.Hk}")
+        parts.append(f"N{shape.N}")
+        if shape.M != shape.N:
+            parts.append(f"M{shape.M}")
+        if shape.D != HEAD_DIM:
+            parts.append(f"D{shape.D}")
+        return "-".join(parts)
+
+    def parse_size(self, text: str) -> AttentionShape | None:
+        n = r"(\d+)"
+        form = rf"(?:B{n}-)?(?:H{n}-)?(?:K{n}-)?N{n}(?:-M{n})?(?:-D{n})?"
+        match = re.fullmatch(form, text)
+        if match is None:
+            return None
+        B, H, Hk, N, M, D = (int(found) if found else 0 for found in match.groups())
+        H = H or HEADS
+        return AttentionShape(B or 1, H, Hk or H, N, M or N, D or HEAD_DIM)
 
 
 def in_float32(shape: AttentionShape) -> int:
@@ -96,7 +134,7 @@ def in_float32(shape: AttentionShape) -> int:
     return 4 * shape.B * shape.D * (shape.H * shape.N + 2 * shape.H * shape.M)
 
 
-def sample(tokens: int, device: torch.device) -> torch.Tensor:
+def sample(tokens: int, device: torch.device) -> Tensor:
     """Rows spread over the sequence, the first and the last among them: tiles end there."""
     count = min(tokens, SAMPLED_ROWS)
     spread = torch.linspace(0, tokens - 1, count, dtype=torch.float64)

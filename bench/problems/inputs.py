@@ -1,5 +1,6 @@
 """Random inputs: zero mean, unit variance, the same for the same seed and device."""
 
+from abc import abstractmethod
 from collections.abc import Callable
 from typing import Any
 
@@ -37,3 +38,16 @@ class Normal:
         for x in inputs.values():
             x.requires_grad_()
         return Problem(operation, shape, self.dtype, inputs, output_names, cotangents, run)
+
+
+class Drawn(Operation):
+    """An operation whose inputs are drawn one after another."""
+
+    @abstractmethod
+    def drawn(self, normal: Normal, shape: Any) -> Problem:
+        """The problem of this shape, of what ``normal`` draws."""
+
+    def problem(
+        self, shape: Any, dtype: torch.dtype, device: torch.device, seed: int = 0
+    ) -> Problem:
+        return self.drawn(Normal(dtype, device, seed), shape)

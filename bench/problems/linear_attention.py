@@ -10,12 +10,11 @@ from torch import Tensor
 
 from linear_vit import kernels
 from linear_vit.bench.problems import attention
-from linear_vit.bench.problems.attention import AttentionShape, square
+from linear_vit.bench.problems.attention import AttentionOperation, AttentionShape, square
 from linear_vit.bench.problems.case import (
     FORWARD,
     FORWARD_BACKWARD,
     Expected,
-    Operation,
     Problem,
     Wanted,
     Work,
@@ -25,9 +24,6 @@ from linear_vit.bench.problems.case import (
 from linear_vit.bench.problems.inputs import Normal
 from linear_vit.bench.problems.packed import Packed
 
-# Head dims at which grouped queries are compiled too: the commonest, and HydraAttention's four
-# branches of dim 384.
-_GROUPED = (64, 96)
 _PROBE_REPEATS = 200_000
 
 
@@ -36,41 +32,12 @@ def _state_bytes(shape: AttentionShape) -> int:
     return 4 * shape.Hk * (2 * shape.D**2 + 2 * shape.D)
 
 
-def _long(dim: int) -> AttentionShape:
-    return square(1, 16, 65_536, dim)
+# Sizes at which a kernel's time is seen, and smaller ones that launch the same.
+_LONG = (functools.partial(square, 1, 16, 65_536), functools.partial(square, 1, 6, 8192))
+_SHORT = (functools.partial(square, 128, 6, 256), functools.partial(square, 16, 6, 256))
 
 
-def _long_smaller(dim: int) -> AttentionShape:
-    return square(1, 6, 8192, dim)
-
-
-def _short(dim: int) -> AttentionShape:
-    return square(128, 6, 256, dim)
-
-
-def _short_smaller(dim: int) -> AttentionShape:
-    return square(16, 6, 256, dim)
-
-
-def _needs(
-    operation: Operation,
-    backend: str,
-    mode: str,
-    shape: AttentionShape,
-    per_fma: dict[str, float],
-    fresh: float,
-) -> dict[str, float]:
-    """What the C++ kernels take of the processor, as cpu_simd.cpp's header counts it for AVX-512.
-
-    They do half of the dense work: the rows that a sign picks. ``fresh``: bytes of the output.
-    """
-    if backend != "cpu" or mode != FORWARD:
-        return {}
-    done = operation.least_work(mode, shape, 4).flop / 2
-    return {**{name: done * n for name, n in per_fma.items()}, "fresh": fresh}
-
-
-class _Linear(Operation):
+class _Linear(AttentionOperation):
     """What the four have in common."""
 
     def probes(self, device: torch.device) -> dict[str, Callable[[], float]]:
@@ -82,34 +49,8 @@ class _Linear(Operation):
         names = ("fma", "load", "instructions")  # in the order of the operator's numbers
         return {n: functools.partial(probe, i, _PROBE_REPEATS) for i, n in enumerate(names)}
 
-    def shape(self, tokens: int, batch: int = 1) -> AttentionShape:
-        return square(batch, attention.HEADS, tokens, attention.HEAD_DIM)
-
-    def lengths(self, device_type: str, extent: str) -> tuple[int, ...]:
-        return attention.lengths(device_type, extent)
-
-    def check_shapes(
-        self, head_dim: int, *, interpreted: bool = False
-    ) -> tuple[AttentionShape, ...]:
-        # Ragged on purpose: no power of two, N ≠ M, grouped heads.
-        if interpreted:
-            return (AttentionShape(1, 2, 1, 37, 70, head_dim),)
-        return (
-            AttentionShape(2, 6, 6, 197, 197, head_dim),
-            AttentionShape(1, 4, 1, 77, 130, head_dim),
-        )
-
     def traffic_shapes(self, head_dim: int) -> tuple[AttentionShape, ...]:
         return (square(2, 2, 64, head_dim), square(1, 2, 4096, head_dim))
-
-    def static_shapes(self, head_dim: int, *, ragged: bool) -> tuple[AttentionShape, ...]:
-        D = head_dim
-        if ragged:
-            return (square(1, 2, 197, D), square(1, 2, 4099, D))
-        shapes = (square(1, 2, 8192, D), square(8, 6, 64, D))
-        if D not in _GROUPED:
-            return shapes
-        return (*shapes, AttentionShape(1, 4, 1, 8192, 8192, D), AttentionShape(8, 4, 1, 64, 64, D))
 
     def working_set(self, mode: str, backend: str, shape: AttentionShape) -> int:
         tokens = attention.in_float32(shape)
@@ -117,22 +58,16 @@ class _Linear(Operation):
             return tokens + 64 * shape.B * _state_bytes(shape)
         return tokens * (5 if mode == FORWARD else 12)  # φ of every token, and its gradients
 
-    def size_name(self, shape: AttentionShape) -> str:
-        return attention.size_name(shape)
-
-    def parse_size(self, text: str) -> AttentionShape | None:
-        return attention.parse_size(text)
-
 
 class LinearAttention(_Linear):
     name = "linear_attention"
     quick = True
     workloads: ClassVar = {
         "linear_attention.short_forward": Workload(
-            "linear_attention", FORWARD, _short, _short_smaller, ("_short_forward",)
+            "linear_attention", FORWARD, *_SHORT, ("_short_forward",)
         ),
         "linear_attention.short_backward": Workload(
-            "linear_attention", FORWARD_BACKWARD, _short, _short_smaller, ("_short_backward",)
+            "linear_attention", FORWARD_BACKWARD, *_SHORT, ("_short_backward",)
         ),
     }
 
@@ -145,18 +80,6 @@ class LinearAttention(_Linear):
             Wanted(200 + i, FORWARD, "float32", self.shape(1024 << i), ("cpu",)) for i in range(11)
         ]
         return [*at_the_same_work, *scaling]
-
-    def problem(
-        self, shape: AttentionShape, dtype: torch.dtype, device: torch.device, seed: int = 0
-    ) -> Problem:
-        normal = Normal(dtype, device, seed)
-        B, H, Hk, N, M, D = shape.B, shape.H, shape.Hk, shape.N, shape.M, shape.D
-        inputs = {"q": normal(B, H, N, D), "k": normal(B, Hk, M, D), "v": normal(B, Hk, M, D)}
-
-        def run(t: dict[str, Tensor], backend: str) -> tuple[Tensor, ...]:
-            return (kernels.linear_attention(t["q"], t["k"], t["v"], backend=backend),)
-
-        return normal.problem(self, shape, inputs, ("out",), (normal(B, H, N, D),), run)
 
     def traffic_shapes(self, head_dim: int) -> tuple[AttentionShape, ...]:
         short, long = super().traffic_shapes(head_dim)
@@ -194,11 +117,40 @@ class LinearAttentionPacked(Packed, _Linear):
     of = LinearAttention()
 
 
-class LinearAttentionState(_Linear):
+class _Part(_Linear):
+    """The state, or reading it: on a CPU, timed for the roofline.
+
+    Attributes:
+        per_fma: what the C++ kernels take of the processor beside an FMA, as cpu_simd.cpp's header
+            counts it for AVX-512.
+    """
+
+    per_fma: ClassVar[dict[str, float]]
+
+    def special(self, sweep: str) -> list[Wanted]:
+        if sweep != "cpu":
+            return []
+        return list(attention.on_cpu((1024, 65_536), 300, ("cpu",), (FORWARD,), ("float32",)))
+
+    def fresh_bytes(self, shape: AttentionShape) -> float:
+        """Of an output that is too large to be reused memory."""
+        return 0
+
+    def needs(self, backend: str, mode: str, shape: AttentionShape) -> dict[str, float]:
+        """Half of the dense work: the rows that a sign picks."""
+        if backend != "cpu" or mode != FORWARD:
+            return {}
+        done = self.least_work(mode, shape, 4).flop / 2
+        taken = {name: done * n for name, n in self.per_fma.items()}
+        return {**taken, "fresh": self.fresh_bytes(shape)}
+
+
+class LinearAttentionState(_Part):
     name = "linear_attention_state"
+    per_fma: ClassVar = {"fma": 1, "load": 6 / 8, "instructions": 18 / 8}
     workloads: ClassVar = {
         "linear_attention.state": Workload(
-            "linear_attention_state", FORWARD, _long, _long_smaller, ("_state", "_feature_outer")
+            "linear_attention_state", FORWARD, *_LONG, ("_state", "_feature_outer")
         ),
         "linear_attention.reduce": Workload(
             "linear_attention_state",
@@ -211,27 +163,12 @@ class LinearAttentionState(_Linear):
         "linear_attention.key_value_gradient": Workload(
             "linear_attention_state",
             FORWARD_BACKWARD,
-            _long,
-            _long_smaller,
+            *_LONG,
             ("_key_value_gradient",),
         ),
     }
 
-    def special(self, sweep: str) -> list[Wanted]:
-        """On a CPU, for the roofline."""
-        if sweep != "cpu":
-            return []
-        return list(attention.on_cpu((1024, 65_536), 300, ("cpu",), (FORWARD,), ("float32",)))
-
-    def needs(self, backend: str, mode: str, shape: AttentionShape) -> dict[str, float]:
-        return _needs(
-            self, backend, mode, shape, {"fma": 1, "load": 6 / 8, "instructions": 18 / 8}, 0
-        )
-
-    def problem(
-        self, shape: AttentionShape, dtype: torch.dtype, device: torch.device, seed: int = 0
-    ) -> Problem:
-        normal = Normal(dtype, device, seed)
+    def drawn(self, normal: Normal, shape: AttentionShape) -> Problem:
         B, Hk, M, D = shape.B, shape.Hk, shape.M, shape.D
         inputs = {"k": normal(B, Hk, M, D), "v": normal(B, Hk, M, D)}
         cotangents = (
@@ -255,36 +192,23 @@ class LinearAttentionState(_Linear):
         return Work(shape.B * (elements * element_size + states), shape.B * flop)
 
 
-class LinearAttentionApply(_Linear):
+class LinearAttentionApply(_Part):
     name = "linear_attention_apply"
+    per_fma: ClassVar = {"fma": 1, "load": 4 / 4, "instructions": 8 / 4}
     workloads: ClassVar = {
-        "linear_attention.apply": Workload(
-            "linear_attention_apply", FORWARD, _long, _long_smaller, ("_apply",)
-        ),
+        "linear_attention.apply": Workload("linear_attention_apply", FORWARD, *_LONG, ("_apply",)),
         "linear_attention.query_gradient": Workload(
-            "linear_attention_apply", FORWARD_BACKWARD, _long, _long_smaller, ("_query_gradient",)
+            "linear_attention_apply", FORWARD_BACKWARD, *_LONG, ("_query_gradient",)
         ),
         "linear_attention.query_sums": Workload(
-            "linear_attention_apply", FORWARD_BACKWARD, _long, _long_smaller, ("_feature_outer",)
+            "linear_attention_apply", FORWARD_BACKWARD, *_LONG, ("_feature_outer",)
         ),
     }
 
-    def special(self, sweep: str) -> list[Wanted]:
-        """On a CPU, for the roofline."""
-        if sweep != "cpu":
-            return []
-        return list(attention.on_cpu((1024, 65_536), 300, ("cpu",), (FORWARD,), ("float32",)))
+    def fresh_bytes(self, shape: AttentionShape) -> float:
+        return 4 * shape.B * shape.H * shape.N * shape.D
 
-    def needs(self, backend: str, mode: str, shape: AttentionShape) -> dict[str, float]:
-        output = 4 * shape.B * shape.H * shape.N * shape.D
-        return _needs(
-            self, backend, mode, shape, {"fma": 1, "load": 4 / 4, "instructions": 8 / 4}, output
-        )
-
-    def problem(
-        self, shape: AttentionShape, dtype: torch.dtype, device: torch.device, seed: int = 0
-    ) -> Problem:
-        normal = Normal(dtype, device, seed)
+    def drawn(self, normal: Normal, shape: AttentionShape) -> Problem:
         B, H, Hk, N, D = shape.B, shape.H, shape.Hk, shape.N, shape.D
         # A state that tokens made: a random z could be negative, and divide by nothing.
         S, z = kernels.linear_attention_state(

@@ -7,24 +7,21 @@ import torch
 from torch import Tensor
 
 from linear_vit import kernels
-from linear_vit.bench.problems.attention import AttentionShape, square
+from linear_vit.bench.problems.attention import AttentionOperation, AttentionShape, square
 from linear_vit.bench.problems.case import Expected, Operation, Problem, Shape, Work
 from linear_vit.bench.problems.inputs import Normal
 from linear_vit.kernels.layout import unpack_qkv
 
 
-class Packed(Operation):
+class Packed(AttentionOperation):
     """Mixed into a packed operation; ``of`` is the operation on q, k and v."""
 
     of: Operation
     token_axis = 1
 
-    def problem(
-        self, shape: AttentionShape, dtype: torch.dtype, device: torch.device, seed: int = 0
-    ) -> Problem:
+    def drawn(self, normal: Normal, shape: AttentionShape) -> Problem:
         if shape.Hk != shape.H or shape.M != shape.N:
             raise ValueError(f"{self.name} takes as many keys as queries, got {shape}")
-        normal = Normal(dtype, device, seed)
         B, H, N, D = shape.B, shape.H, shape.N, shape.D
         inputs = {"qkv": normal(B, N, 3, H, D)}
         function = getattr(kernels, self.name)

@@ -5,7 +5,6 @@ import re
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
-import torch
 from torch import Tensor
 
 from linear_vit import kernels
@@ -13,14 +12,13 @@ from linear_vit.bench.problems.case import (
     EXTENTS,
     FORWARD,
     FORWARD_BACKWARD,
-    Operation,
     Problem,
     Shape,
     Wanted,
     Work,
     Workload,
 )
-from linear_vit.bench.problems.inputs import Normal
+from linear_vit.bench.problems.inputs import Drawn, Normal
 from linear_vit.kernels.ripple.stages import halving_axes
 
 CHANNELS = 384
@@ -78,7 +76,7 @@ def _workload(operation: str, mode: str, side: int, function: str) -> Workload:
     )
 
 
-class _Ripple(Operation):
+class _Ripple(Drawn):
     """What the four have in common."""
 
     quick = True
@@ -166,10 +164,7 @@ class RipplePool(_Stage):
         "ripple.sum_partials": _workload("ripple_pool", FORWARD_BACKWARD, 32, "_sum_partials"),
     }
 
-    def problem(
-        self, shape: RippleShape, dtype: torch.dtype, device: torch.device, seed: int = 0
-    ) -> Problem:
-        normal = Normal(dtype, device, seed)
+    def drawn(self, normal: Normal, shape: RippleShape) -> Problem:
         B, C, axis = shape.B, shape.C, shape.axis
         inputs = {
             "x": normal(B, shape.rows, shape.cols, C),
@@ -198,10 +193,7 @@ class RippleExpand(_Stage):
         ),
     }
 
-    def problem(
-        self, shape: RippleShape, dtype: torch.dtype, device: torch.device, seed: int = 0
-    ) -> Problem:
-        normal = Normal(dtype, device, seed)
+    def drawn(self, normal: Normal, shape: RippleShape) -> Problem:
         B, C, axis = shape.B, shape.C, shape.axis
         inputs = {
             "z": normal(B, *shape.coarse, C),
@@ -243,10 +235,7 @@ class RipplePoolStages(_Pyramid):
         ),
     }
 
-    def problem(
-        self, shape: RippleShape, dtype: torch.dtype, device: torch.device, seed: int = 0
-    ) -> Problem:
-        normal = Normal(dtype, device, seed)
+    def drawn(self, normal: Normal, shape: RippleShape) -> Problem:
         axes, stages = shape.axes, range(len(shape.axes))
         levels = [normal(shape.B, *grid, shape.C) for grid in shape.levels]
         filters = [normal.around(1 / 9, 0.05, shape.C, 3, 3) for _ in stages]
@@ -276,10 +265,7 @@ class RippleExpandStages(_Pyramid):
         ),
     }
 
-    def problem(
-        self, shape: RippleShape, dtype: torch.dtype, device: torch.device, seed: int = 0
-    ) -> Problem:
-        normal = Normal(dtype, device, seed)
+    def drawn(self, normal: Normal, shape: RippleShape) -> Problem:
         axes, stages, C = shape.axes, range(len(shape.axes)), shape.C
         levels = [normal(shape.B, *grid, C) for grid in shape.levels]
         inputs = {"z": levels[-1]} | _numbered("x", levels[:-1])

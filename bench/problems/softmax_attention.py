@@ -7,25 +7,22 @@ from torch import Tensor
 
 from linear_vit import kernels
 from linear_vit.bench.problems import attention
-from linear_vit.bench.problems.attention import AttentionShape, square
+from linear_vit.bench.problems.attention import AttentionOperation, AttentionShape, square
 from linear_vit.bench.problems.case import (
     FORWARD,
     FORWARD_BACKWARD,
     Expected,
-    Operation,
     Problem,
     Wanted,
     Work,
     Workload,
 )
-from linear_vit.bench.problems.inputs import Normal
 from linear_vit.bench.problems.packed import Packed
 
 # Above this, the float64 reference is compared on a sample of the query rows, to save minutes.
 MOST_REFERENCE_FLOP = 4e10
 # Those that store an N×M matrix of scores, several times over with its gradients.
 _STORES_SCORES = ("reference", "sdpa_math")
-_GROUPED = (64, 96)  # head dims at which grouped queries are compiled too
 
 
 def _workload(mode: str, function: str) -> Workload:
@@ -38,39 +35,13 @@ def _workload(mode: str, function: str) -> Workload:
     )
 
 
-class _Softmax(Operation):
+class _Softmax(AttentionOperation):
     """What both have in common."""
 
     backward_reads_outputs = True  # P is worked out again, and its row sums need out
 
-    def shape(self, tokens: int, batch: int = 1) -> AttentionShape:
-        return square(batch, attention.HEADS, tokens, attention.HEAD_DIM)
-
-    def lengths(self, device_type: str, extent: str) -> tuple[int, ...]:
-        return attention.lengths(device_type, extent)
-
-    def check_shapes(
-        self, head_dim: int, *, interpreted: bool = False
-    ) -> tuple[AttentionShape, ...]:
-        # Ragged on purpose: no power of two, N ≠ M, grouped heads.
-        if interpreted:
-            return (AttentionShape(1, 2, 1, 37, 70, head_dim),)
-        return (
-            AttentionShape(2, 6, 6, 197, 197, head_dim),
-            AttentionShape(1, 4, 1, 77, 130, head_dim),
-        )
-
     def traffic_shapes(self, head_dim: int) -> tuple[AttentionShape, ...]:
         return (square(2, 2, 64, head_dim), square(1, 1, 512, head_dim))
-
-    def static_shapes(self, head_dim: int, *, ragged: bool) -> tuple[AttentionShape, ...]:
-        D = head_dim
-        if ragged:
-            return (square(1, 2, 197, D), square(1, 2, 4099, D))
-        shapes = (square(1, 2, 8192, D), square(8, 6, 64, D))
-        if D not in _GROUPED:
-            return shapes
-        return (*shapes, AttentionShape(1, 4, 1, 8192, 8192, D), AttentionShape(8, 4, 1, 64, 64, D))
 
     def working_set(self, mode: str, backend: str, shape: AttentionShape) -> int:
         tokens = attention.in_float32(shape)
@@ -78,12 +49,6 @@ class _Softmax(Operation):
             scores = 4 * shape.B * shape.H * shape.N * shape.M
             return scores * (3 if mode == FORWARD else 5) + tokens
         return tokens * (1 if mode == FORWARD else 3)
-
-    def size_name(self, shape: AttentionShape) -> str:
-        return attention.size_name(shape)
-
-    def parse_size(self, text: str) -> AttentionShape | None:
-        return attention.parse_size(text)
 
 
 class SoftmaxAttention(_Softmax):
@@ -100,18 +65,6 @@ class SoftmaxAttention(_Softmax):
             return list(attention.on_gpu(attention.GPU_RANKS))
         # Beyond, a quadratic operation takes seconds a call.
         return list(attention.on_cpu((64, 128, 256, 1024), 0, ("torch",)))
-
-    def problem(
-        self, shape: AttentionShape, dtype: torch.dtype, device: torch.device, seed: int = 0
-    ) -> Problem:
-        normal = Normal(dtype, device, seed)
-        B, H, Hk, N, M, D = shape.B, shape.H, shape.Hk, shape.N, shape.M, shape.D
-        inputs = {"q": normal(B, H, N, D), "k": normal(B, Hk, M, D), "v": normal(B, Hk, M, D)}
-
-        def run(t: dict[str, Tensor], backend: str) -> tuple[Tensor, ...]:
-            return (kernels.softmax_attention(t["q"], t["k"], t["v"], backend=backend),)
-
-        return normal.problem(self, shape, inputs, ("out",), (normal(B, H, N, D),), run)
 
     def least_work(self, mode: str, shape: AttentionShape, element_size: int) -> Work:
         """4·N·M·D per head forward; backward five products, 10·N·M·D, since P has to be recomputed

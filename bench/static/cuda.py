@@ -7,7 +7,6 @@ records launches (``launch_recorder.cpp``).
 """
 
 import ctypes
-import hashlib
 import itertools
 import os
 import re
@@ -25,7 +24,7 @@ import torch
 
 from linear_vit.bench.problems import DTYPES
 from linear_vit.bench.static import launches, machine_code
-from linear_vit.bench.static.units import Unit
+from linear_vit.bench.static.units import Unit, digest
 from linear_vit.kernels import build, toolchains
 from linear_vit.kernels.registry import pretend_usable
 
@@ -64,7 +63,7 @@ def compile_unit(unit: Unit, cache: Path) -> list[dict[str, Any]]:
         RuntimeError: a compiler's error, with its output.
     """
     listed, log = _nvcc(unit, cache)
-    usage = {name: u for (_, name), u in machine_code.read_ptxas(log).items()}
+    usage = machine_code.read_ptxas(log)
     code = machine_code.disassemble(listed)
     readable = _demangle(usage)
     with tempfile.TemporaryDirectory() as folder:
@@ -127,7 +126,7 @@ def _nvcc(unit: Unit, cache: Path) -> tuple[Path, str]:
     )
     asked = repr((command, wanted, toolchains.nvcc_version()))
     sources = [path for path in toolchains.CUDA.files(unit.folder) if path.suffix != ".cpp"]
-    name = f"{unit.folder}-{unit.architecture}-{_digest(asked, sources)}"
+    name = f"{unit.folder}-{unit.architecture}-{digest(asked, sources)}"
     target, log = cache / f"{name}.o", cache / f"{name}.log"
     if not (target.exists() and log.exists()):
         included, partial = cache / f"{name}.h", cache / f"{name}.{os.getpid()}.o"
@@ -136,13 +135,6 @@ def _nvcc(unit: Unit, cache: Path) -> tuple[Path, str]:
         log.write_text(_run([*command, "-o", str(partial)]))
         partial.replace(target)
     return target, log.read_text()
-
-
-def _digest(asked: str, sources: Iterable[Path]) -> str:
-    digest = hashlib.sha256(asked.encode())
-    for path in sources:
-        digest.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
-    return digest.hexdigest()[:24]
 
 
 def _demangle(names: Iterable[str]) -> dict[str, str]:
@@ -241,8 +233,8 @@ def _host_object(source: Path, prelude: Path | None, headers: Iterable[Path], ca
 
     root = toolchains.cuda_root()
     assert root is not None
-    digest = _digest(f"{torch.__version__} {root}", (source, *headers))
-    target = cache / f"{source.stem}-{digest}.o"
+    made_of = digest(f"{torch.__version__} {root}", (source, *headers))
+    target = cache / f"{source.stem}-{made_of}.o"
     if target.exists():
         return target
     # What these would declare is in launch_recorder.h.

@@ -97,14 +97,13 @@ class Usage:
     static_shared: int
 
 
-_ENTRY = re.compile(r"Compiling entry function '(\S+)' for '(\w+)'")
-_FUNCTION = re.compile(r"Function properties for (\S+)")
+_ENTRY = re.compile(r"Compiling entry function '(\S+)' for")
 _FRAME = re.compile(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads")
 _USED = re.compile(r"Used (\d+) registers(.*)")
 
 
-def read_ptxas(log: str) -> dict[tuple[str, str], Usage]:
-    """``ptxas -v``'s report as (architecture, mangled name) -> :class:`Usage`.
+def read_ptxas(log: str) -> dict[str, Usage]:
+    """``ptxas -v``'s report of one architecture as mangled name -> :class:`Usage`.
 
     The frame and spills of device functions that were not inlined are added to the kernel that is
     being compiled when they are reported.
@@ -112,14 +111,14 @@ def read_ptxas(log: str) -> dict[tuple[str, str], Usage]:
     Raises:
         ValueError: a kernel without its line of registers: ptxas says something else than expected.
     """
-    found: dict[tuple[str, str], Usage] = {}
-    entry: tuple[str, str] | None = None
+    found: dict[str, Usage] = {}
+    entry: str | None = None
     frame = [0, 0, 0]
     for line in log.splitlines():
         if match := _ENTRY.search(line):
             if entry is not None:
-                raise ValueError(f"ptxas reports no registers for {entry[1]}")
-            entry, frame = (match.group(2), match.group(1)), [0, 0, 0]
+                raise ValueError(f"ptxas reports no registers for {entry}")
+            entry, frame = match.group(1), [0, 0, 0]
         elif match := _FRAME.search(line):
             frame = [a + int(b) for a, b in zip(frame, match.groups(), strict=True)]
         elif entry is not None and (match := _USED.search(line)):
@@ -129,7 +128,7 @@ def read_ptxas(log: str) -> dict[tuple[str, str], Usage]:
             found[entry] = Usage(int(match.group(1)), stores, loads, stack, shared)
             entry = None
     if entry is not None:
-        raise ValueError(f"ptxas reports no registers for {entry[1]}")
+        raise ValueError(f"ptxas reports no registers for {entry}")
     return found
 
 
@@ -218,18 +217,15 @@ def _functions(listing: str) -> Iterator[tuple[str, list[str]]]:
         yield name, mnemonics
 
 
-def disassemble(binary: Path, architecture: str | None = None) -> dict[str, Instructions]:
-    """Count every kernel's instructions in a cubin, or in an object of one or more architectures.
+def disassemble(binary: Path) -> dict[str, Instructions]:
+    """Count every kernel's instructions in a cubin, or in an object of one architecture.
 
     Raises:
         FileNotFoundError: there is no cuobjdump.
         RuntimeError: cuobjdump refuses the file, or finds no kernel in it.
     """
     tool = find_cuobjdump()
-    chosen = ["-arch", architecture] if architecture is not None else []
-    done = subprocess.run(
-        [str(tool), "-sass", *chosen, str(binary)], capture_output=True, text=True, check=False
-    )
+    done = subprocess.run([str(tool), "-sass", str(binary)], capture_output=True, text=True)
     kernels = read_sass(done.stdout)
     if done.returncode != 0 or not kernels:
         message = (done.stderr or done.stdout).strip().splitlines() or ["no kernel in it"]

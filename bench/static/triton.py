@@ -7,8 +7,6 @@ for the target that its driver names. Here the driver is one of ours, and every 
 
 import contextlib
 import hashlib
-import importlib
-import inspect
 import io
 import json
 import os
@@ -137,20 +135,6 @@ def compile_exercises(
         for exercise in exercises:
             exercise.run("triton")
     return list(rows.values())
-
-
-def shipped_kernels(folder: str) -> set[str]:
-    """Names of a folder's kernels: its JIT functions that no JIT function calls."""
-    module = importlib.import_module(f"{launches.package(folder)}.triton")
-    functions = {name: f for name, f in inspect.getmembers(module) if isinstance(f, JITFunction)}
-    own = {name for name, f in functions.items() if f.fn.__module__ == module.__name__}
-    called = {
-        name
-        for name in functions
-        for f in functions.values()
-        if re.search(rf"\b{name}\(", f.src.partition(":\n")[2])
-    }
-    return own - called
 
 
 @contextlib.contextmanager

@@ -137,10 +137,16 @@ def cache_folder() -> Path:
 
 def kept_in(unit: Unit) -> Path:
     """Where a unit's rows are kept: named by all that they depend on."""
-    digest = hashlib.sha256(repr((SCHEMA, astuple(unit), toolchain())).encode())
-    for path in sorted(sources(unit)):
-        digest.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
-    return cache_folder() / f"{digest.hexdigest()[:24]}.json"
+    asked = repr((SCHEMA, astuple(unit), toolchain()))
+    return cache_folder() / f"{digest(asked, sorted(sources(unit)))}.json"
+
+
+def digest(asked: str, files: Iterable[Path]) -> str:
+    """What something kept is named by: all that was asked for, and the files it was made of."""
+    found = hashlib.sha256(asked.encode())
+    for path in files:
+        found.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
+    return found.hexdigest()[:24]
 
 
 def sources(unit: Unit) -> set[Path]:

@@ -37,7 +37,7 @@ ptxas info    : Used 40 registers, used 0 barriers
 
 def test_ptxas_report_is_read_by_kernel() -> None:
     found = read_ptxas(LOG)
-    first, second = found["sm_90a", "first"], found["sm_90a", "second"]
+    first, second = found["first"], found["second"]
     assert (first.registers, first.static_shared, first.stack) == (128, 1024, 24)
     assert (first.spill_stores, first.spill_loads) == (12, 16)
     assert (second.registers, second.static_shared, second.spill_stores) == (40, 0, 0)

@@ -17,9 +17,9 @@ from linear_vit.training.steps import (
     SIZES,
     STEP,
     TRAINING_STEP,
-    make_step,
-    own_backends,
+    compared_backends,
     step_case,
+    step_of,
     time_steps,
     were_timed,
     why_not,
@@ -56,16 +56,16 @@ def cases_of_a_sweep(*tokens: int) -> list[problems.Case]:
 
 
 @pytest.mark.parametrize("name", ["baseline", "ripple", "hydra-local"])
-def test_make_step_trains(name: str, losses: list[Tensor]) -> None:
-    step = make_step(name, batch_size=8)
+def test_a_step_trains(name: str, losses: list[Tensor]) -> None:
+    step = step_of(resolve({**SIZES["cpu"], **model_settings(name), "batch_size": 8}), CPU)
     for _ in range(6):
         step()
     assert losses[-1] < losses[0] - 0.1
 
 
-def test_make_step_refuses_unknown_models() -> None:
+def test_unknown_models_are_refused() -> None:
     with pytest.raises(UserError, match="unknown model 'vit'; there are baseline, "):
-        make_step("vit")
+        model_settings("vit")
 
 
 def test_a_case_trains_its_model_and_returns_nothing(losses: list[Tensor]) -> None:
@@ -154,7 +154,7 @@ def test_what_cannot_be_timed_says_why() -> None:
     assert why_not(step_case(config, "triton"), CPU)
     with pytest.raises(UserError, match="unknown backend 'magic'; there are reference, torch"):
         why_not(step_case(config, "magic"), CPU)
-    assert not set(own_backends()) & {"reference", "torch", "compiled"}
+    assert compared_backends() == ["torch", "cpu", "triton", "cuda"]
 
 
 def test_the_dtype_says_autocast() -> None:

@@ -9,7 +9,7 @@ import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
-from linear_vit.training.errors import UserError
+from linear_vit.training.errors import UserError, first_line
 from linear_vit.training.record import writing
 
 _SILENCE_S = 30  # how long a server may say nothing: a silent proxy would hang for good
@@ -77,9 +77,8 @@ def unpack(path: Path, folder: Path) -> None:
                 with tarfile.open(path) as tar:
                     tar.extractall(inside, filter="data")  # refuses links and paths to elsewhere
         except (tarfile.TarError, zipfile.BadZipFile, EOFError, ValueError, OSError) as error:
-            reason = (str(error).splitlines() or [type(error).__name__])[0]
             raise UserError(
-                f"{path} cannot be unpacked into {folder}: {reason:.200}; nothing was; "
+                f"{path} cannot be unpacked into {folder}: {first_line(error):.200}; nothing was; "
                 "delete it and get it again"
             ) from error
         for item in inside.iterdir():

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from linear_vit.training.config import DatasetInfo, Recipe
-from linear_vit.training.errors import UserError
+from linear_vit.training.errors import UserError, first_line
 from linear_vit.training.streams import drawing_from, generator
 
 _PADDING = 4  # of the recipes' random crop; the light one takes the data set's
@@ -144,9 +144,9 @@ def torchvision_v2() -> Any:
     try:
         from torchvision.transforms import v2
     except Exception as error:  # beside a torch of another build it fails in several ways
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(
             f"the recipes seed and strong need torchvision, which does not import here "
-            f"({reason:.160}); install the torchvision made for this torch, or give --recipe light"
+            f"({first_line(error):.160}); install the torchvision made for this torch, "
+            "or give --recipe light"
         ) from error
     return v2

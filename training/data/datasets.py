@@ -26,7 +26,7 @@ from torch import Tensor
 
 from linear_vit.training.config import DATASETS, DatasetInfo
 from linear_vit.training.data.archives import Archive, fetch, unpack
-from linear_vit.training.errors import UserError
+from linear_vit.training.errors import UserError, first_line
 
 # SHA-256 of published contents, uncompressed (packages compress them anew), by file name. MD5 is
 # all that the publishers of CIFAR-100 give.
@@ -56,9 +56,6 @@ class Split:
     images: Tensor
     labels: Tensor
 
-    def to(self, device: torch.device) -> "Split":
-        return Split(self.images.to(device), self.labels.to(device))
-
 
 @dataclass(frozen=True)
 class Dataset:
@@ -70,16 +67,6 @@ class Dataset:
     val: Split
     test: Split
     class_names: list[str]
-
-    def to(self, device: torch.device) -> "Dataset":
-        return Dataset(
-            self.name,
-            self.info,
-            self.train.to(device),
-            self.val.to(device),
-            self.test.to(device),
-            self.class_names,
-        )
 
 
 def load(name: str, data_dir: str | Path = "data") -> Dataset:
@@ -446,7 +433,7 @@ def _download(
                 unpack(path, unpacked_into)
     except OSError as error:
         raise UserError(
-            f"{title} was not found, and downloading it failed ({_first_line(error)}); "
+            f"{title} was not found, and downloading it failed ({first_line(error):.160}); "
             f"get {what} put into {folder} (or name the folder above it with --data_dir), "
             "or train on the embedded data set with --dataset digits"
         ) from error
@@ -485,10 +472,6 @@ def _present(path: Path | None) -> Path:
 
 def _damaged(path: Path, reason: str) -> UserError:
     return UserError(f"{path} is damaged: {reason[:160]}; delete it and get the data set again")
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0][:160]
 
 
 _LOADERS: dict[str, Callable[[Path], Dataset]] = {

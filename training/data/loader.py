@@ -7,7 +7,6 @@ torchvision run on the CPU: in worker processes, ahead of the training loop, for
 """
 
 import functools
-import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -16,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from linear_vit.bench.instruments import machine
 from linear_vit.training import distributed
 from linear_vit.training.config import RECIPES, Config, DatasetInfo
 from linear_vit.training.data.augmentation import LightDraws, Mixer, image_transform, normalise
@@ -159,8 +159,4 @@ def default_workers(device: torch.device) -> int:
     """None on a CPU, whose cores the model needs; all but one of this process's cores for CUDA."""
     if device.type != "cuda":
         return 0
-    try:
-        cores = len(os.sched_getaffinity(0))
-    except AttributeError:
-        cores = os.cpu_count() or 1
-    return max(1, min(16, cores // distributed.world() - 1))
+    return max(1, min(16, machine.available_cores() // distributed.world() - 1))
