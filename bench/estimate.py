@@ -7,7 +7,14 @@ import torch
 
 from linear_vit import kernels
 from linear_vit.bench.instruments.limits import Limits
-from linear_vit.bench.problems import DTYPES, FORWARD_BACKWARD, Case, least_work, operation
+from linear_vit.bench.problems import (
+    DTYPES,
+    FORWARD_BACKWARD,
+    Case,
+    case_name,
+    least_work,
+    operation,
+)
 
 # The float64 reference works in chunks: what those take, and the profiler's and allocator's own.
 _CHUNKS = 256 * 2**20
@@ -15,6 +22,7 @@ _CHUNKS = 256 * 2**20
 _OVER_LIMIT = {"oracle": 20.0, "eager": 5.0, "kernels": 3.0}
 _OVERHEAD_S = 0.25  # checking, profiling, warming up
 _COMPILES_S = 8.0
+_ENERGY_S = 0.5  # of calls back to back
 # Of the memory that is free now, the share a case may ask for.
 _SHARE = 0.9
 
@@ -27,6 +35,12 @@ class Plan(Protocol):
 
     @property
     def limits(self) -> Limits | None: ...
+
+    @property
+    def device(self) -> torch.device: ...
+
+    @property
+    def energy(self) -> frozenset[str] | None: ...
 
 
 def memory_bytes(case: Case) -> int:
@@ -77,7 +91,11 @@ def seconds(case: Case, plan: Plan) -> float:
     # The reference in float64, of eager operators, and both passes.
     check = 6 * work.flop / plan.limits.matmul_flop_per_s.get(case.dtype, 1e11)
     compiles = _COMPILES_S / 8 if row is not None and row.compiles else 0.0
-    return _OVERHEAD_S + check + max(rounds, 4 * call_s) + compiles
+    measured = plan.device.type == "cuda" and (
+        plan.energy is None or case_name(case) in plan.energy
+    )
+    energy = _ENERGY_S if measured else 0.0
+    return _OVERHEAD_S + check + max(rounds, 4 * call_s) + compiles + energy
 
 
 def _of_meminfo() -> int | None:

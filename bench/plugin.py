@@ -23,7 +23,15 @@ from linear_vit.bench import estimate, runner, store, summary
 from linear_vit.bench.instruments import limits, machine, memory
 from linear_vit.bench.problems import Case, case_name, operation
 from linear_vit.bench.progress import Countdown, clock
-from linear_vit.bench.store import FAILED, MEASURED, OUT_OF_MEMORY, Result, Store, StoreError
+from linear_vit.bench.store import (
+    FAILED,
+    LEFT_OUT,
+    MEASURED,
+    OUT_OF_MEMORY,
+    Result,
+    Store,
+    StoreError,
+)
 from linear_vit.bench.sweep import SPECIAL, Sweep, make_sweep
 from linear_vit.options import OptionError
 
@@ -58,10 +66,16 @@ class Benchmarks:
         options.load_plugins(name for name in config.option.plugins if name in sys.modules)
         self._rehearses = bool(config.getoption("rehearse"))
         self._lists = bool(config.getoption("dry_run"))
+        self._began = self._written = False
+        if self._rehearses:  # pytest-benchmark is told to keep nothing, either
+            config.option.benchmark_json = config.option.benchmark_save = None
+            config.option.benchmark_autosave = False
         try:
-            if config.getoption("keep_memory"):
-                memory.keep_freed_memory()
             self.sweep = sweep_from(config)
+            if config.getoption("keep_memory"):
+                if self.sweep.device.type != "cpu":
+                    raise OptionError("--keep-memory is about the CPU's memory: --device cpu")
+                memory.keep_freed_memory()
             self._store = self._open_store()
         except (OptionError, StoreError, ValueError) as error:
             raise pytest.UsageError(str(error)) from error
@@ -95,7 +109,7 @@ class Benchmarks:
             "sources": store.sources(),
             "not_timed": self.sweep.left_out,
         }
-        listed = self._lists or self._rehearses
+        listed = self._lists or self._rehearses or self._config.option.collectonly
         return Store(None if listed else path, head, resume=resume)
 
     # What runs.
@@ -124,11 +138,12 @@ class Benchmarks:
             self._show_plan(cases, seconds)
             return True
         self._chosen = set(cases)
+        runner.build_ahead(cases, self.sweep.device)
         minutes = self._config.getoption("minutes")
         deadline = None if minutes is None else time.monotonic() + 60 * minutes
-        runner.build_ahead(cases, self.sweep.device)
         self._session = runner.Session(self._plan, self._store, deadline=deadline, isolate=None)
         self._progress = Countdown(list(seconds), seconds, self._terminal)
+        self._began = bool(cases)
         return None
 
     @functools.cached_property
@@ -141,7 +156,8 @@ class Benchmarks:
             budget,
             self._limits(),
             self._store.head["sources"],
-            folder if self._config.getoption("profile") else None,
+            folder if self._config.getoption("profile") and not self._rehearses else None,
+            self.sweep.energy,
         )
 
     def _limits(self) -> limits.Limits:
@@ -165,6 +181,8 @@ class Benchmarks:
         group = next(group for group in self.sweep.groups if case in group)
         results = self._session.measure([other for other in group if other in self._chosen])
         result = next(r for r in results if r.case == case_name(case))
+        if result.status == LEFT_OUT:
+            pytest.skip(str(result.reason))
         if result.status != MEASURED:
             pytest.fail(str(result.reason), pytrace=False)
         benchmark.group = result.group
@@ -184,10 +202,17 @@ class Benchmarks:
         if self._session is not None:
             self._session.__exit__()
             self._session = None
-        done = self._progress.finished and not self._store.interrupted
-        if self._path is not None and not self._config.getoption("benchmark_json", default=None):
+        by_pytest_benchmark = self._config.getoption("benchmark_json", default=None)
+        if self._path is not None and not by_pytest_benchmark and self._measured:
+            self._describe()
             self._store.write()
-        self._store.close(done=done)
+            self._written = True
+        whole = self._began and self._progress.finished and not self._store.interrupted
+        self._store.close(done=whole and self._written and self._store.complete)
+
+    @property
+    def _measured(self) -> bool:
+        return any(r.status == MEASURED for r in self._store.results.values())
 
     # What is shown.
 
@@ -241,15 +266,21 @@ class Benchmarks:
                 self._store.keep(Result(name, FAILED, reason))
             measured = f"{name}: {self._store.results[name].reason}"
         elif report.skipped:
-            measured = f"{name}: skipped"
+            measured = f"{name}: left out: {self._store.results[name].reason}"
         self._progress.done(name, str(measured), red=report.failed)
 
     def pytest_terminal_summary(self, terminalreporter: Any) -> None:
-        if not self._rows:
-            return
+        if self._rows and not self._rehearses:
+            self._show_measured(terminalreporter)
         if self._rehearses:
             terminalreporter.write_line("rehearsal: the times mean nothing, and none was kept")
-            return
+        unfinished = not self._progress.finished or not self._store.complete
+        if unfinished and self._path is not None:
+            terminalreporter.write_line(
+                "not finished: the same command with --resume-bench goes on"
+            )
+
+    def _show_measured(self, terminalreporter: Any) -> None:
         terminalreporter.section("measured", sep="=")
         width = terminalreporter._tw.fullwidth
         terminalreporter.write(summary.render(self._rows, width, terminalreporter._tw.hasmarkup))
@@ -258,19 +289,16 @@ class Benchmarks:
         for name, result in self._store.results.items():
             if result.status != MEASURED:
                 terminalreporter.write_line(f"{result.status}: {name}: {result.reason}", red=True)
-        if not self._progress.finished and self._path is not None:
-            terminalreporter.write_line(
-                "not finished: the same command with --resume-bench goes on"
-            )
 
     def pytest_benchmark_update_json(self, output_json: dict[str, Any]) -> None:
         self._describe()
+        self._written = True
         output_json["benchmarks"] = self._store.benchmarks()
         output_json["kernel_suite"] = self._store.suite()
 
     def _describe(self) -> None:
         """What the head says once the run has ended: the limits."""
-        limits_now = self._plan.limits if self._rows else None
+        limits_now = self._plan.limits if self._measured else None
         self._store.head["limits"] = dataclasses.asdict(limits_now) if limits_now else None
 
     @staticmethod

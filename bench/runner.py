@@ -5,6 +5,7 @@ The one way to time anything here. ``pytest --benchmark-only`` and ``train_minim
 """
 
 import dataclasses
+import math
 import subprocess
 import sys
 import time
@@ -15,7 +16,7 @@ from typing import Any
 
 import torch
 
-from linear_vit import kernels
+from linear_vit import kernels, options
 from linear_vit.bench import estimate, peers
 from linear_vit.bench.instruments import clock, energy, memory, profiles, proof, telemetry
 from linear_vit.bench.instruments.clock import Timing
@@ -31,11 +32,13 @@ from linear_vit.bench.problems import (
     expected_of_peer,
     make_problem,
     operation,
+    own_kernels,
     parse_case,
     worst,
 )
 from linear_vit.bench.store import FAILED, LEFT_OUT, MEASURED, OUT_OF_MEMORY, SCHEMA, Result, Store
-from linear_vit.bench.worker import Worker
+from linear_vit.bench.worker import PATIENCE, Started, Worker, is_lost
+from linear_vit.kernels import registry
 
 Group = tuple[Case, ...]
 
@@ -54,7 +57,7 @@ class Plan:
         limits: of the machine; None leaves shares of limits out.
         sources: name of the code measured.
         profiles: folder for traces; None for none.
-        energy: whether to measure joules a call.
+        energy: names of the cases whose joules a call are measured; None for all.
     """
 
     device: torch.device
@@ -62,7 +65,7 @@ class Plan:
     limits: Limits | None = None
     sources: str | None = None
     profiles: Path | None = None
-    energy: bool = True
+    energy: frozenset[str] | None = None
 
 
 def measure(
@@ -110,9 +113,9 @@ def run(
     Returns:
         The results of the cases, in their order.
     """
-    deadline = None if minutes is None else time.monotonic() + 60 * minutes
     groups, found = list(groups), list[Result]()
     build_ahead([case for group in groups for case in group], plan.device)
+    deadline = None if minutes is None else time.monotonic() + 60 * minutes
     with Session(plan, store, deadline=deadline, isolate=isolate) as session:
         for group in groups:
             for result in session.measure(group):
@@ -142,6 +145,7 @@ class Session:
         self._plan, self._store, self._deadline = plan, store, deadline
         alone = plan.device.type == "cuda" if isolate is None else isolate
         self._worker = Worker(measure_group) if alone else None
+        self._settled: set[str] = set()
 
     def __enter__(self) -> "Session":
         return self
@@ -155,31 +159,44 @@ class Session:
         store, pending = self._store, []
         for case in group:
             name = case_name(case)
-            if store.finished(name) is not None:
+            if name in self._settled or store.finished(name) is not None:
                 continue
+            self._settled.add(name)
             if reason := store.killer(name):
                 store.keep(Result(name, FAILED, reason))
             else:
                 pending.append(case)
-        if pending and (reason := self._no_time(pending)):
-            for case in pending:
-                store.keep(Result(case_name(case), LEFT_OUT, reason))
-            pending = []
         left = [pending] if pending else []
         while left:
-            results, again = self._attempt(left.pop(0))
+            part = left.pop(0)
+            if reason := self._no_time(part):
+                results = [Result(case_name(case), LEFT_OUT, reason) for case in part]
+            else:
+                results, again = self._attempt(part)
+                left[:0] = again
             for result in results:
                 store.keep(result)
-            left[:0] = again
         return [store.results[case_name(case)] for case in group]
 
     def _attempt(self, pending: list[Case]) -> tuple[list[Result], list[list[Case]]]:
         """Results of the pending cases, and the groups to try again where one killed a process."""
-        started = self._store.start
+        plan = self._plan
         if self._worker is None:
-            return list(measure_group(pending, self._plan, started)), []
-        seconds = sum(estimate.seconds(case, self._plan) for case in pending)
-        return self._worker.attempt(pending, self._plan, started, seconds, case_name)
+            results = measure_group(pending, plan, self._started)
+            there = {result.case for result in results}
+            lost = [case for case in pending if case_name(case) not in there]
+            return results, [[case] for case in lost]
+        seconds = sum(estimate.seconds(case, plan) for case in pending)
+        if plan.profiles is not None:
+            seconds += profiles.NCU_LIMIT_S / PATIENCE
+        left_s = math.inf if self._deadline is None else self._deadline - time.monotonic()
+        return self._worker.attempt(pending, plan, self._started, seconds, case_name, left_s)
+
+    def _started(self, name: str | None) -> None:
+        if name is None:
+            self._store.take_turns()
+        else:
+            self._store.start(name)
 
     def _no_time(self, pending: Sequence[Case]) -> str | None:
         if self._deadline is None:
@@ -191,15 +208,18 @@ class Session:
         return f"no time left: {max(left, 0):.0f} s, and it takes about {needed:.0f}"
 
 
-def measure_group(
-    cases: Sequence[Case], plan: Plan, started: Callable[[str], None]
-) -> list[Result]:
+def measure_group(cases: Sequence[Case], plan: Plan, started: Started) -> list[Result]:
     """Check the cases, then time those that are right by turns.
 
     Args:
         cases: of one group: they may differ in backend, capture and operation.
         plan: how.
-        started: told a case's name before it runs for the first time.
+        started: told a case's name before it runs for the first time, and None where it is one of
+            several that take turns.
+
+    Returns:
+        Their results, but for those of cases that have to be tried again: after a case that took
+        the device from this process, or where one of several failed while they took turns.
     """
     ready: dict[str, _Ready] = {}
     results: dict[str, Result] = {}
@@ -211,19 +231,54 @@ def measure_group(
             ready[name] = _prepare(case, plan)
         except Exception as error:
             results[name] = _failure(name, error)
-        _free_memory_after(results.get(name))
+        if _ended_badly(results.get(name)):
+            return [results[n] for n in map(case_name, cases) if n in results]
+    if len(ready) > 1:
+        started(None)
+    results |= _timed(ready, plan, started)
+    return [results[name] for name in map(case_name, cases) if name in results]
+
+
+def _timed(ready: Mapping[str, "_Ready"], plan: Plan, started: Started) -> dict[str, Result]:
+    """Results of cases that are right; of none where one of several can't be gone on with."""
+    if not ready:
+        return {}
     watch = telemetry.Watch(telemetry.source_for(plan.device))
     calls = {name: one.call for name, one in ready.items()}
-    factor = max((operation(case.operation).budget for case in cases), default=1.0)
-    timings = clock.measure_interleaved(
-        calls, plan.device, budget_s=factor * plan.budget_s, watch=watch
-    )
+    factor = max(operation(one.case.operation).budget for one in ready.values())
+    try:
+        timings = clock.measure_interleaved(
+            calls, plan.device, budget_s=factor * plan.budget_s, watch=watch
+        )
+    except Exception as error:
+        if len(ready) == 1:
+            [name] = ready
+            failed = _failure(name, error)
+            _ended_badly(failed)
+            return {name: failed}
+        if is_lost(str(error)):
+            raise  # of this process nothing more is to be had
+        return {}  # each is tried again by itself
+    results = {}
     for name, one in ready.items():
+        started(None)  # a sign of life: a profile takes minutes
         try:
             results[name] = _result(one, timings[name], watch, plan)
         except Exception as error:
             results[name] = _failure(name, error)
-    return [results[case_name(case)] for case in cases]
+        if _ended_badly(results[name]):
+            break
+    return results
+
+
+def _ended_badly(result: Result | None) -> bool:
+    """Whether the device is lost to this process; memory that a case filled is given back.
+
+    Outside of the handler, whose traceback keeps the case's tensors alive.
+    """
+    if result is not None and result.status == OUT_OF_MEMORY and torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    return result is not None and is_lost(result.reason)
 
 
 @dataclass(frozen=True)
@@ -295,54 +350,59 @@ def _prepare(case: Case, plan: Plan) -> _Ready:
     call()
     if expected is not None:
         operators, on_device = proof.names_of(call, plan.device)
-        if wrong := proof.fallback(claim(case.backend), operators, on_device, plan.device.type):
+        if wrong := proof.fallback(
+            claim(case.operation, case.backend), operators, on_device, plan.device.type
+        ):
             raise WrongResult(f"another implementation ran: {wrong}")
         checked["ran"] = proof.shown(operators, on_device)
     peak, how = memory.peak_beyond_outputs(call, plan.device)
     checked |= {"peak_memory_bytes": peak, "peak_memory_how": how}
     if case.captured:
-        call = _captured(call, plan.device)
+        call = _captured(call, plan.device, exact=own_kernels(case.backend))
     return _Ready(case, problem, call, checked)
 
 
-def claim(backend: str) -> proof.Claim:
-    """What has to be seen running where this backend is asked for."""
+def claim(name: str, backend: str) -> proof.Claim:
+    """What has to be seen running where this backend of an operation is asked for."""
     rows = kernels.backend_rows()
-    row = rows.get(backend)
+    # A user's function under a built-in name may be anything.
+    row = rows.get(backend) if registry.registered(name, backend) is None else None
     return proof.Claim(
         backend,
         own=row is not None and row.own,
         compiled=row is not None and row.compiles,
         eager=row is not None and row.eager,
         signature=peers.signature(backend),
-        others=tuple(name for name, other in rows.items() if other.own and name != backend),
+        others=tuple(other.name for other in rows.values() if other.own and other.name != backend),
     )
 
 
-def _captured(call: Callable[[], Any], device: torch.device) -> Callable[[], None]:
+def _captured(call: Callable[[], Any], device: torch.device, *, exact: bool) -> Callable[[], None]:
     """What replays the call from a CUDA graph.
 
     Raises:
-        WrongResult: a replay gives other bits than a call.
+        WrongResult: a replay gives other bits than a call, of kernels that always give the same.
     """
     replay, outputs = clock.captured(call, device)
     replay()
-    if not all(torch.equal(a, b) for a, b in zip(outputs, call(), strict=True)):
+    if exact and not all(torch.equal(a, b) for a, b in zip(outputs, call(), strict=True)):
         raise WrongResult("a replay from a CUDA graph is not what a call gives")
     return replay
 
 
 def _result(ready: _Ready, timing: Timing, watch: telemetry.Watch, plan: Plan) -> Result:
     case, problem = ready.case, ready.problem
+    of = operation(case.operation)
     joules, joules_how = None, "not asked for"
-    if plan.energy:
+    if plan.energy is None or case_name(case) in plan.energy:
         joules, joules_how = energy.per_call(ready.call, plan.device, timing.median)
     name = case_name(case)
     traced = None
     if plan.profiles is not None:
-        child = (sys.executable, "-m", "linear_vit.bench.runner", name)
+        child: tuple[str, ...] = ()
+        if of.has_reference:  # a training step's name does not say how it is sized
+            child = (sys.executable, "-m", "linear_vit.bench.runner", name, str(plan.device))
         traced = profiles.write(ready.call, plan.device, plan.profiles, name, child)
-    of = operation(case.operation)
     info = {
         "schema": SCHEMA,
         "operation": case.operation,
@@ -417,15 +477,10 @@ def _failure(name: str, error: Exception) -> Result:
     return Result(name, FAILED, f"{kind}{lines[0][:1000]}")
 
 
-def _free_memory_after(result: Result | None) -> None:
-    """Outside of the handler, whose traceback keeps the case's tensors alive."""
-    if result is not None and result.status == OUT_OF_MEMORY and torch.cuda.is_available():
-        torch.cuda.empty_cache()
-
-
-def call_once(name: str) -> int:
+def call_once(name: str, where: str) -> int:
     """One warm call of a case on CUDA, between the marks that Nsight Compute waits for."""
-    case, device = parse_case(name), torch.device("cuda")
+    options.load_plugins()
+    case, device = parse_case(name), torch.device(where)
     problem = make_problem(case.operation, case.shape, DTYPES[case.dtype], device)
     call = problem.call(case.backend, case.mode)
     call()
@@ -438,4 +493,4 @@ def call_once(name: str) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(call_once(sys.argv[1]))
+    sys.exit(call_once(*sys.argv[1:]))

@@ -28,7 +28,15 @@ _JOURNAL_SCHEMA = 2
 _MOST_DEATHS = 2
 _ROOT = Path(__file__).resolve().parents[1]
 # What a time depends on. The reports and how a run is shown don't count.
-_MEASURED_SOURCES = ("kernels", "attention", "training", "bench/problems", "bench/instruments")
+_MEASURED_SOURCES = (
+    "kernels",
+    "attention",
+    "training",
+    "bench/problems",
+    "bench/peers",
+    "bench/instruments",
+    "bench/runner.py",
+)
 _PARAMETERS = ("operation", "pass", "dtype", "N", "backend")
 _SUFFIXES = (".py", ".cu", ".cuh", ".cpp", ".h")
 
@@ -105,6 +113,10 @@ class Store:
         """The case is about to be run for the first time: should it kill the process."""
         self._write({"started": case})
 
+    def take_turns(self) -> None:
+        """Several cases run by turns from now on: should the process die, none is at fault."""
+        self._write({"turns": True})
+
     def keep(self, result: Result) -> None:
         """A case has ended: it is on disk when this returns."""
         self.results[result.case] = result
@@ -127,6 +139,11 @@ class Store:
         """Why the case is not tried again; None where it is."""
         times = self.deaths.get(case, 0)
         return f"the process died in it {times} times" if times >= _MOST_DEATHS else None
+
+    @property
+    def complete(self) -> bool:
+        """Whether nothing is left to measure: no case was left out for lack of time."""
+        return not any(r.status == LEFT_OUT for r in self.results.values())
 
     def close(self, *, done: bool) -> None:
         """``done``: everything is in the run's file, and the journal is of no more use."""
@@ -224,15 +241,15 @@ class Store:
         return json.loads(json.dumps({"machine": machine, "sweep": self.head.get("sweep")}))
 
     def _read(self, journal: Path) -> None:
-        text = journal.read_text(encoding="utf-8", errors="replace")
-        lines = text.splitlines()
+        lines = journal.read_bytes().splitlines(keepends=True)
         running: str | None = None
         for number, line in enumerate(lines, 1):
             try:
                 entry = json.loads(line)
             except ValueError as error:
-                if number == len(lines):
-                    break  # cut off by the kill
+                if number == len(lines):  # cut off by the kill: nothing may follow on that line
+                    os.truncate(journal, sum(map(len, lines[:-1])))
+                    break
                 raise StoreError(
                     f"{journal}: damaged in line {number}; remove it to start anew"
                 ) from error
@@ -243,10 +260,6 @@ class Store:
             if "finished" in entry:
                 self._take_over(entry["result"])
         self._count_death(running)
-        if text and not text.endswith("\n"):
-            # What follows must not continue the line that was cut off.
-            with journal.open("rb+") as file:
-                file.truncate(len(text.encode()[: text.encode().rfind(b"\n") + 1]))
 
     def _count_death(self, running: str | None) -> None:
         if running is not None:
@@ -274,7 +287,8 @@ def sources() -> str:
     """A name for the code that times depend on."""
     digest = hashlib.sha256()
     for name in _MEASURED_SOURCES:
-        for file in sorted((_ROOT / name).rglob("*")):
+        path = _ROOT / name
+        for file in [path] if path.is_file() else sorted(path.rglob("*")):
             if file.suffix in _SUFFIXES:
                 digest.update(str(file.relative_to(_ROOT)).encode() + b"\0" + file.read_bytes())
     return digest.hexdigest()[:16]

@@ -17,6 +17,7 @@ from linear_vit.bench.problems import (
     Case,
     Operation,
     Wanted,
+    case_name,
     least_work,
     operation,
     operations,
@@ -44,13 +45,15 @@ class SweepError(options.OptionError):
 class Sweep:
     """The cases in the order they run, and what was left out with the reason for it.
 
-    ``groups`` are cases that take turns.
+    ``groups`` are cases that take turns; ``energy`` names those whose joules are measured, None
+    all.
     """
 
     device: torch.device
     extent: str
     groups: tuple[tuple[Case, ...], ...]
     left_out: dict[str, str] = field(default_factory=dict)
+    energy: frozenset[str] | None = None
 
     @property
     def cases(self) -> tuple[Case, ...]:
@@ -109,11 +112,18 @@ def make_sweep(
     wanted = _special(asked) if extent in SPECIAL else _regular(asked, left_out)
     if rehearse:
         wanted = _tiny(wanted)
-    cases = list(_fitting(asked, wanted, left_out))
+    asked_for = list(wanted)
+    cases = list(_fitting(asked, asked_for, left_out))
     if not cases:
         why = "; ".join(f"{what}: {reason}" for what, reason in left_out.items())
         raise SweepError(f"nothing to time{': ' if why else ''}{why}")
-    return Sweep(asked.device, extent, _groups(cases, extent), left_out)
+    energy = None
+    if extent in SPECIAL:
+        with_energy = {(of.name, w.mode, w.dtype, w.shape) for of, w in asked_for if w.energy}
+        energy = frozenset(
+            case_name(c) for c in cases if (c.operation, c.mode, c.dtype, c.shape) in with_energy
+        )
+    return Sweep(asked.device, extent, _groups(cases, extent), left_out, energy)
 
 
 def _chosen(names: Sequence[str], extent: str) -> list[Operation]:
@@ -132,6 +142,8 @@ def _check(asked: _Asked) -> None:
             raise SweepError(f"--dtypes: unknown dtype {name!r}; there are {', '.join(DTYPES)}")
     if any(n < 1 for n in asked.tokens):
         raise SweepError(f"--tokens: lengths are positive, got {min(asked.tokens)}")
+    if asked.total_tokens is not None and asked.extent in SPECIAL:
+        raise SweepError(f"--total-tokens: --sweep {asked.extent} has its own; leave one out")
     if asked.total_tokens is not None and asked.total_tokens < 1:
         raise SweepError(f"--total-tokens: a positive number, got {asked.total_tokens}")
     known = {*kernels.backend_rows(), *peers.NAMES}

@@ -11,6 +11,7 @@ import torch
 from linear_vit import kernels
 from linear_vit.bench import problems, runner, store
 from linear_vit.bench.instruments import machine
+from linear_vit.bench.instruments.memory import is_out_of_memory
 from linear_vit.bench.problems import Case, Operation, Problem, Shape, Wanted, Work
 from linear_vit.training.config import (
     DATASETS,
@@ -215,11 +216,18 @@ def why_not(case: Case, device: torch.device) -> str | None:
         raise UserError(f"unknown backend {name!r}; there are {', '.join(kernels.BACKENDS)}")
     if not kernels.is_timeable(name, device):
         return "interpreted, which says nothing of its speed"
+    if name != DEFAULT and (reason := TRAINING_STEP.backends(device, (name,))[name]):
+        return reason
     try:
         TRAINING_STEP.problem(case.shape, torch.float32, device).call(name, STEP)()
     except ValueError as error:
         return str(error)
-    return None
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+    else:
+        return None
+    return "out of memory"
 
 
 def time_steps(cases: Sequence[Case], path: Path, device: torch.device, *, seconds: float) -> Path:
@@ -238,6 +246,9 @@ def time_steps(cases: Sequence[Case], path: Path, device: torch.device, *, secon
         "not_timed": {name: why for name, why in reasons.items() if why is not None},
     }
     usable = [case for case in cases if reasons[problems.case_name(case)] is None]
+    if not usable:
+        why = "; ".join(dict.fromkeys(str(reason) for reason in reasons.values()))
+        raise UserError(f"no training step can be timed: {why}")
     kept = store.Store(path, head)
     plan = runner.Plan(device, seconds / TRAINING_STEP.budget, sources=sources)
     for result in runner.run([tuple(usable)] if usable else [], plan, kept, isolate=False):

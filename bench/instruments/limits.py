@@ -80,6 +80,8 @@ def measure(
         _launch_seconds(device),
         datetime.now(UTC).isoformat(timespec="seconds"),
     )
+    if device.type == "cuda":
+        torch.cuda.empty_cache()  # it is for the cases, which another process may run
     if not probes:
         return found
     return replace(

@@ -29,7 +29,7 @@ COUNTERS = (
     "sm__warps_active.avg.pct_of_peak_sustained_active",
     "launch__registers_per_thread",
 )
-_NCU_LIMIT_S = 300
+NCU_LIMIT_S = 300
 
 
 def write(
@@ -55,7 +55,9 @@ def write(
     packed = path.with_suffix(".json.gz")
     packed.write_bytes(gzip.compress(path.read_bytes()))
     path.unlink()
-    counters, why = _ncu(child) if device.type == "cuda" else (None, "no CUDA device")
+    counters, why = None, "no CUDA device" if device.type != "cuda" else "no process for ncu"
+    if device.type == "cuda" and child:
+        counters, why = _ncu(child)
     return {
         "trace": str(packed.relative_to(folder.parent)),
         "top": top(profile, device),
@@ -106,7 +108,7 @@ def _ncu(child: Sequence[str]) -> tuple[dict[str, dict[str, float]] | None, str]
     root = Path(__file__).resolve().parents[2]
     try:
         done = subprocess.run(
-            command, cwd=root, capture_output=True, text=True, timeout=_NCU_LIMIT_S
+            command, cwd=root, capture_output=True, text=True, timeout=NCU_LIMIT_S
         )
     except (OSError, subprocess.SubprocessError) as error:
         return None, f"ncu: {type(error).__name__}: {error}"

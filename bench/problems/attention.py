@@ -162,7 +162,8 @@ def on_gpu(ranks: Mapping[str, int]) -> Iterator[Wanted]:
         for number, (batch, heads, tokens) in enumerate(sizes):
             shape = square(batch, heads, tokens, HEAD_DIM)
             for mode in (FORWARD, BACKWARD):
-                yield Wanted(ranks[dtype] + number, mode, dtype, shape)
+                energy = dtype == "bfloat16" and number < 2
+                yield Wanted(ranks[dtype] + number, mode, dtype, shape, energy=energy)
     for batch in (1, 128):
         for tokens in (64, 256, 1024):
             for mode in PASSES:

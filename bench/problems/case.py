@@ -77,7 +77,7 @@ class Wanted:
     """Cases of a special sweep: the lower ``rank``, the more important.
 
     ``backends`` are those of its cases where none are asked for; empty for all. ``captured``: also
-    replayed from a CUDA graph.
+    replayed from a CUDA graph. ``energy``: joules a call are measured, too, which takes a while.
     """
 
     rank: int
@@ -87,6 +87,7 @@ class Wanted:
     backends: tuple[str, ...] = ()
     captured: bool = False
     total_tokens: int | None = None
+    energy: bool = False
 
 
 @dataclass(frozen=True)

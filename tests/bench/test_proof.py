@@ -32,7 +32,7 @@ KERNEL = ("_state_kernel", "Memset (Device)")
     ],
 )
 def test_the_one_asked_for_passes(backend, operators, on_device, on) -> None:
-    assert fallback(claim(backend), operators, on_device, on) == ""
+    assert fallback(claim("linear_attention", backend), operators, on_device, on) == ""
 
 
 @pytest.mark.parametrize(
@@ -52,7 +52,7 @@ def test_the_one_asked_for_passes(backend, operators, on_device, on) -> None:
     ],
 )
 def test_a_fallback_is_named(backend, operators, on_device, on, words) -> None:
-    assert words in fallback(claim(backend), operators, on_device, on)
+    assert words in fallback(claim("linear_attention", backend), operators, on_device, on)
 
 
 @pytest.mark.parametrize("mode", [FORWARD, FORWARD_BACKWARD])
@@ -67,10 +67,10 @@ def test_names_of_what_runs_here(operation: str, mode: str) -> None:
         call = problem.call(backend, mode)
         operators, on_device = names_of(call, CPU)
         assert on_device == ()
-        assert fallback(claim(backend), operators, on_device, "cpu") == ""
+        assert fallback(claim("linear_attention", backend), operators, on_device, "cpu") == ""
         other = "torch" if backend == "cpu" else "cpu"
-        assert fallback(claim(other), operators, on_device, "cpu")
-        assert fallback(claim("compiled"), operators, on_device, "cpu")
+        assert fallback(claim("linear_attention", other), operators, on_device, "cpu")
+        assert fallback(claim("linear_attention", "compiled"), operators, on_device, "cpu")
         first = shown(operators, on_device)[0]
         assert first.startswith("linear_vit::cpu_") == (backend == "cpu")
 
@@ -84,5 +84,7 @@ def test_sdpa_kernels_are_told_apart() -> None:
     assert {"sdpa_math", "sdpa_flash"} <= set(names)
     for name in names:
         operators, _ = names_of(problem.call(name, FORWARD_BACKWARD), CPU)
-        passes = [n for n in names if not fallback(claim(n), operators, (), "cpu")]
+        passes = [
+            n for n in names if not fallback(claim("softmax_attention", n), operators, (), "cpu")
+        ]
         assert passes == [name]

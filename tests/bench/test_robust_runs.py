@@ -193,6 +193,38 @@ def test_profile_writes_a_trace_and_the_top_operators(tmp_path: Path) -> None:
         assert (found["ncu"], found["ncu_why"]) == (None, "no CUDA device")
 
 
+def test_what_measures_nothing_takes_nothing_away(tmp_path: Path) -> None:
+    """--collect-only, a rehearsal and a run without time, over a finished and an unfinished run."""
+    sabotage(tmp_path, "pass")
+    out = tmp_path / "out"
+    small = [*command(tmp_path)[:4], *OPTIONS, "linear_attention", "--backends", "torch"]
+    small += ["-p", "no:cacheprovider", "-p", "sabotage", f"--out={out}"]
+    small[small.index("64,128")] = "64"
+
+    def go(*more: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [*small, *more], cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=300
+        )
+
+    done = go()
+    assert done.returncode == 0, done.stdout + done.stderr
+    saved = (out / "benchmark.json").read_text()
+    assert json.loads(saved)["kernel_suite"]["limits"]["copy_bytes_per_s"] > 0
+    for more in (["--collect-only"], ["--rehearse"], ["-k", "matches_nothing"]):
+        go(*more)
+        assert (out / "benchmark.json").read_text() == saved, more
+    done = go("--minutes", "0.00001")
+    assert done.returncode == 0, done.stdout
+    assert "left out: no time left" in done.stdout
+    assert "the same command with --resume-bench goes on" in done.stdout
+    assert (out / "benchmark.json").read_text() == saved
+    assert (out / "benchmark.json.journal").exists()
+    kept = tmp_path / "rehearsed.json"
+    done = go("--rehearse", f"--benchmark-json={kept}")
+    assert "none was kept" in done.stdout
+    assert not kept.exists()
+
+
 def test_resume_needs_a_file() -> None:
     done = subprocess.run(
         [sys.executable, "-m", "pytest", *OPTIONS, "linear_attention", "--resume-bench"],

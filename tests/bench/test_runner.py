@@ -13,6 +13,7 @@ from linear_vit.bench.instruments.limits import Limits
 from linear_vit.bench.problems import AttentionShape, Case, case_name
 from linear_vit.bench.runner import Plan
 from linear_vit.bench.store import FAILED, LEFT_OUT, MEASURED, OUT_OF_MEMORY, Result, Store
+from linear_vit.kernels import registry
 
 CPU = torch.device("cpu")
 LIMITS = Limits(1e10, {"float32": 1e11}, 1e-6)
@@ -143,3 +144,43 @@ def test_what_has_to_be_built_is_built_before_anything_is_timed(
     assert commands == []
     runner.build_ahead([*CASES, cuda], torch.device("cuda"))
     assert [command[1:] for command in commands] == [["-m", "linear_vit.kernels", "build"]]
+
+
+def test_who_fails_taking_turns_costs_no_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The ninth call of one of two: it is found out when each is timed by itself."""
+    calls = {"torch": 0}
+
+    def tires(backend: str | None, tokens: int) -> None:
+        if backend == "torch":
+            calls["torch"] += 1
+            if calls["torch"] > 8:
+                raise MemoryError("worn out")
+
+    monkeypatch.setattr(kernels, "linear_attention", breaking(tires))
+    found = run(CASES)
+    assert [r.status for r in found.values()] == [OUT_OF_MEMORY, MEASURED]
+
+
+def test_a_case_is_tried_once_a_session(monkeypatch: pytest.MonkeyPatch) -> None:
+    tries: list[str | None] = []
+
+    def fails(backend: str | None, tokens: int) -> None:
+        tries.append(backend)
+        raise ValueError("always")
+
+    monkeypatch.setattr(kernels, "linear_attention", breaking(fails))
+    store = Store(None, {"sources": "s"})
+    with runner.Session(PLAN, store, deadline=None, isolate=False) as session:
+        first = session.measure(CASES[:1])
+        assert session.measure(CASES[:1]) == first
+    assert tries.count("torch") == 1
+
+
+def test_a_users_function_under_a_built_in_name_has_nothing_to_prove() -> None:
+    assert runner.claim("linear_attention", "compiled").compiled
+    with registry.temporarily():
+        kernels.register("linear_attention", "compiled", devices=("cpu",), replace=True)(
+            lambda q, k, v, eps: q
+        )
+        assert not runner.claim("linear_attention", "compiled").compiled
+        assert runner.claim("softmax_attention", "compiled").compiled

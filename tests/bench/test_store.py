@@ -141,3 +141,29 @@ def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path) -> None:
 def test_sources_are_named_by_their_content(tmp_path: Path) -> None:
     assert sources() == sources()
     assert len(sources()) == 16
+
+
+def test_nobody_is_blamed_for_a_death_while_several_take_turns(tmp_path: Path) -> None:
+    path = tmp_path / "run.json"
+    for _ in range(2):
+        run = Store(path, HEAD, resume=True)
+        run.start("a")
+        run.take_turns()  # and here the process is killed
+    assert Store(path, HEAD, resume=True).deaths == {}
+
+
+def test_a_damaged_last_line_is_taken_away(tmp_path: Path) -> None:
+    path = tmp_path / "run.json"
+    Store(path, HEAD).keep(measured("a"))
+    with Store.journal(path).open("a") as file:
+        file.write('{"finished": "b", "resu\n')
+    Store(path, HEAD, resume=True).keep(measured("c"))
+    assert set(Store(path, HEAD, resume=True).results) == {"a", "c"}
+
+
+def test_what_was_left_out_is_not_complete(tmp_path: Path) -> None:
+    run = Store(None, HEAD)
+    run.keep(measured("a"))
+    assert run.complete
+    run.keep(Result("d", LEFT_OUT, "no time left"))
+    assert not run.complete

@@ -133,6 +133,7 @@ def test_interpreted_triton_is_never_timed(monkeypatch) -> None:
         ({"operations": ["conv"]}, ["--ops", "'conv'", "linear_attention", TRAINING_STEP]),
         ({"dtypes": ["fp8"]}, ["--dtypes", "'fp8'", "bfloat16"]),
         ({"tokens": [64, 0]}, ["--tokens", "positive", "0"]),
+        ({"extent": "cpu", "total_tokens": 64}, ["--total-tokens", "--sweep cpu has its own"]),
         ({"device": "tpu9"}, ["--device", "'tpu9'", "cpu or cuda"]),
         ({"device": "meta"}, ["--device", "'meta'", "cpu or cuda"]),
         (
@@ -214,3 +215,10 @@ def test_names_of_cases_are_told_apart() -> None:
         assert len(set(names)) == len(names)
     long = Case("linear_attention", "forward", "float32", AttentionShape(1, 6, 6, 64, 64, 64), "x")
     assert case_name(replace(long, total_tokens=64)) != case_name(long)
+
+
+def test_joules_are_measured_of_few_cases_of_a_short_sweep() -> None:
+    sweep = make_sweep(device="cpu", extent="gpu")
+    assert sweep.energy is not None
+    assert len(sweep.energy) < len(sweep.cases) / 10
+    assert make_sweep(device="cpu").energy is None

@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 
@@ -67,3 +68,38 @@ def test_a_case_that_hangs_is_ended(process: Worker, monkeypatch: pytest.MonkeyP
     found = outcomes(process, [Deed("hangs", "hang")])
     assert found["hangs"].status == FAILED
     assert found["hangs"].reason == "no result within 1 s"
+
+
+def test_who_takes_the_device_away_costs_no_other(process: Worker) -> None:
+    deeds = [Deed("before"), Deed("guilty", "break the device"), Deed("after")]
+    found = outcomes(process, deeds)
+    assert {name: r.status for name, r in found.items()} == {
+        "before": MEASURED,
+        "guilty": FAILED,
+        "after": MEASURED,
+    }
+
+
+def test_a_process_that_does_not_begin_fails_its_cases() -> None:
+    absent = Worker(lambda *_: [])  # a function that no other process can find
+    with pytest.raises(Exception, match=r"pickle|local object|lambda"):
+        outcomes(absent, [Deed("a")])
+    assert outcomes(Worker(_dies_when_found), [Deed("a")])["a"].status == FAILED
+
+
+class _Dies:
+    """Ends the process that it is sent to."""
+
+    def __reduce__(self) -> tuple[object, tuple[int]]:
+        return os._exit, (7,)
+
+
+_dies_when_found: Any = _Dies()
+
+
+def test_no_more_is_taken_than_there_is_time(process: Worker) -> None:
+    results, again = process.attempt(
+        [Deed("slow", "hang")], None, lambda _: None, 1.0, lambda deed: deed.name, 0.5
+    )
+    assert [(r.status, r.reason) for r in results] == [(FAILED, "no result within 0 s")]
+    assert again == []
