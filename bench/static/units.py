@@ -57,7 +57,7 @@ def compile_all(
     folders: Sequence[str] | None = None,
     architectures: Iterable[str] = ARCHITECTURES,
     dtypes: Sequence[str] = tuple(DTYPES),
-    head_dims: Sequence[int] = HEAD_DIMS,
+    head_dims: Sequence[int] | None = None,
     ragged: bool = True,
     jobs: int | None = None,
     progress: Callable[[str], None] = lambda line: None,
@@ -77,7 +77,7 @@ def compile_all(
         Incomplete: a kernel does not compile.
     """
     asked = [
-        Unit(backend, folder, architecture, tuple(dtypes), tuple(head_dims), ragged)
+        Unit(backend, folder, architecture, tuple(dtypes), tuple(head_dims or HEAD_DIMS), ragged)
         for backend in backends
         for architecture in architectures
         for folder in launches.folders(backend)

@@ -202,7 +202,7 @@ SLOW = [
         SOFTMAX,
         "dout = _load(dout_rows, inside, D, BLOCK_D, True)",
         "dout = _load(dout_rows, inside + 1, D, BLOCK_D, True)",
-        "packed_is_the_same and float32",
+        "past_the_end",
     ),
     Mutation(
         "a part of the depth of a product is left out",

@@ -113,3 +113,21 @@ def test_grouped_queries_as_rows() -> None:
         gradients = torch.autograd.grad(out, [q, k, v], case.gradient())
         for a, b in zip([out.detach(), *gradients], expected, strict=True):
             assert compare(a, b, gradient=True).passed
+
+
+@pytest.mark.parametrize(("op", "backend"), BACKENDS)
+def test_what_lies_past_the_end_is_never_seen(op: str, backend: str) -> None:
+    """The memory behind the last query and key of each head is NaN."""
+    case = Attention(op, 1, 2, 2, 37, 70, 16, torch.float32)
+
+    def in_nan(x: Tensor) -> Tensor:
+        wider = x.new_full((*x.shape[:2], x.shape[2] + 3, x.shape[3]), float("nan"))
+        wider[:, :, : x.shape[2]] = x
+        return wider[:, :, : x.shape[2]]
+
+    inputs = [x.detach() for x in case.inputs()]
+    expected = run(backend, [x.clone().requires_grad_() for x in inputs], case.gradient(), 0.25)
+    surrounded = [in_nan(x).requires_grad_() for x in inputs]
+    actual = run(backend, surrounded, in_nan(case.gradient()), 0.25)
+    for one, other in zip(actual, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
