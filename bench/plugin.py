@@ -21,7 +21,7 @@ import pytest
 from linear_vit import options
 from linear_vit.bench import estimate, runner, store, summary
 from linear_vit.bench.instruments import limits, machine, memory
-from linear_vit.bench.problems import Case, case_name, operation
+from linear_vit.bench.problems import DTYPES, Case, case_name, operation
 from linear_vit.bench.progress import Countdown, clock
 from linear_vit.bench.store import (
     FAILED,
@@ -143,6 +143,8 @@ class Benchmarks:
         deadline = None if minutes is None else time.monotonic() + 60 * minutes
         self._session = runner.Session(self._plan, self._store, deadline=deadline, isolate=None)
         self._progress = Countdown(list(seconds), seconds, self._terminal)
+        for name in self._store.results:  # of the run that this one goes on from
+            self._progress.skip(name)
         self._began = bool(cases)
         return None
 
@@ -162,8 +164,6 @@ class Benchmarks:
 
     def _limits(self) -> limits.Limits:
         """The machine's, measured now; a rehearsal takes any."""
-        from linear_vit.bench.problems import DTYPES
-
         dtypes = tuple(sorted({c.dtype for c in self.sweep.cases if c.dtype in DTYPES}))
         if self._rehearses or self._lists:
             return limits.Limits(1e10, dict.fromkeys(dtypes, 1e11), 1e-6)
@@ -176,8 +176,6 @@ class Benchmarks:
     def time(self, case: Case, benchmark: Any, item: pytest.Item) -> None:
         """Measure a case with those that take turns with it; its rounds go to pytest-benchmark."""
         assert self._session is not None
-        if self._store.finished(case_name(case)):
-            self._progress.skip(case_name(case))
         group = next(group for group in self.sweep.groups if case in group)
         results = self._session.measure([other for other in group if other in self._chosen])
         result = next(r for r in results if r.case == case_name(case))
@@ -266,7 +264,8 @@ class Benchmarks:
                 self._store.keep(Result(name, FAILED, reason))
             measured = f"{name}: {self._store.results[name].reason}"
         elif report.skipped:
-            measured = f"{name}: left out: {self._store.results[name].reason}"
+            found = self._store.results.get(name)
+            measured = f"{name}: left out: {found.reason if found else 'skipped'}"
         self._progress.done(name, str(measured), red=report.failed)
 
     def pytest_terminal_summary(self, terminalreporter: Any) -> None:

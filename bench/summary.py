@@ -28,7 +28,15 @@ def render(rows: list[Row], width: int, colour: bool) -> str:
     blocks = []
     kernels = [row for row in rows if "model" not in row.info]
 
-    titles = [_title(row.info) for row in kernels]
+    plain = [_title(row.info) for row in kernels]
+    settings: dict[str, set[str]] = {}
+    for title, row in zip(plain, kernels, strict=True):
+        settings.setdefault(title, set()).add(_setting(row.info))
+    # Batches, heads and graphs have tables of their own, where there are several.
+    titles = [
+        f"{title}, {_setting(row.info)}" if len(settings[title]) > 1 else title
+        for title, row in zip(plain, kernels, strict=True)
+    ]
     for title in dict.fromkeys(titles):
         block = [row for row, its in zip(kernels, titles, strict=True) if its == title]
         blocks.append(_kernel_block(title, block))
@@ -51,6 +59,13 @@ def _title(info: dict[str, Any]) -> str:
     title = f"{info['operation']}, {info['pass']}, {info['dtype']}"
     total = info.get("total_tokens")
     return f"{title}, {total:,} tokens a call" if total else title
+
+
+def _setting(info: dict[str, Any]) -> str:
+    """What apart from its length tells a case from others of its table."""
+    length = {"N", "M", "rows", "cols", *(("B",) if info.get("total_tokens") else ())}
+    sizes = [f"{name}={value}" for name, value in info["shape"].items() if name not in length]
+    return " ".join([*sizes, *(["replayed"] if info.get("captured") else [])])
 
 
 def format_seconds(seconds: float) -> str:
