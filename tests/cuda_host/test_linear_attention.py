@@ -482,7 +482,7 @@ MORE_MUTATIONS = (
     Mutation(
         "the mean is not taken from the bias",
         HALF,
-        "this->z[threadIdx.x] -= sum * this->unscale;",
+        "this->z[threadIdx.x] -= sum;",
         "",
     ),
     Mutation(
