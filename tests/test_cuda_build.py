@@ -154,6 +154,7 @@ def check_loaded(room: str, output: str) -> None:
         assert found["gradients"] == [query, key, key]
 
 
+@pytest.mark.slow
 @needs_toolchain
 def test_one_variant_builds_links_and_loads_once(tmp_path: Path) -> None:
     room = "softmax_attention"  # the one with least to compile

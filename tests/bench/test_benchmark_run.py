@@ -104,8 +104,8 @@ def test_plain_pytest_collects_no_benchmark() -> None:
         (["--backends", "torch"], "--backends is for benchmarks: add --benchmark-only"),
         (["--benchmark-only", "--backends", "nope"], "unknown backend 'nope'; there are reference"),
         (["--benchmark-only", "--tokens", "64,x"], "--tokens"),
-        (["--benchmark-only", "--dtypes", ","], "--dtypes"),
-        (["--benchmark-only", "--minutes", "0"], "--minutes"),
+        pytest.param(["--benchmark-only", "--dtypes", ","], "--dtypes", marks=pytest.mark.slow),
+        pytest.param(["--benchmark-only", "--minutes", "0"], "--minutes", marks=pytest.mark.slow),
     ],
 )
 def test_wrong_options_end_with_one_clear_line(arguments: list[str], message: str) -> None:

@@ -106,7 +106,9 @@ def test_a_case_that_kills_the_process_twice_is_left_alone(tmp_path: Path) -> No
     assert all("N128" in name for name in cases(tmp_path))
 
 
-@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize(
+    "how", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)]
+)
 def test_ctrl_c_leaves_a_valid_file_and_the_way_on(tmp_path: Path, how: signal.Signals) -> None:
     flag = tmp_path / "reached"
     sabotage(
@@ -193,8 +195,15 @@ def test_profile_writes_a_trace_and_the_top_operators(tmp_path: Path) -> None:
         assert (found["ncu"], found["ncu_why"]) == (None, "no CUDA device")
 
 
-def test_what_measures_nothing_takes_nothing_away(tmp_path: Path) -> None:
-    """--collect-only, a rehearsal and a run without time, over a finished and an unfinished run."""
+@pytest.mark.parametrize(
+    "ways",
+    [
+        [["--collect-only"]],
+        pytest.param([["--rehearse"], ["-k", "matches_nothing"]], marks=pytest.mark.slow),
+    ],
+)
+def test_what_measures_nothing_takes_nothing_away(tmp_path: Path, ways: list[list[str]]) -> None:
+    """Over a finished run, and then over one that there was no time for."""
     sabotage(tmp_path, "pass")
     out = tmp_path / "out"
     small = [*command(tmp_path)[:4], *OPTIONS, "linear_attention", "--backends", "torch"]
@@ -210,7 +219,7 @@ def test_what_measures_nothing_takes_nothing_away(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
     saved = (out / "benchmark.json").read_text()
     assert json.loads(saved)["kernel_suite"]["limits"]["copy_bytes_per_s"] > 0
-    for more in (["--collect-only"], ["--rehearse"], ["-k", "matches_nothing"]):
+    for more in ways:
         go(*more)
         assert (out / "benchmark.json").read_text() == saved, more
     done = go("--minutes", "0.00001")
@@ -219,6 +228,8 @@ def test_what_measures_nothing_takes_nothing_away(tmp_path: Path) -> None:
     assert "the same command with --resume-bench goes on" in done.stdout
     assert (out / "benchmark.json").read_text() == saved
     assert (out / "benchmark.json.journal").exists()
+    if ["--rehearse"] not in ways:
+        return
     kept = tmp_path / "rehearsed.json"
     done = go("--rehearse", f"--benchmark-json={kept}")
     assert "none was kept" in done.stdout

@@ -114,7 +114,7 @@ PACKED = {"qkv", "out", "dout", "dqkv"}
 @pytest.mark.parametrize(
     ("operation", "head_dim", "tokens"),
     [
-        ("linear_attention_packed", 16, PACKED),
+        pytest.param("linear_attention_packed", 16, PACKED, marks=pytest.mark.slow),
         pytest.param("linear_attention", 64, TOKENS - {"qkv", "dqkv"}, marks=pytest.mark.slow),
     ],
 )
