@@ -61,9 +61,9 @@ def of_the_recorded_triton() -> bool:
     return bool(record["machine"]["triton"] == machine.version("triton"))
 
 
-# A few bytes of spill come and go with Triton's version: 3.8 spills 24 where 3.9 spills none. The
-# tiles are chosen for the version of the record, whose spills are held to none.
-_SPILL_OF_ANOTHER_VERSION = 32
+# A few bytes of spill come and go with Triton's version: 3.8 spills up to 48 where 3.9 spills none.
+# The tiles are chosen for the version of the record, whose spills are held to none.
+_SPILL_OF_ANOTHER_VERSION = 64
 
 
 def healthy(rows: list[Row]) -> None:
