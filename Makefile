@@ -1,10 +1,10 @@
-# make demo                cross-check, benchmark, plot, train, write reports/out/index.html: half an hour
-# make demo SHORT=1        the same with few lengths and one seed, to see everything work: 5 minutes
+# make demo                cross-check, benchmark, plot, train, write reports/out/index.html
+# make demo SHORT=1        the same with few lengths and one seed, to see everything work: 3 minutes
 # make test                the tests that take seconds: 5 minutes
-# make test-slow SHARD=1/6 a sixth of the others: 12 minutes; without SHARD all of them: over an hour
+# make test-slow SHARD=1/6 a sixth of the others: 6 to 17 minutes; without SHARD all: over an hour
 # make test-all            the linter, the type checker and every test
 # make lint                the linter and the type checker: half a minute
-# make check-noise         whether a planted slow-down of 10 % is caught, end to end: 10 minutes
+# make check-noise         whether a planted slow-down of 10 % is caught, end to end
 # make install             .venv, with all that these need; each of them does it first
 # Times are of two quiet cores. PYTHON=... picks another interpreter (3.11 or newer).
 # The tests of the page need a browser (Debian: apt-get install chromium) and are skipped without one.
