@@ -7,6 +7,7 @@ that it can't. ``kernels.rows`` says which there are.
 import functools
 import importlib
 import importlib.util
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -16,6 +17,8 @@ from linear_vit.kernels import registry
 from linear_vit.kernels.layout import without_autocast
 from linear_vit.kernels.registry import Registered, functions, operation
 from linear_vit.kernels.rows import Backend, Operation
+
+_said: set[str] = set()
 
 
 def backends(
@@ -50,11 +53,11 @@ def default_backend(
     dtype: torch.dtype | None = None,
     head_dim: int | None = None,
 ) -> str:
-    """The backend that ``backend=None`` takes: the first usable one in order of speed."""
-    usable = backends(op, device, dtype=dtype, head_dim=head_dim)
-    for name in _by_default(op, usable):
-        return name
-    raise ValueError(f"no backend can run {op} on {torch.device(device)}: {_list(usable)}")
+    """The backend that ``backend=None`` takes: the first in order of speed that runs here.
+
+    It is loaded by then, and built if need be: one that does not build is not what runs.
+    """
+    return _choose(op, None, torch.device(device), dtype, head_dim, registry.state())
 
 
 def is_timeable(backend: str, device: torch.device | str) -> bool:
@@ -102,7 +105,8 @@ def _resolve(
     """The name in ``functions`` of the function to run, which is loaded by then."""
     if backend is not None and not isinstance(backend, str):
         raise TypeError(f"backend must be a name or None, got {type(backend).__name__}")
-    return _choose(op, backend, torch.device(device), dtype, head_dim, registry.state())
+    name = _choose(op, backend, torch.device(device), dtype, head_dim, registry.state())
+    return f"{op}__{name}"
 
 
 # torch.compile takes the choice as a constant of the graph. This is what
@@ -115,10 +119,11 @@ def _choose(
     op: str,
     backend: str | None,
     device: torch.device,
-    dtype: torch.dtype,
+    dtype: torch.dtype | None,
     head_dim: int | None,
     state: object,
 ) -> str:
+    """The backend that runs this; its function is in ``functions`` by then."""
     del state  # part of the key: it changes what is usable
     usable = backends(op, device, dtype=dtype, head_dim=head_dim)
     if backend is None:
@@ -133,10 +138,22 @@ def _choose(
         except RuntimeError as error:  # its extension does not build: the reason from now on
             usable[name] = str(error)
         else:
-            return f"{op}__{name}"
+            if backend is None:
+                _say_what_failed(name, usable)
+            return name
     what = f"backend {backend!r} can't" if backend is not None else "no backend can"
     because = f": {usable[backend]}" if backend is not None else ""
     raise ValueError(f"{what} run {op} on {device}{because}. All of them: {_list(usable)}")
+
+
+def _say_what_failed(chosen: str, usable: dict[str, str | None]) -> None:
+    """Once a process: that a faster backend did not build is no choice of the user's."""
+    from linear_vit.kernels import build  # not for an import of kernels to load
+
+    for name, reason in usable.items():
+        if name not in _said and reason is not None and reason == build.failure(name):
+            _said.add(name)
+            warnings.warn(f"{chosen} runs in place of {name}: {reason}", stacklevel=2)
 
 
 def _load(op: str, backend: str) -> Callable[..., Any]:

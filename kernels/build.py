@@ -7,6 +7,7 @@ version. So a rebuild happens when one of these changes, and never otherwise.
 ``python -m kernels build`` does it ahead of time.
 """
 
+import contextlib
 import fcntl
 import hashlib
 import os
@@ -19,8 +20,9 @@ from pathlib import Path
 
 import torch
 
-from linear_vit.kernels.toolchains import EXTENSIONS, Extension
+from linear_vit.kernels.toolchains import EXTENSIONS, Extension, fingerprint
 
+RETRY_S = 3600.0  # after which a build that failed is tried again
 _KERNELS = Path(__file__).resolve().parent
 _loaded: set[tuple[str, str]] = set()
 _failures: dict[tuple[str, str], str] = {}
@@ -43,11 +45,14 @@ def unavailable(backend: str, device: torch.device) -> str | None:
     if reason is not None:
         return reason
     architectures = extension.architectures(device)
-    folders = {family: folder_of(backend, family, architectures) for family in extension.families()}
+    try:
+        folders = {f: folder_of(backend, f, architectures) for f in extension.families()}
+    except BuildError as error:
+        return str(error)
     for family, folder in folders.items():
-        failure = _failures.get((backend, family)) or earlier_failure(folder)
-        if failure is not None:
-            return failure
+        why = _failures.get((backend, family)) or earlier_failure(folder)
+        if why is not None:
+            return _failures.setdefault((backend, family), why)
     if all((folder / "complete").exists() for folder in folders.values()):
         return None
     return extension.no_toolchain()
@@ -90,7 +95,14 @@ def load(
         with extension.environment(architectures), ThreadPoolExecutor(len(pending)) as pool:
             list(pool.map(lambda f: _build(backend, f, folders[f], architectures, flags), pending))
     for family, folder in folders.items():
-        torch.ops.load_library(_library(folder))
+        try:
+            torch.ops.load_library(_library(folder))
+        except OSError as error:
+            why = _failures[backend, family] = (
+                f"loading {family}'s {extension.label} extension failed: {error} (delete {folder} "
+                "to build it anew)"
+            )
+            raise BuildError(why) from error
         _loaded.add((backend, family))
 
 
@@ -104,17 +116,45 @@ def folder_of(
         digest.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
     key = (torch.__version__, *extension.commands(), *flags, *architectures)
     digest.update("\0".join(key).encode())
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    root = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or cache / "torch_extensions")
-    return root / f"linear_vit_{backend}_{family}_{digest.hexdigest()[:16]}"
+    root = os.environ.get("TORCH_EXTENSIONS_DIR") or users_cache() / "torch_extensions"
+    return Path(root) / f"linear_vit_{backend}_{family}_{digest.hexdigest()[:16]}"
+
+
+def users_cache() -> Path:
+    """The folder of the user's caches.
+
+    Raises:
+        BuildError: the user has no home.
+    """
+    named = os.environ.get("XDG_CACHE_HOME")
+    try:
+        return Path(named) if named else Path.home() / ".cache"
+    except RuntimeError as error:
+        raise BuildError(
+            "there is no folder to build into, since the user has no home: set XDG_CACHE_HOME or "
+            "TORCH_EXTENSIONS_DIR to a folder that can be written"
+        ) from error
 
 
 def earlier_failure(folder: Path) -> str | None:
-    """Why an earlier process couldn't build into the folder; None if none failed."""
-    log = folder / "build.log"
-    if (folder / "complete").exists() or not log.exists():
+    """Why an earlier process couldn't build into the folder; None where it is worth another try.
+
+    It is, after an hour and with other compilers: memory that ran out and a full disk pass.
+    """
+    log, compilers = folder / "build.log", folder / "compilers.txt"
+    try:
+        if (folder / "complete").exists() or time.time() - log.stat().st_mtime > RETRY_S:
+            return None
+        if compilers.read_text() != fingerprint():
+            return None
+        return _describe_failure(folder, log.read_text("utf-8", "replace"))
+    except OSError:  # nothing failed, or not even that could be written
         return None
-    return _describe_failure(log)
+
+
+def failure(backend: str) -> str | None:
+    """Why the backend's extension did not build, in this process or a recent one; else None."""
+    return next((why for (name, _), why in _failures.items() if name == backend), None)
 
 
 def _extension(backend: str) -> Extension:
@@ -129,19 +169,16 @@ def _build(
     """Build a family's extension into its folder; the marker ``complete`` says that it is whole."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        lock_file = os.open(folder / "linear_vit.lock", os.O_CREAT | os.O_WRONLY)
+        with open(folder / "linear_vit.lock", "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)  # the system lets go of it if this process is killed
+            if not (folder / "complete").exists():
+                _compile(backend, family, folder, architectures, flags)
+                (folder / "complete").touch()
     except OSError as error:
         raise BuildError(
             f"can't write the {EXTENSIONS[backend].label} extension to {folder} "
             f"({error.strerror}): set TORCH_EXTENSIONS_DIR to a folder that can be written"
         ) from error
-    try:
-        fcntl.flock(lock_file, fcntl.LOCK_EX)  # the system lets go of it if this process is killed
-        if not (folder / "complete").exists():
-            _compile(backend, family, folder, architectures, flags)
-            (folder / "complete").touch()
-    finally:
-        os.close(lock_file)
 
 
 def _compile(
@@ -155,10 +192,11 @@ def _compile(
     try:
         extension.compile(_KERNELS / family, _library(folder), flags)
     except Exception as error:  # a compiler's message, or whatever linking and loading raised
-        log = folder / "build.log"
-        log.write_text(str(error))
-        _failures[backend, family] = _describe_failure(log)
-        raise BuildError(_failures[backend, family]) from error
+        why = _failures[backend, family] = _describe_failure(folder, str(error))
+        with contextlib.suppress(OSError):  # on a full disk there is no room for the reason
+            (folder / "build.log").write_text(str(error), "utf-8", "replace")
+            (folder / "compilers.txt").write_text(fingerprint())
+        raise BuildError(why) from error
     _say(f"built {what} in {time.perf_counter() - start:.0f} s")
 
 
@@ -170,16 +208,16 @@ def _say(message: str) -> None:
     print(message, file=sys.stderr, flush=True)
 
 
-def _describe_failure(log: Path) -> str:
-    """One line of a build's log: the first error, and what to do."""
+def _describe_failure(folder: Path, message: str) -> str:
+    """One line of what a build said: the first error, and what to do."""
     label = next(
         extension.label
         for name, extension in EXTENSIONS.items()
-        if f"linear_vit_{name}_" in log.parent.name
+        if f"linear_vit_{name}_" in folder.name
     )
-    lines = log.read_text().splitlines() or ["no message"]
+    lines = message.splitlines() or ["no message"]
     first = next((line for line in lines if re.search(r"\berror\s*:|\bfatal\s*:", line)), lines[0])
     return (
-        f"building the {label} extension failed: {first.strip()[:200]} (all of it in {log}; delete "
-        f"{log.parent} to try again)"
+        f"building the {label} extension failed: {first.strip()[:200]} (all of it in "
+        f"{folder / 'build.log'}; tried again in an hour, or delete {folder})"
     )

@@ -71,9 +71,14 @@ def _extension(backend: str, device: torch.device) -> str | None:
 
 @functools.cache
 def _no_cpp_compiler() -> str | None:
-    compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")
-    if compiler is None or shutil.which(compiler.split()[0]) is None:
-        return "torch.compile needs a C++ compiler: install g++ (Debian: apt-get install g++)"
+    words = os.environ.get("CXX", "g++").split()  # as Inductor asks for it
+    if not words:
+        return "torch.compile takes its C++ compiler from CXX, which is set to nothing: unset CXX"
+    if shutil.which(words[0]) is None:
+        return (
+            f"torch.compile needs a C++ compiler, no {words[0]}: install g++ (Debian: apt-get "
+            "install g++)"
+        )
     if not Path(sysconfig.get_path("include"), "Python.h").exists():
         version = f"{sys.version_info.major}.{sys.version_info.minor}"
         return f"torch.compile needs Python's headers: install them (apt: python{version}-dev)"

@@ -106,7 +106,7 @@ def cuda_root() -> Path | None:
     nvcc = shutil.which("nvcc")
     if nvcc is not None:
         command = [nvcc, "--dryrun", "-x", "cu", "-c", os.devnull, "-o", os.devnull]
-        answer = subprocess.run(command, capture_output=True, text=True, check=False)
+        answer = output_of(command)
         top = re.search(r"^#\$ TOP=(.*)$", answer.stderr + answer.stdout, re.MULTILINE)
         if top is not None:
             return Path(top.group(1).strip()).resolve()
@@ -121,8 +121,7 @@ def nvcc_version() -> tuple[int, int] | None:
     if root is None:
         return None
     command = [str(root / "bin" / "nvcc"), "--version"]
-    answer = subprocess.run(command, capture_output=True, text=True, check=False).stdout
-    found = re.search(r"release (\d+)\.(\d+)", answer)
+    found = re.search(r"release (\d+)\.(\d+)", output_of(command).stdout)
     return (int(found.group(1)), int(found.group(2))) if found else None
 
 
@@ -152,7 +151,7 @@ def no_cpp_toolchain() -> str | None:
 
 
 def _no_cxx(label: str) -> str | None:
-    compiler = _cxx()
+    compiler = cxx()
     if shutil.which(compiler[0]) is None:
         return (
             f"building the {label} extension needs a C++ compiler, no {' '.join(compiler)}: "
@@ -161,9 +160,26 @@ def _no_cxx(label: str) -> str | None:
     return None
 
 
-def _cxx() -> tuple[str, ...]:
-    """The C++ compiler's command, as cpp_extension takes it."""
-    return tuple(os.environ.get("CXX", "c++").split())
+def cxx() -> tuple[str, ...]:
+    """The C++ compiler's command, as cpp_extension takes it; a CXX set to nothing is as none."""
+    return tuple(os.environ.get("CXX", "").split()) or ("c++",)
+
+
+def fingerprint() -> str:
+    """What the compilers are: another text where one of them was installed, replaced or removed."""
+    root = cuda_root()
+    nvcc = str(root / "bin" / "nvcc") if root else None
+    path = _path_with_ninja()
+    found = [shutil.which(tool, path=path) for tool in (cxx()[0], nvcc, "ninja") if tool]
+    stats = [(tool, os.stat(tool)) for tool in found if tool]
+    return " ".join(f"{tool}:{stat.st_size}:{stat.st_mtime_ns}" for tool, stat in stats)
+
+
+def output_of(command: Sequence[str]) -> subprocess.CompletedProcess[str]:
+    """Run a tool and read what it says, in whatever encoding it says it."""
+    return subprocess.run(
+        command, capture_output=True, text=True, encoding="utf-8", errors="replace", check=False
+    )
 
 
 def _path_with_ninja() -> str:
@@ -197,6 +213,7 @@ def _cuda_environment(architectures: Sequence[str]) -> Iterator[None]:
     changed = {
         "CUDA_HOME": root,
         "PATH": _path_with_ninja(),
+        "CXX": " ".join(cxx()),
         "TORCH_CUDA_ARCH_LIST": ";".join(architectures),
     }
     saved = {name: os.environ.get(name) for name in changed}
@@ -260,8 +277,8 @@ def _compile_cpu(sources: Path, library: Path, flags: Sequence[str]) -> None:
 
 
 def _run_cxx(arguments: Sequence[str]) -> None:
-    command = [*_cxx(), *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    command = [*cxx(), *arguments]
+    done = output_of(command)
     if done.returncode != 0:
         raise RuntimeError(f"{done.stderr}\n{' '.join(command)} failed ({done.returncode})")
 
@@ -304,7 +321,7 @@ CPU = Extension(
         *_SIMD_FLAGS,
         *_OPERATOR_FLAGS,
         *(flag for flags in _INSTRUCTION_SETS.values() for flag in flags),
-        *_cxx(),
+        *cxx(),
     ),
     compile=_compile_cpu,
 )

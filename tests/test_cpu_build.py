@@ -5,6 +5,7 @@ import re
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -69,6 +70,54 @@ def test_a_failed_build_is_remembered_with_its_reason(
     assert build.unavailable("cpu", CPU) == message
     folder = build.folder_of("cpu", "ripple", (), flags)
     assert build.earlier_failure(folder) == message  # in a later process too
+    # Another compiler, or an hour later: what went wrong may have passed.
+    with monkeypatch.context() as changed:
+        changed.setattr(build, "fingerprint", lambda: "another compiler")
+        assert build.earlier_failure(folder) is None
+    an_hour_ago = time.time() - build.RETRY_S - 1
+    os.utime(folder / "build.log", (an_hour_ago, an_hour_ago))
+    assert build.earlier_failure(folder) is None
+
+
+def fake_compiler(tmp_path: Path, script: str) -> str:
+    compiler = tmp_path / "fake-c++"
+    compiler.write_text(f"#!/bin/sh\n{script}\n")
+    compiler.chmod(0o755)
+    return str(compiler)
+
+
+def test_what_runs_in_its_place_is_said_once(tmp_path: Path) -> None:
+    """A compiler that is killed, and says so in bytes that are no text."""
+    compiler = fake_compiler(tmp_path, "printf 'fatal error: \\377 Killed signal' >&2; exit 1")
+    done = python(
+        "import kernels, torch; q = torch.randn(1, 2, 5, 16)\n"
+        "kernels.linear_attention(q, q, q)\n"
+        "kernels.ripple_pool(torch.randn(1, 4, 4, 8), torch.randn(8, 3, 3), axis=0)\n"
+        "print(kernels.default_backend('linear_attention', 'cpu'))",
+        TORCH_EXTENSIONS_DIR=str(tmp_path / "built"),
+        CXX=compiler,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() != "cpu"
+    said = re.findall(r"(\w+) runs in place of cpu: (.*)", done.stderr)
+    assert len(said) == 1, done.stderr
+    assert said[0][0] == done.stdout.strip()
+    assert "Killed signal" in said[0][1]
+
+
+def test_a_library_that_does_not_load_is_a_reason(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
+    monkeypatch.setattr(build, "_failures", {})
+    monkeypatch.setattr(build, "_loaded", set())
+    folder = build.folder_of("cpu", "ripple", ())
+    folder.mkdir(parents=True)
+    (folder / "linear_vit_cpu_ripple.so").write_bytes(b"half a library")
+    (folder / "complete").touch()
+    with pytest.raises(build.BuildError, match=r"loading ripple's CPU extension failed: .*delete"):
+        build.load("cpu", "ripple")
+    assert "delete" in (build.failure("cpu") or "")
 
 
 @needs_toolchain

@@ -147,7 +147,7 @@ def _demangle(names: Iterable[str]) -> dict[str, str]:
 
 
 def _run(command: list[str]) -> str:
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    done = toolchains.output_of(command)
     if done.returncode != 0:
         raise RuntimeError(f"{Path(command[0]).name} failed:\n{done.stderr[-4000:]}")
     return done.stderr
@@ -222,7 +222,7 @@ def _link_recorder(unit: Unit, kernels_object: Path, folder: Path, cache: Path) 
     library = folder / f"{unit.folder}-recorder.so"
     libraries = [f"-L{Path(torch.__file__).parent / 'lib'}", "-lc10", "-ltorch_cpu", "-ltorch"]
     # -Bsymbolic: the runtime inside, not the libcudart that PyTorch has loaded.
-    link = [_compiler(), "-shared", "-Wl,-Bsymbolic", "-Wl,-z,defs"]
+    link = [*toolchains.cxx(), "-shared", "-Wl,-Bsymbolic", "-Wl,-z,defs"]
     _run([*link, *map(str, (operators, runtime, kernels_object)), *libraries, "-o", str(library)])
     return library
 
@@ -243,13 +243,9 @@ def _host_object(source: Path, prelude: Path | None, headers: Iterable[Path], ca
         empty.parent.mkdir(parents=True, exist_ok=True)
         empty.touch()
     includes = [cache / "empty", root / "include", *map(Path, cpp_extension.include_paths())]
-    command = [_compiler(), "-std=c++20", "-O0", "-fPIC", *(f"-I{path}" for path in includes)]
+    command = [*toolchains.cxx(), "-std=c++20", "-O0", "-fPIC", *(f"-I{path}" for path in includes)]
     command += ["-include", str(prelude)] if prelude else []
     partial = target.with_suffix(f".{os.getpid()}")
     _run([*command, "-c", str(source), "-o", str(partial)])
     partial.replace(target)
     return target
-
-
-def _compiler() -> str:
-    return os.environ.get("CXX", "c++")

@@ -6,11 +6,12 @@ what ``cuobjdump -sass`` prints. Occupancy is worked out from the limits of the 
 
 import re
 import shutil
-import subprocess
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, astuple, dataclass
 from pathlib import Path
+
+from linear_vit.kernels import toolchains
 
 KIB = 1024
 
@@ -225,7 +226,7 @@ def disassemble(binary: Path) -> dict[str, Instructions]:
         RuntimeError: cuobjdump refuses the file, or finds no kernel in it.
     """
     tool = find_cuobjdump()
-    done = subprocess.run([str(tool), "-sass", str(binary)], capture_output=True, text=True)
+    done = toolchains.output_of([str(tool), "-sass", str(binary)])
     kernels = read_sass(done.stdout)
     if done.returncode != 0 or not kernels:
         message = (done.stderr or done.stdout).strip().splitlines() or ["no kernel in it"]

@@ -22,7 +22,7 @@ from linear_vit.bench.instruments import machine
 from linear_vit.bench.problems import DTYPES
 from linear_vit.bench.static import launches, machine_code
 from linear_vit.bench.static.faults import Row, finished
-from linear_vit.kernels import toolchains
+from linear_vit.kernels import build, toolchains
 from linear_vit.kernels.rows import HEAD_DIMS
 
 SCHEMA = 1
@@ -131,8 +131,7 @@ def compile_parts(asked: Unit) -> list[Row]:
 
 def cache_folder() -> Path:
     """Where what was compiled is kept."""
-    root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return root / "linear_vit" / "static"
+    return build.users_cache() / "linear_vit" / "static"
 
 
 def kept_in(unit: Unit) -> Path:

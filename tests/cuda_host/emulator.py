@@ -12,7 +12,6 @@ structures of the room's ``cuda.h`` and one method an operator.
 import ctypes
 import fcntl
 import hashlib
-import os
 import shutil
 import subprocess
 from collections.abc import Sequence
@@ -23,6 +22,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from linear_vit.kernels import toolchains
 from linear_vit.kernels.layout import empty_like
 
 HERE = Path(__file__).resolve().parent
@@ -37,7 +37,7 @@ GUARD = 64 * 1024  # elements around a tensor: more than any kernel's tile
 
 def compiler() -> str | None:
     """The host's C++ compiler, or None."""
-    return shutil.which(os.environ.get("CXX", "g++"))
+    return shutil.which(toolchains.cxx()[0])
 
 
 def compile_command(source: Path, library: Path, flags: Sequence[str] = ()) -> list[str]:

@@ -99,7 +99,42 @@ def test_missing_compiler_is_a_reason() -> None:
         CXX="no-such-compiler",
     )
     assert done.returncode == 0, done.stderr
-    assert "torch.compile needs a C++ compiler: install g++" in done.stdout
+    assert "torch.compile needs a C++ compiler, no no-such-compiler: install g++" in done.stdout
+
+
+@pytest.mark.parametrize("nothing", ["", " "])
+def test_a_compiler_set_to_nothing_takes_no_other_backend_down(nothing: str) -> None:
+    done = python(
+        "import kernels, torch; b = kernels.backends('linear_attention', 'cpu')\n"
+        "print(b['torch'], b['reference'], b['compiled'])\n"
+        "q = torch.randn(1, 2, 5, 16); print(kernels.linear_attention(q, q, q).shape)",
+        CXX=nothing,
+    )
+    assert done.returncode == 0, done.stderr
+    reason = "torch.compile takes its C++ compiler from CXX, which is set to nothing: unset CXX"
+    assert done.stdout.splitlines() == [f"None None {reason}", "torch.Size([1, 2, 5, 16])"]
+
+
+NO_HOME = """
+import os, pwd
+def gone(uid): raise KeyError(f"getpwuid(): uid not found: {uid}")
+pwd.getpwuid = gone
+for name in ("HOME", "XDG_CACHE_HOME", "USER", "LOGNAME"): os.environ.pop(name, None)
+import kernels, torch
+print(kernels.backends("linear_attention", "cpu")["cpu"])
+q = torch.randn(1, 2, 5, 16); print(kernels.linear_attention(q, q, q).shape)
+"""
+
+
+def test_a_user_without_a_home_loses_what_needs_a_cache_alone(tmp_path: Path) -> None:
+    done = python(NO_HOME, TORCH_EXTENSIONS_DIR="")
+    assert done.returncode == 0, done.stderr
+    reason, shape = done.stdout.splitlines()
+    assert "the user has no home: set XDG_CACHE_HOME or TORCH_EXTENSIONS_DIR" in reason
+    assert shape == "torch.Size([1, 2, 5, 16])"
+    named = python(NO_HOME, TORCH_EXTENSIONS_DIR=str(tmp_path), CXX="no-such-compiler")
+    assert named.returncode == 0, named.stderr
+    assert "needs a C++ compiler, no no-such-compiler" in named.stdout
 
 
 def test_interpreter_is_never_a_default_nor_timed() -> None:
