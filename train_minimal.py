@@ -29,6 +29,7 @@ from typing import Any
 
 import torch
 
+from linear_vit.options import OptionError
 from linear_vit.reports import tables
 from linear_vit.reports.saved.runs import NoRuns
 from linear_vit.training import breakdown, distributed, evaluation, experiments
@@ -226,7 +227,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if args.command != "train" and distributed.local_rank() is not None:
             raise UserError(f"torchrun is for train; {args.command} runs in one process")
         commands[args.command](args)
-    except (UserError, NoRuns) as error:
+    except (UserError, NoRuns, OptionError) as error:
         print(f"train_minimal.py: error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

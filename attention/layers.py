@@ -9,30 +9,25 @@ Grid = tuple[int, int]
 
 def head_count(dim: int, heads: int | None) -> int:
     """The number of heads: ``heads``, or dim / 64 (at least 1) where it is None; divides dim."""
-    if dim < 1:
-        raise ValueError(f"dim must be at least 1, got {dim}")
     count = max(1, dim // 64) if heads is None else heads
-    if count < 1:
-        raise ValueError(f"heads must be at least 1, got {count}")
-    if dim % count:
-        default = " (the default for this dim)" if heads is None else ""
-        raise ValueError(
-            f"heads must divide dim, got dim {dim} and heads {count}{default}; "
-            f"these divide it: {_divisors(dim)}"
-        )
-    return count
+    return _dividing(dim, count, "heads", " (the default for this dim)" if heads is None else "")
 
 
 def branch_count(dim: int, branches: int) -> int:
     """The number of query branches of HydraAttention; divides dim."""
+    return _dividing(dim, branches, "hydra_branches")
+
+
+def _dividing(dim: int, count: int, name: str, note: str = "") -> int:
     if dim < 1:
         raise ValueError(f"dim must be at least 1, got {dim}")
-    if branches < 1 or dim % branches:
+    if count < 1 or dim % count:
+        there_are = ", ".join(str(d) for d in range(1, min(dim, 64) + 1) if dim % d == 0)
         raise ValueError(
-            f"hydra_branches must be at least 1 and divide dim, got dim {dim} and "
-            f"hydra_branches {branches}; these divide it: {_divisors(dim)}"
+            f"{name} must be at least 1 and divide dim, got dim {dim} and {name} {count}{note}; "
+            f"these divide it: {there_are}"
         )
-    return branches
+    return count
 
 
 def check_tokens(x: Tensor, grid: Grid, dim: int) -> tuple[int, int]:
@@ -68,7 +63,3 @@ class LocalBranch(nn.Module):
         image = x.contiguous().transpose(1, 2).unflatten(2, grid)
         image = F.conv2d(image, self.weight, padding=1, groups=image.shape[1])
         return image.flatten(2).transpose(1, 2)
-
-
-def _divisors(n: int) -> str:
-    return ", ".join(str(d) for d in range(1, min(n, 64) + 1) if n % d == 0)

@@ -1,6 +1,7 @@
 """The vision transformer around the attention modules; everything but attention is shared."""
 
 import zlib
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -151,22 +152,13 @@ class VisionTransformer(nn.Module):
             halving_axes(self.grid, ripple_stages)  # raises now rather than at the first image
 
         def attention() -> nn.Module:
+            shared: dict[str, Any] = {"local_branch": local_branch, "backend": backend}
             if attention_type == "baseline":
-                return BaselineAttention(
-                    dim, heads=heads, local_branch=local_branch, backend=backend
-                )
+                return BaselineAttention(dim, heads=heads, **shared)
             if attention_type == "ripple":
-                return RippleAttention(
-                    dim,
-                    heads=heads,
-                    ripple_stages=ripple_stages,
-                    local_branch=local_branch,
-                    backend=backend,
-                )
+                return RippleAttention(dim, heads=heads, ripple_stages=ripple_stages, **shared)
             if attention_type == "hydra":
-                return HydraAttention(
-                    dim, hydra_branches=hydra_branches, local_branch=local_branch, backend=backend
-                )
+                return HydraAttention(dim, hydra_branches=hydra_branches, **shared)
             raise ValueError(
                 f"attention_type must be one of {', '.join(ATTENTION_TYPES)}, "
                 f"got {attention_type!r}"

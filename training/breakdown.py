@@ -13,9 +13,10 @@ with events in the device's stream for CUDA, so the shares are of one and the sa
 """
 
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -118,14 +119,13 @@ def _measure(
     return watch.seconds()
 
 
-def _install(watch: _Stopwatch, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    for block in model.blocks:  # type: ignore[union-attr]
-        watch.watch(block.attention, "attention")  # type: ignore[union-attr,arg-type]
-        watch.watch(block.mlp, "mlp")  # type: ignore[union-attr,arg-type]
-        for module in block.attention.modules():  # type: ignore[union-attr]
+def _install(watch: _Stopwatch, model: Any, optimizer: torch.optim.Optimizer) -> None:
+    for block in model.blocks:
+        watch.watch(block.attention, "attention")
+        watch.watch(block.mlp, "mlp")
+        for module in block.attention.modules():
             if isinstance(module, nn.Linear):
                 watch.watch(module, "projections")
-    start: Callable[..., None] = lambda *_: watch.clocks["optimizer"].start()  # noqa: E731
-    stop: Callable[..., None] = lambda *_: watch.clocks["optimizer"].stop()  # noqa: E731
-    optimizer.register_step_pre_hook(start)
-    optimizer.register_step_post_hook(stop)
+    clocks: Any = watch.clocks
+    optimizer.register_step_pre_hook(lambda *_: clocks["optimizer"].start())
+    optimizer.register_step_post_hook(lambda *_: clocks["optimizer"].stop())

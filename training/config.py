@@ -2,9 +2,10 @@
 
 import dataclasses
 import hashlib
+import inspect
 import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,8 +23,8 @@ class DatasetInfo:
     classes: int
     mean: tuple[float, ...]  # of pixels in [0, 1], per channel
     std: tuple[float, ...]
-    crop_padding: int  # random crop out of the image padded by so many pixels
-    flip: bool  # horizontally
+    crop_padding: int = 4  # random crop out of the image padded by so many pixels
+    flip: bool = True  # horizontally
     patch_size: int = 4  # default
 
 
@@ -41,28 +42,12 @@ DATASETS: dict[str, DatasetInfo] = {
         flip=False,
         patch_size=1,
     ),
-    "fashion-mnist": DatasetInfo(
-        "Fashion-MNIST", 28, 1, 10, (0.2860,), (0.3530,), crop_padding=2, flip=True
-    ),
+    "fashion-mnist": DatasetInfo("Fashion-MNIST", 28, 1, 10, (0.2860,), (0.3530,), crop_padding=2),
     "cifar100": DatasetInfo(
-        "CIFAR-100",
-        32,
-        3,
-        100,
-        (0.5071, 0.4867, 0.4408),
-        (0.2675, 0.2565, 0.2761),
-        crop_padding=4,
-        flip=True,
+        "CIFAR-100", 32, 3, 100, (0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761)
     ),
     "tiny-imagenet": DatasetInfo(
-        "Tiny ImageNet",
-        64,
-        3,
-        200,
-        (0.4802, 0.4481, 0.3975),
-        (0.2770, 0.2691, 0.2821),
-        crop_padding=4,
-        flip=True,
+        "Tiny ImageNet", 64, 3, 200, (0.4802, 0.4481, 0.3975), (0.2770, 0.2691, 0.2821)
     ),
 }
 
@@ -145,27 +130,13 @@ RECIPES: dict[str, Recipe] = {
 # A preset changes defaults; a recipe given by name comes before it, and flags given explicitly
 # before both. "small" takes seconds per model on two CPU cores for the digits, minutes for
 # Fashion-MNIST; its light recipe costs them next to nothing.
-_SMALL = {
-    "recipe": "light",
-    "dim": 64,
-    "depth": 2,
-    "heads": 2,
-    "hydra_branches": 4,
-    "batch_size": 64,
-    "lr": 3e-3,
-    "dropout": 0.0,
-}
+_SMALL = {"recipe": "light", "batch_size": 64, "lr": 3e-3, "dropout": 0.0}
+_SMALL |= {"dim": 64, "depth": 2, "heads": 2, "hydra_branches": 4}
+_TINY = {**_SMALL, "dim": 32, "hydra_branches": 2, "batch_size": 32, "lr": 5e-3}
 PRESETS: dict[str, dict[str, dict[str, Any]]] = {
     "full": {},
     "small": {
-        "digits": {
-            **_SMALL,
-            "dim": 32,
-            "hydra_branches": 2,
-            "batch_size": 32,
-            "lr": 5e-3,
-            "epochs": 12,
-        },
+        "digits": {**_TINY, "epochs": 12},
         "fashion-mnist": {**_SMALL, "epochs": 6},
         "cifar100": {**_SMALL, "epochs": 10},
         "tiny-imagenet": {**_SMALL, "epochs": 10, "patch_size": 8},
@@ -175,16 +146,17 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
 
 @dataclass(frozen=True)
 class Bound:
-    """What a number may be, in words and as a test."""
+    """What a number may be, in words, and from where to where (which it stays below)."""
 
     text: str
-    holds: Callable[[Any], bool]
+    least: float
+    below: float = math.inf
 
 
-_COUNT = Bound("at least 1", lambda value: value >= 1)
-_NATURAL = Bound("at least 0", lambda value: value >= 0)
-_SHARE = Bound("at least 0 and below 1", lambda value: 0 <= value < 1)
-_POSITIVE = Bound("above 0", lambda value: 0 < value < math.inf)
+_COUNT = Bound("at least 1", 1)
+_NATURAL = Bound("at least 0", 0)
+_SHARE = Bound("at least 0 and below 1", 0, 1)
+_POSITIVE = Bound("above 0", math.nextafter(0, 1))
 
 
 @dataclass(frozen=True)
@@ -192,22 +164,21 @@ class Option:
     """What the command line says of a field of :class:`Config`, and what ``resolve`` checks.
 
     ``default`` is in words, where it follows from something else. ``commands`` are those that have
-    the option, None stands for all that train. ``parsed`` choices are the parser's to refuse.
+    the option, None stands for all that train.
     """
 
     help: str
     default: str | None = None
     bound: Bound | None = None
     choices: tuple[str, ...] = ()
-    parsed: bool = False
     commands: tuple[str, ...] | None = None
-    listed: bool = True  # "ablate" takes several values
 
 
 def _option(value: Any, help: str, default: str | None = None, **more: Any) -> Any:
     return dataclasses.field(default=value, metadata={"option": Option(help, default, **more)})
 
 
+_AMP = ("off", "bf16", "fp16")
 _OF_ONE_MODEL = ("train", "ablate")
 
 
@@ -218,10 +189,8 @@ class Config:
     The command line's options are made of these fields (training.options).
     """
 
-    dataset: str = _option("cifar100", "", choices=tuple(DATASETS), listed=False)
-    attention_type: str = _option(
-        "ripple", "", choices=ATTENTION_TYPES, commands=_OF_ONE_MODEL, listed=False
-    )
+    dataset: str = _option("cifar100", "", choices=tuple(DATASETS))
+    attention_type: str = _option("ripple", "", choices=ATTENTION_TYPES, commands=_OF_ONE_MODEL)
     local_branch: bool = _option(
         False, "add a depthwise 3x3 to the attention", commands=_OF_ONE_MODEL
     )
@@ -245,17 +214,10 @@ class Config:
     )
     label_smoothing: float = _option(0.1, "of the targets", bound=_SHARE)
     clip: float = _option(1.0, "greatest norm of the gradient", bound=_POSITIVE)
-    amp: str = _option(
-        "off",
-        "autocast:",
-        "bf16 on CUDA, else off",
-        choices=("off", "bf16", "fp16"),
-        parsed=True,
-        listed=False,
-    )
+    amp: str = _option("off", "autocast:", "bf16 on CUDA, else off", choices=_AMP)
     compile: bool = _option(False, "compile the model with torch.compile")
     backend: str | None = _option(None, "of the kernels", "the fastest usable one")
-    preset: str = _option("full", "", choices=tuple(PRESETS), listed=False)
+    preset: str = _option("full", "", choices=tuple(PRESETS))
     seed: int = _option(0, "of all that is drawn", bound=_NATURAL, commands=("train",))
 
     @property
@@ -294,27 +256,24 @@ def resolve(given: Mapping[str, Any]) -> Config:
     4 * dim (6 and 1536 at the default dim of 384), ``patch_size`` is the data set's, and
     ``warmup_epochs`` is 10 of 200, in proportion. Raises UserError for a value out of range.
     """
-    values: dict[str, Any] = dataclasses.asdict(Config())
-    unknown = set(given) - set(values)
-    if unknown:
+    values: dict[str, Any] = {**dataclasses.asdict(Config()), **given}
+    if unknown := set(values) - set(OPTIONS):
         raise UserError(f"unknown settings: {', '.join(sorted(unknown))}")
     for name in ("preset", "dataset", "recipe"):
-        _check(name, given.get(name, values[name]))
-    preset = given.get("preset", values["preset"])
-    dataset = given.get("dataset", values["dataset"])
+        _check(name, values[name])
+    dataset = values["dataset"]
     of_recipe = RECIPES[given["recipe"]].settings if "recipe" in given else {}
-    chosen = {**PRESETS[preset].get(dataset, {}), **of_recipe, **given}
+    chosen = {**PRESETS[values["preset"]].get(dataset, {}), **of_recipe, **given}
     if "dim" in given and "heads" not in given:
         chosen.pop("heads", None)
-    values.update(chosen)
-    if "heads" not in chosen:
-        values["heads"] = max(1, values["dim"] // 64)
-    if "mlp_dim" not in chosen:
-        values["mlp_dim"] = 4 * values["dim"]
-    if "patch_size" not in chosen:
-        values["patch_size"] = DATASETS[dataset].patch_size
-    if "warmup_epochs" not in chosen:
-        values["warmup_epochs"] = 0.05 * values["epochs"]
+    values |= chosen
+    follows = {
+        "heads": max(1, values["dim"] // 64),
+        "mlp_dim": 4 * values["dim"],
+        "patch_size": DATASETS[dataset].patch_size,
+        "warmup_epochs": 0.05 * values["epochs"],
+    }
+    values |= {name: value for name, value in follows.items() if name not in chosen}
     for name, value in values.items():
         _check(name, value)
     return Config(**values)
@@ -323,24 +282,13 @@ def resolve(given: Mapping[str, Any]) -> Config:
 def build_model(config: Config) -> VisionTransformer:
     """The model of a configuration, with its initial weights; UserError where sizes don't fit."""
     info = DATASETS[config.dataset]
+    shared = OPTIONS.keys() & inspect.signature(VisionTransformer).parameters.keys()
     try:
         return VisionTransformer(
             img_size=info.image_size,
-            patch_size=config.patch_size,
             num_classes=info.classes,
-            dim=config.dim,
-            depth=config.depth,
-            heads=config.heads,
-            mlp_dim=config.mlp_dim,
-            attention_type=config.attention_type,
-            dropout=config.dropout,
-            drop_path=config.drop_path,
             in_channels=info.channels,
-            ripple_stages=config.ripple_stages,
-            hydra_branches=config.hydra_branches,
-            local_branch=config.local_branch,
-            backend=config.backend,
-            seed=config.seed,
+            **{name: getattr(config, name) for name in shared},
         )
     except ValueError as error:
         raise UserError(str(error)) from error
@@ -350,10 +298,8 @@ def model_settings(name: str) -> dict[str, Any]:
     """The settings that make a row of ``MODELS``; UserError for an unknown name."""
     if name not in MODELS:
         raise UserError(f"unknown model {name!r}; there are {', '.join(MODELS)}")
-    return {
-        "attention_type": MODELS[name].attention_type,
-        "local_branch": MODELS[name].local_branch,
-    }
+    model = MODELS[name]
+    return {"attention_type": model.attention_type, "local_branch": model.local_branch}
 
 
 def digest(values: Mapping[str, Any]) -> str:
@@ -366,5 +312,5 @@ def _check(name: str, value: Any) -> None:
     option = OPTIONS[name]
     if option.choices and value not in option.choices:
         raise UserError(f"{name} must be one of {', '.join(option.choices)}, got {value!r}")
-    if option.bound and not option.bound.holds(value):
+    if option.bound and not option.bound.least <= value < option.bound.below:
         raise UserError(f"{name} must be {option.bound.text}, got {value}")

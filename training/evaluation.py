@@ -1,13 +1,12 @@
 """What ``evaluate`` does with one checkpoint: accuracy, overall and per class, and confusion."""
 
-import csv
 import glob
-import io
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import torch
 
 from linear_vit.training.checkpoints import load_checkpoint, load_weights
@@ -15,7 +14,7 @@ from linear_vit.training.config import DATASETS, RECIPES, Config, build_model
 from linear_vit.training.data import datasets
 from linear_vit.training.data.augmentation import torchvision_v2
 from linear_vit.training.errors import UserError, notice
-from linear_vit.training.metrics import predict
+from linear_vit.training.metrics import accuracy, predict
 from linear_vit.training.record import environment, write_json, write_text, writing
 
 SCHEMA = "linear-vit-evaluation/1"
@@ -55,7 +54,7 @@ def evaluate(
     environment), ``<stem>-confusion.csv`` and, with matplotlib, ``<stem>-confusion.png``.
     Returns what the JSON file holds. Raises UserError where ``dataset`` is another one.
     """
-    from sklearn.metrics import accuracy_score, confusion_matrix, recall_score
+    from sklearn.metrics import confusion_matrix, recall_score
 
     content = load_checkpoint(path)
     config = content["config"]
@@ -64,17 +63,15 @@ def evaluate(
             f"{path} was trained on {config.dataset}, whose classes are not those of "
             f"--dataset {dataset}; leave --dataset out"
         )
-    model = build_model(config)
+    model = build_model(config).to(device)
     load_weights(model, content, path)
     data = datasets.load_once(config.dataset, data_dir)
-    predicted = predict(
-        model.to(device), data.test.images.to(device), data.info, amp=config.amp
-    ).cpu()
-    truth = data.test.labels
-    labels = np.arange(data.info.classes)
+    predicted = predict(model, data.test.images.to(device), data.info, amp=config.amp).cpu()
+    truth, labels = data.test.labels, range(data.info.classes)
     confusion = confusion_matrix(truth, predicted, labels=labels)
     # The share of a class's images that is recognised: what is called recall elsewhere.
-    per_class = recall_score(truth, predicted, labels=labels, average=None, zero_division=np.nan)
+    shares = recall_score(truth, predicted, labels=labels, average=None, zero_division=np.nan)
+    per_class = [None if np.isnan(share) else float(share) for share in shares]
     result = {
         "schema": SCHEMA,
         "checkpoint": str(path),
@@ -82,20 +79,15 @@ def evaluate(
         "model": config.model,
         "epoch": content.get("epoch"),
         "images": len(truth),
-        "accuracy": float(accuracy_score(truth, predicted)),
-        "per_class": {
-            name: None if np.isnan(value) else float(value)
-            for name, value in zip(data.class_names, per_class, strict=True)
-        },
+        "accuracy": accuracy(predicted, truth),
+        "per_class": dict(zip(data.class_names, per_class, strict=True)),
         "confusion": confusion.tolist(),
         "environment": environment(device),
     }
     write_json(out / f"{path.stem}-evaluation.json", result)
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(["true \\ predicted", *data.class_names])
-    writer.writerows([name, *row] for name, row in zip(data.class_names, confusion, strict=True))
-    write_text(out / f"{path.stem}-confusion.csv", text.getvalue())
+    table = pd.DataFrame(confusion, data.class_names, data.class_names)
+    text = table.to_csv(index_label="true \\ predicted")
+    write_text(out / f"{path.stem}-confusion.csv", text)
     try:
         _plot(result, data.class_names, out / f"{path.stem}-confusion.png")
     except ImportError as error:
@@ -120,7 +112,7 @@ def describe(result: dict[str, Any]) -> str:
 def _plot(result: dict[str, Any], names: list[str], path: Path) -> None:
     from matplotlib.figure import Figure
 
-    confusion = np.array(result["confusion"], float)
+    confusion = np.array(result["confusion"])
     shares = confusion / np.maximum(confusion.sum(axis=1, keepdims=True), 1)
     few = len(names) <= 20
     figure = Figure(figsize=(7, 6) if few else (9, 8), layout="constrained")
@@ -133,7 +125,7 @@ def _plot(result: dict[str, Any], names: list[str], path: Path) -> None:
         for (row, col), count in np.ndenumerate(confusion):
             if count:
                 colour = "white" if shares[row, col] > 0.5 else "black"
-                axes.text(col, row, f"{count:.0f}", ha="center", va="center", color=colour, size=8)
+                axes.text(col, row, str(count), ha="center", va="center", color=colour, size=8)
     axes.set_xlabel("predicted class")
     axes.set_ylabel("true class")
     axes.set_title(f"{result['model']} on {result['dataset']}: {result['accuracy']:.1%}")

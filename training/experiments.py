@@ -8,8 +8,9 @@ from typing import Any
 import torch
 
 from linear_vit.training.config import Config, digest
+from linear_vit.training.errors import notice
 from linear_vit.training.evaluation import check_usable
-from linear_vit.training.record import environment, finished_runs, same_machine
+from linear_vit.training.record import environment, read_runs, same_machine
 from linear_vit.training.steps import compared_backends, step_case, time_steps, were_timed
 
 # What is varied of which model, where none is named.
@@ -39,10 +40,15 @@ def recorded(
 ) -> dict[Path, dict[str, Any]]:
     """The finished records below ``folder`` of these configurations on this machine, in order."""
     here, wanted = environment(device), [dataclasses.asdict(config) for config in configs]
+    runs, skipped = read_runs(folder)
+    for line in skipped:
+        notice(line)
     found = {
         path: run
-        for path, run in finished_runs(folder).items()
-        if run["config"] in wanted and same_machine(run["environment"], here)
+        for path, run in runs.items()
+        if run["status"] == "finished"
+        and run["config"] in wanted
+        and same_machine(run["environment"], here)
     }
     return dict(sorted(found.items(), key=lambda item: wanted.index(item[1]["config"])))
 

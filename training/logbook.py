@@ -64,6 +64,7 @@ class Logbook:
         self.config, self.data, self.checkpoint_every = config, data, checkpoint_every
         self.model, self.optimizer, self.scaler = model, optimizer, scaler
         self.run, self.best, self.last = out / "run.json", out / "best.pt", out / "last.pt"
+        self._title = f"{config.dataset} {config.model}"
         self.device = next(model.parameters()).device
         self.writes = distributed.rank() == 0
         if self.writes:
@@ -110,13 +111,7 @@ class Logbook:
     def steps(self, loader: Loader) -> Iterator[tuple[int, Tensor, Tensor]]:
         """(step, images, targets) of every step that is left; times them from here to ``step``."""
         self._loader = loader
-        self._accuracy = "train (λ-weighted)" if RECIPES[self.config.recipe].mixes else "train"
-        self._progress = Progress(
-            f"{self.config.dataset} {self.config.model}",
-            loader.steps,
-            done=self.done,
-            silent=not self.writes,
-        )
+        self._progress = Progress(self._title, loader.steps, done=self.done, silent=not self.writes)
         # Reading the loss waits for the device, and for other processes, so not at every step.
         alone = self.device.type == "cpu" and distributed.world() == 1
         self._read_every = 10 if alone else 50
@@ -178,9 +173,8 @@ class Logbook:
         before = [other["val_accuracy"] for other in self.record["epochs"]]
         self.record["epochs"].append(entry)
         if self._progress is not None:
-            title, epochs = f"{self.config.dataset} {self.config.model}", self.config.epochs
-            shown = self._shown(entry)
-            self._progress.line(f"{title}  epoch {self._epoch:3d}/{epochs}  {shown}")
+            of = f"{self._title}  epoch {self._epoch:3d}/{self.config.epochs}"
+            self._progress.line(f"{of}  {self._shown(entry)}")
         if self._board is not None:
             board.add_curves(self._board, entry)
             if self._epoch in (1, self.config.epochs):
@@ -194,9 +188,10 @@ class Logbook:
             self._save(self.last)
 
     def _shown(self, entry: dict[str, Any]) -> str:
+        train = "train (λ-weighted)" if RECIPES[self.config.recipe].mixes else "train"
         val = f"val {entry['val_accuracy']:6.1%}  " if "val_accuracy" in entry else ""
         return (
-            f"loss {entry['loss']:.3f}  {self._accuracy} {entry['train_accuracy']:6.1%}  {val}"
+            f"loss {entry['loss']:.3f}  {train} {entry['train_accuracy']:6.1%}  {val}"
             f"{entry['images_per_second']:,.0f} images/s"
         )
 

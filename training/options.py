@@ -25,12 +25,15 @@ class Listed(tuple):
 
 @dataclass(frozen=True)
 class Command:
-    """A subcommand: what it is for, the defaults of its settings, and its own flags."""
+    """A subcommand: what it is for, flags that others have too (of ``_SHARED``), and its own.
+
+    ``defaults`` are those of its dataset and preset; where they are none, it has no settings.
+    """
 
     help: str
+    shared: str
     flags: Mapping[str, Mapping[str, Any]]
-    preset: str | None = None  # None: it has no settings
-    dataset: str = ""
+    defaults: Mapping[str, str] = dataclasses.field(default_factory=dict)
     lists: bool = False  # settings take several values, separated by commas
 
 
@@ -67,56 +70,50 @@ def _number(default: Any, help: str) -> dict[str, Any]:
     return _flag(f"{help} ({default:g})", metavar, type=kind, default=default)
 
 
-_DEVICE = {"device": _flag("cpu, cuda or cuda:NUMBER (cuda where there is one)", "NAME")}
-_DATA = {"data_dir": _folder("data", "where data sets are, or go to")}
-_WORKERS = {
-    "workers": _flag("that augment images (CPU: 0; CUDA: all cores but one)", "N", type=natural)
-}
-_MODELS = {
+_SHARED: dict[str, dict[str, Any]] = {
+    "device": _flag("cpu, cuda or cuda:NUMBER (cuda where there is one)", "NAME"),
+    "out": _folder("reports/out/training", "of the table"),
+    "data_dir": _folder("data", "where data sets are, or go to"),
+    "workers": _flag("that augment images (CPU: 0; CUDA: all cores but one)", "N", type=natural),
     "models": _flag(
         f"of {', '.join(MODELS)} (all but ripple-local)",
         "MODEL",
         nargs="+",
         default=list(COMPARED),
         choices=list(MODELS),
-    )
+    ),
 }
 COMMANDS: dict[str, Command] = {
     "train": Command(
         "train one model (default)",
+        "device data_dir workers",
         {
-            **_DEVICE,
             "out": _flag("folder of the run (runs/ and a name made of the settings)", "DIR"),
             "resume": _switch("go on from the folder's last.pt"),
             "checkpoint_every": _flag(
-                "steps between writes of last.pt within an epoch (0: none)",
+                "steps from a write of last.pt to the next (0: once an epoch)",
                 "N",
                 type=natural,
                 default=0,
             ),
-            **_DATA,
-            **_WORKERS,
         },
-        preset="full",
-        dataset="cifar100",
+        {"preset": "full", "dataset": "cifar100"},
     ),
     "evaluate": Command(
         "test saved models",
+        "device data_dir",
         {
             "checkpoint": _flag(
                 "best.pt files, or a quoted glob of them", "FILE", nargs="+", required=True
             ),
             "dataset": _flag("the data set it was trained on, as a check", "NAME"),
             "out": _flag("folder for the results (beside each checkpoint)", "DIR"),
-            **_DEVICE,
-            **_DATA,
         },
     ),
     "table": Command(
         "compare all models",
+        "device out data_dir workers models",
         {
-            **_DEVICE,
-            **_MODELS,
             "seeds": _number(5, "runs per model, seeds 0, 1, ..."),
             "run": {
                 "action": argparse.BooleanOptionalAction,
@@ -124,58 +121,42 @@ COMMANDS: dict[str, Command] = {
                 "help": "train what no record covers, or read records alone (--run)",
             },
             "runs": _folder("runs", "folder of the run records"),
-            "out": _folder("reports/out/training", "of the table"),
             "exponents": _flag("exponents.csv of measured complexity (found in reports/)", "FILE"),
             "ablations": _folder("reports/out/ablation", "of the ablations"),
             "seconds": _number(5.0, "to time each model's training step by turns"),
-            **_DATA,
-            **_WORKERS,
         },
-        preset="small",
-        dataset="digits",
+        {"preset": "small", "dataset": "digits"},
     ),
     "ablate": Command(
         "vary one setting: --ripple_stages 1,2,3,4",
+        "device data_dir workers",
         {
-            **_DEVICE,
             "seeds": _number(3, "runs per value, seeds 0, 1, ..."),
             "runs": _folder("reports/out/ablation/runs", "folder of the run records"),
             "out": _folder("reports/out/ablation", "of table and plot"),
             "seconds": _number(5.0, "to time each value's step; 0: speeds of the runs"),
-            **_DATA,
-            **_WORKERS,
         },
-        preset="small",
-        dataset="digits",
+        {"preset": "small", "dataset": "digits"},
         lists=True,
     ),
     "bench": Command(
         "time training steps, with and without own kernels",
+        "device out models",
         {
-            **_DEVICE,
-            **_MODELS,
             "backends": _flag(
-                "such as torch,compiled,cuda (torch and the own ones)",
-                "LIST",
-                type=lambda text: text.split(","),
+                "such as torch,compiled,cuda (torch and the own ones)", "LIST", type=options.words
             ),
             "seconds": _number(3.0, "to spend on each model and backend"),
-            "out": _folder("reports/out/training", "of the table"),
         },
-        preset="small",
-        dataset="fashion-mnist",
+        {"preset": "small", "dataset": "fashion-mnist"},
     ),
     "profile": Command(
         "what a training step spends its time on",
+        "device out models workers",
         {
-            **_DEVICE,
-            **_MODELS,
             "steps": _number(10, "steps to take"),
-            "out": _folder("reports/out/training", "of the table"),
-            **_WORKERS,
         },
-        preset="small",
-        dataset="fashion-mnist",
+        {"preset": "small", "dataset": "fashion-mnist"},
     ),
 }
 
@@ -197,9 +178,10 @@ def make_parser(description: str | None) -> argparse.ArgumentParser:
                 argparse.HelpFormatter, max_help_position=26, width=100
             ),
         )
-        if command.preset is not None:
+        if command.defaults:
             _add_settings(made, name, command)
-        for flag, details in command.flags.items():
+        shared = {flag: _SHARED[flag] for flag in command.shared.split()}
+        for flag, details in {**shared, **command.flags}.items():
             _add(made, flag, **details)
     return parser
 
@@ -208,13 +190,12 @@ def _add_settings(parser: argparse.ArgumentParser, name: str, command: Command) 
     """The fields of Config that a command has, and the original's name for one value of one."""
     text = "by default as the preset has them (in brackets: the full one); a _ may be a -"
     group = parser.add_argument_group("settings", text)
-    defaults = {"dataset": command.dataset, "preset": command.preset}
     for field in dataclasses.fields(Config):
         option: Option = OPTIONS[field.name]
         if option.commands is not None and name not in option.commands:
             continue
-        default = defaults.get(field.name, option.default or f"{field.default}")
-        details: dict[str, Any] = {"default": defaults.get(field.name, argparse.SUPPRESS)}
+        default = command.defaults.get(field.name, option.default or f"{field.default}")
+        details: dict[str, Any] = {"default": command.defaults.get(field.name, argparse.SUPPRESS)}
         if isinstance(field.default, bool):
             details |= _switch(option.help)
         else:
@@ -222,8 +203,7 @@ def _add_settings(parser: argparse.ArgumentParser, name: str, command: Command) 
             details["help"] = f"{text} ({default})"
             kind = str if field.default is None else type(field.default)
             details["metavar"] = {int: "N", float: "X", str: "NAME"}[kind]
-            details["type"] = _listed(kind) if command.lists and option.listed else kind
-            details["choices"] = option.choices if option.parsed else None
+            details["type"] = _listed(kind) if command.lists else kind
         _add(group, field.name, **details)
     _add(group, "use_cuda_kernels", **_switch("the CUDA C++ kernels: --backend cuda"))
 
@@ -269,20 +249,14 @@ def varied(args: argparse.Namespace) -> tuple[str, list[Any]]:
 
 
 def chosen_device(name: str | None) -> torch.device:
-    """The device of this name, by default CUDA where there is one; under torchrun, one each."""
+    """The device of this name, by default CUDA where there is one; under torchrun, one each.
+
+    Raises OptionError for one that is not there.
+    """
     rank = distributed.local_rank()
     if name is None and rank is not None and torch.cuda.is_available():
         name = f"cuda:{rank}"
-    try:
-        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
-    except RuntimeError as error:
-        raise UserError(f"device must be cpu, cuda or cuda:NUMBER, got {name!r}") from error
-    if device.type not in ("cpu", "cuda"):
-        raise UserError(f"device must be cpu, cuda or cuda:NUMBER, got {name!r}")
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise UserError("no CUDA device is usable here; leave --device out, or give --device cpu")
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise UserError(f"there are {torch.cuda.device_count()} CUDA devices, got --device {name}")
+    device: torch.device = options.device(name)
     if device.type == "cuda":
         device = torch.device("cuda", device.index or 0)
         torch.cuda.set_device(device)

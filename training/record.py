@@ -27,7 +27,7 @@
 import dataclasses
 import json
 import os
-import tempfile
+import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from datetime import UTC, datetime
@@ -39,7 +39,7 @@ import torch
 from linear_vit.bench.instruments import machine
 from linear_vit.training import distributed
 from linear_vit.training.config import DATASETS, MODELS, RECIPES, Config
-from linear_vit.training.errors import UserError, notice
+from linear_vit.training.errors import UserError
 
 SCHEMA = "linear-vit-run/2"
 # Speeds compare where these facts of the environment are equal.
@@ -49,16 +49,14 @@ MACHINE = ("device", "cpu", "torch", "threads", "processes")
 @contextmanager
 def writing(path: Path) -> Iterator[Path]:
     """A temporary file beside ``path`` that replaces it on success and vanishes on failure."""
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-        os.close(handle)
+        temporary.touch(exist_ok=False)
     except OSError as error:
         raise _unwritable(path, error) from error
-    temporary = Path(name)
     try:
         yield temporary
-        temporary.chmod(0o666 & ~_umask())  # mkstemp makes files that only the owner reads
         with temporary.open("rb") as written:
             os.fsync(written.fileno())  # before the name: not even a power cut leaves half a file
         temporary.replace(path)
@@ -112,14 +110,6 @@ def read_runs(folder: Path) -> tuple[dict[Path, dict[str, Any]], list[str]]:
     return records, skipped
 
 
-def finished_runs(folder: Path) -> dict[Path, dict[str, Any]]:
-    """Records of finished runs below a folder; a line on stderr for each file that is none."""
-    runs, skipped = read_runs(folder)
-    for line in skipped:
-        notice(line)
-    return {path: run for path, run in runs.items() if run["status"] == "finished"}
-
-
 def finished_record(out: Path, config: Config) -> dict[str, Any] | None:
     """The record of a finished run of just this configuration, if ``out`` holds one."""
     for run in read_runs(out)[0].values():
@@ -155,24 +145,13 @@ def new_record(config: Config, device: torch.device, parameters: int) -> dict[st
         "dataset_title": DATASETS[config.dataset].title,
         "parameters": parameters,
         "environment": environment(device),
-        "started": now(),
+        "started": datetime.now(UTC).isoformat(timespec="seconds"),
         "resumed": 0,
         "train_accuracy_is": "lambda-weighted" if RECIPES[config.recipe].mixes else "plain",
         "epochs": [],
         "seconds": 0.0,
         "peak_memory": None,
     }
-
-
-def now() -> str:
-    """ISO time, UTC."""
-    return datetime.now(UTC).isoformat(timespec="seconds")
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
 
 
 def _unwritable(path: Path, error: Exception) -> UserError:

@@ -23,10 +23,10 @@ from linear_vit.training.config import (
     resolve,
 )
 from linear_vit.training.errors import UserError, notice
+from linear_vit.training.record import same_machine
 from linear_vit.training.step import make_optimizer, make_scaler, training_step
 
 STEP = "step"
-_MACHINE = ("device", "cpu", "torch", "threads")  # times compare where these are alike
 DEFAULT = "default"  # the backend that a model takes where none is named
 # Sized for the device: a model that learns within a minute, or the ViT-S.
 SIZES: dict[str, dict[str, Any]] = {
@@ -101,7 +101,7 @@ class TrainingStep(Operation):
             return {name: why for name, why in known.items() if name in asked}
         return {DEFAULT: None, **{name: why for name, why in known.items() if why is None}}
 
-    def unusable(self, shape: StepShape, backend: str, device: torch.device) -> str | None:
+    def unusable(self, shape: Any, backend: str, device: torch.device) -> str | None:
         """Why the backend has no kernel for the model's attention."""
         if backend == DEFAULT:
             return None
@@ -145,10 +145,6 @@ class TrainingStep(Operation):
 
     def size_name(self, shape: Any) -> str:
         return "-".join(filter(None, (shape.config.model, shape.variant)))
-
-    def parse_size(self, text: str) -> None:
-        """A model's name does not say how the rest of it is sized."""
-        return None
 
     # What a saved run says of a step in the place of shape, work and error.
 
@@ -216,7 +212,7 @@ def why_not(case: Case, device: torch.device) -> str | None:
         raise UserError(f"unknown backend {name!r}; there are {', '.join(kernels.BACKENDS)}")
     if not kernels.is_timeable(name, device):
         return "interpreted, which says nothing of its speed"
-    if name != DEFAULT and (reason := TRAINING_STEP.backends(device, (name,))[name]):
+    if reason := TRAINING_STEP.unusable(case.shape, name, device):
         return reason
     try:
         TRAINING_STEP.problem(case.shape, torch.float32, device).call(name, STEP)()
@@ -251,7 +247,7 @@ def time_steps(cases: Sequence[Case], path: Path, device: torch.device, *, secon
         raise UserError(f"no training step can be timed: {why}")
     kept = store.Store(path, head)
     plan = runner.Plan(device, seconds / TRAINING_STEP.budget, sources=sources)
-    for result in runner.run([tuple(usable)] if usable else [], plan, kept, isolate=False):
+    for result in runner.run([tuple(usable)], plan, kept, isolate=False):
         if result.status != store.MEASURED:
             notice(f"{result.case} was not timed: {result.reason}")
     kept.write()
@@ -267,7 +263,7 @@ def were_timed(cases: Sequence[Case], path: Path, device: torch.device) -> bool:
         then, now = document["kernel_suite"]["machine"], machine.describe(device)
     except (OSError, ValueError, KeyError):
         return False
-    same = all(then.get(name) == now[name] for name in ("device_name", *_MACHINE))
+    same = same_machine(then, now) and then.get("device_name") == now["device_name"]
     return same and {problems.case_name(case) for case in cases} <= there
 
 

@@ -184,7 +184,7 @@ def test_wrong_tokens_or_grid(name: str) -> None:
 def test_wrong_sizes() -> None:
     with pytest.raises(ValueError, match="dim 100 and heads 3; these divide it: 1, 2, 4, 5"):
         BaselineAttention(100, heads=3)
-    with pytest.raises(ValueError, match="heads must be at least 1, got 0"):
+    with pytest.raises(ValueError, match="heads must be at least 1 and divide dim, got dim 64"):
         RippleAttention(64, heads=0)
     with pytest.raises(ValueError, match="dim 64 and hydra_branches 6"):
         HydraAttention(64, hydra_branches=6)

@@ -34,29 +34,27 @@ def fetch(archive: Archive, folder: Path) -> Path:
     Raises OSError where it can't be downloaded, UserError where the file is not the published one.
     """
     path = folder / archive.name
-    if not path.exists():
-        print(f"downloading {archive.url} to {path} ...", file=sys.stderr)
-        with urllib.request.urlopen(archive.url, timeout=_SILENCE_S) as answer:
-            content = answer.read()
-        with writing(path) as temporary:
-            temporary.write_bytes(content)
-            check(temporary, archive, called=path)
+    if path.exists():
+        check(path.read_bytes(), archive, path)
         return path
-    check(path, archive)
+    print(f"downloading {archive.url} to {path} ...", file=sys.stderr)
+    with urllib.request.urlopen(archive.url, timeout=_SILENCE_S) as answer:
+        content = answer.read()
+    check(content, archive, path)
+    with writing(path) as temporary:
+        temporary.write_bytes(content)
     return path
 
 
-def check(path: Path, archive: Archive, *, called: Path | None = None) -> None:
+def check(content: bytes, archive: Archive, path: Path) -> None:
     """UserError, naming the file, unless it has the archive's length and checksum."""
-    found = path.stat().st_size
-    reason = f"holds {found:,} bytes, the published one {archive.size:,}"
-    if found == archive.size:
-        with path.open("rb") as file:
-            md5 = hashlib.file_digest(file, "md5").hexdigest()
-        if md5 == archive.md5:
-            return
+    if len(content) != archive.size:
+        reason = f"holds {len(content):,} bytes, the published one {archive.size:,}"
+    elif (md5 := hashlib.md5(content).hexdigest()) != archive.md5:
         reason = f"has the MD5 {md5}, the published one {archive.md5}"
-    raise UserError(f"{called or path} is damaged: it {reason}; delete it and get it again")
+    else:
+        return
+    raise UserError(f"{path} is damaged: it {reason}; delete it and get it again")
 
 
 def unpack(path: Path, folder: Path) -> None:

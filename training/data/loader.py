@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, default_convert
 
 from linear_vit.bench.instruments import machine
 from linear_vit.training import distributed
@@ -89,8 +89,8 @@ class Loader:
         cuda = self.device.type == "cuda"
         batches: DataLoader[Any] = DataLoader(
             _AugmentedImages(self),  # type: ignore[arg-type]
-            batch_sampler=_Keys(self),
-            collate_fn=_as_it_is,
+            batch_sampler=self._keys(),
+            collate_fn=default_convert,  # no more than what was fetched
             num_workers=self.workers,
             prefetch_factor=4 if self.workers else None,
             pin_memory=cuda,
@@ -102,19 +102,12 @@ class Loader:
                 indices.to(self.device, non_blocking=True),
             )
 
-
-class _Keys:
-    """(epoch, index) of this process's images, a list per step."""
-
-    def __init__(self, loader: Loader) -> None:
-        self.loader = loader
-
-    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        at = self.loader
-        for step in range(at.start, at.steps):
-            epoch = step // at.steps_per_epoch
-            order = sample_order(at.config.seed, epoch, at.count)
-            yield [(epoch, index) for index in at.indices(step, order).tolist()]
+    def _keys(self) -> Iterator[list[tuple[int, int]]]:
+        """(epoch, index) of this process's images, a list per step."""
+        for step in range(self.start, self.steps):
+            epoch = step // self.steps_per_epoch
+            order = sample_order(self.config.seed, epoch, self.count)
+            yield [(epoch, index) for index in self.indices(step, order).tolist()]
 
 
 class _AugmentedImages:
@@ -132,10 +125,6 @@ class _AugmentedImages:
                 with drawing_from("image", self.seed, epoch, index):
                     done[position] = self.transform(self.images[index])
         return done, torch.tensor([index for _, index in keys], dtype=torch.int64)
-
-
-def _as_it_is(batch: Any) -> Any:
-    return batch
 
 
 @functools.lru_cache(maxsize=2)
