@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
+from torch.autograd import profiler
 
 # The profiler's library talks on stderr about every session unless told not to.
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")
@@ -34,11 +35,9 @@ def peak_beyond_outputs(
     if device.type != "cpu":
         return None, f"not measured on {device.type}"
 
-    with torch.profiler.profile(
-        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
-    ) as profile:
+    with profiler.profile(use_kineto=True, profile_memory=True) as profile:
         outputs = call()
-    kineto = profile.profiler and profile.profiler.kineto_results
+    kineto = profile.kineto_results
     if kineto is None:
         return None, "not measured: this PyTorch is built without Kineto"
     changes = sorted(

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.autograd import profiler
 
 _CALLS = 3
 _TOP = 10
@@ -68,12 +69,11 @@ def write(
 
 def trace(
     call: Callable[[], object], device: torch.device, *, calls: int = 1, record_shapes: bool = False
-) -> torch.profiler.profile:
+) -> profiler.profile:
     """What PyTorch's profiler records of these calls, on the host and on the device."""
-    activities = [torch.profiler.ProfilerActivity.CPU]
-    if device.type == "cuda":
-        activities.append(torch.profiler.ProfilerActivity.CUDA)
-    with torch.profiler.profile(activities=activities, record_shapes=record_shapes) as profile:
+    # What torch.profiler.profile wraps: entering the wrapper imports all of torch.compile.
+    on = "cuda" if device.type == "cuda" else None
+    with profiler.profile(use_device=on, use_kineto=True, record_shapes=record_shapes) as profile:
         for _ in range(calls):
             call()
         if device.type == "cuda":
@@ -81,7 +81,7 @@ def trace(
     return profile
 
 
-def top(profile: torch.profiler.profile, device: torch.device) -> list[dict[str, Any]]:
+def top(profile: profiler.profile, device: torch.device) -> list[dict[str, Any]]:
     """The names with the most time of their own, and their share of all: kernels, or operators."""
     of_device = device.type == "cuda"
     rows = []

@@ -46,7 +46,7 @@ def names_of(
     profile = profiles.trace(call, device)
     operators: dict[str, None] = {}
     kernels: dict[str, None] = {}
-    for event in sorted(profile.events() or [], key=lambda e: e.time_range.start):
+    for event in sorted(profile.function_events or [], key=lambda e: e.time_range.start):
         if event.name.startswith(_FRAMES):
             continue
         on_device = event.device_type == torch.autograd.DeviceType.CUDA

@@ -45,10 +45,10 @@ def softmax_attention_packed(qkv: Tensor, scale: float) -> Tensor:
 def implementation(op: str, *tensors: Tensor) -> str:
     """The SDPA kernel PyTorch runs for these tensors, from the operators its profiler records."""
     q, k, v = unpack_qkv(tensors[0]) if op.endswith("_packed") else tensors[:3]
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+    with torch.autograd.profiler.profile(use_kineto=True) as profile:
         softmax_attention(q, k, v, q.shape[-1] ** -0.5)
     prefix = "aten::_scaled_dot_product_"
-    events = profile.events() or []
+    events = profile.function_events or []
     ran = sorted({e.name.removeprefix(prefix) for e in events if e.name.startswith(prefix)})
     return f"scaled_dot_product_attention: {', '.join(ran) or 'no fused operator recorded'}"
 

@@ -75,7 +75,9 @@ def test_import_is_light() -> None:
         "def loaded(*unwanted): return [m for m in sys.modules if m.startswith(unwanted)]\n"
         "print(loaded('triton', 'linear_vit.kernels.build', 'torch.utils.cpp_extension'))\n"
         "kernels.backends('linear_attention', 'cpu')\n"
-        "print(loaded('triton', 'torch.utils.cpp_extension'))"
+        "import torch; q = torch.randn(1, 2, 5, 16)\n"
+        "kernels.implementation('softmax_attention', 'torch', q, q, q)\n"
+        "print(loaded('triton', 'torch.utils.cpp_extension', 'torch._inductor'))"
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.split() == ["[]", "[]"]
