@@ -55,7 +55,8 @@ QUICK = (
     "named and (M77 and float16 or D48 and linear_attention_packed or 5x6x20-float32 or 1x7)",
     "nan or zero or empty or memory_order and expanded",
     "fake",
-    "over_programs and bfloat16 or one_tile and float16 or streamed and float32 or choice or workspace",
+    "over_programs and bfloat16 or one_tile and float16 or streamed and float32",
+    "choice or workspace",
     "test_pool and 5x6x20 or test_expand and 1x1x7x9",
     "many_tiles and 200-130 and bfloat16 or any_scale and float16",
 )
