@@ -1,7 +1,8 @@
 """What a case will need before it runs: memory from its tensors, time from the machine's limits."""
 
+import re
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
 
 import torch
 
@@ -27,20 +28,28 @@ _ENERGY_S = 0.5  # of calls back to back
 _SHARE = 0.9
 
 
-class Plan(Protocol):
-    """What of a run's plan an estimate depends on."""
+@dataclass(frozen=True)
+class Plan:
+    """How the cases of a run are measured.
 
-    @property
-    def budget_s(self) -> float: ...
+    Attributes:
+        device: where.
+        budget_s: seconds to spend on the rounds of each case, at most.
+        limits: of the machine; None leaves shares of limits out.
+        sources: name of the code measured.
+        profiles: folder for traces; None for none.
+        energy: names of the cases whose joules a call are measured; None for all.
+    """
 
-    @property
-    def limits(self) -> Limits | None: ...
+    device: torch.device
+    budget_s: float = 1.0
+    limits: Limits | None = None
+    sources: str | None = None
+    profiles: Path | None = None
+    energy: frozenset[str] | None = None
 
-    @property
-    def device(self) -> torch.device: ...
-
-    @property
-    def energy(self) -> frozenset[str] | None: ...
+    def measures_energy(self, case: Case) -> bool:
+        return self.energy is None or case_name(case) in self.energy
 
 
 def memory_bytes(case: Case) -> int:
@@ -50,8 +59,7 @@ def memory_bytes(case: Case) -> int:
     the working set of what is known to need one (see :meth:`Operation.working_set`).
     """
     of = operation(case.operation)
-    work = least_work(of, FORWARD_BACKWARD, case.shape, 1)
-    tensors = work.bytes
+    tensors = least_work(of, FORWARD_BACKWARD, case.shape, 1).bytes
     element_size = DTYPES[case.dtype].itemsize if case.dtype in DTYPES else 4
     total = tensors * element_size + 2 * tensors * 8 + _CHUNKS
     return total + of.working_set(case.mode, case.backend, case.shape)
@@ -62,9 +70,8 @@ def available_bytes(device: torch.device) -> int | None:
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
         return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    found = [_of_meminfo(), _of_cgroup()]
-    known = [value for value in found if value is not None]
-    return min(known) if known else None
+    known = [value for value in (_of_meminfo(), _of_cgroup()) if value is not None]
+    return min(known, default=None)
 
 
 def does_not_fit(need: int, available: int | None) -> str | None:
@@ -83,30 +90,22 @@ def seconds(case: Case, plan: Plan) -> float:
         return _OVERHEAD_S + 2 * budget
     allowed = plan.limits.least_seconds(work.bytes, work.flop, case.dtype)
     row = kernels.backend_rows().get(case.backend)
-    kind = "kernels"
-    if row is not None and row.eager:
-        kind = "oracle" if row.oracle else "eager"
+    kind = "kernels" if row is None or not row.eager else "oracle" if row.oracle else "eager"
     call_s = _OVER_LIMIT[kind] * max(allowed.values()) + 20e-6
     rounds = min(budget, 60 * max(call_s, 1e-3))
     # The reference in float64, of eager operators, and both passes.
     check = 6 * work.flop / plan.limits.matmul_flop_per_s.get(case.dtype, 1e11)
     compiles = _COMPILES_S / 8 if row is not None and row.compiles else 0.0
-    measured = plan.device.type == "cuda" and (
-        plan.energy is None or case_name(case) in plan.energy
-    )
-    energy = _ENERGY_S if measured else 0.0
+    energy = _ENERGY_S if plan.device.type == "cuda" and plan.measures_energy(case) else 0.0
     return _OVERHEAD_S + check + max(rounds, 4 * call_s) + compiles + energy
 
 
 def _of_meminfo() -> int | None:
     try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
+        found = re.search(r"MemAvailable:\s*(\d+) kB", Path("/proc/meminfo").read_text())
     except OSError:
         return None
-    for line in lines:
-        if line.startswith("MemAvailable:"):
-            return int(line.split()[1]) * 1024
-    return None
+    return int(found[1]) * 1024 if found else None
 
 
 def _of_cgroup(root: Path = Path("/sys/fs/cgroup")) -> int | None:

@@ -11,7 +11,6 @@ import signal
 import statistics
 import sys
 import threading
-import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -32,7 +31,7 @@ from linear_vit.bench.store import (
     Store,
     StoreError,
 )
-from linear_vit.bench.sweep import SPECIAL, Sweep, make_sweep
+from linear_vit.bench.sweep import SPECIAL, Asked, Sweep, make_sweep
 from linear_vit.options import OptionError
 
 _BUDGET_S = {"quick": 0.25, "full": 2.0, "gpu": 0.25, "cpu": 1.0}
@@ -123,6 +122,10 @@ class Benchmarks:
     def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
         # An empty parameter list (--ops without a training step) is no case, not a skipped one.
         items[:] = [item for item in items if "NOTSET" not in item.nodeid]
+        for item in items:
+            item.add_marker(pytest.mark.benchmark(timer=measured_time))
+            # pytest-benchmark keeps the statistics and the files: the runner has the durations.
+            item.add_marker(pytest.mark.filterwarnings("ignore:Benchmark fixture was not used"))
         if self.sweep.extent in SPECIAL:  # most important first, whatever the test's file
             order = {case_name(case): i for i, case in enumerate(self.sweep.cases)}
             items.sort(key=lambda item: order.get(_name_of(item), len(order)))
@@ -140,8 +143,7 @@ class Benchmarks:
         self._chosen = set(cases)
         runner.build_ahead(cases, self.sweep.device)
         minutes = self._config.getoption("minutes")
-        deadline = None if minutes is None else time.monotonic() + 60 * minutes
-        self._session = runner.Session(self._plan, self._store, deadline=deadline, isolate=None)
+        self._session = runner.Session(self._plan, self._store, minutes=minutes)
         self._progress = Countdown(list(seconds), seconds, self._terminal)
         for name in self._store.results:  # of the run that this one goes on from
             self._progress.skip(name)
@@ -319,15 +321,17 @@ def sweep_from(config: pytest.Config) -> Sweep:
         return () if given is None or given == ("all",) else given
 
     return make_sweep(
-        device=config.getoption("device"),
-        dtypes=words("dtypes"),
-        tokens=config.getoption("tokens") or (),
-        backends=words("backends"),
-        operations=words("ops"),
-        total_tokens=config.getoption("total_tokens"),
-        extent=config.getoption("sweep") or "quick",
-        with_peers=bool(config.getoption("peers")),
-        rehearse=bool(config.getoption("rehearse")),
+        Asked(
+            device=config.getoption("device"),
+            dtypes=words("dtypes"),
+            tokens=config.getoption("tokens") or (),
+            backends=words("backends"),
+            operations=words("ops"),
+            total_tokens=config.getoption("total_tokens"),
+            extent=config.getoption("sweep") or "quick",
+            with_peers=bool(config.getoption("peers")),
+            rehearse=bool(config.getoption("rehearse")),
+        )
     )
 
 

@@ -18,9 +18,9 @@ import torch
 
 from linear_vit import kernels, options
 from linear_vit.bench import estimate, peers
+from linear_vit.bench.estimate import Plan
 from linear_vit.bench.instruments import clock, energy, memory, profiles, proof, telemetry
 from linear_vit.bench.instruments.clock import Timing
-from linear_vit.bench.instruments.limits import Limits
 from linear_vit.bench.problems import (
     DTYPES,
     FORWARD,
@@ -45,27 +45,6 @@ Group = tuple[Case, ...]
 
 class WrongResult(Exception):
     """A case whose answer the accuracy rule refuses, or that another implementation gave."""
-
-
-@dataclass(frozen=True)
-class Plan:
-    """How the cases of a run are measured.
-
-    Attributes:
-        device: where.
-        budget_s: seconds to spend on the rounds of each case, at most.
-        limits: of the machine; None leaves shares of limits out.
-        sources: name of the code measured.
-        profiles: folder for traces; None for none.
-        energy: names of the cases whose joules a call are measured; None for all.
-    """
-
-    device: torch.device
-    budget_s: float = 1.0
-    limits: Limits | None = None
-    sources: str | None = None
-    profiles: Path | None = None
-    energy: frozenset[str] | None = None
 
 
 def measure(
@@ -115,8 +94,7 @@ def run(
     """
     groups, found = list(groups), list[Result]()
     build_ahead([case for group in groups for case in group], plan.device)
-    deadline = None if minutes is None else time.monotonic() + 60 * minutes
-    with Session(plan, store, deadline=deadline, isolate=isolate) as session:
+    with Session(plan, store, minutes=minutes, isolate=isolate) as session:
         for group in groups:
             for result in session.measure(group):
                 progress(result)
@@ -140,9 +118,16 @@ class Session:
     """Measures one group after another; used by :func:`run` and, a case at a time, by pytest."""
 
     def __init__(
-        self, plan: Plan, store: Store, *, deadline: float | None, isolate: bool | None
+        self,
+        plan: Plan,
+        store: Store,
+        *,
+        minutes: float | None = None,
+        isolate: bool | None = None,
     ) -> None:
-        self._plan, self._store, self._deadline = plan, store, deadline
+        """As for :func:`run`; the minutes begin now."""
+        self._plan, self._store = plan, store
+        self._deadline = math.inf if minutes is None else time.monotonic() + 60 * minutes
         alone = plan.device.type == "cuda" if isolate is None else isolate
         self._worker = Worker(measure_group) if alone else None
         self._settled: set[str] = set()
@@ -156,7 +141,7 @@ class Session:
 
     def measure(self, group: Sequence[Case]) -> list[Result]:
         """The results of all of the group's cases, those that were there before among them."""
-        store, pending = self._store, []
+        store, pending = self._store, list[Case]()
         for case in group:
             name = case_name(case)
             if name in self._settled or store.finished(name) is not None:
@@ -168,28 +153,25 @@ class Session:
                 pending.append(case)
         left = [pending] if pending else []
         while left:
-            part = left.pop(0)
-            if reason := self._no_time(part):
-                results = [Result(case_name(case), LEFT_OUT, reason) for case in part]
-            else:
-                results, again = self._attempt(part)
-                left[:0] = again
+            results, again = self._attempt(left.pop(0))
+            left[:0] = again
             for result in results:
                 store.keep(result)
         return [store.results[case_name(case)] for case in group]
 
     def _attempt(self, pending: list[Case]) -> tuple[list[Result], list[list[Case]]]:
         """Results of the pending cases, and the groups to try again where one killed a process."""
-        plan = self._plan
+        plan, left_s = self._plan, self._deadline - time.monotonic()
+        seconds = sum(estimate.seconds(case, plan) for case in pending)
+        if seconds > left_s:
+            reason = f"no time left: {max(left_s, 0):.0f} s, and it takes about {seconds:.0f}"
+            return [Result(case_name(case), LEFT_OUT, reason) for case in pending], []
         if self._worker is None:
             results = measure_group(pending, plan, self._started)
             there = {result.case for result in results}
-            lost = [case for case in pending if case_name(case) not in there]
-            return results, [[case] for case in lost]
-        seconds = sum(estimate.seconds(case, plan) for case in pending)
+            return results, [[case] for case in pending if case_name(case) not in there]
         if plan.profiles is not None:
             seconds += profiles.NCU_LIMIT_S / PATIENCE
-        left_s = math.inf if self._deadline is None else self._deadline - time.monotonic()
         return self._worker.attempt(pending, plan, self._started, seconds, case_name, left_s)
 
     def _started(self, name: str | None) -> None:
@@ -197,15 +179,6 @@ class Session:
             self._store.take_turns()
         else:
             self._store.start(name)
-
-    def _no_time(self, pending: Sequence[Case]) -> str | None:
-        if self._deadline is None:
-            return None
-        left = self._deadline - time.monotonic()
-        needed = sum(estimate.seconds(case, self._plan) for case in pending)
-        if needed <= left:
-            return None
-        return f"no time left: {max(left, 0):.0f} s, and it takes about {needed:.0f}"
 
 
 def measure_group(cases: Sequence[Case], plan: Plan, started: Started) -> list[Result]:
@@ -223,7 +196,9 @@ def measure_group(cases: Sequence[Case], plan: Plan, started: Started) -> list[R
     """
     ready: dict[str, _Ready] = {}
     results: dict[str, Result] = {}
-    _problems.keep_only(cases, plan.device)
+    wanted = {_key(case, plan.device) for case in cases}
+    for key in [key for key in _made if key not in wanted]:
+        del _made[key]  # its tensors may be large
     for case in cases:
         name = case_name(case)
         started(name)
@@ -232,7 +207,7 @@ def measure_group(cases: Sequence[Case], plan: Plan, started: Started) -> list[R
         except Exception as error:
             results[name] = _failure(name, error)
         if _ended_badly(results.get(name)):
-            return [results[n] for n in map(case_name, cases) if n in results]
+            return list(results.values())
     if len(ready) > 1:
         started(None)
     results |= _timed(ready, plan, started)
@@ -291,36 +266,25 @@ class _Ready:
     checked: dict[str, Any]
 
 
-class _Problems:
-    """The problems of a group and of the one before, each made once, with the right answers."""
-
-    def __init__(self) -> None:
-        self._made: dict[tuple[Case, torch.device], tuple[Problem, Expected | None]] = {}
-
-    def keep_only(self, cases: Sequence[Case], device: torch.device) -> None:
-        """Forget the others: their tensors may be large."""
-        wanted = {(_problem_of(case), device) for case in cases}
-        self._made = {key: made for key, made in self._made.items() if key in wanted}
-
-    def of(self, case: Case, device: torch.device) -> tuple[Problem, Expected | None]:
-        key = _problem_of(case), device
-        if key not in self._made:
-            dtype = DTYPES.get(case.dtype, torch.float32)
-            problem = make_problem(case.operation, case.shape, dtype, device)
-            right = problem.expected() if problem.operation.has_reference else None
-            self._made[key] = problem, right
-        problem, expected = self._made[key]
-        if peers.other_function(case.backend):
-            expected = expected_of_peer(problem, case.backend)
-        return problem, expected
+# The problems of a group and of the one before, with the right answers.
+_made: dict[tuple[Case, torch.device], tuple[Problem, Expected | None]] = {}
 
 
-_problems = _Problems()
-
-
-def _problem_of(case: Case) -> Case:
+def _key(case: Case, device: torch.device) -> tuple[Case, torch.device]:
     """What is alike for cases of one problem: both passes are of the same numbers."""
-    return dataclasses.replace(case.together, mode="")
+    return dataclasses.replace(case.together, mode=""), device
+
+
+def _problem_of(case: Case, device: torch.device) -> tuple[Problem, Expected | None]:
+    key = _key(case, device)
+    if key not in _made:
+        dtype = DTYPES.get(case.dtype, torch.float32)
+        problem = make_problem(case.operation, case.shape, dtype, device)
+        _made[key] = problem, problem.expected() if problem.operation.has_reference else None
+    problem, expected = _made[key]
+    if peers.other_function(case.backend):
+        expected = expected_of_peer(problem, case.backend)
+    return problem, expected
 
 
 def _prepare(case: Case, plan: Plan) -> _Ready:
@@ -330,7 +294,7 @@ def _prepare(case: Case, plan: Plan) -> _Ready:
         WrongResult: its answer is wrong, or another implementation gave it.
         Exception: whatever the call raises.
     """
-    problem, expected = _problems.of(case, plan.device)
+    problem, expected = _problem_of(case, plan.device)
     checked: dict[str, Any] = {"error": {}, "ran": None}
     if expected is not None:
         verdicts = check(problem, case.backend, case.mode, expected)
@@ -364,7 +328,7 @@ def _prepare(case: Case, plan: Plan) -> _Ready:
 
 def claim(name: str, backend: str) -> proof.Claim:
     """What has to be seen running where this backend of an operation is asked for."""
-    rows = kernels.backend_rows()
+    rows, peer = kernels.backend_rows(), peers.PEERS.get(backend)
     # A user's function under a built-in name may be anything.
     row = rows.get(backend) if registry.registered(name, backend) is None else None
     return proof.Claim(
@@ -372,7 +336,7 @@ def claim(name: str, backend: str) -> proof.Claim:
         own=row is not None and row.own,
         compiled=row is not None and row.compiles,
         eager=row is not None and row.eager,
-        signature=peers.signature(backend),
+        signature=peer.signature if peer is not None else None,
         others=tuple(other.name for other in rows.values() if other.own and other.name != backend),
     )
 
@@ -391,12 +355,11 @@ def _captured(call: Callable[[], Any], device: torch.device, *, exact: bool) -> 
 
 
 def _result(ready: _Ready, timing: Timing, watch: telemetry.Watch, plan: Plan) -> Result:
-    case, problem = ready.case, ready.problem
+    case, problem, name = ready.case, ready.problem, case_name(ready.case)
     of = operation(case.operation)
     joules, joules_how = None, "not asked for"
-    if plan.energy is None or case_name(case) in plan.energy:
+    if plan.measures_energy(case):
         joules, joules_how = energy.per_call(ready.call, plan.device, timing.median)
-    name = case_name(case)
     traced = None
     if plan.profiles is not None:
         child: tuple[str, ...] = ()
@@ -436,12 +399,13 @@ def _against_limits(case: Case, problem: Problem, timing: Timing, plan: Plan) ->
     """Least traffic and work, and the share of what the limits allow; empty where unknown."""
     if not problem.operation.has_reference:
         return {}
-    work = problem.least_work(case.mode)
-    work = dataclasses.replace(work, flop=int(work.flop * peers.flop_share(case.backend)))
+    work, peer = problem.least_work(case.mode), peers.PEERS.get(case.backend)
+    if peer is not None:
+        work = dataclasses.replace(work, flop=int(work.flop * peer.flop_share))
     found = {
         "shape": dataclasses.asdict(case.shape),  # type: ignore[call-overload]
         "implementation": _implementation(case, problem),
-        "other_function": peers.other_function(case.backend),
+        "other_function": peer.other_function if peer is not None else None,
         "least_bytes": work.bytes,
         "least_flop": work.flop,
         "gb_per_s": work.bytes / timing.median / 1e9,
@@ -461,7 +425,7 @@ def _against_limits(case: Case, problem: Problem, timing: Timing, plan: Plan) ->
 
 def _implementation(case: Case, problem: Problem) -> str:
     """What runs, with its tiles where it tells."""
-    if case.backend in peers.NAMES:
+    if case.backend in peers.PEERS:
         return peers.other_function(case.backend) or f"peer: {case.backend}"
     forward = case.mode == FORWARD
     arguments = [x.detach() if forward else x for x in problem.inputs.values()]

@@ -5,6 +5,7 @@ kind should be asked, most important first, as each operation states it. What an
 at which size stands in its problem file.
 """
 
+import functools
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -22,6 +23,7 @@ from linear_vit.bench.problems import (
     operation,
     operations,
 )
+from linear_vit.options import OptionError
 
 SWEEPS = ("quick", "full", "gpu", "cpu")
 SPECIAL = ("gpu", "cpu")
@@ -35,10 +37,6 @@ _MOST_FLOP = {
 _QUICK_DTYPES = {"cpu": ("float32",), "cuda": ("bfloat16", "float32")}
 _SPARED = "the oracle is timed by --sweep full, or by name with --backends"
 _INTERPRETED = "it runs in Triton's interpreter here: right, but no time worth reporting"
-
-
-class SweepError(options.OptionError):
-    """An option that asks for what there isn't; the message says what there is."""
 
 
 @dataclass(frozen=True)
@@ -61,117 +59,96 @@ class Sweep:
 
 
 @dataclass(frozen=True)
-class _Asked:
-    """What the options ask for; an empty sequence takes what the sweep has."""
-
-    device: torch.device
-    extent: str
-    dtypes: Sequence[str]
-    tokens: Sequence[int]
-    backends: Sequence[str]
-    operations: Sequence[Operation]
-    total_tokens: int | None
-    with_peers: bool
-
-
-def make_sweep(
-    *,
-    device: str | None = None,
-    dtypes: Sequence[str] = (),
-    tokens: Sequence[int] = (),
-    backends: Sequence[str] = (),
-    operations: Sequence[str] = (),
-    total_tokens: int | None = None,
-    extent: str = "quick",
-    with_peers: bool = False,
-    rehearse: bool = False,
-) -> Sweep:
-    """Enumerate the cases; an empty sequence takes what the sweep ``extent`` has.
+class Asked:
+    """What the options ask for; an empty sequence takes what the sweep ``extent`` has.
 
     A case is one sequence, or, with ``total_tokens``, as many of its length as make that many
     tokens: then a call does the same work at every length, and its time says what length costs.
     ``with_peers`` adds other libraries' implementations, of which ``backends`` may name some, too.
     ``rehearse`` takes every case at a tiny size instead, to walk through the code.
+    """
+
+    device: str | None = None
+    dtypes: Sequence[str] = ()
+    tokens: Sequence[int] = ()
+    backends: Sequence[str] = ()
+    operations: Sequence[str] = ()
+    total_tokens: int | None = None
+    extent: str = "quick"
+    with_peers: bool = False
+    rehearse: bool = False
+
+    @functools.cached_property
+    def on(self) -> torch.device:
+        return options.device(self.device)
+
+
+def make_sweep(asked: Asked) -> Sweep:
+    """Enumerate the cases.
 
     Raises:
-        SweepError: an unknown or unusable device, dtype, backend or operation, or nothing left to
-            time. A backend that was not asked for by name and can't run is left out instead.
+        OptionError: an unknown or unusable device, dtype, backend or operation, or nothing left to
+            time. A backend that can't run an operation is left out of it.
     """
-    asked = _Asked(
-        options.device(device),
-        extent,
-        dtypes,
-        tokens,
-        backends,
-        _chosen(operations, extent),
-        total_tokens,
-        with_peers or extent == "gpu",
-    )
     _check(asked)
     left_out: dict[str, str] = {}
-    wanted = _special(asked) if extent in SPECIAL else _regular(asked, left_out)
-    if rehearse:
-        wanted = _tiny(wanted)
-    asked_for = list(wanted)
+    wanted = _special(asked) if asked.extent in SPECIAL else _regular(asked)
+    asked_for = list(_tiny(wanted) if asked.rehearse else wanted)
     cases = list(_fitting(asked, asked_for, left_out))
     if not cases:
         why = "; ".join(f"{what}: {reason}" for what, reason in left_out.items())
-        raise SweepError(f"nothing to time{': ' if why else ''}{why}")
+        raise OptionError(f"nothing to time{': ' if why else ''}{why}")
     energy = None
-    if extent in SPECIAL:
+    if asked.extent in SPECIAL:
         with_energy = {(of.name, w.mode, w.dtype, w.shape) for of, w in asked_for if w.energy}
         energy = frozenset(
             case_name(c) for c in cases if (c.operation, c.mode, c.dtype, c.shape) in with_energy
         )
-    return Sweep(asked.device, extent, _groups(cases, extent), left_out, energy)
+    return Sweep(asked.on, asked.extent, _groups(cases, asked.extent), left_out, energy)
 
 
-def _chosen(names: Sequence[str], extent: str) -> list[Operation]:
-    known = operations()
-    for name in names:
-        if name not in known:
-            raise SweepError(f"--ops: unknown operation {name!r}; there are {', '.join(known)}")
-    if names:
-        return [known[name] for name in known if name in names]
-    return [found for found in known.values() if extent != "quick" or found.quick]
+def _chosen(asked: Asked) -> list[Operation]:
+    known = operations().values()
+    if asked.operations:
+        return [of for of in known if of.name in asked.operations]
+    return [of for of in known if asked.extent != "quick" or of.quick]
 
 
-def _check(asked: _Asked) -> None:
-    for name in asked.dtypes:
-        if name not in DTYPES:
-            raise SweepError(f"--dtypes: unknown dtype {name!r}; there are {', '.join(DTYPES)}")
+def _check(asked: Asked) -> None:
+    options.known("ops", asked.operations, operations())
+    options.known("dtypes", asked.dtypes, DTYPES)
     if any(n < 1 for n in asked.tokens):
-        raise SweepError(f"--tokens: lengths are positive, got {min(asked.tokens)}")
+        raise OptionError(f"--tokens: lengths are positive, got {min(asked.tokens)}")
     if asked.total_tokens is not None and asked.extent in SPECIAL:
-        raise SweepError(f"--total-tokens: --sweep {asked.extent} has its own; leave one out")
+        raise OptionError(f"--total-tokens: --sweep {asked.extent} has its own; leave one out")
     if asked.total_tokens is not None and asked.total_tokens < 1:
-        raise SweepError(f"--total-tokens: a positive number, got {asked.total_tokens}")
-    known = {*kernels.backend_rows(), *peers.NAMES}
+        raise OptionError(f"--total-tokens: a positive number, got {asked.total_tokens}")
     for name in asked.backends:
-        if name not in known:
-            there_are = _list_backends(asked.operations[0].name, asked.device)
-            raise SweepError(f"--backends: unknown backend {name!r}; there are {there_are}")
+        if name not in (*kernels.backend_rows(), *peers.PEERS):
+            reasons = _chosen(asked)[0].backends(asked.on, ()).items()
+            there = "; ".join(f"{name} ({why or 'usable'})" for name, why in reasons)
+            raise OptionError(f"--backends: unknown backend {name!r}; there are {there}")
 
 
 # What is wanted, whatever can run it.
 
 
-def _regular(asked: _Asked, left_out: dict[str, str]) -> Iterator[tuple[Operation, Wanted]]:
+def _regular(asked: Asked) -> Iterator[tuple[Operation, Wanted]]:
     """Every length of every operation."""
-    kind, rank = asked.device.type, 0
+    kind, rank = asked.on.type, 0
     chosen = asked.dtypes or (DTYPES if asked.extent == "full" else _QUICK_DTYPES[kind])
-    for of in asked.operations:
+    for of in _chosen(asked):
         for dtype in of.dtypes(kind, tuple(chosen)):
-            for shape in of.sizes(kind, asked.extent, asked.tokens, asked.total_tokens, left_out):
+            for shape in of.sizes(kind, asked.extent, asked.tokens, asked.total_tokens):
                 for mode in of.modes:
                     rank += 1
                     names, total = of.usual_backends, asked.total_tokens
                     yield of, Wanted(rank, mode, dtype, shape, names, total_tokens=total)
 
 
-def _special(asked: _Asked) -> Iterator[tuple[Operation, Wanted]]:
+def _special(asked: Asked) -> Iterator[tuple[Operation, Wanted]]:
     """What each operation states for the sweep, most important first, narrowed by the options."""
-    found = [(of, wanted) for of in asked.operations for wanted in of.special(asked.extent)]
+    found = [(of, wanted) for of in _chosen(asked) for wanted in of.special(asked.extent)]
     for of, wanted in sorted(found, key=lambda item: item[1].rank):
         if asked.dtypes and wanted.dtype not in asked.dtypes:
             continue
@@ -193,15 +170,16 @@ def _tiny(wanted: Iterable[tuple[Operation, Wanted]]) -> Iterator[tuple[Operatio
 
 
 def _fitting(
-    asked: _Asked, wanted: Iterable[tuple[Operation, Wanted]], left_out: dict[str, str]
+    asked: Asked, wanted: Iterable[tuple[Operation, Wanted]], left_out: dict[str, str]
 ) -> Iterator[Case]:
     """The cases that a usable backend can do in reasonable time and memory."""
-    available = estimate.available_bytes(asked.device)
+    available = estimate.available_bytes(asked.on)
     usable: dict[str, tuple[str, ...]] = {}
+    unusable: dict[str, dict[str, str]] = {}
     seen = set()
     for of, one in wanted:
         if of.name not in usable:
-            usable[of.name] = _timeable(asked, of, left_out)
+            usable[of.name] = _timeable(asked, of, unusable)
         names = (*usable[of.name], *_peers(asked, of, one.dtype, left_out))
         if one.backends and not asked.backends:
             names = tuple(name for name in names if name in one.backends)
@@ -213,23 +191,30 @@ def _fitting(
                 what, reason = no
                 if not any(key.startswith(f"{what}, N") for key in left_out):
                     left_out[f"{what}, N from {one.shape.tokens}"] = reason
-            elif cannot := of.unusable(one.shape, name, asked.device):
+            elif cannot := of.unusable(one.shape, name, asked.on):
                 left_out[of.case_name(case)] = cannot
             else:
-                captured = one.captured and asked.device.type == "cuda"
+                captured = one.captured and asked.on.type == "cuda"
                 ways = [case, replace(case, captured=True)] if captured else [case]
                 fitting = [w for w in ways if not w.captured or of.can_be_captured(name)]
                 yield from (way for way in fitting if way not in seen)
                 seen.update(fitting)
+    for name, reasons in unusable.items():
+        if len(reasons) == len(usable):
+            left_out[f"backend {name}"] = "; ".join(dict.fromkeys(reasons.values()))
+        else:
+            left_out |= {f"{name}, {of_name}": reason for of_name, reason in reasons.items()}
 
 
-def _too_much(asked: _Asked, case: Case, available: int | None) -> tuple[str, str] | None:
+def _too_much(asked: Asked, case: Case, available: int | None) -> tuple[str, str] | None:
     """What is left out from this length on, and why; None where the case is not."""
+    if case.shape.B == 0:
+        return case.operation, f"longer than --total-tokens {asked.total_tokens}"
     # A length that was asked for is only held to the larger limit.
     extent = "full" if asked.tokens else asked.extent
     what = f"{case.operation} {case.mode} {case.dtype}"
     work = least_work(operation(case.operation), case.mode, case.shape, 4)
-    limit = _MOST_FLOP[asked.device.type][extent]
+    limit = _MOST_FLOP[asked.on.type][extent]
     if work.flop > limit:
         further = " (--sweep full goes further)" if extent == "quick" else ""
         reason = f"one call is {work.flop:.1e} FLOP, past the {extent} limit of {limit:.0e}"
@@ -238,46 +223,34 @@ def _too_much(asked: _Asked, case: Case, available: int | None) -> tuple[str, st
     return (f"{what} on {case.backend}", no_room) if no_room else None
 
 
-def _timeable(asked: _Asked, of: Operation, left_out: dict[str, str]) -> tuple[str, ...]:
-    """Backends to time, in table order; the others go to ``left_out`` or, if asked for, raise."""
+def _timeable(asked: Asked, of: Operation, unusable: dict[str, dict[str, str]]) -> tuple[str, ...]:
+    """Backends to time, in table order; why the others are not goes to ``unusable``."""
     usable = []
-    for name, reason in of.backends(asked.device, asked.backends).items():
-        if reason is None and not kernels.is_timeable(name, asked.device):
+    for name, reason in of.backends(asked.on, asked.backends).items():
+        if reason is None and not kernels.is_timeable(name, asked.on):
             reason = _INTERPRETED
         if reason is None and asked.extent != "full" and not asked.backends:
             row = kernels.backend_rows().get(name)
             reason = _SPARED if row is not None and row.oracle else None
         if reason is None:
             usable.append(name)
-        elif asked.backends:
-            there_are = _list_backends(of.name, asked.device)
-            raise SweepError(
-                f"--backends: {name!r} can't be timed for {of.name} on {asked.device}: {reason}. "
-                f"There are {there_are}"
-            )
         else:
-            left_out[f"backend {name}"] = reason
+            unusable.setdefault(name, {})[of.name] = reason
     return tuple(usable)
 
 
-def _peers(asked: _Asked, of: Operation, dtype: str, left_out: dict[str, str]) -> tuple[str, ...]:
+def _peers(asked: Asked, of: Operation, dtype: str, left_out: dict[str, str]) -> tuple[str, ...]:
     """Peers to time: all that are usable if wanted, or those asked for by name."""
     usable = []
-    for name, reason in peers.backends(of.name, asked.device, DTYPES.get(dtype)).items():
-        if name not in asked.backends and (asked.backends or not asked.with_peers):
+    for name, reason in peers.backends(of.name, asked.on, DTYPES.get(dtype)).items():
+        with_peers = asked.with_peers or asked.extent == "gpu"
+        if name not in asked.backends and (asked.backends or not with_peers):
             continue
         if reason is None:
             usable.append(name)
         else:
             left_out[f"{name}, {of.name} {dtype}"] = reason
     return tuple(usable)
-
-
-def _list_backends(name: str, device: torch.device) -> str:
-    return "; ".join(
-        f"{backend} ({'usable' if reason is None else reason})"
-        for backend, reason in operation(name).backends(device, ()).items()
-    )
 
 
 def _groups(cases: Sequence[Case], extent: str) -> tuple[tuple[Case, ...], ...]:

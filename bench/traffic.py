@@ -112,9 +112,10 @@ class Recorder:
 @contextmanager
 def recording() -> Iterator[Recorder]:
     """Record every kernel that the interpreter runs in this context."""
+    import triton
     from triton.runtime import interpreter
 
-    if not _interpreting():
+    if not triton.knobs.runtime.interpret:
         raise RuntimeError("Triton is not in its interpreter: set TRITON_INTERPRET=1 and restart")
     recorder = Recorder()
     builder, executor = interpreter.InterpreterBuilder, interpreter.GridExecutor
@@ -233,12 +234,6 @@ def _tensors(arguments: Iterable[Any]) -> Iterator[Tensor]:
             yield x
         elif isinstance(x, tuple | list):
             yield from _tensors(x)
-
-
-def _interpreting() -> bool:
-    import triton
-
-    return bool(triton.knobs.runtime.interpret)
 
 
 # ---- python -m bench traffic ---------------------------------------------------------------------

@@ -84,12 +84,12 @@ class Worker:
                 return [Result(running, FAILED, reason)], [others]
             # It may have been any of them, taking turns: each again, by itself.
             return [], [[case] for case in cases]
-        if any(is_lost(result.reason) for result in content):
+        lost = any(is_lost(result.reason) for result in content)
+        if lost:
             self.stop()
         there = {result.case for result in content}
         again = [case for case in cases if name_of(case) not in there]
-        at_fault = any(is_lost(result.reason) for result in content)
-        return content, [again] if at_fault and again else [[case] for case in again]
+        return content, [again] if lost and again else [[case] for case in again]
 
     def stop(self) -> None:
         """End the process and what it has started, whatever they do."""

@@ -78,12 +78,7 @@ class TrainingStep(Operation):
         return ()
 
     def sizes(
-        self,
-        device_type: str,
-        extent: str,
-        tokens: Sequence[int],
-        total_tokens: int | None,
-        left_out: dict[str, str],
+        self, device_type: str, extent: str, tokens: Sequence[int], total_tokens: int | None
     ) -> Iterator[StepShape]:
         """Every model, sized for the device, where its images are of one of the lengths."""
         for model in MODELS:
@@ -127,8 +122,7 @@ class TrainingStep(Operation):
         [dtype] = self.dtypes(kind, ())
         names = (DEFAULT, *compared_backends())
         return [
-            Wanted(200, STEP, dtype, shape, names)
-            for shape in self.sizes(kind, sweep, (), None, {})
+            Wanted(200, STEP, dtype, shape, names) for shape in self.sizes(kind, sweep, (), None)
         ]
 
     def can_be_captured(self, backend: str) -> bool:

@@ -5,6 +5,8 @@ from collections.abc import Callable
 
 import torch
 
+from linear_vit.bench.instruments import machine
+
 _LEAST_S = 0.5  # of calls back to back: the counter is refreshed a few dozen times a second
 
 
@@ -21,11 +23,7 @@ def per_call(
     if device.type != "cuda":
         return None, f"not measured on {device.type}"
     try:
-        import pynvml
-
-        pynvml.nvmlInit()
-        identity = torch.cuda.get_device_properties(device).uuid
-        handle = pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{identity}")
+        pynvml, handle = machine.nvml(device)
         pynvml.nvmlDeviceGetTotalEnergyConsumption(handle)
     except Exception as error:  # NVML raises classes of its own, which need it to be named
         return None, f"not measured: NVML says {type(error).__name__}: {error}"

@@ -31,7 +31,7 @@ def describe(device: torch.device) -> dict[str, Any]:
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)
         facts["device_name"] = properties.name
-        facts["driver"] = _driver_version()
+        facts["driver"] = _driver_version(device)
         facts["cuda"] = torch.version.cuda
         facts["compute_capability"] = f"{properties.major}.{properties.minor}"
         facts["multiprocessors"] = properties.multi_processor_count
@@ -85,13 +85,18 @@ def version(package: str) -> str | None:
 
 
 @functools.cache
-def _driver_version() -> str | None:
+def _driver_version(device: torch.device) -> str | None:
     """The NVIDIA driver's version from NVML; None where NVML is missing."""
     try:
-        import pynvml
-
-        pynvml.nvmlInit()
-        version = pynvml.nvmlSystemGetDriverVersion()
+        return str(nvml(device)[0].nvmlSystemGetDriverVersion())
     except Exception:  # NVML raises classes of its own, which need it to be named
         return None
-    return version.decode() if isinstance(version, bytes) else version
+
+
+def nvml(device: torch.device) -> tuple[Any, Any]:
+    """The module pynvml, and its handle of a CUDA device; raises what that raises."""
+    import pynvml
+
+    pynvml.nvmlInit()
+    identity = torch.cuda.get_device_properties(device).uuid
+    return pynvml, pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{identity}")

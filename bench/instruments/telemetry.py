@@ -14,6 +14,8 @@ from typing import Any, Protocol
 
 import torch
 
+from linear_vit.bench.instruments import machine
+
 # NVML's reasons for a clock below the one asked for (nvml.h, nvmlClocksEventReason*). The power cap
 # is no fault: a card at its cap runs as fast as its owner lets it, and always will.
 _THROTTLED = {
@@ -94,9 +96,7 @@ def source_for(device: torch.device) -> Source | None:
     """Who to ask about a device: NVML or Linux; None where neither answers."""
     if device.type == "cuda":
         try:
-            import pynvml
-
-            return Nvml(pynvml, str(torch.cuda.get_device_properties(device).uuid))
+            return Nvml(*machine.nvml(device))
         except Exception:  # NVML raises classes of its own, which need it to be named
             return None
     return Linux() if Path("/proc/stat").exists() else None
@@ -107,11 +107,9 @@ class Nvml:
 
     name = "NVML"
 
-    def __init__(self, nvml: Any, uuid: str) -> None:
-        """``nvml``: the module pynvml, or one like it; raises what that raises."""
-        self._nvml = nvml
-        nvml.nvmlInit()
-        self._handle = nvml.nvmlDeviceGetHandleByUUID(f"GPU-{uuid}")
+    def __init__(self, nvml: Any, handle: Any) -> None:
+        """``nvml``: the module pynvml, or one like it; ``handle``: its own of the GPU."""
+        self._nvml, self._handle = nvml, handle
 
     def read(self) -> Reading:
         n, handle = self._nvml, self._handle

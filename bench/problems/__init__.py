@@ -35,31 +35,11 @@ from linear_vit.bench.problems.case import (
 from linear_vit.bench.problems.ripple import RippleShape
 
 __all__ = [
-    "DTYPES",
-    "FORWARD",
-    "FORWARD_BACKWARD",
-    "PASSES",
-    "AttentionShape",
-    "Case",
-    "Expected",
-    "Operation",
-    "Problem",
-    "RippleShape",
-    "Shape",
-    "Wanted",
-    "Work",
-    "case_name",
-    "check",
-    "expected_of_peer",
-    "least_work",
-    "make_problem",
-    "operation",
-    "operations",
-    "own_kernels",
-    "parse_case",
-    "register",
-    "worst",
-]
+    "DTYPES", "FORWARD", "FORWARD_BACKWARD", "PASSES", "AttentionShape", "Case", "Expected",
+    "Operation", "Problem", "RippleShape", "Shape", "Wanted", "Work", "case_name", "check",
+    "expected_of_peer", "least_work", "make_problem", "operation", "operations", "own_kernels",
+    "parse_case", "register", "worst",
+]  # fmt: skip
 
 _registered: dict[str, Operation] = {}
 
@@ -104,17 +84,23 @@ def make_problem(
     problem = operation(name).problem(shape, dtype, device, seed)
 
     def run(tensors: dict[str, Tensor], backend: str) -> tuple[Tensor, ...]:
-        if backend in peers.NAMES:
-            return peers.run(backend, name, tensors)
-        return problem.run(tensors, backend)
+        peer = peers.PEERS.get(backend)
+        if peer is None:
+            return problem.run(tensors, backend)
+        if peer.operation != name:
+            raise ValueError(f"{backend} has no {name}, but {peer.operation}")
+        return (peer.run(tensors["q"], tensors["k"], tensors["v"]),)
 
     return replace(problem, run=run)
 
 
 def expected_of_peer(problem: Problem, name: str) -> Expected:
     """Float64 results of the function that a peer computes instead of the operation's."""
+    function = peers.PEERS[name].expected
+    if function is None:
+        raise ValueError(f"{name} computes the operation's own function")
     leaves = [x.detach().double().requires_grad_() for x in problem.inputs.values()]
-    out = peers.expected(name)(*leaves)
+    out = function(*leaves)
     gradients = torch.autograd.grad(out, leaves, [g.double() for g in problem.cotangents])
     values = dict(zip(problem.names(FORWARD_BACKWARD), (out.detach(), *gradients), strict=True))
     return Expected(values, dict.fromkeys(values), problem.cotangents)

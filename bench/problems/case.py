@@ -25,8 +25,6 @@ BACKWARD = "backward"
 FORWARD_BACKWARD = "forward+backward"
 PASSES = (FORWARD, FORWARD_BACKWARD)
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
-# Sizes of a sweep, shortest first; what a machine can't do in reasonable time is left out of it.
-EXTENTS = ("quick", "full")
 
 
 class Shape(ABC):
@@ -234,7 +232,7 @@ class Operation(ABC):
 
     @abstractmethod
     def lengths(self, device_type: str, extent: str) -> Sequence[int]:
-        """Token counts of a sweep, one of ``EXTENTS``."""
+        """Token counts of a sweep, "quick" or "full"; what takes too long is left out of it."""
 
     def rehearsal(self, shape: Any) -> Shape:
         """A tiny size in the place of ``shape``, to walk through the code that that takes."""
@@ -262,23 +260,14 @@ class Operation(ABC):
         return None
 
     def sizes(
-        self,
-        device_type: str,
-        extent: str,
-        tokens: Sequence[int],
-        total_tokens: int | None,
-        left_out: dict[str, str],
+        self, device_type: str, extent: str, tokens: Sequence[int], total_tokens: int | None
     ) -> Iterator[Shape]:
-        """The shapes of a sweep, one of ``EXTENTS``: of these token counts, or of its own.
+        """The shapes of a sweep, "quick" or "full": of these token counts, or of its own.
 
-        With ``total_tokens``, as many sequences as have that many together; ``left_out`` is told of
-        lengths that are longer.
+        With ``total_tokens``, as many sequences as have that many together: none, where one has
+        more.
         """
         for count in sorted(set(tokens or self.lengths(device_type, extent))):
-            if total_tokens is not None and total_tokens < count:
-                reason = f"longer than --total-tokens {total_tokens}"
-                left_out.setdefault(f"{self.name}, N from {count}", reason)
-                continue
             yield self.shape(count, total_tokens // count if total_tokens else 1)
 
     def turn_key(self, shape: Any) -> object:

@@ -7,7 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from linear_vit import kernels
 from linear_vit.bench.problems.case import Operation, Problem
+
+Tensors = dict[str, Tensor]
+Run = Callable[[Tensors, str], tuple[Tensor, ...]]
 
 
 class Normal:
@@ -25,29 +29,33 @@ class Normal:
         """Of this mean and standard deviation, scaled in float32 before it is rounded."""
         return (mean + std * self(*size, dtype=torch.float32)).to(self.dtype)
 
-    def problem(
-        self,
-        operation: Operation,
-        shape: Any,
-        inputs: dict[str, Tensor],
-        output_names: tuple[str, ...],
-        cotangents: tuple[Tensor, ...],
-        run: Callable[[dict[str, Tensor], str], tuple[Tensor, ...]],
-    ) -> Problem:
-        """The problem of these tensors; the inputs ask for gradients."""
-        for x in inputs.values():
-            x.requires_grad_()
-        return Problem(operation, shape, self.dtype, inputs, output_names, cotangents, run)
-
 
 class Drawn(Operation):
-    """An operation whose inputs are drawn one after another."""
+    """An operation whose inputs are drawn one after another, in the order of its arguments."""
 
     @abstractmethod
-    def drawn(self, normal: Normal, shape: Any) -> Problem:
-        """The problem of this shape, of what ``normal`` draws."""
+    def drawn(self, normal: Normal, shape: Any) -> tuple[Tensors, Tensors]:
+        """The inputs by name, and by the output's name the output gradients."""
+
+    def options(self, shape: Any) -> dict[str, Any]:
+        """Arguments of the public function beside the inputs."""
+        return {}
+
+    def run(self, shape: Any) -> Run:
+        """What calls the operation of ``kernels`` with the inputs, in their order."""
+        options = self.options(shape)
+
+        def run(tensors: Tensors, backend: str) -> tuple[Tensor, ...]:
+            out = getattr(kernels, self.name)(*tensors.values(), backend=backend, **options)
+            return out if isinstance(out, tuple) else (out,)
+
+        return run
 
     def problem(
         self, shape: Any, dtype: torch.dtype, device: torch.device, seed: int = 0
     ) -> Problem:
-        return self.drawn(Normal(dtype, device, seed), shape)
+        inputs, outputs = self.drawn(Normal(dtype, device, seed), shape)
+        for x in inputs.values():
+            x.requires_grad_()
+        cotangents = tuple(outputs.values())
+        return Problem(self, shape, dtype, inputs, tuple(outputs), cotangents, self.run(shape))

@@ -21,7 +21,7 @@ from linear_vit.bench.problems.case import (
     Workload,
     own_kernels,
 )
-from linear_vit.bench.problems.inputs import Normal
+from linear_vit.bench.problems.inputs import Normal, Tensors
 from linear_vit.bench.problems.packed import Packed
 
 _PROBE_REPEATS = 200_000
@@ -34,6 +34,7 @@ def _state_bytes(shape: AttentionShape) -> int:
 
 # Sizes at which a kernel's time is seen, and smaller ones that launch the same.
 _LONG = (functools.partial(square, 1, 16, 65_536), functools.partial(square, 1, 6, 8192))
+_ONE = (functools.partial(square, 1, 1, 16_384), functools.partial(square, 1, 1, 8192))
 _SHORT = (functools.partial(square, 128, 6, 256), functools.partial(square, 16, 6, 256))
 
 
@@ -63,11 +64,9 @@ class LinearAttention(_Linear):
     name = "linear_attention"
     quick = True
     workloads: ClassVar = {
-        "linear_attention.short_forward": Workload(
-            "linear_attention", FORWARD, *_SHORT, ("_short_forward",)
-        ),
+        "linear_attention.short_forward": Workload(name, FORWARD, *_SHORT, ("_short_forward",)),
         "linear_attention.short_backward": Workload(
-            "linear_attention", FORWARD_BACKWARD, *_SHORT, ("_short_backward",)
+            name, FORWARD_BACKWARD, *_SHORT, ("_short_backward",)
         ),
     }
 
@@ -149,37 +148,19 @@ class LinearAttentionState(_Part):
     name = "linear_attention_state"
     per_fma: ClassVar = {"fma": 1, "load": 6 / 8, "instructions": 18 / 8}
     workloads: ClassVar = {
-        "linear_attention.state": Workload(
-            "linear_attention_state", FORWARD, *_LONG, ("_state", "_feature_outer")
-        ),
-        "linear_attention.reduce": Workload(
-            "linear_attention_state",
-            FORWARD,
-            lambda dim: square(1, 1, 16_384, dim),
-            lambda dim: square(1, 1, 8192, dim),
-            ("_reduce",),
-            torch.float32,  # partial sums are float32 always
-        ),
+        "linear_attention.state": Workload(name, FORWARD, *_LONG, ("_state", "_feature_outer")),
+        # Partial sums are float32 always.
+        "linear_attention.reduce": Workload(name, FORWARD, *_ONE, ("_reduce",), torch.float32),
         "linear_attention.key_value_gradient": Workload(
-            "linear_attention_state",
-            FORWARD_BACKWARD,
-            *_LONG,
-            ("_key_value_gradient",),
+            name, FORWARD_BACKWARD, *_LONG, ("_key_value_gradient",)
         ),
     }
 
-    def drawn(self, normal: Normal, shape: AttentionShape) -> Problem:
+    def drawn(self, normal: Normal, shape: AttentionShape) -> tuple[Tensors, Tensors]:
         B, Hk, M, D = shape.B, shape.Hk, shape.M, shape.D
         inputs = {"k": normal(B, Hk, M, D), "v": normal(B, Hk, M, D)}
-        cotangents = (
-            normal(B, Hk, 2 * D, D, dtype=torch.float32),
-            normal(B, Hk, 2 * D, dtype=torch.float32),
-        )
-
-        def run(t: dict[str, Tensor], backend: str) -> tuple[Tensor, ...]:
-            return kernels.linear_attention_state(t["k"], t["v"], backend=backend)
-
-        return normal.problem(self, shape, inputs, ("S", "z"), cotangents, run)
+        sizes = {"S": (B, Hk, 2 * D, D), "z": (B, Hk, 2 * D)}
+        return inputs, {n: normal(*size, dtype=torch.float32) for n, size in sizes.items()}
 
     def least_work(self, mode: str, shape: AttentionShape, element_size: int) -> Work:
         """k and v read once, S and z written; backward reads them again with dS and dz and writes
@@ -196,30 +177,25 @@ class LinearAttentionApply(_Part):
     name = "linear_attention_apply"
     per_fma: ClassVar = {"fma": 1, "load": 4 / 4, "instructions": 8 / 4}
     workloads: ClassVar = {
-        "linear_attention.apply": Workload("linear_attention_apply", FORWARD, *_LONG, ("_apply",)),
+        "linear_attention.apply": Workload(name, FORWARD, *_LONG, ("_apply",)),
         "linear_attention.query_gradient": Workload(
-            "linear_attention_apply", FORWARD_BACKWARD, *_LONG, ("_query_gradient",)
+            name, FORWARD_BACKWARD, *_LONG, ("_query_gradient",)
         ),
         "linear_attention.query_sums": Workload(
-            "linear_attention_apply", FORWARD_BACKWARD, *_LONG, ("_feature_outer",)
+            name, FORWARD_BACKWARD, *_LONG, ("_feature_outer",)
         ),
     }
 
     def fresh_bytes(self, shape: AttentionShape) -> float:
         return 4 * shape.B * shape.H * shape.N * shape.D
 
-    def drawn(self, normal: Normal, shape: AttentionShape) -> Problem:
+    def drawn(self, normal: Normal, shape: AttentionShape) -> tuple[Tensors, Tensors]:
         B, H, Hk, N, D = shape.B, shape.H, shape.Hk, shape.N, shape.D
         # A state that tokens made: a random z could be negative, and divide by nothing.
         S, z = kernels.linear_attention_state(
             normal(B, Hk, 256, D), normal(B, Hk, 256, D), backend="reference"
         )
-        inputs = {"q": normal(B, H, N, D), "S": S, "z": z}
-
-        def run(t: dict[str, Tensor], backend: str) -> tuple[Tensor, ...]:
-            return (kernels.linear_attention_apply(t["q"], t["S"], t["z"], backend=backend),)
-
-        return normal.problem(self, shape, inputs, ("out",), (normal(B, H, N, D),), run)
+        return {"q": normal(B, H, N, D), "S": S, "z": z}, {"out": normal(B, H, N, D)}
 
     def least_work(self, mode: str, shape: AttentionShape, element_size: int) -> Work:
         """q, S and z read once, out written; backward reads them again with dout and writes dq, dS

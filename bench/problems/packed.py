@@ -4,12 +4,10 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
-from torch import Tensor
 
-from linear_vit import kernels
 from linear_vit.bench.problems.attention import AttentionOperation, AttentionShape, square
 from linear_vit.bench.problems.case import Expected, Operation, Problem, Shape, Work
-from linear_vit.bench.problems.inputs import Normal
+from linear_vit.bench.problems.inputs import Normal, Tensors
 from linear_vit.kernels.layout import unpack_qkv
 
 
@@ -19,17 +17,11 @@ class Packed(AttentionOperation):
     of: Operation
     token_axis = 1
 
-    def drawn(self, normal: Normal, shape: AttentionShape) -> Problem:
+    def drawn(self, normal: Normal, shape: AttentionShape) -> tuple[Tensors, Tensors]:
         if shape.Hk != shape.H or shape.M != shape.N:
             raise ValueError(f"{self.name} takes as many keys as queries, got {shape}")
         B, H, N, D = shape.B, shape.H, shape.N, shape.D
-        inputs = {"qkv": normal(B, N, 3, H, D)}
-        function = getattr(kernels, self.name)
-
-        def run(t: dict[str, Tensor], backend: str) -> tuple[Tensor, ...]:
-            return (function(t["qkv"], backend=backend),)
-
-        return normal.problem(self, shape, inputs, ("out",), (normal(B, N, H, D),), run)
+        return {"qkv": normal(B, N, 3, H, D)}, {"out": normal(B, N, H, D)}
 
     def check_shapes(
         self, head_dim: int, *, interpreted: bool = False

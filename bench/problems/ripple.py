@@ -2,25 +2,26 @@
 
 import math
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from typing import ClassVar
+from functools import partial
+from typing import Any, ClassVar, TypeVar
 
 from torch import Tensor
 
 from linear_vit import kernels
 from linear_vit.bench.problems.case import (
-    EXTENTS,
     FORWARD,
     FORWARD_BACKWARD,
-    Problem,
     Shape,
     Wanted,
     Work,
     Workload,
 )
-from linear_vit.bench.problems.inputs import Drawn, Normal
+from linear_vit.bench.problems.inputs import Drawn, Normal, Run, Tensors
 from linear_vit.kernels.ripple.stages import halving_axes
 
+T = TypeVar("T")
 CHANNELS = 384
 _STAGES = 3  # the module's, as it is configured by default
 # Grids from 8×8 to 64×64 tokens; --tokens may name others.
@@ -66,14 +67,9 @@ class RippleShape(Shape):
         return grids
 
 
-def _workload(operation: str, mode: str, side: int, function: str) -> Workload:
-    return Workload(
-        operation,
-        mode,
-        lambda channels: RippleShape(128, side, side, channels),
-        lambda channels: RippleShape(16, side, side, channels),
-        (function,),
-    )
+# Grids on which a kernel's time is seen, and fewer of them that launch the same.
+_STAGE = (partial(RippleShape, 128, 32, 32), partial(RippleShape, 16, 32, 32))
+_PYRAMID = (partial(RippleShape, 128, 8, 8), partial(RippleShape, 16, 8, 8))
 
 
 class _Ripple(Drawn):
@@ -87,7 +83,6 @@ class _Ripple(Drawn):
         return RippleShape(batch, rows, tokens // rows, CHANNELS)
 
     def lengths(self, device_type: str, extent: str) -> tuple[int, ...]:
-        assert extent in EXTENTS
         return _GRIDS[extent]
 
     def check_shapes(self, head_dim: int, *, interpreted: bool = False) -> tuple[RippleShape, ...]:
@@ -139,6 +134,9 @@ class _Ripple(Drawn):
 class _Stage(_Ripple):
     """One stage, up or down."""
 
+    def options(self, shape: RippleShape) -> dict[str, Any]:
+        return {"axis": shape.axis}
+
     def special(self, sweep: str) -> list[Wanted]:
         if sweep != "cpu":
             return []
@@ -159,23 +157,16 @@ class _Stage(_Ripple):
 class RipplePool(_Stage):
     name = "ripple_pool"
     workloads: ClassVar = {
-        "ripple.pool": _workload("ripple_pool", FORWARD, 32, "_pool"),
-        "ripple.pool_backward": _workload("ripple_pool", FORWARD_BACKWARD, 32, "_pool_backward"),
-        "ripple.sum_partials": _workload("ripple_pool", FORWARD_BACKWARD, 32, "_sum_partials"),
+        "ripple.pool": Workload(name, FORWARD, *_STAGE, ("_pool",)),
+        "ripple.pool_backward": Workload(name, FORWARD_BACKWARD, *_STAGE, ("_pool_backward",)),
+        "ripple.sum_partials": Workload(name, FORWARD_BACKWARD, *_STAGE, ("_sum_partials",)),
     }
 
-    def drawn(self, normal: Normal, shape: RippleShape) -> Problem:
-        B, C, axis = shape.B, shape.C, shape.axis
-        inputs = {
-            "x": normal(B, shape.rows, shape.cols, C),
-            "weight": normal.around(1 / 9, 0.05, C, 3, 3),
-        }
-
-        def run(t: dict[str, Tensor], backend: str) -> tuple[Tensor, ...]:
-            return (kernels.ripple_pool(t["x"], t["weight"], axis=axis, backend=backend),)
-
-        cotangents = (normal(B, *shape.coarse, C),)
-        return normal.problem(self, shape, inputs, ("out",), cotangents, run)
+    def drawn(self, normal: Normal, shape: RippleShape) -> tuple[Tensors, Tensors]:
+        B, C = shape.B, shape.C
+        x = normal(B, shape.rows, shape.cols, C)
+        inputs = {"x": x, "weight": normal.around(1 / 9, 0.05, C, 3, 3)}
+        return inputs, {"out": normal(B, *shape.coarse, C)}
 
     def least_work(self, mode: str, shape: RippleShape, element_size: int) -> Work:
         """A multiply and an add per tap of the coarse grid's tokens."""
@@ -187,27 +178,19 @@ class RipplePool(_Stage):
 class RippleExpand(_Stage):
     name = "ripple_expand"
     workloads: ClassVar = {
-        "ripple.expand": _workload("ripple_expand", FORWARD, 32, "_expand"),
-        "ripple.expand_backward": _workload(
-            "ripple_expand", FORWARD_BACKWARD, 32, "_expand_backward"
-        ),
+        "ripple.expand": Workload(name, FORWARD, *_STAGE, ("_expand",)),
+        "ripple.expand_backward": Workload(name, FORWARD_BACKWARD, *_STAGE, ("_expand_backward",)),
     }
 
-    def drawn(self, normal: Normal, shape: RippleShape) -> Problem:
-        B, C, axis = shape.B, shape.C, shape.axis
+    def drawn(self, normal: Normal, shape: RippleShape) -> tuple[Tensors, Tensors]:
+        B, C = shape.B, shape.C
         inputs = {
             "z": normal(B, *shape.coarse, C),
             "x": normal(B, shape.rows, shape.cols, C),
             "weight": normal.around(1, 0.1, 2, C),
             "lateral_weight": normal.around(0, 0.1, C, 3, 3),
         }
-
-        def run(t: dict[str, Tensor], backend: str) -> tuple[Tensor, ...]:
-            z, x, w, lateral = t["z"], t["x"], t["weight"], t["lateral_weight"]
-            return (kernels.ripple_expand(z, x, w, lateral, axis=axis, backend=backend),)
-
-        cotangents = (normal(B, shape.rows, shape.cols, C),)
-        return normal.problem(self, shape, inputs, ("out",), cotangents, run)
+        return inputs, {"out": normal(B, shape.rows, shape.cols, C)}
 
     def least_work(self, mode: str, shape: RippleShape, element_size: int) -> Work:
         """Nine taps and the scaled coarse token, for each token of the finer grid."""
@@ -217,9 +200,24 @@ class RippleExpand(_Stage):
 
 
 class _Pyramid(_Ripple):
-    """All stages in one call."""
+    """All stages in one call.
+
+    Attributes:
+        lists: arguments, after the first, that have a tensor a stage.
+    """
 
     quick = False
+    lists: tuple[str, ...]
+
+    def run(self, shape: RippleShape) -> Run:
+        axes, names = shape.axes, [_numbered(name, shape.axes) for name in self.lists]
+
+        def run(t: Tensors, backend: str) -> tuple[Tensor, ...]:
+            first, lists = next(iter(t.values())), [[t[n] for n in of] for of in names]
+            out = getattr(kernels, self.name)(first, *lists, axes=axes, backend=backend)
+            return out if isinstance(out, tuple) else (out,)
+
+        return run
 
     def roundings(self, shape: RippleShape) -> int:
         """A backend without a fused form rounds between the stages."""
@@ -229,25 +227,18 @@ class _Pyramid(_Ripple):
 class RipplePoolStages(_Pyramid):
     name = "ripple_pool_stages"
     workloads: ClassVar = {
-        "ripple.pool_stages": _workload("ripple_pool_stages", FORWARD, 8, "_pool"),
-        "ripple.pool_stages_backward": _workload(
-            "ripple_pool_stages", FORWARD_BACKWARD, 8, "_pool_backward"
+        "ripple.pool_stages": Workload(name, FORWARD, *_PYRAMID, ("_pool",)),
+        "ripple.pool_stages_backward": Workload(
+            name, FORWARD_BACKWARD, *_PYRAMID, ("_pool_backward",)
         ),
     }
+    lists = ("weight",)
 
-    def drawn(self, normal: Normal, shape: RippleShape) -> Problem:
-        axes, stages = shape.axes, range(len(shape.axes))
-        levels = [normal(shape.B, *grid, shape.C) for grid in shape.levels]
-        filters = [normal.around(1 / 9, 0.05, shape.C, 3, 3) for _ in stages]
-        inputs = {"x": levels[0]} | _numbered("weight", filters)
-
-        def run(t: dict[str, Tensor], backend: str) -> tuple[Tensor, ...]:
-            weights = [t[f"weight {s}"] for s in stages]
-            return kernels.ripple_pool_stages(t["x"], weights, axes=axes, backend=backend)
-
-        outputs = tuple(_numbered("level", levels[1:]))
+    def drawn(self, normal: Normal, shape: RippleShape) -> tuple[Tensors, Tensors]:
+        fine, *coarser = (normal(shape.B, *grid, shape.C) for grid in shape.levels)
+        filters = (normal.around(1 / 9, 0.05, shape.C, 3, 3) for _ in shape.axes)
         # The coarser levels are random tensors of the right sizes.
-        return normal.problem(self, shape, inputs, outputs, tuple(levels[1:]), run)
+        return {"x": fine} | _numbered("weight", filters), _numbered("level", coarser)
 
     def least_work(self, mode: str, shape: RippleShape, element_size: int) -> Work:
         """The finest grid read, every other level written, each its pooling's work."""
@@ -259,26 +250,20 @@ class RipplePoolStages(_Pyramid):
 class RippleExpandStages(_Pyramid):
     name = "ripple_expand_stages"
     workloads: ClassVar = {
-        "ripple.expand_stages": _workload("ripple_expand_stages", FORWARD, 8, "_expand"),
-        "ripple.expand_stages_backward": _workload(
-            "ripple_expand_stages", FORWARD_BACKWARD, 8, "_expand_backward"
+        "ripple.expand_stages": Workload(name, FORWARD, *_PYRAMID, ("_expand",)),
+        "ripple.expand_stages_backward": Workload(
+            name, FORWARD_BACKWARD, *_PYRAMID, ("_expand_backward",)
         ),
     }
+    lists = ("x", "weight", "lateral weight")
 
-    def drawn(self, normal: Normal, shape: RippleShape) -> Problem:
-        axes, stages, C = shape.axes, range(len(shape.axes)), shape.C
-        levels = [normal(shape.B, *grid, C) for grid in shape.levels]
-        inputs = {"z": levels[-1]} | _numbered("x", levels[:-1])
-        inputs |= _numbered("weight", [normal.around(1, 0.1, 2, C) for _ in stages])
-        laterals = [normal.around(0, 0.1, C, 3, 3) for _ in stages]
-        inputs |= _numbered("lateral weight", laterals)
-
-        def run(t: dict[str, Tensor], backend: str) -> tuple[Tensor, ...]:
-            lists = [[t[f"{n} {s}"] for s in stages] for n in ("x", "weight", "lateral weight")]
-            return (kernels.ripple_expand_stages(t["z"], *lists, axes=axes, backend=backend),)
-
-        cotangents = (normal(shape.B, shape.rows, shape.cols, C),)
-        return normal.problem(self, shape, inputs, ("out",), cotangents, run)
+    def drawn(self, normal: Normal, shape: RippleShape) -> tuple[Tensors, Tensors]:
+        C, stages = shape.C, shape.axes
+        *finer, coarsest = (normal(shape.B, *grid, C) for grid in shape.levels)
+        inputs = {"z": coarsest} | _numbered("x", finer)
+        inputs |= _numbered("weight", (normal.around(1, 0.1, 2, C) for _ in stages))
+        inputs |= _numbered("lateral weight", (normal.around(0, 0.1, C, 3, 3) for _ in stages))
+        return inputs, {"out": normal(shape.B, shape.rows, shape.cols, C)}
 
     def least_work(self, mode: str, shape: RippleShape, element_size: int) -> Work:
         """Every level read, the finest grid written, each finer level its expansion's work."""
@@ -290,5 +275,5 @@ class RippleExpandStages(_Pyramid):
 OPERATIONS = (RipplePool(), RippleExpand(), RipplePoolStages(), RippleExpandStages())
 
 
-def _numbered(name: str, tensors: list[Tensor]) -> dict[str, Tensor]:
-    return {f"{name} {s}": x for s, x in enumerate(tensors)}
+def _numbered(name: str, of_stages: Iterable[T]) -> dict[str, T]:
+    return {f"{name} {s}": x for s, x in enumerate(of_stages)}

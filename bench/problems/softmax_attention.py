@@ -1,5 +1,6 @@
 """Softmax attention, the baseline: all of it, and of one packed projection."""
 
+import functools
 from typing import ClassVar
 
 import torch
@@ -25,14 +26,8 @@ MOST_REFERENCE_FLOP = 4e10
 _STORES_SCORES = ("reference", "sdpa_math")
 
 
-def _workload(mode: str, function: str) -> Workload:
-    return Workload(
-        "softmax_attention",
-        mode,
-        lambda dim: square(4, 16, 2048, dim),
-        lambda dim: square(4, 6, 2048, dim),
-        (function,),
-    )
+# Sizes at which a kernel's time is seen, and smaller ones that launch the same.
+_SIZES = (functools.partial(square, 4, 16, 2048), functools.partial(square, 4, 6, 2048))
 
 
 class _Softmax(AttentionOperation):
@@ -55,9 +50,13 @@ class SoftmaxAttention(_Softmax):
     name = "softmax_attention"
     quick = True
     workloads: ClassVar = {
-        "softmax_attention.forward": _workload(FORWARD, "_forward"),
-        "softmax_attention.query_gradient": _workload(FORWARD_BACKWARD, "_query_gradient"),
-        "softmax_attention.key_value_gradient": _workload(FORWARD_BACKWARD, "_key_value_gradient"),
+        "softmax_attention.forward": Workload(name, FORWARD, *_SIZES, ("_forward",)),
+        "softmax_attention.query_gradient": Workload(
+            name, FORWARD_BACKWARD, *_SIZES, ("_query_gradient",)
+        ),
+        "softmax_attention.key_value_gradient": Workload(
+            name, FORWARD_BACKWARD, *_SIZES, ("_key_value_gradient",)
+        ),
     }
 
     def special(self, sweep: str) -> list[Wanted]:

@@ -35,35 +35,12 @@ from linear_vit.bench.static.units import (
 from linear_vit.kernels.rows import HEAD_DIMS
 
 COLUMNS = (
-    "backend",
-    "room",
-    "kernel",
-    "head_dim",
-    "dtype",
-    "architecture",
-    "layout",
-    "configuration",
-    "threads",
-    "registers",
-    "spill_stores",
-    "spill_loads",
-    "stack",
-    "static_shared",
-    "dynamic_shared",
-    "blocks_per_multiprocessor",
-    "occupancy",
-    "tensor_core",
-    "tf32",
-    "fma",
-    "wide_loads",
-    "narrow_loads",
-    "wide_stores",
-    "narrow_stores",
-    "local",
-    "float_atomics",
-    "total",
+    "backend", "room", "kernel", "head_dim", "dtype", "architecture", "layout", "configuration",
+    "threads", "registers", "spill_stores", "spill_loads", "stack", "static_shared",
+    "dynamic_shared", "blocks_per_multiprocessor", "occupancy", "tensor_core", "tf32", "fma",
+    "wide_loads", "narrow_loads", "wide_stores", "narrow_stores", "local", "float_atomics", "total",
     "faults",
-)
+)  # fmt: skip
 
 
 def main(argv: Sequence[str] | None = None) -> int:

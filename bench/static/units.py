@@ -79,9 +79,9 @@ def compile_all(
     asked = [
         Unit(backend, folder, architecture, tuple(dtypes), tuple(head_dims or HEAD_DIMS), ragged)
         for backend in backends
-        for architecture in architectures
         for folder in launches.folders(backend)
         if folders is None or folder in folders
+        for architecture in architectures
     ]
     found: dict[Unit, list[Row]] = {}
     failures: list[str] = []
@@ -103,7 +103,7 @@ def compile_all(
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             raise
-    rows = [row for unit in _by_folder(asked) for row in sorted(found.get(unit, ()), key=_by_name)]
+    rows = [row for unit in asked for row in sorted(found.get(unit, ()), key=_by_name)]
     if failures:
         raise Incomplete("\n".join(failures), rows)
     return rows
@@ -167,12 +167,6 @@ def toolchain() -> dict[str, str | None]:
         "triton": machine.version("triton"),
         "nvcc": ".".join(map(str, version)) if version else None,
     }
-
-
-def _by_folder(units: list[Unit]) -> list[Unit]:
-    """In each backend, folder by folder and not architecture by architecture."""
-    names = [(unit.backend, unit.folder) for unit in units]
-    return sorted(units, key=lambda unit: names.index((unit.backend, unit.folder)))
 
 
 def _by_name(row: dict[str, Any]) -> tuple[str, str, int]:

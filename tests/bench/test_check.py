@@ -218,11 +218,9 @@ TOY = {
     "toy_plugin.py": """
         from dataclasses import dataclass
 
-        import torch
-
         from linear_vit import kernels
         from linear_vit.bench import problems
-        from linear_vit.bench.problems.inputs import Normal
+        from linear_vit.bench.problems.inputs import Drawn
         from linear_vit.kernels.backends import run
 
         kernels.add_operation("doubled", package="toy", title="Doubling")
@@ -248,21 +246,17 @@ TOY = {
                 return self.N
 
 
-        class Doubled(problems.Operation):
+        class Doubled(Drawn):
             name, title = "doubled", "Doubling"
 
             def shape(self, tokens, batch=1):
                 return Row(batch, tokens)
 
-            def problem(self, shape, dtype, device, seed=0):
-                normal = Normal(dtype, device, seed)
-                x = normal(shape.B, shape.N)
-                cotangents = (normal(shape.B, shape.N),)
+            def drawn(self, normal, shape):
+                return {"x": normal(shape.B, shape.N)}, {"out": normal(shape.B, shape.N)}
 
-                def call(t, backend):
-                    return (run("doubled", backend, t["x"]),)
-
-                return normal.problem(self, shape, {"x": x}, ("out",), cotangents, call)
+            def run(self, shape):
+                return lambda tensors, backend: (run("doubled", backend, tensors["x"]),)
 
             def lengths(self, device_type, extent):
                 return (64, 256)

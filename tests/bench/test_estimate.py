@@ -20,7 +20,7 @@ from linear_vit.bench.problems import (
 )
 from linear_vit.bench.problems import operation as operation_of
 from linear_vit.bench.progress import Countdown, clock
-from linear_vit.bench.sweep import make_sweep
+from linear_vit.bench.sweep import Asked, make_sweep
 
 CPU = torch.device("cpu")
 MIB = 2**20
@@ -45,7 +45,7 @@ def test_working_set_bounds_what_is_measured(operation: str, mode: str, backend:
 def test_cases_that_do_not_fit_are_left_out_with_the_estimate(monkeypatch) -> None:
     monkeypatch.setattr(estimate, "available_bytes", lambda device: 400 * MIB)
     sweep = make_sweep(
-        device="cpu", operations=["linear_attention"], backends=["torch"], tokens=[64, 2**18]
+        Asked(device="cpu", operations=["linear_attention"], backends=["torch"], tokens=[64, 2**18])
     )
     assert {case.shape.tokens for case in sweep.cases} == {64}
     reasons = [why for what, why in sweep.left_out.items() if "N from 262144" in what]

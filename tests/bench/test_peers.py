@@ -16,7 +16,7 @@ from linear_vit.bench.problems import (
     expected_of_peer,
     make_problem,
 )
-from linear_vit.bench.sweep import make_sweep
+from linear_vit.bench.sweep import Asked, make_sweep
 from linear_vit.kernels.accuracy import compare
 
 CPU = torch.device("cpu")
@@ -102,11 +102,11 @@ def test_what_is_missing_says_how_to_get_it(monkeypatch) -> None:
 
 def test_peers_are_timed_when_asked_for() -> None:
     common = {"device": "cpu", "operations": ["softmax_attention"], "tokens": [64]}
-    plain = make_sweep(**common)
-    assert not {case.backend for case in plain.cases} & set(peers.NAMES)
-    named = make_sweep(**common, backends=["torch", "sdpa_math"])
+    plain = make_sweep(Asked(**common))
+    assert not {case.backend for case in plain.cases} & set(peers.PEERS)
+    named = make_sweep(Asked(**common, backends=["torch", "sdpa_math"]))
     assert {case.backend for case in named.cases} == {"torch", "sdpa_math"}
-    all_of_them = make_sweep(**common, with_peers=True)
+    all_of_them = make_sweep(Asked(**common, with_peers=True))
     assert {"torch", "sdpa_math", "sdpa_flash"} <= {case.backend for case in all_of_them.cases}
     assert "no cudnn kernel" in all_of_them.left_out["sdpa_cudnn, softmax_attention float32"]
 

@@ -170,7 +170,7 @@ def test_a_case_is_tried_once_a_session(monkeypatch: pytest.MonkeyPatch) -> None
 
     monkeypatch.setattr(kernels, "linear_attention", breaking(fails))
     store = Store(None, {"sources": "s"})
-    with runner.Session(PLAN, store, deadline=None, isolate=False) as session:
+    with runner.Session(PLAN, store, isolate=False) as session:
         first = session.measure(CASES[:1])
         assert session.measure(CASES[:1]) == first
     assert tries.count("torch") == 1

@@ -23,7 +23,7 @@ def fake_nvml(**answers: Any) -> SimpleNamespace:
 
     def query(name: str) -> Any:
         def ask(handle: str, *_: Any) -> Any:
-            assert handle == "handle of GPU-1234"
+            assert handle == "a GPU"
             answer = answers[name]
             if isinstance(answer, Exception):
                 raise answer
@@ -36,8 +36,6 @@ def fake_nvml(**answers: Any) -> SimpleNamespace:
         NVML_CLOCK_SM=1,
         NVML_CLOCK_MEM=2,
         NVML_TEMPERATURE_GPU=0,
-        nvmlInit=lambda: None,
-        nvmlDeviceGetHandleByUUID=lambda uuid: f"handle of {uuid}",
         nvmlDeviceGetClockInfo=lambda handle, kind: answers["clocks"][kind],
         nvmlDeviceGetPowerUsage=query("power"),
         nvmlDeviceGetTemperature=query("temperature"),
@@ -47,7 +45,7 @@ def fake_nvml(**answers: Any) -> SimpleNamespace:
 
 def test_nvml_values_have_their_units() -> None:
     nvml = fake_nvml(clocks={1: 1980, 2: 3201}, power=612_345, temperature=61, reasons=0)
-    reading = Nvml(nvml, "1234").read()
+    reading = Nvml(nvml, "a GPU").read()
     assert reading == Reading(
         {
             "clock_mhz": 1980.0,
@@ -71,14 +69,14 @@ def test_nvml_values_have_their_units() -> None:
 )
 def test_only_faults_are_throttling(bits: int, throttled: tuple, remarks: tuple) -> None:
     nvml = fake_nvml(clocks={1: 1, 2: 1}, power=1, temperature=1, reasons=bits)
-    reading = Nvml(nvml, "1234").read()
+    reading = Nvml(nvml, "a GPU").read()
     assert (reading.throttled, reading.remarks) == (throttled, remarks)
 
 
 def test_what_a_card_lacks_is_left_out() -> None:
     lacking = NVMLError("not supported")
     nvml = fake_nvml(clocks={1: 1, 2: 2}, power=lacking, temperature=50, reasons=lacking)
-    reading = Nvml(nvml, "1234").read()
+    reading = Nvml(nvml, "a GPU").read()
     assert set(reading.values) == {"clock_mhz", "memory_clock_mhz", "temperature_c"}
     assert reading.throttled == ()
 

@@ -50,7 +50,7 @@ def cases_of_a_sweep(*tokens: int) -> list[problems.Case]:
     [backend] = TRAINING_STEP.usual_backends
     return [
         problems.Case(TRAINING_STEP.name, mode, dtype, shape, backend)
-        for shape in TRAINING_STEP.sizes("cpu", "quick", tokens, None, {})
+        for shape in TRAINING_STEP.sizes("cpu", "quick", tokens, None)
         for mode in TRAINING_STEP.modes
     ]
 
