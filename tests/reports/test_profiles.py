@@ -8,7 +8,8 @@ import pytest
 from linear_vit.reports import groups
 from linear_vit.reports.__main__ import main
 from linear_vit.reports.page import profile_sections
-from linear_vit.reports.page.parts import Section
+from linear_vit.reports.page.parts import Section, Seen
+from linear_vit.reports.saved import documents
 from linear_vit.reports.saved.runs import load
 from linear_vit.reports.tables.table import Table
 from tests.reports import saved
@@ -24,7 +25,8 @@ def profiled(folder: Path, **changes: object) -> Section:
         case["extra_info"]["profile"] = saved.profile(case) | changes
     loaded = load([saved.save(folder / "runs" / "run.json", run)])
     found = groups.groups(loaded)
-    return profile_sections.section(found, folder / "pages", brief=False)
+    seen = Seen(documents.Documents(loaded), found, folder / "pages")
+    return Section(list(profile_sections.section(seen)))
 
 
 def test_a_profiled_case_has_its_top_kernels(tmp_path: Path) -> None:
