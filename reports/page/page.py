@@ -29,6 +29,7 @@ from linear_vit.reports.saved.documents import Documents, Saved
 from linear_vit.reports.saved.runs import NoRuns, Words
 from linear_vit.reports.styles import page_style
 from linear_vit.reports.tables import ablation, breakdown, results_text
+from linear_vit.reports.tables.table import facets_of
 
 _MOST_BYTES = 3_000_000
 _HERE = Path(__file__).resolve().parent
@@ -121,6 +122,7 @@ def _text(seen: Seen) -> str:
         library=[Markup((_HERE / "vendor" / name).read_text("utf-8")) for name in _LIBRARY],
         number={id(figure): number for number, figure in enumerate(figures)},
         id=id,
+        facets_of=facets_of,
     )
 
 
@@ -162,4 +164,4 @@ def _facets(section: Section) -> Iterable[dict[str, str]]:
     for table in section.tables:
         yield table.facets
         yield from (column.facets for column in table.columns)
-        yield from (row.facets for row in table.rows)
+        yield from map(facets_of, table.lines)

@@ -129,7 +129,6 @@ def _joined_line(timed: Steps, model: str, found: Documents) -> Line:
     share, share_tip = _share(timed, model, found, kernel) or (None, "")
     predicted = 1 / (1 - share + share / kernel) if kernel and share is not None else None
     accuracy = _accuracy_of(model, timed.setting, found)
-    made_with = f"make it with {HOW_TO_TRAIN}"
     line = {
         "model": word(timed.title(model)),
         "own kernels": word(own or "none usable"),
@@ -137,9 +136,7 @@ def _joined_line(timed: Steps, model: str, found: Documents) -> Line:
         "share of the step": number(share, "{:.1%}", share_tip),
         "step, predicted": number(predicted, "{:.2f}×"),
         "step, measured": number(timed.gain(model), "{:.2f}×"),
-        "test accuracy": pairs.accuracy_cell(accuracy)
-        if accuracy
-        else Cell(NOTHING, tip=made_with),
+        "test accuracy": pairs.accuracy_cell(accuracy, missing=f"make it with {HOW_TO_TRAIN}"),
     }
     if kernel is None:
         no_kernel = "no timed kernel of this backend at such a length"

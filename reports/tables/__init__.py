@@ -54,7 +54,7 @@ def write_results(
         ablations=records.read_ablations(ablations) if ablations else (),
     )
     markdown, rows = results_text.markdown(content), results_text.to_csv(content)
-    return _write(out, "table", markdown, rows, content, skipped)
+    return _write(out, "table", markdown, rows, content, skipped, "md,csv,json")
 
 
 def write_ablation(
@@ -87,9 +87,9 @@ def write_ablation(
     except ValueError as error:
         raise NoRuns(str(error)) from error
     name, markdown = f"ablation-{setting}", _document([ablation.as_table(content)])
-    said = _write(out, name, markdown, ablation.to_csv(content), content, skipped)
-    ablation.plot(content, out / f"{name}.svg")
-    return f"{said} and .svg"
+    write_text(out / f"{name}.svg", ablation.plot(content))
+    kinds = "md,csv,json,svg"
+    return _write(out, name, markdown, ablation.to_csv(content), content, skipped, kinds)
 
 
 def write_steps(run: Path, out: Path) -> str:
@@ -170,12 +170,17 @@ def _document(tables: Sequence[Table]) -> str:
 
 
 def _write(
-    out: Path, name: str, markdown: str, rows: str, content: Any = None, skipped: Sequence[str] = ()
+    out: Path,
+    name: str,
+    markdown: str,
+    rows: str,
+    content: Any = None,
+    skipped: Sequence[str] = (),
+    kinds: str = "md,csv",
 ) -> str:
     """Write NAME.md, .csv and, with a content, .json; what a terminal shows of it."""
     write_text(out / f"{name}.md", markdown)
     write_text(out / f"{name}.csv", rows)
     if content is not None:
         write_json(out / f"{name}.json", content)
-    kinds = ".md, .csv and .json" if content is not None else ".md and .csv"
-    return "\n".join(["", markdown, *skipped, f"written to {out}/{name}{kinds}"])
+    return "\n".join(["", markdown, *skipped, f"written to {out}/{name}.{{{kinds}}}"])

@@ -15,8 +15,8 @@
     claimed_best what the original found best, or null
 """
 
+import io
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import pandas as pd
@@ -162,7 +162,7 @@ def to_csv(found: Record) -> str:
     )
 
 
-def plot(found: Record, path: Path) -> None:
+def plot(found: Record) -> str:
     """Accuracy above, images/s below, over the values; an SVG."""
     from matplotlib.figure import Figure
 
@@ -183,4 +183,6 @@ def plot(found: Record, path: Path) -> None:
     below.set_xticks(range(len(rows)), values)
     for axes in (above, below):
         axes.grid(alpha=0.3)
-    figure.savefig(path, format="svg")
+    drawn = io.StringIO()
+    figure.savefig(drawn, format="svg")
+    return drawn.getvalue()

@@ -108,8 +108,10 @@ def speedup_cell(ratio: Mapping[str, Any] | None) -> Cell:
     return number(ratio["median"], ratio_text(ratio), tip + ratio.get("how", "by seed"))
 
 
-def accuracy_cell(interval: Mapping[str, Any], mark: str = "") -> Cell:
-    """A mean over seeds with its interval, and the single values."""
+def accuracy_cell(interval: Mapping[str, Any] | None, mark: str = "", missing: str = "") -> Cell:
+    """A mean over seeds with its interval, and the single values; or the tip on what is missing."""
+    if interval is None:
+        return Cell(NOTHING, tip=missing)
     return number(interval["mean"], percent_text(interval), values(interval, "%"), mark)
 
 

@@ -49,45 +49,27 @@ def exponents(found: Sequence[Group]) -> Table | None:
 def fit_frame(found: Sequence[Group]) -> pd.DataFrame:
     """A row per curve: the exponent with its interval, or why there is none."""
     rows = [
-        {
-            "machine": group.machine,
-            "operation": operation,
-            "pass": mode,
-            "dtype": group.dtype,
-            "backend": backend,
-            "exponent": None if fit.reason else fit.exponent,
-            "low": None if fit.reason else fit.low,
-            "high": None if fit.reason else fit.high,
-            "floor_s": None if fit.reason else fit.floor,
-            "residual": fit.residual,
-            "local_slope": fit.local_slope,
-            "lengths": fit.lengths,
-            "reason": fit.reason or "",
-            "sweep": group.sweep,
-            "setting": group.setting,
-        }
+        {"machine": group.machine, "operation": operation, "pass": mode, "dtype": group.dtype}
+        | {"backend": backend, "exponent": fit.exponent, "low": fit.low, "high": fit.high}
+        | {"floor_s": fit.floor, "residual": fit.residual, "local_slope": fit.local_slope}
+        | {"lengths": fit.lengths, "reason": fit.reason or ""}
+        | {"sweep": group.sweep, "setting": group.setting}
         for group in found
         for (operation, mode, backend), fit in group.fits.items()
     ]
-    return pd.DataFrame(rows)
+    frame = pd.DataFrame(rows)
+    if rows:
+        frame.loc[frame["reason"] != "", ["exponent", "low", "high", "floor_s"]] = float("nan")
+    return frame
 
 
 def crossover_frame(found: Sequence[Group]) -> pd.DataFrame:
     """A row per backend that is set against an incumbent: the length from which on it is faster."""
     rows = [
-        {
-            "machine": group.machine,
-            "pass": mode,
-            "dtype": group.dtype,
-            "total_tokens": group.total_tokens,
-            "backend": backend,
-            "estimate": answer.estimate,
-            "low": answer.low,
-            "high": answer.high,
-            "text": answer.text,
-            "sweep": group.sweep,
-            "setting": group.setting,
-        }
+        {"machine": group.machine, "pass": mode, "dtype": group.dtype}
+        | {"total_tokens": group.total_tokens, "backend": backend, "estimate": answer.estimate}
+        | {"low": answer.low, "high": answer.high, "text": answer.text}
+        | {"sweep": group.sweep, "setting": group.setting}
         for group, mode, backend, answer in crossovers(found)
     ]
     return pd.DataFrame(rows)

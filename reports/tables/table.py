@@ -47,15 +47,6 @@ class Column:
 
 
 @dataclass(frozen=True)
-class Row:
-    cells: list[Cell]
-
-    @property
-    def facets(self) -> Facets:
-        return {name: value for cell in self.cells for name, value in cell.facets.items()}
-
-
-@dataclass(frozen=True)
 class Table:
     """Lines that all have the same columns; there is at least one.
 
@@ -78,9 +69,10 @@ class Table:
         names_alone = all(isinstance(line[name].value, str) for line in self.lines)
         return Column(name, name in self.words or names_alone)
 
-    @property
-    def rows(self) -> list[Row]:
-        return [Row(list(line.values())) for line in self.lines]
+
+def facets_of(line: Line) -> Facets:
+    """Those that a row's cells give it."""
+    return {name: value for cell in line.values() for name, value in cell.facets.items()}
 
 
 def without_empty(lines: Sequence[Line]) -> list[Line]:
@@ -119,7 +111,7 @@ def to_markdown(table: Table) -> str:
     columns = table.columns
     lines = [[column.title for column in columns]]
     lines += [["---" if column.words else "---:" for column in columns]]
-    lines += [[_emphasised(cell) for cell in row.cells] for row in table.rows]
+    lines += [[_emphasised(cell) for cell in line.values()] for line in table.lines]
     return "\n".join("| " + " | ".join(map(_escaped, line)) + " |" for line in lines)
 
 
