@@ -16,7 +16,6 @@ from linear_vit.reports.claims import PYTORCH
 from linear_vit.reports.saved.runs import LENGTHS, NoRuns, Runs
 from linear_vit.reports.statistics import turns
 from linear_vit.reports.statistics.fits import fit_scaling
-from linear_vit.reports.tables import table
 from linear_vit.reports.tables.table import Table, word
 
 Found = tuple[str, bool]  # what was measured, in words, and whether it keeps the bound
@@ -78,7 +77,7 @@ def as_table(found: Sequence[Verdict]) -> Table:
         }
         for verdict in found
     ]
-    return table.of_lines("Targets", lines)
+    return Table("Targets", lines)
 
 
 # ---- what is read off a run ----------------------------------------------------------------------

@@ -1,7 +1,7 @@
 """The page's sections on kernels: complexity, speed and memory, from timed runs."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator
 from typing import Any
 
 from linear_vit.reports.claims import PYTORCH
@@ -15,84 +15,44 @@ from linear_vit.reports.groups import (
     pictures,
 )
 from linear_vit.reports.page.cases import Case, by, cases, details, short, time_tip
-from linear_vit.reports.page.parts import Figure, Section
-from linear_vit.reports.saved import runs
+from linear_vit.reports.page.parts import Figure, Part, Seen
 from linear_vit.reports.statistics import turns
 from linear_vit.reports.tables import scaling
-from linear_vit.reports.tables.table import NOTHING, Cell, Column, Line, Table, number, of_lines
+from linear_vit.reports.tables.table import NOTHING, Cell, Column, Line, Table, count, number
 from linear_vit.reports.units import capital, duration, exact, mebibytes, rate
 
 # Units as page.js formats them.
 _UNITS = {TIME: "seconds", MEMORY: "mebibytes", OVER_INCUMBENT: "factor", OVER_TORCH: "factor"}
 
 
-def complexity(found: list[Group]) -> Section:
-    section = Section(
-        "complexity",
-        "Complexity",
-        "Time against the number of tokens N, one sequence or one grid a call. Fitted where the "
-        "data supports it: time = a + b·N^p.",
-    )
-    if not found:
-        section.missing = runs.HOW_TO_MEASURE
-        return section
-    section.figures = _curves(found, (TIME, OVER_INCUMBENT))
-    section.tables += scaling.crossings(found)
-    exponents = scaling.exponents(found)
-    section.tables += [exponents] if exponents else []
-    return section
+def complexity(seen: Seen) -> Iterator[Part]:
+    yield from _curves(seen.groups, TIME, OVER_INCUMBENT)
+    yield from scaling.crossings(seen.groups)
+    yield from filter(None, [scaling.exponents(seen.groups)])
 
 
-def memory(found: list[Group]) -> Section:
-    section = Section(
-        "memory",
-        "Memory",
-        "Peak memory of a call beyond its inputs and outputs, measured in a call of its own.",
-    )
-    section.figures = _curves(found, (MEMORY,))
-    if not section.figures:
-        section.missing = runs.HOW_TO_MEASURE
-    return section
+def memory(seen: Seen) -> Iterator[Part]:
+    yield from _curves(seen.groups, MEMORY)
 
 
-def speed(found: list[Group], *, brief: bool) -> Section:
-    """``brief`` leaves out what is known of single cases beyond their time."""
-    section = Section(
-        "speed",
-        "Speed",
-        "Median time per call; the fastest of a row is marked. GFLOP/s and GB/s are those of the "
-        "fastest, by the operation's least work and least traffic, whatever the implementation "
-        "does. Of limit: the time that the machine's copy or matmul rate, measured on it within "
-        "a day, allows for that, over the time taken.",
-    )
-    if not found:
-        section.missing = runs.HOW_TO_MEASURE
-        return section
-    section.figures = _heat_maps(found)
-    if brief:
-        section.notes.append(
-            "What ran in each case, and its profile, is left out, to keep this page under 3 MB."
-        )
-    section.tables = [
-        _speed_table(group, operation, mode, part, brief)
-        for group in found
-        for (operation, mode), part in by(cases(group.frame), "operation", "pass").items()
-    ]
-    return section
+def speed(seen: Seen) -> Iterator[Part]:
+    yield from _heat_maps(seen.groups)
+    for group in seen.groups:
+        for (operation, mode), part in by(cases(group.frame), "operation", "pass").items():
+            yield _speed_table(group, operation, mode, part, seen.brief)
+    if seen.brief:
+        yield "What ran in each case, and its profile, is left out, to keep this page under 3 MB."
 
 
 # Curves.
 
 
-def _curves(found: list[Group], wanted: Sequence[Picture]) -> list[Figure]:
-    return [
-        _curve_figure(group, picture, mode, part)
-        for group in found
-        for picture, frame in pictures(group)
-        if picture in wanted
-        for mode in group.passes
-        if (part := [case for case in cases(frame) if case["pass"] == mode])
-    ]
+def _curves(found: list[Group], *wanted: Picture) -> Iterator[Figure]:
+    for group in found:
+        for picture, frame in pictures(group):
+            for mode in group.passes if picture in wanted else ():
+                if part := [case for case in cases(frame) if case["pass"] == mode]:
+                    yield _curve_figure(group, picture, mode, part)
 
 
 def _curve_figure(group: Group, picture: Picture, mode: str, part: list[Case]) -> Figure:
@@ -104,12 +64,11 @@ def _curve_figure(group: Group, picture: Picture, mode: str, part: list[Case]) -
         if picture is TIME and fit is not None and fit.reason is None:
             half = max(fit.high - fit.exponent, fit.exponent - fit.low)
             text += f": N^{fit.exponent:.2f} ± {half:.2f}"
-        points = []
-        for case in sorted(curve, key=lambda case: case["N"]):
-            point = {"x": case["N"], "y": short(case["value"])}
-            if picture is TIME:
-                point |= {"low": short(case["q1_s"]), "high": short(case["q3_s"])}
-            points.append(point)
+        drawn = {"y": "value"} | ({"low": "q1_s", "high": "q3_s"} if picture is TIME else {})
+        points = [
+            {"x": case["N"], **{name: short(case[column]) for name, column in drawn.items()}}
+            for case in sorted(curve, key=lambda case: case["N"])
+        ]
         lines.append(series(group, operation, backend, text, points))
     title, caption, unit = picture.words(group)
     data = {
@@ -207,8 +166,7 @@ def _heat_map(where: str, operation: str, parts: list[tuple[Group, list[Case]]])
             {"x": case["N"], "y": short(case["value"]), "tip": _ratio_tip(case)} for case in cells
         ]
         rows.append(facets | {"name": label, "points": points})
-    name = capital(parts[0][0].words.operation(operation))
-    title = f"{name}: speed-up over {PYTORCH}; {where}"
+    title = f"{capital(parts[0][0].words.operation(operation))}: speed-up over {PYTORCH}; {where}"
     return Figure("heat", title, _see_heat(every), {"series": rows, "base": PYTORCH})
 
 
@@ -232,7 +190,7 @@ def _speed_table(group: Group, operation: str, mode: str, part: list[Case], brie
     backends = [name for (name,) in by(part, "backend")]
     limits = any(isinstance(case["limit"], str) for case in part)
     words = group.words.backend
-    return of_lines(
+    return Table(
         f"{capital(group.words.operation(operation))}, {mode.replace('+', ' + ')}; {group.where}",
         [
             _speed_line(tokens, line, backends, limits, brief)
@@ -249,36 +207,33 @@ def _speed_line(
 ) -> Line:
     at = {case["backend"]: case for case in found}
     best = min(found, key=lambda case: case["median_s"])
-    line = {"N": number(f"{tokens:,}", tokens)}
+    line = {"N": count(tokens)}
     for name in backends:
         mark = "best" if name == best["backend"] and len(found) > 1 else ""
         absent = Cell(NOTHING, tip=f"{name} was not timed at this length")
         line[name] = _time_cell(at[name], brief, mark) if name in at else absent
     for unit, value in (("GFLOP/s", best["tflop_per_s"] * 1e3), ("GB/s", best["gb_per_s"])):
-        tip = f"{exact(value)} ({best['backend']})"
-        line[unit] = Cell(NOTHING) if math.isnan(value) else number(rate(value), value, tip)
+        line[unit] = number(value, rate, f"{exact(value)} ({best['backend']})")
     if limits:
         share, limit = best["share_of_limit"], best["limit"]
-        line["of limit"] = Cell(NOTHING)
-        if isinstance(limit, str):
-            line["of limit"] = number(f"{share:.0%} {limit}", share, exact(100 * share, "%"))
+        known = isinstance(limit, str)
+        tip = exact(100 * share, "%") if known else ""
+        line["of limit"] = number(share if known else None, f"{{:.0%}} {limit}", tip)
     return line
 
 
 def _what_ran(part: list[Case], backends: list[str]) -> str:
     """Each backend's implementation in words, as far as the run says it."""
-    said = {case["backend"]: case["implementation"] for case in reversed(part)}
-    what = {name: text for name, text in said.items() if isinstance(text, str)}
+    said = {case["backend"]: case for case in reversed(part)}
     parts = [
-        what[name] if what[name].startswith(f"{name}:") else f"{name}: {what[name]}"
+        text if text.startswith(f"{name}:") else f"{name}: {text}"
         for name in backends
-        if name in what
+        if isinstance(text := said[name]["implementation"], str)
     ]
-    other = {case["backend"]: case["other_function"] for case in part}
     parts += [
-        f"{name} computes another function: {words}"
-        for name, words in other.items()
-        if isinstance(words, str)
+        f"{name} computes another function: {text}"
+        for name in backends
+        if isinstance(text := said[name]["other_function"], str)
     ]
     return "; ".join(parts)
 
@@ -287,10 +242,9 @@ def _time_cell(case: Case, brief: bool, mark: str) -> Cell:
     tip = f"{case['backend']}, N = {case['N']:,}\n{time_tip(case)}"
     if not brief:
         tip += f"\n{details(case['info'])}"
-    return number(duration(case["median_s"]), case["median_s"], tip.strip(), mark)
+    return number(case["median_s"], duration, tip.strip(), mark)
 
 
 def _ratio_tip(case: Case) -> str:
-    return (
-        f"{exact(case['median_s'] * 1e3, 'ms')} against {exact(case['median_s_base'] * 1e3, 'ms')}"
-    )
+    own, base = (exact(case[name] * 1e3, "ms") for name in ("median_s", "median_s_base"))
+    return f"{own} against {base}"

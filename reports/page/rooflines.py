@@ -1,13 +1,13 @@
 """The page's rooflines: what is done per second, beside what the machine allows for it."""
 
 import math
+from collections.abc import Iterator
 from typing import Any
 
 from linear_vit.reports.groups import Group
 from linear_vit.reports.page.cases import Case, by, cases, short
 from linear_vit.reports.page.kernel_sections import series
-from linear_vit.reports.page.parts import Figure, Section
-from linear_vit.reports.saved import runs
+from linear_vit.reports.page.parts import Figure, Part, Seen
 from linear_vit.reports.saved.runs import Runs
 from linear_vit.reports.tables import cpu
 from linear_vit.reports.units import capital
@@ -15,31 +15,24 @@ from linear_vit.reports.units import capital
 Point = dict[str, Any]
 
 
-def section(found: list[Group], loaded: Runs | None) -> Section:
+def section(seen: Seen) -> Iterator[Part]:
     """Every case that was timed with its machine's limits."""
-    made = Section(
-        "roofline",
-        "Roofline",
-        "What a case does per second against what it must do per byte: FLOP of the operation's "
-        "least work over bytes of its least traffic. Under the slope the memory's copy rate binds, "
-        "under the roof the matmul rate; both were measured on the same machine within a day.",
-    )
-    for group in found:
-        for (file,), part in by(cases(group.frame), "file").items():
-            limits = loaded.limits(file) if loaded else {}
-            peak = (limits.get("matmul_flop_per_s") or {}).get(group.dtype)
-            copy = limits.get("copy_bytes_per_s")
-            known = [case for case in part if _is_known(case)]
-            if peak and copy and known:
-                when = str(limits.get("measured") or "")
-                made.figures.append(_of_group(group, known, float(copy), float(peak), when))
-    if loaded:
-        _add_products(made, loaded)
-    if not made.figures:
-        made.missing = runs.HOW_TO_MEASURE
-        if found:
-            made.notes.append("The runs shown here are older than the measuring of limits.")
-    return made
+    drawn = [figure for group in seen.groups for figure in _of_group(group, seen.runs)]
+    products = list(_of_cpu(seen.runs)) if seen.runs else []
+    yield from (*drawn, *products)
+    if seen.groups and not drawn and not products:
+        yield "The runs shown here are older than the measuring of limits."
+
+
+def _of_group(group: Group, loaded: Runs | None) -> Iterator[Figure]:
+    for (file,), part in by(cases(group.frame), "file").items():
+        limits = loaded.limits(file) if loaded else {}
+        peak = (limits.get("matmul_flop_per_s") or {}).get(group.dtype)
+        copy = limits.get("copy_bytes_per_s")
+        known = [case for case in part if _is_known(case)]
+        if peak and copy and known:
+            when = str(limits.get("measured") or "")
+            yield _roofline(group, known, float(copy), float(peak), when)
 
 
 def _is_known(case: Case) -> bool:
@@ -47,7 +40,7 @@ def _is_known(case: Case) -> bool:
     return not (math.isnan(case["gb_per_s"]) or math.isnan(case["tflop_per_s"]))
 
 
-def _of_group(group: Group, part: list[Case], copy: float, peak: float, when: str) -> Figure:
+def _roofline(group: Group, part: list[Case], copy: float, peak: float, when: str) -> Figure:
     """``when`` the limits were measured (ISO 8601, UTC); empty where the run doesn't say."""
     ridge = peak / copy
     for case in part:
@@ -96,24 +89,26 @@ def _figure(
     for name, peak in peaks.items():
         level = [{"x": peak / copy, "y": peak / 1e9}, {"x": right, "y": peak / 1e9}]
         roofs.append({"label": f"{name}, {peak / 1e9:,.0f} GFLOP/s", "points": level})
-    axes = {
+    data = {
+        "series": lines,
+        "lines": roofs,
+        "dots": True,
         "x": {"label": "FLOP per byte (least work over least traffic)", "base": 10},
         "y": {"label": "GFLOP/s", "base": 10},
     }
-    data = {"series": lines, "lines": roofs, "dots": True, **axes}
     return Figure("curves", f"Roofline: {title}", caption, data)
 
 
 # The C++ products, beside what the processor allows for just their instructions.
 
 
-def _add_products(made: Section, loaded: Runs) -> None:
+def _of_cpu(loaded: Runs) -> Iterator[Part]:
     of_files: dict[str, list[cpu.Product]] = {}
     for product in cpu.products(loaded):
         of_files.setdefault(str(product.case["file"]), []).append(product)
     for file, products in of_files.items():
-        made.figures.append(_of_products(loaded, file, products))
-        made.tables.append(cpu.products_table(loaded, products))
+        yield _of_products(loaded, file, products)
+        yield cpu.products_table(loaded, products)
 
 
 def _of_products(loaded: Runs, file: str, products: list[cpu.Product]) -> Figure:

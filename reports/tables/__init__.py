@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from linear_vit.reports.groups import Group, groups
+from linear_vit.reports.groups import groups
 from linear_vit.reports.saved import machines, records, runs
 from linear_vit.reports.saved.files import write_json, write_text
 from linear_vit.reports.saved.runs import NoRuns
@@ -17,6 +17,8 @@ from linear_vit.reports.tables import ablation, breakdown, results, results_text
 from linear_vit.reports.tables.results import Exponents
 from linear_vit.reports.tables.scaling import fit_frame
 from linear_vit.reports.tables.table import Table, join, section
+
+_OF_FITS = {"machine", "operation", "pass", "dtype", "backend", "exponent", "low", "high"}
 
 
 def write_results(
@@ -44,18 +46,15 @@ def write_results(
     if not folder.is_dir():
         raise NoRuns(f"no folder {folder} of run records")
     found, skipped = records.read_runs(folder)
-    timed = _load(sorted(folder.glob("*.json")) if speeds is None else list(speeds))
+    timed = _load(sorted(folder.glob("*.json")) if speeds is None else speeds)
     content = results.make(
         found,
         steps=timed.training if timed else None,
         exponents=_near(out, found) if exponents is None else read_exponents(exponents),
         ablations=records.read_ablations(ablations) if ablations else (),
     )
-    markdown = results_text.markdown(content)
-    write_json(out / "table.json", content)
-    write_text(out / "table.md", markdown)
-    write_text(out / "table.csv", results_text.to_csv(content))
-    return _said(markdown, out, "table.md, table.csv and table.json", skipped)
+    markdown, rows = results_text.markdown(content), results_text.to_csv(content)
+    return _write(out, "table", markdown, rows, content, skipped, "md,csv,json")
 
 
 def write_ablation(
@@ -81,24 +80,16 @@ def write_ablation(
         NoRuns: no finished run is of one of these configurations.
     """
     found, skipped = records.read_runs(folder)
-    timed = _load(sorted(folder.glob("*.json")) if speeds is None else list(speeds))
+    timed = _load(sorted(folder.glob("*.json")) if speeds is None else speeds)
+    of_steps = timed.training if timed else None
     try:
-        content = ablation.make(
-            setting,
-            configs,
-            found,
-            environment=environment,
-            steps=timed.training if timed else None,
-        )
+        content = ablation.make(setting, configs, found, environment=environment, steps=of_steps)
     except ValueError as error:
         raise NoRuns(str(error)) from error
-    stem = out / f"ablation-{setting}"
-    markdown = _document([ablation.as_table(content)])
-    write_json(stem.with_suffix(".json"), content)
-    write_text(stem.with_suffix(".csv"), ablation.to_csv(content))
-    write_text(stem.with_suffix(".md"), markdown)
-    ablation.plot(content, stem.with_suffix(".svg"))
-    return _said(markdown, out, f"{stem.name}.md, .csv, .json and .svg", skipped)
+    name, markdown = f"ablation-{setting}", _document([ablation.as_table(content)])
+    write_text(out / f"{name}.svg", ablation.plot(content))
+    kinds = "md,csv,json,svg"
+    return _write(out, name, markdown, ablation.to_csv(content), content, skipped, kinds)
 
 
 def write_steps(run: Path, out: Path) -> str:
@@ -111,9 +102,7 @@ def write_steps(run: Path, out: Path) -> str:
     if not found:
         raise NoRuns(f"{run} holds no timed training step")
     markdown = _document([steps.as_table(one) for one in found])
-    write_text(out / "step-speed.md", markdown)
-    write_text(out / "step-speed.csv", steps.to_csv(found))
-    return _said(markdown, out, "step-speed.md and .csv", [])
+    return _write(out, "step-speed", markdown, steps.to_csv(found))
 
 
 def write_breakdown(record: Path, out: Path) -> str:
@@ -127,9 +116,7 @@ def write_breakdown(record: Path, out: Path) -> str:
     except ValueError as error:
         raise NoRuns(str(error)) from error
     markdown = _document([breakdown.as_table(found)])
-    write_text(out / "step-breakdown.md", markdown)
-    write_text(out / "step-breakdown.csv", breakdown.to_csv(found))
-    return _said(markdown, out, "step-breakdown.md and .csv", [])
+    return _write(out, "step-breakdown", markdown, breakdown.to_csv(found))
 
 
 def read_exponents(path: Path) -> Exponents:
@@ -139,15 +126,13 @@ def read_exponents(path: Path) -> Exponents:
         NoRuns: the file is neither.
     """
     if path.suffix == ".json":
-        return Exponents(str(path), _fits(groups(runs.load([path]))))
+        return _fitted(path)
     try:
         with path.open(newline="", encoding="utf-8") as file:
             rows = list(csv.DictReader(file))
     except (OSError, ValueError) as error:
         raise NoRuns(f"{path} is no readable exponents.csv ({error})") from error
-    needed = {"machine", "operation", "pass", "dtype", "backend", "exponent", "low", "high"}
-    if rows and not needed <= set(rows[0]):
-        lacks = ", ".join(sorted(needed - set(rows[0])))
+    if rows and (lacks := ", ".join(sorted(_OF_FITS - set(rows[0])))):
         raise NoRuns(f"{path} is no exponents.csv of `python -m reports scaling`: lacks {lacks}")
     return Exponents(str(path), [r for r in rows if r["exponent"] and not r.get("reason")])
 
@@ -158,16 +143,14 @@ def _near(out: Path, found: Sequence[records.Record]) -> Exponents | None:
     for folder in (out, out.parent):
         loaded = _load(sorted(folder.glob("*.json")))
         for head in reversed(loaded.heads if loaded else []):
-            if head["machine"] not in here:
-                continue
-            if fits := _fits(groups(runs.load([Path(head["file"])]))):
-                return Exponents(head["file"], fits)
+            if head["machine"] in here and (fits := _fitted(Path(head["file"]))).rows:
+                return fits
     return None
 
 
-def _fits(found: Sequence[Group]) -> list[dict[str, Any]]:
-    rows = fit_frame(found).to_dict("records")
-    return [{str(k): v for k, v in row.items()} for row in rows if not row["reason"]]
+def _fitted(run: Path) -> Exponents:
+    rows = fit_frame(groups(runs.load([run]))).to_dict("records")
+    return Exponents(str(run), [row for row in rows if not row["reason"]])
 
 
 def _load(paths: Sequence[Path]) -> runs.Runs | None:
@@ -186,5 +169,18 @@ def _document(tables: Sequence[Table]) -> str:
     return join(parts)
 
 
-def _said(markdown: str, out: Path, names: str, skipped: Sequence[str]) -> str:
-    return "\n".join(["", markdown, *skipped, f"written to {out}/{names}"])
+def _write(
+    out: Path,
+    name: str,
+    markdown: str,
+    rows: str,
+    content: Any = None,
+    skipped: Sequence[str] = (),
+    kinds: str = "md,csv",
+) -> str:
+    """Write NAME.md, .csv and, with a content, .json; what a terminal shows of it."""
+    write_text(out / f"{name}.md", markdown)
+    write_text(out / f"{name}.csv", rows)
+    if content is not None:
+        write_json(out / f"{name}.json", content)
+    return "\n".join(["", markdown, *skipped, f"written to {out}/{name}.{{{kinds}}}"])

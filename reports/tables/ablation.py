@@ -15,9 +15,8 @@
     claimed_best what the original found best, or null
 """
 
-import statistics
+import io
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import pandas as pd
@@ -25,10 +24,10 @@ import pandas as pd
 from linear_vit.reports.claims import CLAIMS, DATASETS, model_of
 from linear_vit.reports.saved import machines
 from linear_vit.reports.saved.records import Record
-from linear_vit.reports.statistics.seeds import paired_ratios, percent_text, t_interval
+from linear_vit.reports.statistics.seeds import t_interval
 from linear_vit.reports.tables import pairs, table
-from linear_vit.reports.tables.table import Cell, Line, Table, number
-from linear_vit.reports.units import capital, exact
+from linear_vit.reports.tables.table import Line, Table, count, number, word
+from linear_vit.reports.units import capital
 
 SCHEMA = "linear-vit-ablation/1"
 
@@ -85,27 +84,12 @@ def make(
 
 
 def _row(
-    value: Any, by_value: dict[Any, dict[int, Record]], timed: Mapping[Any, Mapping[Any, Any]]
+    value: Any, by_value: dict[Any, dict[int, Record]], timed: Mapping[Any, pairs.Step]
 ) -> dict[str, Any]:
     found, first = by_value[value], next(iter(by_value))
-    seeds = sorted(found)
-    rates = [found[seed]["images_per_second"] for seed in seeds]
-    rate, how = statistics.median(rates), "in the runs"
-    speedup = paired_ratios(found, by_value[first], lambda run: run["images_per_second"])
-    if value in timed:
-        rate, how = float(timed[value]["images_per_s"]), "by turns"
-        values = (speedup or {}).get("values", [])
-        speedup = {**pairs.over(timed[value], timed[first]), "values": values}
-    validation = [max(e["val_accuracy"] for e in found[seed]["epochs"]) for seed in seeds]
-    return {
-        "value": value,
-        "seeds": seeds,
-        "parameters": found[seeds[0]]["parameters"],
-        "accuracy": t_interval([100 * found[seed]["test_accuracy"] for seed in seeds]),
-        "val_accuracy": t_interval([100 * accuracy for accuracy in validation]),
-        "images_per_second": {"median": rate, "values": rates, "how": how},
-        "speedup": speedup and {"how": how, **speedup},
-    }
+    best = [100 * max(e["val_accuracy"] for e in run["epochs"]) for _, run in sorted(found.items())]
+    compared = pairs.compared(found, by_value[first], timed.get(value), timed.get(first))
+    return {"value": value, **compared, "val_accuracy": t_interval(best)}
 
 
 def describe(found: Record) -> str:
@@ -115,45 +99,38 @@ def describe(found: Record) -> str:
     interval = "" if best["half_width"] is None else f" ± {best['half_width']:.1f}"
     claim = f"; claimed: {found['claimed_best']}" if found["claimed_best"] is not None else ""
     return (
-        f"{found['setting']} of {', '.join(str(value) for value in rows)} on "
-        f"{_dataset(found)}: best {found['best']} by validation accuracy "
-        f"({best['mean']:.1f}{interval} %){claim}."
+        f"{found['setting']} of {', '.join(map(str, rows))} on {_dataset(found)}: best "
+        f"{found['best']} by validation accuracy ({best['mean']:.1f}{interval} %){claim}."
     )
 
 
 def as_table(found: Record) -> Table:
     """A row per value; the best by validation accuracy is marked."""
-    first = found["rows"][0]
+    first, config = found["rows"][0], found["config"]
     how = {
         "by turns": "training steps of all values by turns in one process; 95 % interval",
         "in the runs": "same seed; median and range",
     }[first["images_per_second"]["how"]]
-    config = found["config"]
     title = (
         f"{capital(found['setting'].replace('_', ' '))} of {_model(found)} on {_dataset(found)}: "
         f"dim {config['dim']}, depth {config['depth']}, {config['epochs']} epochs; "
         f"{machines.label(found['environment'])}"
     )
     note = f"{describe(found)} Speed: images/s over those of {first['value']}: {how}."
-    return table.of_lines(title, [_cells(row, found) for row in found["rows"]], note)
+    return Table(title, [_line(row, found) for row in found["rows"]], note)
 
 
-def _cells(row: dict[str, Any], found: Record) -> Line:
-    rate, best = row["images_per_second"]["median"], row["value"] == found["best"]
+def _line(row: dict[str, Any], found: Record) -> Line:
+    value, best = row["value"], "best" if row["value"] == found["best"] else ""
     return {
-        found["setting"]: number(str(row["value"]), row["value"]),
-        "Parameters": number(f"{row['parameters']:,}", row["parameters"]),
-        "Validation accuracy": _accuracy(row["val_accuracy"], "best" if best else ""),
-        "Test accuracy": _accuracy(row["accuracy"]),
-        "Images/s": number(f"{rate:,.0f}", rate, exact(rate, "images/s")),
+        found["setting"]: word(value) if isinstance(value, str) else number(value, str),
+        "Parameters": count(row["parameters"]),
+        "Validation accuracy": pairs.accuracy_cell(row["val_accuracy"], best),
+        "Test accuracy": pairs.accuracy_cell(row["accuracy"]),
+        "Images/s": number(row["images_per_second"]["median"], "{:,.0f}"),
         "Speed": pairs.speedup_cell(row["speedup"]),
-        "Seeds": number(str(len(row["seeds"])), len(row["seeds"])),
+        "Seeds": count(len(row["seeds"])),
     }
-
-
-def _accuracy(interval: dict[str, Any], mark: str = "") -> Cell:
-    tip = pairs.values(interval, "%")
-    return number(percent_text(interval), interval["mean"], tip, mark)
 
 
 def _model(found: Record) -> str:
@@ -165,54 +142,47 @@ def _dataset(found: Record) -> str:
     return str(found.get("dataset_title") or DATASETS.get(name, (name, 0))[0])
 
 
+_CSV = {
+    "parameters": "parameters",
+    "val_accuracy_mean_percent": "val_accuracy.mean",
+    "accuracy_mean_percent": "accuracy.mean",
+    "accuracy_half_width_percent": "accuracy.half_width",
+    "images_per_second": "images_per_second.median",
+    "speedup_median": "speedup.median",
+}
+
+
 def to_csv(found: Record) -> str:
     """One line per value."""
     return table.to_csv(
         [
-            {
-                found["setting"]: row["value"],
-                "seeds": len(row["seeds"]),
-                "parameters": row["parameters"],
-                "val_accuracy_mean_percent": row["val_accuracy"]["mean"],
-                "accuracy_mean_percent": row["accuracy"]["mean"],
-                "accuracy_half_width_percent": row["accuracy"]["half_width"],
-                "images_per_second": row["images_per_second"]["median"],
-                "speedup_median": (row["speedup"] or {}).get("median"),
-            }
+            {found["setting"]: row["value"], "seeds": len(row["seeds"]), **table.picked(row, _CSV)}
             for row in found["rows"]
         ]
     )
 
 
-def plot(found: Record, path: Path) -> None:
+def plot(found: Record) -> str:
     """Accuracy above, images/s below, over the values; an SVG."""
     from matplotlib.figure import Figure
 
-    rows = found["rows"]
-    places = range(len(rows))
+    rows = pd.json_normalize(found["rows"])
+    values = [str(value) for value in rows["value"]]
     figure = Figure(figsize=(5.5, 5), layout="constrained")
     above, below = figure.subplots(2, sharex=True)
-    for key, label, colour in (
-        ("val_accuracy", "validation", "tab:gray"),
-        ("accuracy", "test", "tab:blue"),
-    ):
-        above.errorbar(
-            places,
-            [row[key]["mean"] for row in rows],
-            [row[key]["half_width"] or 0 for row in rows],
-            marker="o",
-            capsize=3,
-            label=label,
-            color=colour,
-        )
-    above.set_ylabel("accuracy, % (95 % t-interval)")
-    above.set_title(f"{_model(found)} on {_dataset(found)}")
+    curves = (("val_accuracy", "validation", "tab:gray"), ("accuracy", "test", "tab:blue"))
+    for key, label, colour in curves:
+        half = rows[f"{key}.half_width"].fillna(0)
+        how = {"marker": "o", "capsize": 3, "label": label, "color": colour}
+        above.errorbar(range(len(rows)), rows[f"{key}.mean"], half, **how)
+    above.set(ylabel="accuracy, % (95 % t-interval)", title=f"{_model(found)} on {_dataset(found)}")
     above.legend()
-    below.plot(places, [row["images_per_second"]["median"] for row in rows], "o-", color="tab:blue")
+    below.plot(rows["images_per_second.median"], "o-", color="tab:blue")
     below.set_ylim(bottom=0)
-    below.set_ylabel("training images/s")
-    below.set_xlabel(found["setting"])
-    below.set_xticks(list(places), [str(row["value"]) for row in rows])
+    below.set(ylabel="training images/s", xlabel=found["setting"])
+    below.set_xticks(range(len(rows)), values)
     for axes in (above, below):
         axes.grid(alpha=0.3)
-    figure.savefig(path, format="svg")
+    drawn = io.StringIO()
+    figure.savefig(drawn, format="svg")
+    return drawn.getvalue()

@@ -19,27 +19,23 @@ def parts(found: Record) -> list[str]:
 
 def as_table(found: Record) -> Table:
     """A row per model, shares in percent."""
-    return table.of_lines(title(found), [_line(row, parts(found)) for row in found["rows"]], _NOTE)
-
-
-def _line(row: Record, names: list[str]) -> Line:
-    shares, rate = row["shares"], row["images_per_second"]
-    return {
-        "Model": word(row["title"]),
-        **{capital(n): number(f"{shares[n]:.1%}", shares[n], tip(row, n)) for n in names},
-        "Step": number(duration(row["seconds"]), row["seconds"]),
-        "Images/s": number(f"{rate:,.0f}", rate, exact(rate, "images/s")),
-    }
-
-
-def title(found: Record) -> str:
     s = found["setting"]
     recipe = f", recipe {s['recipe']}" if s.get("recipe") else ""
-    return (
+    title = (
         f"Shares of a training step, {s.get('backend') or 'the fastest backend'}; {s['dataset']}, "
         f"dim {s['dim']}, depth {s['depth']}, batch {s['batch_size']}{recipe}, amp {s['amp']}; "
         f"{machines.label(found['environment'])}"
     )
+    return Table(title, [_line(row, parts(found)) for row in found["rows"]], _NOTE)
+
+
+def _line(row: Record, names: list[str]) -> Line:
+    return {
+        "Model": word(row["title"]),
+        **{capital(n): number(row["shares"][n], "{:.1%}", tip(row, n)) for n in names},
+        "Step": number(row["seconds"], duration),
+        "Images/s": number(row["images_per_second"], "{:,.0f}"),
+    }
 
 
 def tip(row: Record, name: str) -> str:

@@ -1,7 +1,6 @@
 """The C++ kernels: the page of their targets, what limits them, and the tables behind."""
 
-import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,17 +10,7 @@ from linear_vit.reports.claims import PYTORCH, family_of
 from linear_vit.reports.saved.runs import Runs
 from linear_vit.reports.statistics.fits import fit_scaling
 from linear_vit.reports.tables import table
-from linear_vit.reports.tables.table import (
-    NOTHING,
-    Cell,
-    Line,
-    Table,
-    join,
-    maybe,
-    number,
-    to_markdown,
-    word,
-)
+from linear_vit.reports.tables.table import Cell, Line, Table, count, number, word
 from linear_vit.reports.targets import Case
 from linear_vit.reports.units import duration, exact, rate
 
@@ -90,7 +79,7 @@ def products_table(run: Runs, found: Sequence[Product]) -> Table:
     first = found[0].case
     title = f"Limits of the C++ products; {first['machine']}"
     lines = [_product_line(run, product) for product in found]
-    return table.of_lines(title, lines, _limits(run.limits(first["file"])))
+    return Table(title, lines, _limits(run.limits(first["file"])))
 
 
 def _product_line(run: Runs, product: Product) -> Line:
@@ -100,11 +89,11 @@ def _product_line(run: Runs, product: Product) -> Line:
     shares = {name: product.share(name) for name in product.bounds}
     return {
         "operation": word(run.words.operation(case["operation"])),
-        "N": number(f"{case['N']:,}", case["N"]),
-        "time": number(duration(case["median_s"]), case["median_s"]),
-        "GFLOP/s done": number(rate(done), done, exact(done, "GFLOP/s")),
+        "N": count(case["N"]),
+        "time": number(case["median_s"], duration),
+        "GFLOP/s done": number(done, rate, exact(done, "GFLOP/s")),
         "limited by": word(product.binding, f"each limit alone allows\n{bounds}"),
-        **{k: number(f"{s:.0%}", s, exact(100 * s, "%")) for k, s in shares.items()},
+        **{k: number(share, "{:.0%}", exact(100 * share, "%")) for k, share in shares.items()},
     }
 
 
@@ -131,14 +120,14 @@ def against_others(run: Runs) -> list[Table]:
         curves.setdefault(alike, []).append(case)
     tables = []
     for (operation, *names, setting), part in curves.items():
-        others = [c["backend"] for c in part if c["backend"] != _OWN]
+        others = dict.fromkeys(c["backend"] for c in part if c["backend"] != _OWN)
         own = sorted((c for c in part if c["backend"] == _OWN), key=lambda c: c["N"])
         if own and others:
-            lines = [_against(run, case, list(dict.fromkeys(others)), at) for case in own]
+            lines = [_against(run, case, list(others), at) for case in own]
             title = ", ".join([run.words.operation(operation).capitalize(), *names])
             if len({key[-1] for key in curves if key[0] == operation}) > 1:
                 title += f", {setting}"
-            tables.append(table.of_lines(title, table.without_empty(lines)))
+            tables.append(Table(title, table.without_empty(lines)))
     return tables
 
 
@@ -147,30 +136,27 @@ def _key(case: Case, operation: str, backend: str) -> tuple[Any, ...]:
     return operation, backend, case["pass"], case["dtype"], targets.place(case)
 
 
-def _against(run: Runs, own: Case, others: Sequence[str], at: dict[Any, Case]) -> Line:
+def _against(run: Runs, own: Case, others: Sequence[str], at: Mapping[Any, Case]) -> Line:
     line = {
-        "N": number(f"{own['N']:,}", own["N"]),
-        f"{_OWN}, time": number(duration(own["median_s"]), own["median_s"]),
-        f"{_OWN}, GFLOP/s": _rate(own["tflop_per_s"] * 1e3),
-        f"{_OWN}, GB/s": _rate(own["gb_per_s"]),
+        "N": count(own["N"]),
+        f"{_OWN}, time": number(own["median_s"], duration),
+        f"{_OWN}, GFLOP/s": number(own["tflop_per_s"] * 1e3, rate),
+        f"{_OWN}, GB/s": number(own["gb_per_s"], rate),
     }
     for name in others:
         other = at.get(_key(own, own["operation"], name))
-        line[f"{name}, GFLOP/s"] = _rate(other["tflop_per_s"] * 1e3 if other else None)
-        line[f"over {name}"] = maybe(targets.over(own, other) if other else None, "{:.2f}×", "")
-    line["over float32 matmul"] = maybe(targets.over_matmul(run, own), "{:.2f}×", "")
+        line[f"{name}, GFLOP/s"] = number(other["tflop_per_s"] * 1e3 if other else None, rate)
+        line[f"over {name}"] = _over(own, other)
+    line["over float32 matmul"] = number(targets.over_matmul(run, own), "{:.2f}×")
     family = family_of(own["operation"])
     if family.incumbent and own["operation"] == family.operations[0]:
         other = at.get(_key(own, family.operations[1], PYTORCH))
-        over = targets.over(own, other) if other else None
-        line[f"over {family.incumbent}"] = maybe(over, "{:.1f}×", "")
+        line[f"over {family.incumbent}"] = _over(own, other, "{:.1f}×")
     return line
 
 
-def _rate(value: float | None) -> Cell:
-    if value is None or math.isnan(value):  # the file does not say the work
-        return Cell(NOTHING)
-    return number(rate(value), value)
+def _over(own: Case, other: Case | None, form: str = "{:.2f}×") -> Cell:
+    return number(targets.over(own, other) if other else None, form)
 
 
 def time_against_n(run: Runs) -> Table | None:
@@ -178,35 +164,34 @@ def time_against_n(run: Runs) -> Table | None:
     cases = targets.one_sequence(run)
     if not cases:
         return None
-    lines = []
-    for case in cases:
-        each = 1e9 * case["median_s"] / case["N"] / targets.shape(case)["H"]
-        lines.append(
-            {
-                "N": number(f"{case['N']:,}", case["N"]),
-                "time": number(duration(case["median_s"]), case["median_s"]),
-                "ns per token and head": number(f"{each:.0f}", each),
-            }
-        )
+    lines = [
+        {
+            "N": count(case["N"]),
+            "time": number(case["median_s"], duration),
+            "ns per token and head": number(
+                1e9 * case["median_s"] / case["N"] / targets.shape(case)["H"], "{:.0f}"
+            ),
+        }
+        for case in cases
+    ]
     fit = fit_scaling([c["N"] for c in cases], [c["median_s"] for c in cases])
-    return table.of_lines(
-        "Time against N, one sequence, forward, float32", lines, f"Fitted: {fit}."
-    )
+    return Table("Time against N, one sequence, forward, float32", lines, f"Fitted: {fit}.")
 
 
-def document(run: Runs, found: Sequence[targets.Verdict]) -> str:
-    """The targets of a CPU, and what is behind each figure, as Markdown."""
-    lines = ["# The CPU kernels, measured", _heading(run), to_markdown(targets.as_table(found))]
-    lines.append(WHAT_LIMITS)
-    return join(lines + [text for one in _tables(run) for text in table.section(one)])
-
-
-def _tables(run: Runs) -> Iterator[Table]:
-    yield from against_others(run)
-    if (scaling := time_against_n(run)) is not None:
-        yield scaling
-    if found := products(run):
-        yield products_table(run, found)
+def document(run: Runs, found: Sequence[targets.Verdict]) -> Iterator[str]:
+    """The targets of a CPU, and what is behind each figure, as parts of a Markdown document."""
+    yield "# The CPU kernels, measured"
+    yield _heading(run)
+    yield table.to_markdown(targets.as_table(found))
+    yield WHAT_LIMITS
+    done = products(run)
+    behind = [
+        *against_others(run),
+        time_against_n(run),
+        products_table(run, done) if done else None,
+    ]
+    for one in filter(None, behind):
+        yield from table.section(one)
 
 
 def _heading(run: Runs) -> str:

@@ -17,8 +17,8 @@ from linear_vit.reports.targets import Verdict
 def of_targets(run: Runs, found: Sequence[Verdict]) -> str:
     """The targets, and for the C++ kernels what is behind each figure."""
     if run.heads[-1]["facts"].get("device") == "cpu":
-        return cpu.document(run, found)
-    return f"# Targets: {run.heads[-1]['machine']}\n\n{to_markdown(targets.as_table(found))}\n"
+        return join(cpu.document(run, found))
+    return join([f"# Targets: {run.heads[-1]['machine']}", to_markdown(targets.as_table(found))])
 
 
 # ---- what the repository measured ----------------------------------------------------------------
@@ -99,7 +99,7 @@ def _targets(machine: Path, folder: Path) -> Iterator[str]:
     yield "## The kernels against the targets set for them"
     for path, run in zip(paths, loaded, strict=True):
         yield f"{path.stem}: {_source(path, folder, run.heads[-1]['machine'])}"
-    yield to_markdown(table.of_lines("", lines))
+    yield to_markdown(Table("", lines))
 
 
 def _is_of_targets(path: Path) -> bool:

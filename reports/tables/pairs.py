@@ -1,6 +1,7 @@
-"""What the tables of training share: steps timed by turns, and how a speed-up is shown."""
+"""What the tables of training share: runs set beside others, and steps timed by turns."""
 
 import math
+import statistics
 from collections.abc import Hashable, Mapping, Sequence
 from typing import Any
 
@@ -9,7 +10,12 @@ import pandas as pd
 from linear_vit.reports.saved import machines
 from linear_vit.reports.saved.records import Record
 from linear_vit.reports.statistics import turns
-from linear_vit.reports.statistics.seeds import ratio_text
+from linear_vit.reports.statistics.seeds import (
+    paired_ratios,
+    percent_text,
+    ratio_text,
+    t_interval,
+)
 from linear_vit.reports.tables.table import NOTHING, Cell, number
 from linear_vit.reports.units import exact
 
@@ -18,11 +24,35 @@ _NORMAL_95 = 1.96
 OF_A_RUN = ("attention_type", "local_branch", "seed")
 
 Step = Mapping[Any, Any]  # a row of Runs.training
+BySeed = Mapping[int, Record]
 
 
 def setting(config: Mapping[str, Any]) -> dict[str, Any]:
     """What runs that may share a table have in common: all but the model and the seed."""
     return {name: value for name, value in config.items() if name not in OF_A_RUN}
+
+
+def compared(
+    runs: BySeed, base: BySeed, step: Step | None, base_step: Step | None
+) -> dict[str, Any]:
+    """Fields of a row of table.json or of an ablation: seeds, parameters, accuracy and speed.
+
+    Speeds are those of the steps by turns, of both or of neither: one clock for what is compared.
+    """
+    seeds = sorted(runs)
+    own = [runs[seed]["images_per_second"] for seed in seeds]
+    rate, how = statistics.median(own), "in the runs"
+    speedup = paired_ratios(runs, base, lambda run: run["images_per_second"])
+    if step and base_step:
+        rate, how = float(step["images_per_s"]), "by turns"
+        speedup = {**over(step, base_step), "values": (speedup or {}).get("values", [])}
+    return {
+        "seeds": seeds,
+        "parameters": runs[seeds[0]]["parameters"],
+        "accuracy": t_interval([100 * runs[seed]["test_accuracy"] for seed in seeds]),
+        "images_per_second": {"median": rate, "values": own, "how": how},
+        "speedup": speedup and {**speedup, "how": how},
+    }
 
 
 def by_turns(
@@ -39,8 +69,7 @@ def by_turns(
     """
     if steps is None or steps.empty or not runs:
         return {}
-    _, run = runs[0]
-    of_first = _of_run(run, steps).sort_values("datetime", kind="stable")
+    of_first = _of_run(runs[0][1], steps).sort_values("datetime", kind="stable")
     if of_first.empty:
         return {}
     one = steps[steps["file"] == of_first["file"].iloc[-1]]
@@ -50,9 +79,11 @@ def by_turns(
 
 def _of_run(run: Record, steps: pd.DataFrame) -> pd.DataFrame:
     """The steps of a record's model, settings, backend and machine."""
-    here = steps[steps["machine"] == machines.label(run["environment"])]
-    here = here[here["model"] == run["model"]]
-    here = here[here["backend"] == (run["config"].get("backend") or "default")]
+    here = steps[
+        (steps["machine"] == machines.label(run["environment"]))
+        & (steps["model"] == run["model"])
+        & (steps["backend"] == (run["config"].get("backend") or "default"))
+    ]
     wanted = without_backend(run["config"])
     return here[here["settings"].map(lambda one: without_backend(one) == wanted).astype(bool)]
 
@@ -74,7 +105,14 @@ def speedup_cell(ratio: Mapping[str, Any] | None) -> Cell:
     if ratio is None:
         return Cell(NOTHING)
     tip = f"{exact(ratio['median'])}×, {ratio['low']:.3f} to {ratio['high']:.3f} "
-    return number(ratio_text(ratio), ratio["median"], tip + ratio.get("how", "by seed"))
+    return number(ratio["median"], ratio_text(ratio), tip + ratio.get("how", "by seed"))
+
+
+def accuracy_cell(interval: Mapping[str, Any] | None, mark: str = "", missing: str = "") -> Cell:
+    """A mean over seeds with its interval, and the single values; or the tip on what is missing."""
+    if interval is None:
+        return Cell(NOTHING, tip=missing)
+    return number(interval["mean"], percent_text(interval), values(interval, "%"), mark)
 
 
 def values(of: Mapping[str, Any], unit: str) -> str:

@@ -59,14 +59,27 @@ from linear_vit.reports.statistics.seeds import paired_ratios, t_interval
 from linear_vit.reports.tables import ablation, pairs
 
 SCHEMA = "linear-vit-table/1"
+# Of a row, null where nothing was run.
+_MEASURED = (
+    "parameters",
+    "accuracy",
+    "images_per_second",
+    "speedup",
+    "gain",
+    "time_to_baseline",
+    "hours_200_epochs",
+    "peak_memory",
+)
+ByModel = Mapping[str, dict[int, Record]]  # runs by model and seed
+Fits = Sequence[Mapping[Any, Any]]  # with the columns of exponents.csv
 
 
 @dataclass(frozen=True)
 class Exponents:
-    """Measured fits and the file they are from; rows have the columns of exponents.csv."""
+    """Measured fits and the file they are from."""
 
     source: str | None = None
-    rows: Sequence[Mapping[str, Any]] = ()
+    rows: Fits = ()
 
 
 # Timed steps of a table's models that took turns, by model; empty where there are none.
@@ -92,26 +105,21 @@ def make(
         ablations: content of ablation-*.json files.
     """
     exponents = exponents or Exponents()
-    groups: dict[str, list[Record]] = {}
-    for run in runs:
+    groups: dict[tuple[int, str], dict[str, dict[int, Record]]] = {}
+    # Of a run that was made again the latest counts.
+    for run in sorted(runs, key=lambda run: run.get("started", "")):
         if run["status"] == "finished":
-            groups.setdefault(json.dumps(common(run), sort_keys=True), []).append(run)
-    order = list(DATASETS)
-
-    def place(item: tuple[str, list[Record]]) -> tuple[int, str]:
-        name = item[1][0]["config"]["dataset"]
-        return (order.index(name) if name in order else len(order), item[0])
-
+            by_model = groups.setdefault(_place(run), {})
+            by_model.setdefault(run["model"], {})[run["config"]["seed"]] = run
     tables, files = [], set()
-    for _, group in sorted(groups.items(), key=place):
-        by_model = _by_model(group)
-        first = [(model, by_model[model][min(by_model[model])]) for model in by_model]
-        first.sort(key=lambda item: item[0] != BASELINE)
-        timed = pairs.by_turns(first, steps) if BASELINE in by_model else {}
+    for _, by_model in sorted(groups.items()):
+        firsts = [(model, found[min(found)]) for model, found in by_model.items()]
+        firsts.sort(key=lambda item: item[0] != BASELINE)
+        timed = pairs.by_turns(firsts, steps) if BASELINE in by_model else {}
         files |= {str(step["file"]) for step in timed.values()}
-        tables.append(_dataset_table(by_model, timed, exponents.rows))
+        tables.append(_dataset(firsts[0][1]["config"]["dataset"], by_model, timed, exponents.rows))
     measured = {table["dataset"] for table in tables}
-    tables += [_not_run(name) for name in CLAIMS["accuracy"] if name not in measured]
+    tables += [_dataset(name, {}, {}, ()) for name in CLAIMS["accuracy"] if name not in measured]
     used = any(row["complexity"]["exponent"] for table in tables for row in table["rows"])
     return {
         "schema": SCHEMA,
@@ -130,84 +138,54 @@ def make(
     }
 
 
-def common(run: Record) -> dict[str, Any]:
-    """What runs of one table share."""
-    where = run["environment"]
-    processes = where.get("processes")
-    setting = pairs.setting(run["config"])
-    return {"setting": setting, "machine": machines.label(where), "processes": processes}
+def _place(run: Record) -> tuple[int, str]:
+    """Where the table of a run stands; runs of one table have the same."""
+    where, name, order = run["environment"], run["config"]["dataset"], list(DATASETS)
+    alike = {"setting": pairs.setting(run["config"]), "machine": machines.label(where)}
+    alike["processes"] = where.get("processes")
+    return order.index(name) if name in order else len(order), json.dumps(alike, sort_keys=True)
 
 
-def _by_model(runs: Iterable[Record]) -> dict[str, dict[int, Record]]:
-    """By model and seed; of one that was run again the latest counts."""
-    by_model: dict[str, dict[int, Record]] = {}
-    for run in sorted(runs, key=lambda run: run.get("started", "")):
-        by_model.setdefault(run["model"], {})[run["config"]["seed"]] = run
-    return by_model
-
-
-def _dataset_table(
-    by_model: dict[str, dict[int, Record]],
-    timed: Steps,
-    exponents: Sequence[Mapping[str, Any]],
-) -> dict[str, Any]:
-    run = next(iter(next(iter(by_model.values())).values()))
-    name, setting = run["config"]["dataset"], common(run)["setting"]
-    title, image_size = DATASETS.get(name, (name, 0))
+def _dataset(name: str, by_model: ByModel, timed: Steps, fits: Fits) -> dict[str, Any]:
+    """A data set at one setting; one that was never run has no runs."""
     models = [m for m in MODELS if m in ROWS or m in by_model]
     models += [m for m in by_model if m not in MODELS]
-    side = run.get("image_size") or image_size
-    sizes = (setting["patch_size"], setting["dim"], setting["mlp_dim"])
+    title, side = DATASETS.get(name, (name, 0))
+    run = next((run for found in by_model.values() for run in found.values()), None)
+    setting = run and pairs.setting(run["config"])
+    # The claimed backbone of 64 tokens: patches of an eighth of the image.
+    sizes = (side // 8, 384, 1536)
+    if run and setting:
+        title, side = run.get("dataset_title") or title, run.get("image_size") or side
+        sizes = (setting["patch_size"], setting["dim"], setting["mlp_dim"])
     return {
         "dataset": name,
-        "title": run.get("dataset_title") or title,
-        "status": "measured",
+        "title": title,
+        "status": "measured" if run else "not run",
         "setting": setting,
-        "environment": run["environment"],
-        "rows": [_row(name, model, by_model, timed, exponents) for model in models],
+        "environment": run and run["environment"],
+        "rows": [_row(name, model, by_model, timed, fits) for model in models],
         "arithmetic": arithmetic(side, *sizes) if side else None,
     }
 
 
-def _not_run(name: str) -> dict[str, Any]:
-    title, image_size = DATASETS[name]
-    return {
-        "dataset": name,
-        "title": title,
-        "status": "not run",
-        "setting": None,
-        "environment": None,
-        "rows": [_row(name, model, {}, {}, ()) for model in ROWS],
-        # The claimed backbone of 64 tokens: patches of an eighth of the image.
-        "arithmetic": arithmetic(image_size, image_size // 8, 384, 1536),
-    }
-
-
-def _row(
-    dataset: str,
-    model: str,
-    by_model: dict[str, dict[int, Record]],
-    timed: Steps,
-    exponents: Sequence[Mapping[str, Any]],
-) -> dict[str, Any]:
+def _row(dataset: str, model: str, by_model: ByModel, timed: Steps, fits: Fits) -> dict[str, Any]:
     runs = by_model.get(model, {})
     first = runs[min(runs)] if runs else {}
     attention, _, local = model.partition("-")
     claim = None
     if model in CLAIMS["accuracy"].get(dataset, {}):
         claim = {kind: CLAIMS[kind][dataset][model] for kind in ("accuracy", "speedup")}
-    of_runs = ["parameters", "accuracy", "images_per_second", "speedup", "gain"]
-    of_runs += ["time_to_baseline", "hours_200_epochs", "peak_memory"]
     row: dict[str, Any] = {
         "model": model,
         "title": model_of(model, first.get("model_title")).title,
         "attention_type": attention,
         "local_branch": bool(local),
         "status": "measured" if runs else "not run",
-        "seeds": sorted(runs),
-        **dict.fromkeys(of_runs),
+        "seeds": [],
+        **dict.fromkeys(_MEASURED),
         "claim": claim,
-        "complexity": _complexity(model, first, exponents),
+        "complexity": _complexity(model, first, fits),
     }
     if runs:
         row |= _measured(model, runs, by_model.get(BASELINE, {}), timed)
@@ -219,33 +197,19 @@ def _measured(
     model: str, runs: dict[int, Record], baseline: dict[int, Record], timed: Steps
 ) -> dict[str, Any]:
     """What the runs of a model say: the fields that are null where there are none."""
-    seeds = sorted(runs)
-    # Images per second of both by turns, or of neither: one clock for what is compared.
-    by_turns = (timed[m]["images_per_s"] if model in timed else None for m in (model, BASELINE))
-    rate, base = by_turns
-    own = [runs[seed]["images_per_second"] for seed in seeds]
-    paired = [seed for seed in seeds if seed in baseline]
-    how = "in the runs" if rate is None else "by turns"
-    speedup = paired_ratios(runs, baseline, lambda run: run["images_per_second"])
-    speedup = speedup and {**speedup, "how": how}
-    if rate is not None:
-        values = (speedup or {}).get("values", [])
-        speedup = {**pairs.over(timed[model], timed[BASELINE]), "values": values}
-    gain = [100 * (runs[s]["test_accuracy"] - baseline[s]["test_accuracy"]) for s in paired]
+    steps = (timed.get(model), timed.get(BASELINE))
+    rate, base = (float(step["images_per_s"]) if step else None for step in steps)
+    paired = {seed: run for seed, run in runs.items() if seed in baseline}
+    gain = [
+        100 * (run["test_accuracy"] - baseline[seed]["test_accuracy"])
+        for seed, run in sorted(paired.items())
+    ]
     epochs = [epoch_seconds(entry, rate) for run in runs.values() for entry in run["epochs"]]
     peaks = [run["peak_memory"] for run in runs.values() if run.get("peak_memory")]
-    of_pairs = {seed: runs[seed] for seed in paired}
     return {
-        "parameters": runs[seeds[0]]["parameters"],
-        "accuracy": t_interval([100 * runs[seed]["test_accuracy"] for seed in seeds]),
-        "images_per_second": {
-            "median": statistics.median(own) if rate is None else rate,
-            "values": own,
-            "how": how,
-        },
-        "speedup": speedup,
+        **pairs.compared(runs, baseline, *steps),
         "gain": t_interval(gain) if gain and model != BASELINE else None,
-        "time_to_baseline": _time_to_baseline(of_pairs, baseline, (rate, base)) if paired else None,
+        "time_to_baseline": _time_to_baseline(paired, baseline, (rate, base)) if paired else None,
         "hours_200_epochs": 200 * statistics.median(epochs) / 3600,
         "peak_memory": max(peaks, default=None),
     }
@@ -257,8 +221,10 @@ def _time_to_baseline(
     rates: tuple[float | None, float | None],
 ) -> dict[str, Any]:
     targets = {seed: baseline[seed]["epochs"][-1]["val_accuracy"] for seed in runs}
-    own = {seed: seconds_to(runs[seed]["epochs"], targets[seed], rates[0]) for seed in runs}
-    theirs = {seed: seconds_to(baseline[seed]["epochs"], targets[seed], rates[1]) for seed in runs}
+    own, theirs = (
+        {seed: seconds_to(of[seed]["epochs"], target, rate) for seed, target in targets.items()}
+        for of, rate in zip((runs, baseline), rates, strict=True)
+    )
     reached = [seconds for seconds in own.values() if seconds is not None]
     return {
         "target_percent": 100 * statistics.fmean(targets.values()),
@@ -352,24 +318,19 @@ def arithmetic(image_size: int, patch_size: int, dim: int, mlp_dim: int) -> dict
     }
 
 
-def _complexity(model: str, run: Record, exponents: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+def _complexity(model: str, run: Record, fits: Fits) -> dict[str, Any]:
     """The order of the attention core, and the exponent measured for its operation.
 
     Only a fit that was made on the runs' own machine, device and PyTorch counts. Of several: one by
     their backend, of both passes.
     """
     of = model_of(model)
-    result: dict[str, Any] = {"order": of.order}
-    keys = ("pass", "backend", "dtype", "machine")
+    keys = ("exponent", "low", "high", "pass", "backend", "dtype", "machine")
     where = machines.label(run["environment"]) if run else None
-    fits = [f for f in exponents if f["operation"] == of.grows_as and f["machine"] == where]
-    if not fits:
-        return result | dict.fromkeys(("exponent", "low", "high", *keys))
-
-    def preference(fit: Mapping[str, Any]) -> tuple[bool, bool]:
-        backend = run["config"].get("backend") or PYTORCH
-        return fit["backend"] == backend, fit["pass"] == "forward+backward"
-
-    best = max(fits, key=preference)
-    numbers = {key: float(best[key]) for key in ("exponent", "low", "high")}
-    return result | numbers | {key: best[key] for key in keys}
+    here = [f for f in fits if f["operation"] == of.grows_as and f["machine"] == where]
+    if not here:
+        return {"order": of.order, **dict.fromkeys(keys)}
+    backend = run["config"].get("backend") or PYTORCH
+    best = max(here, key=lambda f: (f["backend"] == backend, f["pass"] == "forward+backward"))
+    numbers = {key: float(best[key]) for key in keys[:3]}
+    return {"order": of.order, **numbers, **{key: best[key] for key in keys[3:]}}

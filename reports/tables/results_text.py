@@ -4,9 +4,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from linear_vit.reports.saved import machines
-from linear_vit.reports.statistics.seeds import percent_text, points_text, ratio_text
+from linear_vit.reports.statistics.seeds import points_text, ratio_text
 from linear_vit.reports.tables import pairs, table
-from linear_vit.reports.tables.table import NOTHING, Cell, Line, Table, maybe, number, word
+from linear_vit.reports.tables.table import NOTHING, Cell, Line, Table, count, number, word
 from linear_vit.reports.units import exact
 
 _VERDICTS = {"reproduced": "best", "not reproduced": "failed"}
@@ -63,7 +63,7 @@ def markdown(content: dict[str, Any]) -> str:
 
 def _part(dataset: dict[str, Any], claims: dict[str, Any]) -> Part:
     here = machines.label(dataset["environment"]) if dataset["environment"] else ""
-    lines = [_cells(row, here) for row in dataset["rows"]]
+    lines = [_line(row, here) for row in dataset["rows"]]
     said = [arithmetic(dataset["arithmetic"])] if dataset["arithmetic"] else []
     hours = claims["hours_200_epochs"].get(dataset["dataset"])
     if hours and dataset["status"] == "measured":
@@ -71,8 +71,7 @@ def _part(dataset: dict[str, Any], claims: dict[str, Any]) -> Part:
     if any(row["peak_memory"] for row in dataset["rows"]):
         said.append(f"Claimed peak memory: {claims['peak_memory_gb']} GB.")
     title = str(dataset["title"])
-    shown = table.of_lines(title, table.without_empty(lines))
-    return Part(title, _where(dataset), shown, said, dataset)
+    return Part(title, _where(dataset), Table(title, table.without_empty(lines)), said, dataset)
 
 
 def _where(dataset: dict[str, Any]) -> str:
@@ -100,36 +99,30 @@ def arithmetic(a: dict[str, Any]) -> str:
     )
 
 
-def _cells(row: dict[str, Any], here: str) -> Line:
+def _line(row: dict[str, Any], here: str) -> Line:
     """The cells of a model; ``here`` is the machine that its table is of."""
-    claim, accuracy, gain = row["claim"] or {}, row["accuracy"], row["gain"]
-    rate, peak = row["images_per_second"], row["peak_memory"]
-    mark = _VERDICTS.get(row["verdict"], "")
-    shown = percent_text(accuracy) if accuracy else ""
+    claim, accuracy, gain, nothing = row["claim"] or {}, row["accuracy"], row["gain"], Cell(NOTHING)
+    rate, peak, points = row["images_per_second"], row["peak_memory"], points_text(gain)
     return {
         "Model": word(row["title"]),
-        "Parameters": maybe(row["parameters"], "{:,}"),
-        "Accuracy": _of_seeds(accuracy, shown, "%") if accuracy else Cell("not run"),
-        "Accuracy claimed": maybe(claim.get("accuracy"), "{:.1f} %"),
-        "Over the baseline": _of_seeds(gain, points_text(gain), "points"),
+        "Parameters": count(row["parameters"]),
+        "Accuracy": pairs.accuracy_cell(accuracy) if accuracy else Cell("not run"),
+        "Accuracy claimed": number(claim.get("accuracy"), "{:.1f} %"),
+        "Over the baseline": number(gain["mean"], points, pairs.values(gain, "points"))
+        if gain
+        else nothing,
         "Complexity": _order(row["complexity"], here),
-        "Images/s": maybe(
-            rate and rate["median"], "{:,.0f}", rate and pairs.values(rate, "images/s")
-        ),
+        "Images/s": number(rate["median"], "{:,.0f}", pairs.values(rate, "images/s"))
+        if rate
+        else nothing,
         "Speed-up": pairs.speedup_cell(row["speedup"]),
-        "Speed-up claimed": maybe(claim.get("speedup"), "{:.1f}×"),
+        "Speed-up claimed": number(claim.get("speedup"), "{:.1f}×"),
         "Time to baseline's accuracy": _time_to(row["time_to_baseline"]),
-        "200 epochs": maybe(row["hours_200_epochs"], "{:.2g} h"),
-        "Peak memory": maybe(peak and peak / 1e9, "{:.2g} GB"),
-        "Seeds": maybe(len(row["seeds"]) or None, "{}", ""),
-        "Verdict": word(row["verdict"], row["verdict_reason"], mark),
+        "200 epochs": number(row["hours_200_epochs"], "{:.2g} h"),
+        "Peak memory": number(peak and peak / 1e9, "{:.2g} GB"),
+        "Seeds": count(len(row["seeds"]) or None),
+        "Verdict": word(row["verdict"], row["verdict_reason"], _VERDICTS.get(row["verdict"], "")),
     }
-
-
-def _of_seeds(interval: dict[str, Any] | None, text: str, unit: str) -> Cell:
-    if interval is None:
-        return Cell(NOTHING)
-    return number(text, interval["mean"], pairs.values(interval, unit))
 
 
 def _order(c: dict[str, Any], here: str) -> Cell:
@@ -145,16 +138,16 @@ def _order(c: dict[str, Any], here: str) -> Cell:
 def _time_to(found: dict[str, Any] | None) -> Cell:
     if found is None:
         return Cell(NOTHING)
-    share = f"{found['reached']} of {found['seeds']} seeds"
-    tip = f"to {exact(found['target_percent'])} % validation accuracy, reached by {share}"
+    share = f"{found['reached']} of {found['seeds']}"
+    tip = f"to {exact(found['target_percent'])} % validation accuracy, reached by {share} seeds"
     if found["seconds"] is None:
         return Cell("not reached", tip=tip)
     text = f"{found['seconds']:,.3g} s"
     if found["speedup"]:
         text += f", {ratio_text(found['speedup'])}"
     if found["reached"] != found["seeds"]:
-        text += f", reached in {found['reached']} of {found['seeds']}"
-    return number(text, found["seconds"], tip)
+        text += f", reached in {share}"
+    return number(found["seconds"], text, tip)
 
 
 # Column of table.csv, and where in a row of table.json it stands.
@@ -193,12 +186,5 @@ def to_csv(content: dict[str, Any]) -> str:
             "machine": where and machines.label(where),
         }
         for row in dataset["rows"]:
-            row = row | {"seeds": len(row["seeds"])}
-            rows.append(alike | {name: _at(row, path) for name, path in _CSV.items()})
+            rows.append(alike | table.picked(row | {"seeds": len(row["seeds"])}, _CSV))
     return table.to_csv(rows)
-
-
-def _at(row: Any, path: str) -> Any:
-    for name in path.split("."):
-        row = (row or {}).get(name)
-    return row

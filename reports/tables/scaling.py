@@ -2,13 +2,13 @@
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 
 import pandas as pd
 
 from linear_vit.reports.groups import Group, crossovers
 from linear_vit.reports.statistics.fits import Fit
-from linear_vit.reports.tables import table
-from linear_vit.reports.tables.table import NOTHING, Cell, Facets, Line, Table, number, word
+from linear_vit.reports.tables.table import Cell, Line, Table, number, word
 from linear_vit.reports.units import exact
 
 _RESIDUAL = (
@@ -19,22 +19,27 @@ _RESIDUAL = (
 
 def crossings(found: Sequence[Group]) -> list[Table]:
     """From which N each backend overtakes the incumbent; a table per family that asks for it."""
-    lines: dict[str, list[tuple[Line, Facets]]] = {}
+    lines: dict[str, list[Line]] = {}
     for group, mode, backend, answer in crossovers(found):
         first = group.family.operations[0]
         heading = f"Crossover: from which N {group.words.operation(first)} beats "
-        crossing = {"crossover (95 % interval)": number(answer.text, answer.estimate)}
-        line = _line(group, first, mode, backend, crossing)
-        del line[0]["operation"]
+        line = _named(group, first, mode, backend)
+        # Its facet stays with the row, though the heading says what it is.
+        line["pass"] = replace(line["pass"], facets=line.pop("operation").facets)
+        cell = Cell(answer.text, answer.estimate)
+        line |= {"crossover (95 % interval)": cell, "where": _where(group)}
         lines.setdefault(heading + group.family.incumbent, []).append(line)
     return [_table(heading, of, "") for heading, of in lines.items()]
 
 
 def exponents(found: Sequence[Group]) -> Table | None:
     """A row per fitted curve; None without one."""
-    names = ("exponent p", "residual", "last slope")
     lines = [
-        _line(group, operation, mode, backend, dict(zip(names, _fit_cells(fit), strict=True)))
+        _named(group, operation, mode, backend)
+        | {"exponent p": _exponent(fit)}
+        | {"residual": number(fit.residual, "{:.0%}", exact(100 * fit.residual, "%"))}
+        | {"last slope": number(fit.local_slope, "{:.2f}")}
+        | {"where": _where(group)}
         for group in found
         for (operation, mode, backend), fit in group.fits.items()
     ]
@@ -44,78 +49,60 @@ def exponents(found: Sequence[Group]) -> Table | None:
 def fit_frame(found: Sequence[Group]) -> pd.DataFrame:
     """A row per curve: the exponent with its interval, or why there is none."""
     rows = [
-        {
-            "machine": group.machine,
-            "operation": operation,
-            "pass": mode,
-            "dtype": group.dtype,
-            "backend": backend,
-            "exponent": None if fit.reason else fit.exponent,
-            "low": None if fit.reason else fit.low,
-            "high": None if fit.reason else fit.high,
-            "floor_s": None if fit.reason else fit.floor,
-            "residual": fit.residual,
-            "local_slope": fit.local_slope,
-            "lengths": fit.lengths,
-            "reason": fit.reason or "",
-            "sweep": group.sweep,
-            "setting": group.setting,
-        }
+        {"machine": group.machine, "operation": operation, "pass": mode, "dtype": group.dtype}
+        | {"backend": backend, "exponent": fit.exponent, "low": fit.low, "high": fit.high}
+        | {"floor_s": fit.floor, "residual": fit.residual, "local_slope": fit.local_slope}
+        | {"lengths": fit.lengths, "reason": fit.reason or ""}
+        | {"sweep": group.sweep, "setting": group.setting}
         for group in found
         for (operation, mode, backend), fit in group.fits.items()
     ]
-    return pd.DataFrame(rows)
+    frame = pd.DataFrame(rows)
+    if rows:
+        frame.loc[frame["reason"] != "", ["exponent", "low", "high", "floor_s"]] = float("nan")
+    return frame
 
 
 def crossover_frame(found: Sequence[Group]) -> pd.DataFrame:
     """A row per backend that is set against an incumbent: the length from which on it is faster."""
     rows = [
-        {
-            "machine": group.machine,
-            "pass": mode,
-            "dtype": group.dtype,
-            "total_tokens": group.total_tokens,
-            "backend": backend,
-            "estimate": answer.estimate,
-            "low": answer.low,
-            "high": answer.high,
-            "text": answer.text,
-            "sweep": group.sweep,
-            "setting": group.setting,
-        }
+        {"machine": group.machine, "pass": mode, "dtype": group.dtype}
+        | {"total_tokens": group.total_tokens, "backend": backend, "estimate": answer.estimate}
+        | {"low": answer.low, "high": answer.high, "text": answer.text}
+        | {"sweep": group.sweep, "setting": group.setting}
         for group, mode, backend, answer in crossovers(found)
     ]
     return pd.DataFrame(rows)
 
 
-def _line(
-    group: Group, operation: str, mode: str, backend: str, measured: Line
-) -> tuple[Line, Facets]:
-    names = {"operation": group.words.operation(operation), "pass": mode}
-    names |= {"dtype": group.dtype, "backend": backend}
-    where = word(group.where.partition(", ")[2])
-    line = {name: word(text) for name, text in names.items()} | measured | {"where": where}
-    return line, {"operation": operation, "backend": backend, "dtype": group.dtype}
+def _named(group: Group, operation: str, mode: str, backend: str) -> Line:
+    return {
+        "operation": word(group.words.operation(operation), operation=operation),
+        "pass": word(mode),
+        "dtype": word(group.dtype, dtype=group.dtype),
+        "backend": word(backend, backend=backend),
+    }
 
 
-def _table(title: str, found: Sequence[tuple[Line, Facets]], note: str) -> Table:
+def _where(group: Group) -> Cell:
+    return word(group.where.partition(", ")[2])
+
+
+def _table(title: str, lines: list[Line], note: str) -> Table:
     """Where all rows are of one machine, the title says it; else each row does."""
-    lines, facets = zip(*found, strict=True)
     places = {line["where"].text for line in lines}
     if len(places) == 1:
         title += f"; {places.pop()}"
-        lines = tuple({k: cell for k, cell in line.items() if k != "where"} for line in lines)
-    left = [name for name in lines[0] if name not in ("residual", "last slope")]
-    return table.of_lines(title, lines, note, rows=facets, words=left)
+        for line in lines:
+            del line["where"]
+    return Table(title, lines, note, words=("exponent p", "crossover (95 % interval)"))
 
 
-def _fit_cells(fit: Fit) -> list[Cell]:
+def _exponent(fit: Fit) -> Cell:
     if math.isnan(fit.residual):  # too few lengths to fit anything
-        return [Cell(str(fit.reason)), Cell(NOTHING), Cell(NOTHING)]
-    scatter = number(f"{fit.residual:.0%}", fit.residual, exact(100 * fit.residual, "%"))
-    slope = number(f"{fit.local_slope:.2f}", fit.local_slope, exact(fit.local_slope))
+        return Cell(str(fit.reason))
     if fit.reason:
-        return [Cell(f"no fit: {fit.reason}"), scatter, slope]
+        return Cell(f"no fit: {fit.reason}")
     tip = f"a = {exact(fit.floor * 1e6, 'µs')}, b = {fit.scale:.3g} s, {fit.lengths} lengths"
     text = f"{fit.exponent:.2f} ({fit.low:.2f} to {fit.high:.2f})"
-    return [number(text, fit.exponent, tip), scatter, slope]
+    return Cell(text, fit.exponent, tip)

@@ -6,21 +6,23 @@ hide it; a part without a facet is never hidden by the filter of that name.
 
 import csv
 import io
+import math
 import textwrap
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from linear_vit.reports.units import exact
 
 Facets = dict[str, str]  # a facet's name to one value, or to several with | between
+NOTHING = "–"
 
 
 @dataclass(frozen=True)
 class Cell:
     """``value`` is what a column is sorted by (None sorts last), ``tip`` the exact figure.
 
-    ``link`` is an address relative to the page, or empty.
+    ``link`` is an address relative to the page, or empty; ``facets`` are those of the whole row.
     """
 
     text: str
@@ -28,6 +30,10 @@ class Cell:
     tip: str = ""
     mark: str = ""
     link: str = ""
+    facets: Facets = field(default_factory=dict)
+
+
+Line = dict[str, Cell]  # a row's cells by column
 
 
 @dataclass(frozen=True)
@@ -41,50 +47,32 @@ class Column:
 
 
 @dataclass(frozen=True)
-class Row:
-    cells: list[Cell]
-    facets: Facets = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
 class Table:
+    """Lines that all have the same columns; there is at least one.
+
+    ``facets`` are of the table as a whole, ``heads`` the columns that have more than a title, and
+    ``words`` those that stand on the left, besides those that hold nothing but names.
+    """
+
     title: str
-    columns: list[Column]
-    rows: list[Row]
+    lines: Sequence[Line]
     note: str = ""
     facets: Facets = field(default_factory=dict)
+    heads: Mapping[str, Column] = field(default_factory=dict)
+    words: Sequence[str] = ()
+
+    @property
+    def columns(self) -> list[Column]:
+        return [self.heads.get(name) or self._column(name) for name in self.lines[0]]
+
+    def _column(self, name: str) -> Column:
+        names_alone = all(isinstance(line[name].value, str) for line in self.lines)
+        return Column(name, name in self.words or names_alone)
 
 
-Line = dict[str, Cell]  # a row's cells by column
-NOTHING = "–"
-
-
-def of_lines(
-    title: str,
-    lines: Sequence[Line],
-    note: str = "",
-    facets: Facets | None = None,
-    *,
-    rows: Sequence[Facets] = (),
-    heads: Mapping[str, Column] | None = None,
-    words: Sequence[str] = (),
-) -> Table:
-    """A table of such lines, which all have the same columns; there is at least one.
-
-    Args:
-        facets: of the table as a whole.
-        rows: facets of each row.
-        heads: columns, by title, that have a tip or facets of their own.
-        words: columns that stand on the left, besides those that hold nothing but names.
-    """
-    columns = [
-        (heads or {}).get(name)
-        or Column(name, name in words or all(isinstance(line[name].value, str) for line in lines))
-        for name in lines[0]
-    ]
-    of_rows = rows or [{} for _ in lines]
-    made = [Row(list(line.values()), of) for line, of in zip(lines, of_rows, strict=True)]
-    return Table(title, columns, made, note, facets or {})
+def facets_of(line: Line) -> Facets:
+    """Those that a row's cells give it."""
+    return {name: value for cell in line.values() for name, value in cell.facets.items()}
 
 
 def without_empty(lines: Sequence[Line]) -> list[Line]:
@@ -93,33 +81,46 @@ def without_empty(lines: Sequence[Line]) -> list[Line]:
     return [{name: line[name] for name in kept} for line in lines]
 
 
-def number(text: str, value: float | None, tip: str = "", mark: str = "") -> Cell:
-    """A figure, sorted by its value."""
-    return Cell(text, value, tip, mark)
+def number(
+    value: float | None, form: str | Callable[[float], str], tip: str | None = None, mark: str = ""
+) -> Cell:
+    """A figure in this format, sorted by its value; a dash where there is none.
 
-
-def word(text: Any, tip: str = "", mark: str = "") -> Cell:
-    """A name, sorted as text."""
-    return Cell(str(text), str(text).lower(), tip, mark)
-
-
-def maybe(value: float | None, form: str, tip: str | None = None) -> Cell:
-    """A figure in this format, or a dash where there is none; ``tip`` if not its exact value."""
-    if value is None:
+    ``tip`` is its exact value, unless said otherwise, or a function makes its text.
+    """
+    if value is None or math.isnan(value):
         return Cell(NOTHING)
-    return number(form.format(value), value, exact(value) if tip is None else tip)
+    if not isinstance(form, str):
+        return Cell(form(value), value, tip or "", mark)
+    if tip is None:
+        tip = exact(value) if isinstance(value, float) else ""
+    return Cell(form.format(value), value, tip, mark)
+
+
+def count(value: int | None, tip: str = "", mark: str = "") -> Cell:
+    return number(value, "{:,}", tip, mark)
+
+
+def word(text: Any, tip: str = "", mark: str = "", **facets: str) -> Cell:
+    """A name, sorted as text; with it the facets that it gives its row."""
+    return Cell(str(text), str(text).lower(), tip, mark, facets=facets)
 
 
 def to_markdown(table: Table) -> str:
     """The table alone, without its title and note; a line per row. What failed is bold."""
-    titles = [column.title for column in table.columns]
-    lines = [titles, ["---" if column.words else "---:" for column in table.columns]]
-    lines += [[_emphasised(cell) for cell in row.cells] for row in table.rows]
+    columns = table.columns
+    lines = [[column.title for column in columns]]
+    lines += [["---" if column.words else "---:" for column in columns]]
+    lines += [[_emphasised(cell) for cell in line.values()] for line in table.lines]
     return "\n".join("| " + " | ".join(map(_escaped, line)) + " |" for line in lines)
 
 
 def _emphasised(cell: Cell) -> str:
     return f"**{cell.text}**" if cell.mark == "failed" else cell.text
+
+
+def _escaped(text: str) -> str:
+    return text.replace("|", "\\|").replace("\n", " ")
 
 
 def section(table: Table, level: str = "##") -> list[str]:
@@ -136,6 +137,18 @@ def to_csv(rows: Sequence[Mapping[str, Any]]) -> str:
     return text.getvalue()
 
 
+def picked(row: Mapping[str, Any], paths: Mapping[str, str]) -> dict[str, Any]:
+    """By column what stands in a document at a path like ``speedup.median``, or None."""
+
+    def at(path: str) -> Any:
+        found: Any = row
+        for name in path.split("."):
+            found = (found or {}).get(name)
+        return found
+
+    return {column: at(path) for column, path in paths.items()}
+
+
 def join(parts: Iterable[str]) -> str:
     """A Markdown document of headings, tables and paragraphs, prose wrapped at 100."""
     return "\n\n".join(map(_wrapped, parts)) + "\n"
@@ -145,7 +158,3 @@ def _wrapped(part: str) -> str:
     if part.startswith(("|", "#", "```")):
         return part
     return textwrap.fill(part, 100, break_long_words=False, break_on_hyphens=False)
-
-
-def _escaped(text: str) -> str:
-    return text.replace("|", "\\|").replace("\n", " ")

@@ -8,14 +8,15 @@ import pytest
 from linear_vit.reports import groups
 from linear_vit.reports.__main__ import main
 from linear_vit.reports.page import profile_sections
-from linear_vit.reports.page.parts import Section
+from linear_vit.reports.page.parts import Section, Seen
+from linear_vit.reports.saved import documents
 from linear_vit.reports.saved.runs import load
 from linear_vit.reports.tables.table import Table
 from tests.reports import saved
 
 
 def text(table: Table) -> list[list[str]]:
-    return [[cell.text for cell in row.cells] for row in table.rows]
+    return [[cell.text for cell in line.values()] for line in table.lines]
 
 
 def profiled(folder: Path, **changes: object) -> Section:
@@ -24,16 +25,19 @@ def profiled(folder: Path, **changes: object) -> Section:
         case["extra_info"]["profile"] = saved.profile(case) | changes
     loaded = load([saved.save(folder / "runs" / "run.json", run)])
     found = groups.groups(loaded)
-    return profile_sections.section(found, folder / "pages", brief=False)
+    seen = Seen(documents.Documents(loaded), found, folder / "pages")
+    return Section(list(profile_sections.section(seen)))
 
 
 def test_a_profiled_case_has_its_top_kernels(tmp_path: Path) -> None:
     (found,) = profiled(tmp_path).tables
     assert found.title.startswith("Linear attention, forward; float32, Test CPU <3 GHz>")
     assert found.note == "No counters: ncu is not installed."
-    assert len(found.rows) == 2 * 2
+    assert len(found.lines) == 2 * 2
     assert text(found)[0][:6] == ["64", "reference", "state_kernel", "75.0%", "30.0 µs", "3"]
-    assert found.rows[0].cells[2].tip == "void state_kernel<64, (bool)1>(float const*)"
+    assert (
+        found.lines[0]["kernel or operator"].tip == "void state_kernel<64, (bool)1>(float const*)"
+    )
 
 
 def test_counters_are_in_the_units_of_their_headings(tmp_path: Path) -> None:
@@ -43,10 +47,9 @@ def test_counters_are_in_the_units_of_their_headings(tmp_path: Path) -> None:
         "launch__registers_per_thread": 96.0,
     }
     _, found = profiled(tmp_path, ncu={"state_kernel": counted}).tables
-    titles = [column.title for column in found.columns]
-    cells = dict(zip(titles, text(found)[0], strict=True))
-    assert (cells["µs"], cells["MB read"], cells["registers"]) == ("25", "4", "96")
-    assert cells["MB written"] == "–"
+    cells = found.lines[0]
+    assert [cells[x].text for x in ("µs", "MB read", "registers")] == ["25", "4", "96"]
+    assert cells["MB written"].text == "–"
 
 
 @pytest.mark.parametrize(
@@ -64,7 +67,7 @@ def test_a_trace_is_linked_where_it_is(tmp_path: Path, name: str, there: bool, l
         path.parent.mkdir(parents=True)
         path.write_bytes(b"")
     (found,) = profiled(tmp_path, trace=name).tables
-    assert {row.cells[-1].link for row in found.rows} == {link}
+    assert {line["trace"].link for line in found.lines} == {link}
 
 
 @pytest.mark.parametrize(

@@ -12,10 +12,11 @@ import pytest
 
 from linear_vit.reports.__main__ import main
 from linear_vit.reports.page import training_sections
+from linear_vit.reports.page.parts import Seen
 from linear_vit.reports.saved import documents
 from linear_vit.reports.saved.runs import NoRuns, Words, load
 from linear_vit.reports.styles import page_style, style
-from linear_vit.reports.tables.table import Cell
+from linear_vit.reports.tables.table import Cell, Table
 from tests.reports import saved
 
 
@@ -291,9 +292,9 @@ def test_a_peer_of_another_function_is_marked(tmp_path: Path) -> None:
 
 def joined(folder: Path) -> dict[str, Cell]:
     """The line from kernel to model, by column."""
-    section = training_sections.training_steps(documents.load([], folder))
-    (table,) = [one for one in section.tables if one.title.startswith("From")]
-    return dict(zip([c.title for c in table.columns], table.rows[0].cells, strict=True))
+    parts = training_sections.training_steps(Seen(documents.load([], folder)))
+    (table,) = [p for p in parts if isinstance(p, Table) and p.title.startswith("From")]
+    return table.lines[0]
 
 
 def test_kernel_and_step_speed_meet_in_one_line(tmp_path: Path) -> None:

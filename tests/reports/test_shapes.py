@@ -10,9 +10,11 @@ from linear_vit.reports import groups
 from linear_vit.reports.changes import changes
 from linear_vit.reports.compare import speedups, summarise
 from linear_vit.reports.page import training_sections
+from linear_vit.reports.page.parts import Seen
 from linear_vit.reports.saved import documents
 from linear_vit.reports.saved.runs import load
 from linear_vit.reports.tables import cpu
+from linear_vit.reports.tables.table import Table
 from linear_vit.reports.targets import CPU, GPU, verdicts
 from tests.reports import saved
 
@@ -102,8 +104,7 @@ def test_a_cpus_targets_and_tables_mix_no_heads(tmp_path: Path, order: int) -> N
         "H = 6, Hk = 6, D = 64",
     ]
     for one in tables:
-        at = [column.title for column in one.columns].index("over compiled")
-        assert [row.cells[at].text for row in one.rows] == ["6.00×", "6.00×"]
+        assert [line["over compiled"].text for line in one.lines] == ["6.00×", "6.00×"]
 
 
 def test_a_models_kernel_speed_up_is_of_one_shape(tmp_path: Path) -> None:
@@ -118,8 +119,7 @@ def test_a_models_kernel_speed_up_is_of_one_shape(tmp_path: Path) -> None:
             saved.slow_down(case, factor if backend == "cpu" else 1.0)
             made["benchmarks"].append(case)
     saved.save(tmp_path / "run.json", json.loads(json.dumps(made)))
-    section = training_sections.training_steps(documents.load([], tmp_path))
-    (table,) = [one for one in section.tables if one.title.startswith("From")]
-    at = [column.title for column in table.columns].index("kernel speed-up")
-    value = table.rows[0].cells[at].value
+    parts = training_sections.training_steps(Seen(documents.load([], tmp_path)))
+    (table,) = [p for p in parts if isinstance(p, Table) and p.title.startswith("From")]
+    value = table.lines[0]["kernel speed-up"].value
     assert value == pytest.approx(saved.KERNEL_SPEEDUP) or value == pytest.approx(2 / 50)

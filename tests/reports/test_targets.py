@@ -176,8 +176,8 @@ def test_the_limits_of_a_product_are_those_that_its_case_says(
 ) -> None:
     loaded = load([saved.save(tmp_path / "run.json", product(kept))])
     found = cpu.products(loaded)
-    (row,) = cpu.products_table(loaded, found).rows
-    texts = [cell.text for cell in row.cells]
+    (line,) = cpu.products_table(loaded, found).lines
+    texts = [cell.text for cell in line.values()]
     assert texts[1:5] == ["1,024", "10.0 ms", "100", binding]
     assert texts[5:] == ["20%", "30%", "40%", "10%", last]
     assert "200 GFLOP/s of FMAs on registers" in cpu.products_table(loaded, found).note
