@@ -4,7 +4,6 @@ What ``train_minimal.py`` and ``python -m reports`` call; each function writes i
 returns what a terminal shows.
 """
 
-import csv
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -45,11 +44,14 @@ def write_results(
         raise NoRuns(f"no folder {folder} of run records")
     found, skipped = records.read_runs(folder)
     timed = _load(sorted(folder.glob("*.json")) if speeds is None else list(speeds))
+    told, more = records.read_ablations(ablations) if ablations else ([], [])
+    fits = _near(out, found) if exponents is None else read_exponents(exponents)
+    skipped += [*more, *(fits.skipped if fits else ()), *(timed.skipped if timed else ())]
     content = results.make(
         found,
         steps=timed.training if timed else None,
-        exponents=_near(out, found) if exponents is None else read_exponents(exponents),
-        ablations=records.read_ablations(ablations) if ablations else (),
+        exponents=fits,
+        ablations=told,
     )
     markdown = results_text.markdown(content)
     write_json(out / "table.json", content)
@@ -82,6 +84,7 @@ def write_ablation(
     """
     found, skipped = records.read_runs(folder)
     timed = _load(sorted(folder.glob("*.json")) if speeds is None else list(speeds))
+    skipped += timed.skipped if timed else []
     try:
         content = ablation.make(
             setting,
@@ -124,7 +127,7 @@ def write_breakdown(record: Path, out: Path) -> str:
     """
     try:
         found = records.read_breakdown(record)
-    except ValueError as error:
+    except records.Damaged as error:
         raise NoRuns(str(error)) from error
     markdown = _document([breakdown.as_table(found)])
     write_text(out / "step-breakdown.md", markdown)
@@ -141,15 +144,12 @@ def read_exponents(path: Path) -> Exponents:
     if path.suffix == ".json":
         return Exponents(str(path), _fits(groups(runs.load([path]))))
     try:
-        with path.open(newline="", encoding="utf-8") as file:
-            rows = list(csv.DictReader(file))
-    except (OSError, ValueError) as error:
-        raise NoRuns(f"{path} is no readable exponents.csv ({error})") from error
-    needed = {"machine", "operation", "pass", "dtype", "backend", "exponent", "low", "high"}
-    if rows and not needed <= set(rows[0]):
-        lacks = ", ".join(sorted(needed - set(rows[0])))
-        raise NoRuns(f"{path} is no exponents.csv of `python -m reports scaling`: lacks {lacks}")
-    return Exponents(str(path), [r for r in rows if r["exponent"] and not r.get("reason")])
+        rows, skipped = records.read_exponents(path)
+    except records.Damaged as error:
+        raise NoRuns(str(error)) from error
+    if not rows and skipped:
+        raise NoRuns(f"no exponents.csv of `python -m reports scaling`: {skipped[0]}")
+    return Exponents(str(path), rows, skipped)
 
 
 def _near(out: Path, found: Sequence[records.Record]) -> Exponents | None:
@@ -187,4 +187,5 @@ def _document(tables: Sequence[Table]) -> str:
 
 
 def _said(markdown: str, out: Path, names: str, skipped: Sequence[str]) -> str:
-    return "\n".join(["", markdown, *skipped, f"written to {out}/{names}"])
+    lines = [f"skipped {line}" for line in skipped]
+    return "\n".join(["", markdown, *lines, f"written to {out}/{names}"])
