@@ -478,9 +478,9 @@ class Limits(Model):
         probes = self.probes or {}
         needed = {f"probes.{name}": probes.get(name) for name in ("fma", "load", "instructions")}
         needed |= {name: getattr(self, name) for name in ("copy_bytes_per_s", *_FRESH)}
-        if lacking := [name for name, value in needed.items() if value is None]:
-            if any(probes.values()):
-                raise ValueError(f"limits.{lacking[0]}: missing beside the probes")
+        lacking = [name for name, value in needed.items() if value is None]
+        if lacking and any(probes.values()):
+            raise ValueError(f"limits.{lacking[0]}: missing beside the probes")
         return self
 
 
