@@ -5,14 +5,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from linear_vit.reports.saved import schema
+from linear_vit.reports.saved import schema_records as schema
 from linear_vit.reports.saved.files import read_json
-from linear_vit.reports.saved.schema import Damaged
+from linear_vit.reports.saved.schema import Damaged, check
 
 Record = dict[str, Any]
 
 # Pattern of the file names of each kind, and its schema.
-KINDS: dict[str, tuple[str, type[schema.Model]]] = {
+KINDS = {
     "checks": ("check.json", schema.Check),
     "tables": ("table.json", schema.ResultsTable),
     "ablations": ("ablation-*.json", schema.Ablation),
@@ -37,9 +37,9 @@ def read(path: Path, kind: str) -> Record:
     """
     try:
         content: Record = read_json(path)
-        schema.check(KINDS[kind][1], content)
+        check(KINDS[kind][1], content)
         if kind == "runs" and content["status"] == "finished":
-            schema.check(schema.Finished, content)
+            check(schema.Finished, content)
     except ValueError as error:
         raise Damaged(f"{path}: {error}") from error
     return content
@@ -87,10 +87,10 @@ def read_exponents(path: Path) -> tuple[list[Record], list[str]]:
         raise Damaged(f"{path}: no readable exponents.csv ({error})") from error
     for line, row in enumerate(rows, 2):
         try:
-            made = schema.check(schema.Exponents, {k: v for k, v in row.items() if v is not None})
+            made = check(schema.Exponents, {k: v for k, v in row.items() if v is not None})
         except Damaged as error:
             skipped.append(f"{path}: line {line}: {error}")
         else:
-            if made.exponent != "" and not made.reason:
+            if not made.reason:
                 found.append(made.model_dump(by_alias=True))
     return found, skipped

@@ -281,7 +281,8 @@ def _cases(path: Path, document: Content) -> tuple[list[Content], list[str]]:
 def _row(raw: Content, case: schema.Case, facts: Content, settings: Settings) -> Content:
     """What every case has: its time, and what that is known from."""
     info, stats = case.extra_info, case.stats
-    seconds = np.array(stats.data if len(stats.data or ()) == stats.rounds else [])
+    data = stats.data or []
+    seconds = np.array(data if len(data) == stats.rounds else [])
     dependence = turns.dependence(seconds)
     row = {
         "machine": machines.label(raw["extra_info"].get("machine") or facts),
