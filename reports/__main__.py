@@ -2,7 +2,7 @@
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     try:
         return int(arguments.run(arguments))
-    except (runs.NoRuns, options.OptionError) as error:
+    except (runs.NoRuns, runs.Damaged, options.OptionError) as error:
         print(error, file=sys.stderr)
         return 2
     except OSError as error:
@@ -34,28 +34,63 @@ def _parser() -> Parser:
         prog="python -m reports", description="Plots, tables and pages from what was saved."
     )
     commands = parser.add_subparsers(dest="command", metavar="COMMAND")
-    for add, run, text in (
-        (_add_scaling, _scaling, "time, memory and speed-up against N, as plots"),
-        (
-            _add_compare,
-            _compare,
-            "two runs: what became faster or slower; or the backends of one, with --baseline",
-        ),
-        (_add_targets, _targets, "the bounds set for this project, judged from a run"),
-        (_add_table, _table, "the results table, from the records of training runs"),
-        (_add_page, _page, "one self-contained HTML page of everything saved"),
-        (_add_results, _results, "what the repository's own measurements say, as Markdown"),
-        (
-            _add_convert,
-            _convert,
-            "runs that an older version saved, in today's schema; nothing is lost",
-        ),
-    ):
-        name = run.__name__.removeprefix("_")
-        made = commands.add_parser(name, help=text, description=f"{text[0].upper()}{text[1:]}.")
+
+    def command(run: Callable[[argparse.Namespace], int], text: str) -> Parser:
+        name, description = run.__name__.removeprefix("_"), f"{text[0].upper()}{text[1:]}."
+        made = commands.add_parser(name, help=text, description=description)
         made.set_defaults(run=run)
-        add(made)
+        return made
+
+    scaling = command(_scaling, "time, memory and speed-up against N, as plots")
+    _add_cases(scaling)
+    _add_path(scaling, "--out", "folder", runs.DEFAULT_OUT / "scaling", metavar="PATH")
+    text = "two runs: what became faster or slower; or the backends of one, with --baseline"
+    _add_compare(command(_compare, text))
+    targets = command(_targets, "the bounds set for this project, judged from a run")
+    targets.epilog = "Exits with 1 where a target is broken, with 2 where none can be read."
+    targets.add_argument("paths", nargs=1, type=Path, metavar="RUN", help="a saved run")
+    text = "which list (that of the run's device)"
+    targets.add_argument("--targets", choices=("cpu", "gpu"), help=text)
+    text = "file for the tables behind the verdicts, as Markdown"
+    _add_path(targets, "--out", text, metavar="PATH")
+    table = command(_table, "the results table, from the records of training runs")
+    table.add_argument("runs", type=Path, metavar="RUNS", help="folder of run records")
+    out = runs.DEFAULT_OUT / "training"
+    _add_path(table, "--out", "folder of the table", out, metavar="PATH")
+    text = "saved runs of the models' training steps (those in RUNS)"
+    _add_path(table, "--speeds", text, nargs="+")
+    text = "exponents.csv, or a saved run (the newest beside the table)"
+    _add_path(table, "--exponents", text)
+    folder = runs.DEFAULT_OUT / "ablation"
+    _add_path(table, "--ablations", "folder of ablation-*.json", folder, metavar="FOLDER")
+    page = command(_page, "one self-contained HTML page of everything saved")
+    _add_paths(page)
+    _add_path(page, "--out", "file", runs.DEFAULT_OUT / "index.html", metavar="PATH")
+    text = "folder that is searched for everything else"
+    _add_path(page, "--results", text, runs.DEFAULT_OUT, metavar="FOLDER")
+    results = command(_results, "what the repository's own measurements say, as Markdown")
+    _add_path(results, "--out", "file", Path("docs/results.md"), metavar="PATH")
+    text = "runs that an older version saved, in today's schema; nothing is lost"
+    convert = command(_convert, text)
+    text = "a file, or a folder with its sub-folders"
+    convert.add_argument("old", type=Path, metavar="OLD", help=text)
+    text = "where the converted file, or files of the same names, go"
+    convert.add_argument("new", type=Path, nargs="?", metavar="NEW", help=text)
+    convert.add_argument("--in-place", action="store_true", help="write over the old files")
     return parser
+
+
+def _add_path(
+    parser: Parser, option: str, text: str, default: Path | None = None, **more: Any
+) -> None:
+    shown = f"{text} (%(default)s)" if default else text
+    more = {"metavar": "FILE"} | more
+    parser.add_argument(option, type=Path, default=default, help=shown, **more)
+
+
+def _add_paths(parser: Parser) -> None:
+    text = "saved runs (default: the newest in reports/out, else reports/measurements)"
+    parser.add_argument("paths", nargs="*", type=Path, metavar="FILE_OR_FOLDER", help=text)
 
 
 def _add_cases(parser: Parser) -> None:
@@ -64,26 +99,6 @@ def _add_cases(parser: Parser) -> None:
     for name, what in (("op", "operations"), ("dtype", "dtypes"), ("backend", "backends")):
         settings = options.settings(f"{name}s", f"only these {what}")
         options.option(parser, f"--{name}s", f"--{name}", action="extend", **settings)
-
-
-def _add_paths(parser: Parser) -> None:
-    text = "saved runs (default: the newest in reports/out, else reports/measurements)"
-    parser.add_argument("paths", nargs="*", type=Path, metavar="FILE_OR_FOLDER", help=text)
-
-
-def _add_path(parser: Parser, option: str, text: str, default: Path | None, **more: Any) -> None:
-    more = {"metavar": "FILE", **more}
-    shown = f"{text} (%(default)s)" if default else text
-    parser.add_argument(option, type=Path, default=default, help=shown, **more)
-
-
-def _add_out(parser: Parser, text: str, default: Path | None) -> None:
-    _add_path(parser, "--out", text, default, metavar="PATH")
-
-
-def _add_scaling(parser: Parser) -> None:
-    _add_cases(parser)
-    _add_out(parser, "folder", runs.DEFAULT_OUT / "scaling")
 
 
 def _add_compare(parser: Parser) -> None:
@@ -104,45 +119,7 @@ def _add_compare(parser: Parser) -> None:
     )
     text = "compare runs of different environments"
     parser.add_argument("--anyway", action="store_true", help=text)
-    _add_path(parser, "--csv", "write the cases there, too", None)
-
-
-def _add_targets(parser: Parser) -> None:
-    parser.epilog = "Exits with 1 where a target is broken, with 2 where none can be read."
-    parser.add_argument("paths", nargs=1, type=Path, metavar="RUN", help="a saved run")
-    text = "which list (that of the run's device)"
-    parser.add_argument("--targets", choices=("cpu", "gpu"), help=text)
-    _add_out(parser, "file for the tables behind the verdicts, as Markdown", None)
-
-
-def _add_table(parser: Parser) -> None:
-    parser.add_argument("runs", type=Path, metavar="RUNS", help="folder of run records")
-    _add_out(parser, "folder of the table", runs.DEFAULT_OUT / "training")
-    text = "saved runs of the models' training steps (those in RUNS)"
-    _add_path(parser, "--speeds", text, None, nargs="+")
-    text = "exponents.csv, or a saved run (the newest beside the table)"
-    _add_path(parser, "--exponents", text, None)
-    folder = runs.DEFAULT_OUT / "ablation"
-    _add_path(parser, "--ablations", "folder of ablation-*.json", folder, metavar="FOLDER")
-
-
-def _add_page(parser: Parser) -> None:
-    _add_paths(parser)
-    _add_out(parser, "file", runs.DEFAULT_OUT / "index.html")
-    text = "folder that is searched for everything else"
-    _add_path(parser, "--results", text, runs.DEFAULT_OUT, metavar="FOLDER")
-
-
-def _add_results(parser: Parser) -> None:
-    _add_out(parser, "file", Path("docs/results.md"))
-
-
-def _add_convert(parser: Parser) -> None:
-    text = "a file, or a folder with its sub-folders"
-    parser.add_argument("old", type=Path, metavar="OLD", help=text)
-    text = "where the converted file, or files of the same names, go"
-    parser.add_argument("new", type=Path, nargs="?", metavar="NEW", help=text)
-    parser.add_argument("--in-place", action="store_true", help="write over the old files")
+    _add_path(parser, "--csv", "write the cases there, too")
 
 
 def _verdicts(text: str) -> tuple[str, ...]:
@@ -181,38 +158,32 @@ def _scaling(arguments: argparse.Namespace) -> int:
 
 
 def _compare(arguments: argparse.Namespace) -> int:
-    if arguments.baseline is None:
-        return _compare_runs(arguments)
-    from linear_vit.reports import compare
+    from linear_vit.reports import changes, compare
 
-    loaded = _load(arguments.paths or runs.default_paths())
-    chosen = loaded.only(arguments.ops, arguments.dtypes)
-    cases = compare.speedups(chosen, arguments.baseline, arguments.backends)
-    if arguments.csv:
-        cases.to_csv(arguments.csv, index=False)
-    print(compare.render(cases, arguments.baseline, loaded.words))
-    return 0
-
-
-def _compare_runs(arguments: argparse.Namespace) -> int:
-    from linear_vit.reports import changes
-
-    if not 1 <= len(arguments.paths) <= 2:
+    asked = arguments.ops, arguments.dtypes
+    if arguments.baseline is not None:
+        loaded = _load(arguments.paths or runs.default_paths())
+        cases = compare.speedups(loaded.only(*asked), arguments.baseline, arguments.backends)
+        text, failed = compare.render(cases, arguments.baseline, loaded.words), False
+    elif not 1 <= len(arguments.paths) <= 2:
         raise runs.NoRuns(
             "compare takes two runs, BEFORE and AFTER (or one, held against reports/measurements); "
             "to compare the backends of one run add --baseline NAME"
         )
-    found = changes.changes(
-        _load(arguments.paths[:-1] or runs.measured()),
-        _load(arguments.paths[-1:]),
-        control=None if arguments.control == "none" else arguments.control,
-        margin=arguments.margin,
-        anyway=arguments.anyway,
-    ).only(arguments.ops, arguments.dtypes, arguments.backends)
+    else:
+        found = changes.changes(
+            _load(arguments.paths[:-1] or runs.measured()),
+            _load(arguments.paths[-1:]),
+            control=None if arguments.control == "none" else arguments.control,
+            margin=arguments.margin,
+            anyway=arguments.anyway,
+        ).only(*asked, arguments.backends)
+        cases, text = found.cases, changes.render(found)
+        failed = bool(found.verdicts & {*arguments.fail_on})
     if arguments.csv:
-        found.cases.to_csv(arguments.csv, index=False)
-    print(changes.render(found))
-    return 1 if found.verdicts & {*arguments.fail_on} else 0
+        cases.to_csv(arguments.csv, index=False)
+    print(text)
+    return int(failed)
 
 
 def _targets(arguments: argparse.Namespace) -> int:

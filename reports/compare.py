@@ -18,7 +18,6 @@ from linear_vit.reports.statistics import turns
 
 _PLACE = ["machine", "sweep", "total_tokens", "operation", "pass", "dtype", "setting"]
 _GROUP = [*_PLACE, "backend"]
-_NORMAL_95 = 1.96
 
 
 def speedups(runs: Runs, baseline: str, backends: Sequence[str] | None = None) -> pd.DataFrame:
@@ -39,61 +38,45 @@ def speedups(runs: Runs, baseline: str, backends: Sequence[str] | None = None) -
     frame = runs.kernels
     there = sorted(frame["backend"].unique()) if not frame.empty else []
     options.known("baseline", [baseline], there)
-    backends = options.known("backends", backends, there)
-    others = [name for name in backends if name != baseline]
-    case = [*_PLACE, "N"]
-    base = frame[frame["backend"] == baseline]
-    base = base[[*case, "file", *turns.OF_A_CASE]]
+    others = set(options.known("backends", backends, there)) - {baseline}
     # Of one run: medians of different runs were not taken by turns.
-    both = frame[frame["backend"].isin(others)].merge(
-        base, on=[*case, "file"], suffixes=("", "_base")
-    )
+    both = turns.against(
+        frame[frame["backend"].isin(others)],
+        frame[frame["backend"] == baseline],
+        [*_PLACE, "N", "file"],
+    ).rename(columns={"median_s_base": "baseline_s"})
     if both.empty:
         raise NoRuns(f"no run has a case of {baseline!r} and of another backend, too")
-    both["baseline_s"] = both["median_s_base"]
-    found = turns.speedups(both)
-    both["speedup"] = np.exp(found["log"])
-    for name, side in (("low", -1), ("high", 1)):
-        both[name] = np.exp(found["log"] + side * _NORMAL_95 * found["error"])
     columns = [*_GROUP, "N", "median_s", "baseline_s", "speedup", "low", "high"]
     return both[columns].sort_values([*_GROUP, "N"], kind="stable").reset_index(drop=True)
 
 
 def summarise(cases: pd.DataFrame) -> pd.DataFrame:
     """A row per group: lengths, geometric mean, and the worst with its N."""
-    rows = []
-    for key, part in cases.groupby(_GROUP, sort=False):
-        worst = part.sort_values("speedup").iloc[0]
-        rows.append(
-            {
-                **dict(zip(_GROUP, key, strict=True)),
-                "lengths": len(part),
-                "geometric_mean": float(np.exp(np.log(part["speedup"]).mean())),
-                "worst": float(worst["speedup"]),
-                "worst_N": int(worst["N"]),
-            }
-        )
-    return pd.DataFrame(rows)
+    of_groups = cases.sort_values("speedup", kind="stable").groupby(_GROUP, sort=False)
+    found = of_groups.agg(
+        lengths=("N", "size"),
+        geometric_mean=("speedup", lambda ratios: float(np.exp(np.log(ratios).mean()))),
+        worst=("speedup", "first"),
+        worst_N=("N", "first"),
+    )
+    return found.reset_index().sort_values(_GROUP, kind="stable", ignore_index=True)
 
 
 def render(cases: pd.DataFrame, baseline: str, words: Words) -> str:
     """The comparison as text, a block per operation, pass, dtype and backend."""
     lines: list[str] = []
     several = cases.groupby("operation")["setting"].nunique() > 1
+    parts = dict(list(cases.groupby(_GROUP)))
     for summary in summarise(cases).to_dict("records"):
-        part = cases
-        for name in _GROUP:
-            part = part[part[name] == summary[name]]
-        total = f"{summary['total_tokens']:,} tokens a call, " if summary["total_tokens"] else ""
-        if several[summary["operation"]]:
-            total += f"{summary['setting']}, "
-        if summary["sweep"]:
-            total += f"{summary['sweep']} sweep, "
+        where = [f"{summary['total_tokens']:,} tokens a call"] if summary["total_tokens"] else []
+        where += [summary["setting"]] if several[summary["operation"]] else []
+        where += [f"{summary['sweep']} sweep"] if summary["sweep"] else []
+        what = [words.operation(summary["operation"]), summary["pass"], summary["dtype"], *where]
         lines.append(
-            f"{words.operation(summary['operation'])}, {summary['pass']}, {summary['dtype']}, "
-            f"{total}{summary['machine']}: {summary['backend']} over {baseline}"
+            f"{', '.join([*what, summary['machine']])}: {summary['backend']} over {baseline}"
         )
-        for row in part.to_dict("records"):
+        for row in parts[tuple(summary[name] for name in _GROUP)].to_dict("records"):
             interval = f"({row['low']:.2f} to {row['high']:.2f})"
             lines.append(
                 f"  N = {row['N']:>9,}  {units.duration(row['median_s']):>8} against "

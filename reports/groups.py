@@ -179,9 +179,8 @@ def picture_data(group: Group, picture: Picture) -> pd.DataFrame:
         else:
             frame = frame[frame["backend"] != PYTORCH]
             key = ["operation", "pass", "N"]
-        base = base[[*key, *turns.OF_A_CASE]]
-        frame = frame.merge(base, on=key, suffixes=("", "_base"))
-        frame["value"] = np.exp(turns.speedups(frame)["log"])
+        frame = turns.against(frame, base, key)
+        frame["value"] = frame["speedup"]
     return frame.reset_index(drop=True)
 
 

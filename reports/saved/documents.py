@@ -3,20 +3,13 @@
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
-from linear_vit.reports.saved import runs
-from linear_vit.reports.saved.files import read_json
+from linear_vit.reports.saved import records, runs
+from linear_vit.reports.saved.records import Saved
 from linear_vit.reports.saved.runs import Runs
 
-Content = dict[str, Any]
 T = TypeVar("T")
-
-
-@dataclass(frozen=True)
-class Saved:
-    path: Path
-    content: Content
 
 
 @dataclass
@@ -33,33 +26,11 @@ class Documents:
     skipped: list[str] = field(default_factory=list)
 
     def each(self, saved: Iterable[Saved], build: Callable[[Saved], T]) -> list[T]:
-        """What ``build`` makes of each; a document that lacks what it reads is named as damaged."""
-        made = []
-        for one in saved:
-            try:
-                made.append(build(one))
-            except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
-                self.skipped.append(f"{one.path}: damaged ({type(error).__name__}: {error})")
-        return made
+        """What ``build`` makes of each."""
+        return [build(one) for one in saved]
 
 
-def _schema(value: str) -> Callable[[Content], Any]:
-    return lambda content: content["schema"] == value
-
-
-def _kind(name: str, rows: str) -> Callable[[Content], Any]:
-    return lambda c: c["kind"] == name and c["schema"] == 1 and isinstance(c[rows], list)
-
-
-# File name, where it is kept, and whether a document is what its name says.
-_KINDS: tuple[tuple[str, str, Callable[[Content], Any]], ...] = (
-    ("check.json", "checks", _kind("check", "results")),
-    ("table.json", "tables", _schema("linear-vit-table/1")),
-    ("ablation-*.json", "ablations", _schema("linear-vit-ablation/1")),
-    ("step-breakdown.json", "breakdowns", _schema("linear-vit-step-breakdown/1")),
-    ("static*.json", "statics", _kind("static", "rows")),
-    ("traffic.json", "traffics", _kind("traffic", "rows")),
-)
+_SHOWN = tuple(kind for kind in records.KINDS if kind != "runs")
 # Machine code and counted bytes are the same anywhere.
 _ANYWHERE = ("statics", "traffics")
 
@@ -75,39 +46,26 @@ def load(paths: Sequence[Path], results: Path) -> Documents:
         reports.saved.runs.NoRuns: ``paths`` were given and hold no run.
     """
     found = Documents()
-    every = tuple(name for _, name, _ in _KINDS)
-    _read_all(found, results, every)
-    here, complaints = runs.newest_of_each(results)
-    if not here and not any(getattr(found, name) for name in every):
-        _read_all(found, runs.MEASUREMENTS, every)
-        here, more = runs.newest_of_each(runs.MEASUREMENTS)
-        complaints += more
-    _read_all(found, runs.MEASUREMENTS, tuple(n for n in _ANYWHERE if not getattr(found, n)))
-    try:
-        found.runs = runs.load(paths or here)
-    except runs.NoRuns:
-        if paths:
-            raise
-    else:
-        complaints += found.runs.skipped
+    _read_all(found, results, _SHOWN)
+    timed = runs.newest_of_each(results)
+    if not timed.heads and not any(getattr(found, kind) for kind in _SHOWN):
+        _read_all(found, runs.MEASUREMENTS, _SHOWN)
+        own, timed = timed, runs.newest_of_each(runs.MEASUREMENTS)
+        timed.skipped[:0] = own.skipped
+    _read_all(found, runs.MEASUREMENTS, [kind for kind in _ANYWHERE if not getattr(found, kind)])
+    complaints = timed.skipped
+    if paths:
+        timed = runs.load(paths)
+        complaints = complaints + timed.skipped
+    found.runs = timed if timed.heads else None
     # What is of another kind, and damaged, has been named already.
     named = {line.split(": ")[0] for line in found.skipped}
     found.skipped += [line for line in complaints if line.split(": ")[0] not in named]
     return found
 
 
-def _read_all(found: Documents, folder: Path, wanted: tuple[str, ...]) -> None:
-    for pattern, name, is_right in _KINDS:
-        if name not in wanted or not folder.is_dir():
-            continue
-        for path in sorted(folder.rglob(pattern), key=lambda path: path.with_suffix("")):
-            try:
-                content = read_json(path)
-                if not isinstance(content, dict) or not is_right(content):
-                    raise ValueError("of another schema")
-            except ValueError as error:
-                found.skipped.append(f"{path}: {error}")
-            except (KeyError, TypeError) as error:
-                found.skipped.append(f"{path}: of another schema ({error} is missing)")
-            else:
-                getattr(found, name).append(Saved(path, content))
+def _read_all(found: Documents, folder: Path, kinds: Iterable[str]) -> None:
+    for kind in kinds:
+        saved, skipped = records.below(folder, kind)
+        getattr(found, kind).extend(saved)
+        found.skipped += skipped

@@ -1,7 +1,5 @@
 """Saved benchmark runs, as pandas tables; files that are none are named and left out."""
 
-import contextlib
-from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -11,8 +9,9 @@ import numpy as np
 import pandas as pd
 
 from linear_vit import options
-from linear_vit.reports.saved import convert, machines
+from linear_vit.reports.saved import convert, machines, schema
 from linear_vit.reports.saved.files import read_json
+from linear_vit.reports.saved.schema import Damaged
 from linear_vit.reports.statistics import turns
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -23,32 +22,22 @@ TRAINING_STEP = "training_step"
 
 # Sizes of one and the same sweep; any other sweep is a list of cases of its own, and stands apart.
 _EXTENTS = ("quick", "full", None)
-_KERNEL_COLUMNS = (
-    "operation",
-    "backend",
-    "pass",
-    "dtype",
-    "N",
-    "implementation",
-    "gb_per_s",
-    "tflop_per_s",
-    "peak_memory_bytes",
-    "least_bytes",
-    "clock",
-)
-_STEP_COLUMNS = ("model", "model_title", "backend", "dtype", "images_per_s", "settings")
 # What tells the cases of a machine and backend apart.
 PLACE = ["sweep", "total_tokens", "setting", "operation", "pass", "dtype", "N"]
 # Fields of a shape that are its length.
 LENGTHS = ("N", "M", "rows", "cols")
 
-
 Content = dict[str, Any]
 Asked = Sequence[str] | None  # names of a list of options
+Settings = dict[tuple[str, int | None], tuple[str, ...]]
 
 
 class NoRuns(Exception):
     """Nothing to report on; the message says what makes something."""
+
+
+class OfAnotherKind(Exception):
+    """A JSON file of this suite that is something else than a benchmark run."""
 
 
 @dataclass(frozen=True)
@@ -80,15 +69,16 @@ class Words:
 class Runs:
     """Measured cases of one or several saved runs.
 
-    ``kernels``: a row per case, with the columns of ``_KERNEL_COLUMNS``, ``machine`` (a label),
-    ``sweep`` (empty, or the name of one that stands apart), ``median_s``, its standard ``error``
-    over itself, ``q1_s``, ``q3_s``, ``rounds``, how many ``independent_rounds`` these are worth,
-    the ``seconds`` of each (empty where they were not saved), ``turns`` (alike for cases whose
-    rounds took turns, else None), ``ratios`` (to other cases by ``name``, where a file has no
+    ``kernels``: a row per case, with the columns that :class:`schema.Kernel` names, ``machine`` (a
+    label), ``sweep`` (empty, or the name of one that stands apart), ``median_s``, its standard
+    ``error`` over itself, ``q1_s``, ``q3_s``, ``rounds``, how many ``independent_rounds`` these are
+    worth, the ``seconds`` of each (empty where they were not saved), ``turns`` (alike for cases
+    whose rounds took turns, else None), ``ratios`` (to other cases by ``name``, where a file has no
     rounds to take them from), ``file`` and ``total_tokens``: 0 where a call is one sequence of N
     tokens, else how many tokens the sequences of a call have together; ``setting`` is what else its
-    shape says, in words; ``other_function`` says what a peer computes instead; ``info`` is all that
-    the file says of the case. A call replayed from a graph is of a backend of its own.
+    shape says, in words; ``other_function`` says what a peer computes instead; ``disturbed`` what
+    disturbed the measurement, None where nothing did; ``info`` is all that the file says of the
+    case. A call replayed from a graph is of a backend of its own.
     ``training``: a row per training step. ``skipped``: a line per file that could not be used.
     ``heads``: per file, where and when. ``words``: titles and colours.
     """
@@ -134,49 +124,35 @@ def load(paths: Sequence[Path]) -> Runs:
     """Read saved runs from files and folders (searched with their sub-folders).
 
     A case that several runs on one machine measured is taken from the newest. What is no run of
-    this suite, is damaged, or has another schema version is named in ``skipped``.
+    this suite, or is damaged, is named in ``skipped``.
 
     Raises:
         NoRuns: no path holds a run.
     """
-    rows: list[Content] = []
-    heads: list[Content] = []
     skipped: list[str] = []
-    words = Words()
-    for path, explicit in _files(paths, skipped):
-        try:
-            document = read(path)
-        except OfAnotherKind as other:
-            skipped += [f"{path}: {other}"] if explicit else []
-            continue
-        except ValueError as error:
-            skipped.append(f"{path}: {error}")
-            continue
-        head, cases, complaints = _cases(path, document)
-        skipped += [f"{path}: {complaint}" for complaint in complaints]
-        if cases:
-            heads.append(head)
-            rows += cases
-            _learn(words, document.get("kernel_suite") or {})
-    if not heads:
+    found = _made(_documents(paths, skipped), skipped)
+    if not found.heads:
         detail = "".join(f"\n  skipped {line}" for line in skipped)
         raise NoRuns(f"no saved benchmark run found. Make one with: {HOW_TO_MEASURE}{detail}")
-    heads.sort(key=lambda head: head["datetime"])
-    training = [row for row in rows if "model" in row]
-    kernels = [row for row in rows if "model" not in row]
-    return Runs(
-        _newest(pd.DataFrame(kernels), ["machine", *PLACE, "backend"]),
-        _newest(pd.DataFrame(training), ["machine", "sweep", "case", "dtype"]),
-        heads,
-        skipped,
-        words,
-    )
+    return found
+
+
+def newest_of_each(folder: Path) -> Runs:
+    """Of all runs below a folder: the newest of each sub-folder, machine and sweep."""
+    skipped: list[str] = []
+    newest: dict[Any, tuple[Path, Content]] = {}
+    found = _documents([folder] if folder.is_dir() else [], skipped)
+    for path, document in sorted(found, key=lambda one: _when(one[1])):
+        suite = document["kernel_suite"]
+        key = path.parent, machines.label(suite["machine"]), suite.get("sweep")
+        newest[key] = path, document
+    return _made(sorted(newest.values(), key=lambda one: one[0]), skipped)
 
 
 def default_paths(out: Path = DEFAULT_OUT) -> list[Path]:
     """The newest run in ``out``, else the repository's own benchmarks."""
-    found = [(str(run.get("datetime", "")), path) for path, run in all_below(out, deep=False)]
-    return [max(found)[1]] if found else measured()
+    found = list(_documents(sorted(out.glob("*.json")), []))
+    return [max(found, key=lambda one: _when(one[1]))[0]] if found else measured()
 
 
 def measured() -> list[Path]:
@@ -184,67 +160,88 @@ def measured() -> list[Path]:
     return sorted(MEASUREMENTS.glob("*/benchmark.json"))
 
 
-def all_below(folder: Path, *, deep: bool = True) -> Iterator[tuple[Path, Content]]:
-    """Every run that can be read in a folder, and in those below it; all else is left out."""
-    for path in sorted(folder.rglob("*.json") if deep else folder.glob("*.json")):
-        with contextlib.suppress(OfAnotherKind, ValueError):
-            yield path, read(path)
-
-
-def newest_of_each(folder: Path) -> tuple[list[Path], list[str]]:
-    """Of all runs below a folder: the newest of each sub-folder, machine and sweep.
-
-    And a line for each file that is damaged.
-    """
-    newest: dict[tuple[Path, str, Any], tuple[str, Path]] = {}
-    skipped = []
-    for path in sorted(folder.rglob("*.json")):
-        try:
-            document = read(path)
-            suite = document["kernel_suite"]
-            key = (path.parent, machines.label(suite["machine"]), suite.get("sweep"))
-            found = (str(document["datetime"]), path)
-        except OfAnotherKind:
-            continue
-        except ValueError as error:
-            skipped.append(f"{path}: {error}")
-        except (KeyError, TypeError):
-            skipped.append(f"{path}: no benchmark run of this suite")
-        else:
-            newest[key] = max(found, newest.get(key, found))
-    return sorted(path for _, path in newest.values()), skipped
-
-
-class OfAnotherKind(Exception):
-    """A JSON file of this suite that is something else than a benchmark run."""
-
-
-def _files(paths: Iterable[Path], skipped: list[str]) -> Iterator[tuple[Path, bool]]:
-    for path in paths:
-        if path.is_dir():
-            yield from ((found, False) for found in sorted(path.rglob("*.json")))
-        elif path.exists():
-            yield path, True
-        else:
-            skipped.append(f"{path}: there is no such file or folder")
-
-
 def read(path: Path) -> Content:
-    """A run of today's schema, if need be converted; ValueError says what is wrong."""
+    """A run of today's schema, if need be converted, whose single cases may still be damaged.
+
+    Raises:
+        Damaged: what is wrong with the file, and with which field.
+        OfAnotherKind: it is none.
+    """
     document = read_json(path)
     if not isinstance(document, dict):
-        raise ValueError("no benchmark run: not a JSON object")
+        raise Damaged("no benchmark run: not a JSON object")
     if convert.kind_of(document) is None:
         kind = document.get("kind") or document.get("schema")
         if isinstance(document.get("kind"), str) or str(kind).startswith("linear"):
             raise OfAnotherKind(f"no benchmark run, but {kind}")
     try:
-        return convert.to_current(document)
-    except (KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"damaged ({type(error).__name__}: {error})") from error
+        document = convert.to_current(document)
+    except (KeyError, TypeError, AttributeError, ValueError, ArithmeticError) as error:
+        if isinstance(error, Damaged):
+            raise
+        raise Damaged(f"damaged ({type(error).__name__}: {error})") from error
+    schema.check(schema.Head, {k: v for k, v in document.items() if k in _OF_THE_HEAD})
+    return document
 
 
-def _learn(words: Words, suite: dict[str, Any]) -> None:
+_OF_THE_HEAD = ("kernel_suite", "datetime")
+
+
+def _documents(paths: Iterable[Path], skipped: list[str]) -> Iterator[tuple[Path, Content]]:
+    """Every run in these files and folders; a line for what is none, or is damaged."""
+    for path in paths:
+        if not path.exists():
+            skipped.append(f"{path}: there is no such file or folder")
+        for file in sorted(path.rglob("*.json")) if path.is_dir() else [path][: path.exists()]:
+            try:
+                yield file, read(file)
+            except ValueError as error:
+                skipped.append(f"{file}: {error}")
+            except OfAnotherKind as other:
+                skipped += [f"{file}: {other}"] if file == path else []
+
+
+def _when(document: Content) -> str:
+    return str(document.get("datetime", ""))
+
+
+def _made(documents: Iterable[tuple[Path, Content]], skipped: list[str]) -> Runs:
+    """The cases of these documents; of one that several measured, the newest."""
+    kernels: list[Content] = []
+    training: list[Content] = []
+    heads: list[Content] = []
+    words = Words()
+    for path, document in documents:
+        rows, complaints = _cases(path, document)
+        skipped += [f"{path}: {complaint}" for complaint in complaints]
+        if rows:
+            heads.append(_head(path, document, len(rows)))
+            kernels += [row for row in rows if "model" not in row]
+            training += [row for row in rows if "model" in row]
+            _learn(words, document["kernel_suite"])
+    return Runs(
+        _newest(pd.DataFrame(kernels), ["machine", *PLACE, "backend"]),
+        _newest(pd.DataFrame(training), ["machine", "sweep", "case", "dtype"]),
+        sorted(heads, key=lambda head: head["datetime"]),
+        skipped,
+        words,
+    )
+
+
+def _head(path: Path, document: Content, cases: int) -> Content:
+    suite = document["kernel_suite"]
+    return {
+        "file": str(path),
+        "datetime": _when(document),
+        "machine": machines.label(suite["machine"]),
+        "facts": suite["machine"],
+        "cases": cases,
+        "sweep": suite.get("sweep"),
+        **{name: suite.get(name) or {} for name in ("not_timed", "failed", "limits")},
+    }
+
+
+def _learn(words: Words, suite: Content) -> None:
     words.operations.update(suite.get("operations") or {})
     for name, said in (suite.get("backends") or {}).items():
         words.backends[name] = said
@@ -256,148 +253,107 @@ def _replayed(backend: str) -> str:
     return f"{backend} (graph)"
 
 
-def _cases(path: Path, document: dict[str, Any]) -> tuple[Content, list[Content], list[str]]:
-    """Head, a row per case and complaints of one document."""
-    suite = document.get("kernel_suite")
-    suite = suite if isinstance(suite, dict) else {}
-    facts, sweep = suite.get("machine") or {}, suite.get("sweep")
-    when = str(document.get("datetime", ""))
-    alike = {"file": str(path), "datetime": when, "sweep": "" if sweep in _EXTENTS else str(sweep)}
-    settings = _settings(document["benchmarks"])
-    rows: list[Content] = []
-    bad: Counter[str] = Counter()
-    for benchmark in document["benchmarks"]:
+def _cases(path: Path, document: Content) -> tuple[list[Content], list[str]]:
+    """A row per case, and complaints: one for all cases that the same field of is damaged."""
+    suite = document["kernel_suite"]
+    sweep = suite.get("sweep")
+    alike = {"file": str(path), "datetime": _when(document)}
+    alike["sweep"] = "" if sweep in _EXTENTS else str(sweep)
+    found: list[tuple[Content, schema.Case]] = []
+    bad: dict[str, tuple[str, int]] = {}  # by field: of the first such case, and how many there are
+    for number, benchmark in enumerate(document["benchmarks"]):
+        info = benchmark.get("extra_info") if isinstance(benchmark, dict) else None
+        is_step = isinstance(info, dict) and info.get("operation") == TRAINING_STEP
         try:
-            info = benchmark["extra_info"]
-            _check_schema(info)
-            where = machines.label(info.get("machine") or facts)
-            row = {"machine": where} | alike | _timed(benchmark)
-            is_step = info["operation"] == TRAINING_STEP
-            rows.append(row | (_of_step(info) if is_step else _of_kernel(info, settings)))
-        except (KeyError, TypeError, AttributeError, ValueError) as error:
-            bad[str(error) if type(error) is ValueError else "damaged cases"] += 1
-    complaints = [f"{count} {reason}" for reason, count in bad.items()]
-    if not document["benchmarks"]:
-        complaints.append("an empty run")
-    head = {
-        "file": str(path),
-        "datetime": when,
-        "machine": machines.label(facts) if facts else "?",
-        "facts": facts,
-        "cases": len(rows),
-        "sweep": sweep,
-        **{name: suite.get(name) or {} for name in ("not_timed", "failed", "limits")},
-    }
-    return head, rows, complaints
+            case = schema.check(schema.StepCase if is_step else schema.Case, benchmark)
+        except Damaged as error:
+            field = str(error).partition(":")[0]
+            first, count = bad.get(field, (f"benchmarks[{number}].{error}", 0))
+            bad[field] = first, count + 1
+        else:
+            found.append((benchmark, case))
+    settings = _settings(case.extra_info for _, case in found)
+    rows = [alike | _row(raw, case, suite["machine"], settings) for raw, case in found]
+    complaints = [f"{text} ({count} cases left out)" for text, count in bad.values()]
+    return rows, complaints or ([] if rows else ["an empty run"])
 
 
-def _check_schema(info: dict[str, Any]) -> None:
-    version = info.get("schema")
-    if version is None:
-        raise ValueError("cases of another suite")
-    if version != convert.SCHEMA:
-        raise ValueError(f"cases of schema version {version!r}, this reads {convert.SCHEMA}")
-
-
-def _timed(benchmark: dict[str, Any]) -> Content:
+def _row(raw: Content, case: schema.Case, facts: Content, settings: Settings) -> Content:
     """What every case has: its time, and what that is known from."""
-    info, stats = benchmark["extra_info"], benchmark["stats"]
+    info, stats = case.extra_info, case.stats
+    data = stats.data or []
+    seconds = np.array(data if len(data) == stats.rounds else [])
+    dependence = turns.dependence(seconds)
     row = {
-        "name": str(benchmark["name"]),
-        "device": info.get("device"),
-        "median_s": _positive(stats["median"]),
-        "q1_s": float(stats["q1"]),
-        "q3_s": float(stats["q3"]),
-        "rounds": int(stats["rounds"]),
+        "machine": machines.label(raw["extra_info"].get("machine") or facts),
+        "name": case.name,
+        "median_s": stats.median,
+        "q1_s": stats.q1,
+        "q3_s": stats.q3,
+        "rounds": stats.rounds,
+        "seconds": seconds,
+        "error": dependence * _relative_error(stats, info.median_interval_s),
+        "independent_rounds": stats.rounds / dependence**2,
+        "ratios": info.ratios or {},
+        "info": raw["extra_info"],
+        **info.model_dump(by_alias=True, include=info.COLUMNS),
     }
-    row["error"] = _relative_error(row, info.get("median_interval_s"))
-    row["seconds"] = _seconds(stats, row["rounds"])
-    row["turns"] = info.get("turns")
-    row["ratios"] = info.get("ratios") or {}
-    dependence = turns.dependence(row["seconds"])
-    row["error"] *= dependence
-    row["independent_rounds"] = row["rounds"] / dependence**2
-    return row
+    if isinstance(info, schema.Kernel):
+        return row | _of_kernel(info, settings)
+    setting = raw["extra_info"]["settings"]
+    alike = sorted((name, value) for name, value in setting.items() if name != "backend")
+    return row | {"settings": setting, "case": f"{info.model} {info.backend} {alike}"}
 
 
-def _of_step(info: dict[str, Any]) -> Content:
-    settings = {k: v for k, v in info["settings"].items() if k != "backend"}
-    row = {name: info[name] for name in _STEP_COLUMNS} | {"info": info}
-    row["peak_memory_bytes"] = info.get("peak_memory_bytes")
-    row["case"] = f"{info['model']} {info['backend']} {sorted(settings.items())}"
-    return row
+def _of_kernel(info: schema.Kernel, settings: Settings) -> Content:
+    shape = _shape(info)
+    names = settings.get((info.operation, info.total_tokens), ())
+    return {
+        "backend": _replayed(info.backend) if info.captured else info.backend,
+        "total_tokens": info.total_tokens or 0,
+        "setting": ", ".join(f"{name} = {shape[name]}" for name in names if name in shape),
+        "worst_rms_error": max((error.rms for error in info.error.values()), default=None),
+        "gb_per_s": float("nan") if info.gb_per_s is None else info.gb_per_s,
+        "tflop_per_s": float("nan") if info.tflop_per_s is None else info.tflop_per_s,
+    }
 
 
-def _of_kernel(info: dict[str, Any], settings: dict[Any, tuple[str, ...]]) -> Content:
-    row = {name: info[name] for name in _KERNEL_COLUMNS} | {"info": info}
-    if info.get("captured"):
-        row["backend"] = _replayed(info["backend"])
-    row["total_tokens"] = int(info.get("total_tokens") or 0)
-    row["other_function"] = info.get("other_function")
-    row["limit"] = info.get("limit")
-    row["share_of_limit"] = info.get("share_of_limit")
-    errors = [error["rms"] for error in info["error"].values()]
-    row["worst_rms_error"] = max(errors, default=None)
-    shape = info.get("shape") or {}
-    names = settings.get(_of_one_plot(info), ())
-    row["setting"] = ", ".join(f"{name} = {shape[name]}" for name in names if name in shape)
-    for name in ("gb_per_s", "tflop_per_s"):
-        row[name] = float("nan") if row[name] is None else float(row[name])
-    return row
+def _shape(info: schema.Kernel) -> Content:
+    return info.shape.model_dump(exclude_unset=True) if info.shape else {}
 
 
-def _of_one_plot(info: dict[str, Any]) -> tuple[Any, Any]:
-    return info.get("operation"), info.get("total_tokens")
-
-
-def _settings(benchmarks: Iterable[Any]) -> dict[Any, tuple[str, ...]]:
+def _settings(infos: Iterable[schema.Info]) -> Settings:
     """By operation: the fields of its shapes that are no length, and what plots stand apart by.
 
     A length is a field of such a name, or one that is N in every case, of several; where the tokens
     of a call are given, the batch follows from the length, too.
     """
-    shapes: dict[Any, list[tuple[Any, Content]]] = {}
-    for benchmark in benchmarks:
-        info = benchmark.get("extra_info") if isinstance(benchmark, dict) else None
-        if isinstance(info, dict) and isinstance(info.get("shape"), dict):
-            shapes.setdefault(_of_one_plot(info), []).append((info.get("N"), info["shape"]))
+    shapes: dict[Any, list[tuple[int, Content]]] = {}
+    for info in infos:
+        if isinstance(info, schema.Kernel) and info.shape:
+            of = shapes.setdefault((info.operation, info.total_tokens), [])
+            of.append((info.N, _shape(info)))
     settings = {}
     for (operation, total), found in shapes.items():
-        several = len({tokens for tokens, _ in found}) > 1
         lengths = {*LENGTHS, *(("B",) if total else ())}
+        if len({tokens for tokens, _ in found}) > 1:
+            lengths |= {n for n in found[0][1] if all(s.get(n) == tokens for tokens, s in found)}
         names = dict.fromkeys(name for _, shape in found for name in shape if name not in lengths)
-        settings[operation, total] = tuple(
-            name
-            for name in names
-            if not (several and all(shape.get(name) == tokens for tokens, shape in found))
-        )
+        settings[operation, total] = tuple(names)
     return settings
 
 
-def _relative_error(row: dict[str, Any], interval: list[float] | None) -> float:
+def _relative_error(stats: schema.Stats, interval: list[float] | None) -> float:
     """Standard error of the median, over the median; NaN where no round is known.
 
     From its 95 % bootstrap interval; where a run does not have that, from the quartiles of the
     rounds.
     """
     if interval is not None:
-        return (float(interval[1]) - float(interval[0])) / (2 * 1.96) / row["median_s"]
-    if not row["rounds"]:
+        return (interval[1] - interval[0]) / (2 * 1.96) / stats.median
+    if not stats.rounds:
         return float("nan")
-    return turns.error_of_median(row["q1_s"], row["q3_s"], row["rounds"]) / row["median_s"]
-
-
-def _seconds(stats: dict[str, Any], rounds: int) -> np.ndarray:
-    """The rounds as they followed one another, none where the run does not have them."""
-    seconds = np.array([_positive(value) for value in stats.get("data") or ()])
-    return seconds if len(seconds) == rounds else np.empty(0)
-
-
-def _positive(value: Any) -> float:
-    number = float(value)
-    if not 0 < number < float("inf"):
-        raise ValueError("cases without a positive time")
-    return number
+    return turns.error_of_median(stats.q1, stats.q3, stats.rounds) / stats.median
 
 
 def _newest(frame: pd.DataFrame, key: list[str]) -> pd.DataFrame:

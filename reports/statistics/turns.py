@@ -18,6 +18,7 @@ OF_A_CASE = ["name", "median_s", "error", "seconds", "turns", "ratios"]
 # Of fewer turns a median is luck, and its error too.
 _FEWEST = 5
 _FEWEST_FOR_DEPENDENCE = 8
+_NORMAL_95 = 1.96
 
 
 @dataclass(frozen=True)
@@ -65,17 +66,29 @@ def speedup(own: Mapping[Any, Any], base: Mapping[Any, Any]) -> tuple[float, flo
     return float(log), float(np.hypot(own["error"], base["error"]))
 
 
-def speedups(both: pd.DataFrame) -> pd.DataFrame:
-    """:func:`speedup` of each row: ``log`` and ``error``.
+def against(frame: pd.DataFrame, base: pd.DataFrame, on: list[str]) -> pd.DataFrame:
+    """The cases that have their like in ``base``, with ``speedup`` over it, ``low`` and ``high``.
+
+    Those are of a 95 % interval. What the base has of a turn is there, too, ``_base`` at the end of
+    its names.
 
     Args:
-        both: cases with the columns ``OF_A_CASE`` of their base as well, ``_base`` at the end of
-            their names.
+        frame, base: rows of :attr:`reports.saved.runs.Runs.kernels`.
+        on: the columns that two have to have in common.
     """
-    rows = []
-    for row in both.to_dict("records"):
-        rows.append(speedup(row, {name: row[f"{name}_base"] for name in OF_A_CASE}))
-    return pd.DataFrame(rows, columns=["log", "error"], index=both.index, dtype=float)
+    both = frame.merge(base[[*on, *OF_A_CASE]], on=on, suffixes=("", "_base"))
+    found = [
+        interval(*speedup(row, {name: row[f"{name}_base"] for name in OF_A_CASE}))
+        for row in both.to_dict("records")
+    ]
+    both[["speedup", "low", "high"]] = np.array(found, float).reshape(-1, 3)
+    return both
+
+
+def interval(log: float, error: float) -> tuple[float, float, float]:
+    """A ratio with its 95 % interval, of its logarithm and the standard error of that."""
+    ratio, low, high = np.exp([log, log - _NORMAL_95 * error, log + _NORMAL_95 * error])
+    return float(ratio), float(low), float(high)
 
 
 def error_of_median(q1: float, q3: float, rounds: int) -> float:

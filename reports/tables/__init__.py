@@ -4,7 +4,6 @@ What ``train_minimal.py`` and ``python -m reports`` call; each function writes i
 returns what a terminal shows.
 """
 
-import csv
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -46,12 +45,15 @@ def write_results(
     if not folder.is_dir():
         raise NoRuns(f"no folder {folder} of run records")
     found, skipped = records.read_runs(folder)
-    timed = _load(sorted(folder.glob("*.json")) if speeds is None else speeds)
+    timed = _load(sorted(folder.glob("*.json")) if speeds is None else list(speeds))
+    told, more = records.read_ablations(ablations) if ablations else ([], [])
+    fits = _near(out, found) if exponents is None else read_exponents(exponents)
+    skipped += [*more, *(fits.skipped if fits else ()), *(timed.skipped if timed else ())]
     content = results.make(
         found,
         steps=timed.training if timed else None,
-        exponents=_near(out, found) if exponents is None else read_exponents(exponents),
-        ablations=records.read_ablations(ablations) if ablations else (),
+        exponents=fits,
+        ablations=told,
     )
     markdown, rows = results_text.markdown(content), results_text.to_csv(content)
     return _write(out, "table", markdown, rows, content, skipped, "md,csv,json")
@@ -80,7 +82,8 @@ def write_ablation(
         NoRuns: no finished run is of one of these configurations.
     """
     found, skipped = records.read_runs(folder)
-    timed = _load(sorted(folder.glob("*.json")) if speeds is None else speeds)
+    timed = _load(sorted(folder.glob("*.json")) if speeds is None else list(speeds))
+    skipped += timed.skipped if timed else []
     of_steps = timed.training if timed else None
     try:
         content = ablation.make(setting, configs, found, environment=environment, steps=of_steps)
@@ -113,7 +116,7 @@ def write_breakdown(record: Path, out: Path) -> str:
     """
     try:
         found = records.read_breakdown(record)
-    except ValueError as error:
+    except records.Damaged as error:
         raise NoRuns(str(error)) from error
     markdown = _document([breakdown.as_table(found)])
     return _write(out, "step-breakdown", markdown, breakdown.to_csv(found))
@@ -128,13 +131,12 @@ def read_exponents(path: Path) -> Exponents:
     if path.suffix == ".json":
         return _fitted(path)
     try:
-        with path.open(newline="", encoding="utf-8") as file:
-            rows = list(csv.DictReader(file))
-    except (OSError, ValueError) as error:
-        raise NoRuns(f"{path} is no readable exponents.csv ({error})") from error
-    if rows and (lacks := ", ".join(sorted(_OF_FITS - set(rows[0])))):
-        raise NoRuns(f"{path} is no exponents.csv of `python -m reports scaling`: lacks {lacks}")
-    return Exponents(str(path), [r for r in rows if r["exponent"] and not r.get("reason")])
+        rows, skipped = records.read_exponents(path)
+    except records.Damaged as error:
+        raise NoRuns(str(error)) from error
+    if not rows and skipped:
+        raise NoRuns(f"no exponents.csv of `python -m reports scaling`: {skipped[0]}")
+    return Exponents(str(path), rows, skipped)
 
 
 def _near(out: Path, found: Sequence[records.Record]) -> Exponents | None:
@@ -183,4 +185,5 @@ def _write(
     write_text(out / f"{name}.csv", rows)
     if content is not None:
         write_json(out / f"{name}.json", content)
-    return "\n".join(["", markdown, *skipped, f"written to {out}/{name}.{{{kinds}}}"])
+    lines = [f"skipped {line}" for line in skipped]
+    return "\n".join(["", markdown, *lines, f"written to {out}/{name}.{{{kinds}}}"])

@@ -57,7 +57,8 @@ def products(run: Runs) -> list[Product]:
     found = []
     for case in run.kernels.to_dict("records"):
         bounds = _bounds(case["info"], fresh=case["file"] not in kept)
-        if bounds:
+        work = (case["info"].get(name) for name in ("least_flop", "least_bytes"))
+        if bounds and all(work) and run.limits(case["file"]).get("probes"):
             found.append(Product(case, case["info"]["least_flop"] / 2, bounds))
     return found
 

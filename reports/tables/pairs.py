@@ -1,6 +1,5 @@
 """What the tables of training share: runs set beside others, and steps timed by turns."""
 
-import math
 import statistics
 from collections.abc import Hashable, Mapping, Sequence
 from typing import Any
@@ -19,7 +18,6 @@ from linear_vit.reports.statistics.seeds import (
 from linear_vit.reports.tables.table import NOTHING, Cell, number
 from linear_vit.reports.units import exact
 
-_NORMAL_95 = 1.96
 # What tells the runs of one table apart.
 OF_A_RUN = ("attention_type", "local_branch", "seed")
 
@@ -96,8 +94,8 @@ def without_backend(config: Mapping[str, Any]) -> dict[str, Any]:
 def over(own: Step, base: Step) -> dict[str, Any]:
     """How much faster a step is than one that took turns with it: {median, low, high, how}."""
     log, error = (0.0, 0.0) if own is base else turns.speedup(own, base)
-    low, high = (math.exp(log + side * _NORMAL_95 * error) for side in (-1, 1))
-    return {"median": math.exp(log), "low": low, "high": high, "how": "by turns"}
+    ratio, low, high = turns.interval(log, error)
+    return {"median": ratio, "low": low, "high": high, "how": "by turns"}
 
 
 def speedup_cell(ratio: Mapping[str, Any] | None) -> Cell:

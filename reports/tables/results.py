@@ -80,6 +80,7 @@ class Exponents:
 
     source: str | None = None
     rows: Fits = ()
+    skipped: Sequence[str] = ()  # a line for each row that is damaged
 
 
 # Timed steps of a table's models that took turns, by model; empty where there are none.

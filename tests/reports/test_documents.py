@@ -66,7 +66,7 @@ def test_tables_beside_their_data_are_made_of_it(tmp_path: Path) -> None:
         assert results_text.markdown(content) == path.with_suffix(".md").read_text(), path
         assert results_text.to_csv(content) == path.with_suffix(".csv").read_text(), path
     (training,) = MEASUREMENTS.glob("*/training")
-    for content in records.read_ablations(training):
+    for content in records.read_ablations(training)[0]:
         csv = training / f"ablation-{content['setting']}.csv"
         assert ablation.to_csv(content) == csv.read_text(), csv
     tables.write_steps(training / "step-speed.json", tmp_path)
