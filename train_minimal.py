@@ -41,7 +41,13 @@ from linear_vit.training.errors import UserError, notice
 from linear_vit.training.evaluation import check_usable
 from linear_vit.training.logbook import Logbook
 from linear_vit.training.metrics import predict
-from linear_vit.training.options import chosen_config, chosen_device, make_parser, varied
+from linear_vit.training.options import (
+    chosen_config,
+    chosen_device,
+    given_settings,
+    make_parser,
+    varied,
+)
 from linear_vit.training.record import check_writable, environment, finished_record
 from linear_vit.training.step import make_optimizer, make_scaler, training_step
 from linear_vit.training.streams import stream
@@ -122,9 +128,13 @@ def train_command(args: argparse.Namespace) -> None:
     out = Path(args.out) if args.out else Path("runs") / config.run_name
     with distributed.processes(device):
         main = distributed.rank() == 0
-        if main and (out / "last.pt").exists() and not args.resume:
+        if args.resume and not args.out:
+            given = given_settings(args)
+            found = experiments.to_resume(given, config, Path("runs")) if main else None
+            config, out = distributed.gather(found)[0]
+        elif main and (out / "last.pt").exists() and not args.resume:
             notice(f"{out}/last.pt will be overwritten; --resume would go on from it")
-        if main and args.resume and not (out / "last.pt").exists():
+        elif main and args.resume and not (out / "last.pt").exists():
             notice(f"no {out}/last.pt to resume from: starting anew")
         check_usable(config, device)
         if not main:
@@ -171,6 +181,7 @@ def ablate_command(args: argparse.Namespace) -> None:
     setting, values = varied(args)
     more = experiments.model_of(setting) if "attention_type" not in vars(args) else {}
     given = [{**more, setting: value} for value in values]
+    experiments.check_varies(setting, [chosen_config(args, **one) for one in given])
     configs = train_missing(args, experiments.by_seed(args.seeds, given), device)
     speeds = []  # those of the runs
     if args.seconds > 0:

@@ -14,6 +14,7 @@ A file is a dict::
 
 import dataclasses
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -46,21 +47,25 @@ def save_checkpoint(path: Path, model: nn.Module, config: Config, **state: Any) 
 def load_for_resume(path: Path, config: Config) -> dict[str, Any]:
     """A checkpoint of just this configuration; UserError, naming what differs, for another."""
     content = load_checkpoint(path)
-    saved, wanted = dataclasses.asdict(content["config"]), dataclasses.asdict(config)
-    differ = [
-        f"{name} {saved[name]} (asked for: {wanted[name]})"
-        for name in saved
-        if saved[name] != wanted[name]
-    ]
-    if differ:
+    wanted = dataclasses.asdict(config)
+    if differ := differences(dataclasses.asdict(content["config"]), wanted):
         raise UserError(
-            f"{path} is of a run with {', '.join(differ)}: give --resume the options of that run, "
+            f"{path} is of a run with {differ}: give --resume the options of that run, "
             "or start another one with --out"
         )
     missing = {"optimizer", "step", "rng", "history", "progress"} - set(content)
     if missing:
         raise UserError(f"{path} cannot be resumed, it lacks {', '.join(sorted(missing))}")
     return content
+
+
+def differences(saved: Mapping[str, Any], wanted: Mapping[str, Any]) -> str:
+    """What of the wanted settings is otherwise in the saved ones, in words."""
+    return ", ".join(
+        f"{name} {saved[name]} (asked for: {value})"
+        for name, value in wanted.items()
+        if saved[name] != value
+    )
 
 
 def rng_state(device: torch.device) -> dict[str, Any]:

@@ -22,6 +22,11 @@ SCHEMA = "linear-vit-evaluation/1"
 
 def check_usable(config: Config, device: torch.device) -> None:
     """UserError, before data is read, for sizes that don't fit or a backend that can't run."""
+    if config.warmup_epochs > config.epochs:
+        notice(
+            f"the warm-up of {config.warmup_epochs:g} epochs is longer than the run of "
+            f"{config.epochs}: the learning rate will not reach {config.lr:g} (--warmup_epochs)"
+        )
     model = build_model(config).to(device)
     if RECIPES[config.recipe].per_image:
         torchvision_v2()

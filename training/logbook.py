@@ -1,7 +1,9 @@
 """What a training run keeps and shows: record, checkpoints, curves, progress, and the way back."""
 
 import math
+import os
 import time
+import weakref
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -27,7 +29,13 @@ from linear_vit.training.data.datasets import Dataset
 from linear_vit.training.data.loader import Loader
 from linear_vit.training.errors import UserError, first_line
 from linear_vit.training.metrics import accuracy
-from linear_vit.training.record import check_writable, new_record, remove_leftovers, write_json
+from linear_vit.training.record import (
+    check_writable,
+    lock,
+    new_record,
+    remove_leftovers,
+    write_json,
+)
 
 WARMUP_STEPS = 5  # steps left out of images/s: they allocate, compile and fill caches
 # What of the record a checkpoint takes along.
@@ -69,6 +77,7 @@ class Logbook:
         self.writes = distributed.rank() == 0
         if self.writes:
             check_writable(out)
+            self._unlock = weakref.finalize(self, os.close, lock(out))
             remove_leftovers(out)
         self.record = new_record(config, self.device, sum(p.numel() for p in model.parameters()))
         self.history: dict[str, list[float]] = {
@@ -239,8 +248,14 @@ class Logbook:
             self._progress.close()
         if self._board is not None:
             self._board.close()
-        if error is None:
-            return
+        failure = error and self._record_failure(error)
+        if self.writes:
+            self._unlock()
+        if failure is not error and failure is not None:
+            raise failure from error
+
+    def _record_failure(self, error: BaseException) -> BaseException:
+        """Records what ended the loop; returns what says it best."""
         failure = out_of_memory(error, self.config) or error
         stopped = isinstance(failure, KeyboardInterrupt)
         self.record["status"] = "interrupted" if stopped else "failed"
@@ -248,8 +263,7 @@ class Logbook:
         if self.writes:
             with suppress(UserError):  # a full disk, say: what went wrong first is what counts
                 write_json(self.run, self.record)
-        if failure is not error:
-            raise failure from error
+        return failure
 
 
 def check_finite(

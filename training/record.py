@@ -25,6 +25,7 @@
 """
 
 import dataclasses
+import fcntl
 import json
 import os
 import uuid
@@ -81,6 +82,31 @@ def check_writable(folder: Path) -> None:
     """Raises UserError now, not after an hour, if files can't be written to ``folder``."""
     write_text(folder / ".writable", "")
     (folder / ".writable").unlink()
+
+
+def lock(folder: Path) -> int:
+    """Keeps other processes from training in a folder, until this descriptor is closed or the
+    process ends, however that happens; UserError where another process has it."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        os.close(descriptor)
+        raise UserError(
+            f"another process is training in {folder}: wait for it, or choose another --out"
+        ) from error
+    except OSError:
+        pass  # a file system without locks
+    return descriptor
+
+
+def is_locked(folder: Path) -> bool:
+    """Whether a process is training in a folder."""
+    try:
+        os.close(lock(folder))
+    except UserError:
+        return True
+    return False
 
 
 def remove_leftovers(folder: Path) -> None:

@@ -16,7 +16,6 @@ from linear_vit.training import board, record
 from linear_vit.training.checkpoints import load_checkpoint
 from linear_vit.training.config import build_model
 from linear_vit.training.data import datasets
-from linear_vit.training.data.datasets import Dataset, Split
 from linear_vit.training.errors import UserError
 from linear_vit.training.options import chosen_config, make_parser
 
@@ -30,24 +29,7 @@ TINY = [
 ]
 
 
-@pytest.fixture(autouse=True)
-def _few_digits(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A tenth of the digits: what is tested here is not how well they are learned."""
-
-    def load(name: str, data_dir: str) -> Dataset:
-        data = original(name, data_dir)
-        if name != "digits":
-            return data
-
-        def some(split: Split, count: int) -> Split:
-            return Split(split.images[:count], split.labels[:count])
-
-        train, val, test = some(data.train, 130), some(data.val, 30), some(data.test, 40)
-        return Dataset(name, data.info, train, val, test, data.class_names)
-
-    original = datasets.load_once
-    monkeypatch.setattr(datasets, "load_once", load)
-    monkeypatch.setattr(board, "open_board", lambda _out, **_: None)
+pytestmark = pytest.mark.usefixtures("few_digits")
 
 
 def main(*arguments: object) -> int:
