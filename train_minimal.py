@@ -78,7 +78,7 @@ def train(
     """
     if resume and (finished := finished_record(out, config)):
         return finished
-    model = build_model(config).to(device)
+    model = build_model(config, data.info.classes).to(device)
     if config.compile:
         model.compile()
     network = distributed.parallel(model)  # the same, where there is one process
@@ -146,24 +146,33 @@ def train_command(args: argparse.Namespace) -> None:
         record = train(config, data, out, device, workers=args.workers, **how)
         if main:
             print(
-                f"{config.dataset} {config.model}: test accuracy {record['test_accuracy']:.1%} "
+                f"{data.info.title} {config.model}: test accuracy {record['test_accuracy']:.1%} "
                 f"(weights of epoch {record['best_epoch']}, the best on validation images), "
                 f"{record['images_per_second']:,.0f} images/s, {record['seconds']:.0f} s; see {out}"
             )
 
 
 def evaluate_command(args: argparse.Namespace) -> None:
-    device = chosen_device(args.device)
-    for path in evaluation.matching(args.checkpoint):
+    device, paths, failed = chosen_device(args.device), evaluation.matching(args.checkpoint), 0
+    for path in paths:
         out = Path(args.out) / path.parent.name if args.out else path.parent
-        result = evaluation.evaluate(path, args.dataset, args.data_dir, out, device)
-        print(evaluation.describe(result))
+        try:
+            result = evaluation.evaluate(path, args.dataset, args.data_dir, out, device)
+            print(evaluation.describe(result))
+        except UserError as error:
+            if len(paths) == 1:
+                raise
+            notice(f"skipped: {error}")
+            failed += 1
+    if failed:
+        raise UserError(f"{failed} of {len(paths)} checkpoints could not be tested")
 
 
 def table_command(args: argparse.Namespace) -> None:
     folder, out, device = Path(args.runs), Path(args.out), chosen_device(args.device)
     check_writable(out)
     if args.run:
+        check_writable(folder)
         models = [model_settings(name) for name in args.models]
         train_missing(args, experiments.by_seed(args.seeds, models), device)
         configs = [chosen_config(args, seed=0, **model) for model in models]
@@ -177,11 +186,12 @@ def table_command(args: argparse.Namespace) -> None:
 
 def ablate_command(args: argparse.Namespace) -> None:
     folder, out, device = Path(args.runs), Path(args.out), chosen_device(args.device)
-    check_writable(out)
     setting, values = varied(args)
     more = experiments.model_of(setting) if "attention_type" not in vars(args) else {}
     given = [{**more, setting: value} for value in values]
     experiments.check_varies(setting, [chosen_config(args, **one) for one in given])
+    check_writable(out)
+    check_writable(folder)
     configs = train_missing(args, experiments.by_seed(args.seeds, given), device)
     speeds = []  # those of the runs
     if args.seconds > 0:
@@ -238,7 +248,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if args.command != "train" and distributed.local_rank() is not None:
             raise UserError(f"torchrun is for train; {args.command} runs in one process")
         commands[args.command](args)
-    except (UserError, NoRuns, OptionError) as error:
+    except (UserError, NoRuns, OptionError, OSError) as error:  # a full disk, say
         print(f"train_minimal.py: error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

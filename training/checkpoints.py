@@ -7,6 +7,7 @@ A file is a dict::
     model       weights
     optimizer, scaler    their state dicts (scaler: None unless amp is fp16)
     step, epoch steps and epochs done: the position of schedule and loader (training.loader)
+    classes     names of the classes that were there (not in older ones)
     rng         one {cpu, cuda} of generator states per process: dropout and drop path
     history     {loss, hits, seconds, images}: float64 tensors, one value per step done
     progress    what the run record holds so far: epochs, best_epoch, seconds, ...
@@ -108,6 +109,17 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
         raise UserError(f"{path} holds no configuration or weights that this version knows")
     content["config"] = Config(**saved)
     return content
+
+
+def check_classes(content: dict[str, Any], names: list[str], path: Path) -> None:
+    """UserError where a checkpoint is of other classes than these, as of a part of a data set."""
+    saved = content.get("classes", names)
+    head = content["model"].get("head.bias", names)
+    if saved != names or len(head) != len(names):
+        raise UserError(
+            f"{path} was trained on {len(head)} classes, and the data here have {len(names)} or "
+            "others: a part of a data set is another one; give the --data_dir of that run"
+        )
 
 
 def load_weights(model: nn.Module, content: dict[str, Any], path: Path | str) -> None:

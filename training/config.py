@@ -295,14 +295,17 @@ def ignored(name: str, config: Config) -> str | None:
     return None
 
 
-def build_model(config: Config) -> VisionTransformer:
-    """The model of a configuration, with its initial weights; UserError where sizes don't fit."""
+def build_model(config: Config, classes: int | None = None) -> VisionTransformer:
+    """The model of a configuration, with its initial weights; UserError where sizes don't fit.
+
+    ``classes`` are those that are there, where it is not all of the data set's.
+    """
     info = DATASETS[config.dataset]
     shared = OPTIONS.keys() & inspect.signature(VisionTransformer).parameters.keys()
     try:
         return VisionTransformer(
             img_size=info.image_size,
-            num_classes=info.classes,
+            num_classes=info.classes if classes is None else classes,
             in_channels=info.channels,
             **{name: getattr(config, name) for name in shared},
         )

@@ -7,6 +7,7 @@
     config        every field of training.config.Config
     model         key of training.config.MODELS;  parameters: their number
     model_title, dataset_title  their names in full (in records since these fields are)
+    dataset_subset  true where not all classes of the data set were there; its title says which part
     environment   as bench.instruments.machine describes it, with device ("cpu" or the GPU's
                   name), processes and revision (older: cores of all the machine, platform)
     started       ISO time, UTC;  resumed: how often the run was taken up again
@@ -39,7 +40,7 @@ import torch
 
 from linear_vit.bench.instruments import machine
 from linear_vit.training import distributed
-from linear_vit.training.config import DATASETS, MODELS, RECIPES, Config
+from linear_vit.training.config import DATASETS, MODELS, RECIPES, Config, DatasetInfo
 from linear_vit.training.errors import UserError
 
 SCHEMA = "linear-vit-run/2"
@@ -160,15 +161,20 @@ def same_machine(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
     return all(one.get(key) == other.get(key) for key in MACHINE)
 
 
-def new_record(config: Config, device: torch.device, parameters: int) -> dict[str, Any]:
-    """The record of a run that begins."""
+def new_record(
+    config: Config, device: torch.device, parameters: int, info: DatasetInfo | None = None
+) -> dict[str, Any]:
+    """The record of a run that begins; ``info`` is of the data as they are there."""
+    whole = DATASETS[config.dataset]
+    info = info or whole
     return {
         "schema": SCHEMA,
         "status": "running",
         "config": dataclasses.asdict(config),
         "model": config.model,
         "model_title": MODELS[config.model].title,
-        "dataset_title": DATASETS[config.dataset].title,
+        "dataset_title": info.title,
+        "dataset_subset": info.classes < whole.classes,
         "parameters": parameters,
         "environment": environment(device),
         "started": datetime.now(UTC).isoformat(timespec="seconds"),

@@ -358,11 +358,12 @@ def test_the_board_gets_curves_graph_and_pictures(tmp_path: Path) -> None:
     model = build_model(config)
     data = datasets.load_once("digits", "data")
     writer = open_board(tmp_path)
-    board.add_graph(writer, model, (1, 8, 8))
+    assert writer is not None
+    writer.add_graph(model, (1, 8, 8))
     numbers = dict.fromkeys(("loss", "lr", "seconds", "images_per_second", "train_accuracy"), 1.0)
-    board.add_curves(writer, {**numbers, "val_accuracy": 0.5, "epoch": 1})
+    writer.add_curves({**numbers, "val_accuracy": 0.5, "epoch": 1})
     val, names = data.val, data.class_names
-    board.add_predictions(writer, val.images, val.labels, val.labels, names, data.info, 1)
+    writer.add_predictions(val.images, val.labels, val.labels, names, data.info, 1)
     writer.close()
     events = EventAccumulator(str(tmp_path))
     events.Reload()
@@ -371,6 +372,22 @@ def test_the_board_gets_curves_graph_and_pictures(tmp_path: Path) -> None:
     assert tags["images"]
     names = {node.name for node in events.Graph().node}
     assert {"head", "blocks/0/attention/qkv"} <= names
+
+
+def test_of_a_resumed_run_what_came_after_its_checkpoint_is_hidden(tmp_path: Path) -> None:
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    numbers = dict.fromkeys(("lr", "seconds", "images_per_second", "train_accuracy"), 1.0)
+    for done, losses in ((0, [5.0, 4.0, 9.0]), (2, [3.0])):
+        writer = open_board(tmp_path, epochs_done=done)
+        assert writer is not None
+        for epoch, loss in enumerate(losses, done + 1):
+            writer.add_curves({**numbers, "loss": loss, "val_accuracy": 0.5, "epoch": epoch})
+        writer.close()
+    events = EventAccumulator(str(tmp_path))
+    events.Reload()
+    assert [(one.step, one.value) for one in events.Scalars("loss")] == [(1, 5), (2, 4), (3, 3)]
 
 
 def test_out_that_cannot_be_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
