@@ -29,7 +29,7 @@ from typing import Any
 
 import torch
 
-from linear_vit.options import OptionError
+from linear_vit.options import OptionError, spell_out
 from linear_vit.reports import tables
 from linear_vit.reports.saved.runs import NoRuns
 from linear_vit.training import breakdown, distributed, evaluation, experiments
@@ -232,6 +232,7 @@ def profile_command(args: argparse.Namespace) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
+    spell_out()
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     if not arguments or (arguments[0].startswith("-") and arguments[0] not in ("-h", "--help")):
         arguments.insert(0, "train")
