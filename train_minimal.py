@@ -115,7 +115,6 @@ def train(
             load_weights(model, load_checkpoint(book.best), book.best)
             test = data.test.images.to(device)
             book.finish(predict(model, test, data.info, amp=config.amp))
-        distributed.wait_for_all()
     return book.record
 
 
@@ -137,11 +136,8 @@ def train_command(args: argparse.Namespace) -> None:
         elif main and args.resume and not (out / "last.pt").exists():
             notice(f"no {out}/last.pt to resume from: starting anew")
         check_usable(config, device)
-        if not main:
-            distributed.wait_for_all()  # until rank 0 has downloaded what is missing
-        data = datasets.load_once(config.dataset, args.data_dir)
-        if main:
-            distributed.wait_for_all()
+        with distributed.first_before_others():  # one download of what is missing is enough
+            data = datasets.load_once(config.dataset, args.data_dir)
         how = {"resume": args.resume, "checkpoint_every": args.checkpoint_every}
         record = train(config, data, out, device, workers=args.workers, **how)
         if main:

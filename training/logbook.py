@@ -260,7 +260,7 @@ class Logbook:
 
     def _record_failure(self, error: BaseException) -> BaseException:
         """Records what ended the loop; returns what says it best."""
-        failure = out_of_memory(error, self.config) or error
+        failure = out_of_memory(error, self.config) or distributed.unanswered(error) or error
         stopped = isinstance(failure, KeyboardInterrupt)
         self.record["status"] = "interrupted" if stopped else "failed"
         self.record["error"] = str(failure) or type(failure).__name__

@@ -350,6 +350,47 @@ def test_two_processes_train_as_one(tmp_path: Path, recipe: str) -> None:
     assert [run["environment"]["processes"] for run in runs] == [1, 2]
 
 
+_HANGS = """
+import os, sys, time
+sys.path.insert(0, {root!r})
+from linear_vit import train_minimal
+original, steps = train_minimal.training_step, 0
+
+def hanging(*arguments, **options):
+    global steps
+    steps += 1
+    if os.environ["RANK"] == "1" and steps == 3:
+        time.sleep(1000)
+    return original(*arguments, **options)
+
+train_minimal.training_step = hanging
+sys.exit(train_minimal.main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.slow
+def test_a_process_that_hangs_ends_the_others_by_name(tmp_path: Path) -> None:
+    script = tmp_path / "hangs.py"
+    script.write_text(_HANGS.format(root=str(ROOT)))
+    start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=3"]
+    options = [*TINY, "--checkpoint_every=1", "--device=cpu", f"--out={tmp_path / 'run'}"]
+    done = subprocess.run(
+        [*start, str(script), *options],
+        cwd=tmp_path,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "LINEAR_VIT_PATIENCE_S": "8"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode != 0
+    told = "of 3 processes, 1 did not answer for 8 s"
+    assert f"train_minimal.py: error: {told}" in done.stderr
+    run = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert run["status"] == "failed"
+    assert told in run["error"]
+    assert load_checkpoint(tmp_path / "run" / "last.pt")["step"] == 2
+
+
 def test_the_board_gets_curves_graph_and_pictures(tmp_path: Path) -> None:
     pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
