@@ -4,7 +4,7 @@
     python train_minimal.py --attention_type ripple --dataset cifar100 --batch_size 128 \\
         --epochs 200 --lr 3e-4 --use_cuda_kernels
     python train_minimal.py --attention_type ripple --recipe strong --amp bf16 --compile
-    python train_minimal.py --resume                         # go on where a killed run was
+    python train_minimal.py --resume                         # the newest unfinished run goes on
     torchrun --nproc-per-node 4 train_minimal.py --attention_type ripple   # on several GPUs
     python train_minimal.py evaluate --checkpoint 'runs/*/best.pt'
     python train_minimal.py table                            # every model on the embedded digits
@@ -16,7 +16,8 @@
 
 ``train`` is the default command. A run leaves run.json, best.pt and last.pt in its folder;
 ``table`` trains what is missing from those below --runs, prints the results table and writes it
-as table.md, table.csv and table.json.
+as table.md, table.csv and table.json. It makes 25 runs, ``ablate`` 3 a value; on the digits each
+took 23 to 106 s on two cores of a 2.5 GHz Xeon.
 """
 
 import argparse
