@@ -4,7 +4,7 @@
     python train_minimal.py --attention_type ripple --dataset cifar100 --batch_size 128 \\
         --epochs 200 --lr 3e-4 --use_cuda_kernels
     python train_minimal.py --attention_type ripple --recipe strong --amp bf16 --compile
-    python train_minimal.py --resume                         # go on where a killed run was
+    python train_minimal.py --resume                         # the newest unfinished run goes on
     torchrun --nproc-per-node 4 train_minimal.py --attention_type ripple   # on several GPUs
     python train_minimal.py evaluate --checkpoint 'runs/*/best.pt'
     python train_minimal.py table                            # every model on the embedded digits
@@ -16,7 +16,8 @@
 
 ``train`` is the default command. A run leaves run.json, best.pt and last.pt in its folder;
 ``table`` trains what is missing from those below --runs, prints the results table and writes it
-as table.md, table.csv and table.json.
+as table.md, table.csv and table.json. It makes 25 runs, ``ablate`` 3 a value; on the digits each
+took 23 to 106 s on two cores of a 2.5 GHz Xeon.
 """
 
 import argparse
@@ -29,7 +30,7 @@ from typing import Any
 
 import torch
 
-from linear_vit.options import OptionError
+from linear_vit.options import OptionError, spell_out
 from linear_vit.reports import tables
 from linear_vit.reports.saved.runs import NoRuns
 from linear_vit.training import breakdown, distributed, evaluation, experiments
@@ -41,7 +42,13 @@ from linear_vit.training.errors import UserError, notice
 from linear_vit.training.evaluation import check_usable
 from linear_vit.training.logbook import Logbook
 from linear_vit.training.metrics import predict
-from linear_vit.training.options import chosen_config, chosen_device, make_parser, varied
+from linear_vit.training.options import (
+    chosen_config,
+    chosen_device,
+    given_settings,
+    make_parser,
+    varied,
+)
 from linear_vit.training.record import check_writable, environment, finished_record
 from linear_vit.training.step import make_optimizer, make_scaler, training_step
 from linear_vit.training.streams import stream
@@ -72,7 +79,7 @@ def train(
     """
     if resume and (finished := finished_record(out, config)):
         return finished
-    model = build_model(config).to(device)
+    model = build_model(config, data.info.classes).to(device)
     if config.compile:
         model.compile()
     network = distributed.parallel(model)  # the same, where there is one process
@@ -109,7 +116,6 @@ def train(
             load_weights(model, load_checkpoint(book.best), book.best)
             test = data.test.images.to(device)
             book.finish(predict(model, test, data.info, amp=config.amp))
-        distributed.wait_for_all()
     return book.record
 
 
@@ -122,38 +128,48 @@ def train_command(args: argparse.Namespace) -> None:
     out = Path(args.out) if args.out else Path("runs") / config.run_name
     with distributed.processes(device):
         main = distributed.rank() == 0
-        if main and (out / "last.pt").exists() and not args.resume:
+        if args.resume and not args.out:
+            given = given_settings(args)
+            found = experiments.to_resume(given, config, Path("runs")) if main else None
+            config, out = distributed.gather(found)[0]
+        elif main and (out / "last.pt").exists() and not args.resume:
             notice(f"{out}/last.pt will be overwritten; --resume would go on from it")
-        if main and args.resume and not (out / "last.pt").exists():
+        elif main and args.resume and not (out / "last.pt").exists():
             notice(f"no {out}/last.pt to resume from: starting anew")
         check_usable(config, device)
-        if not main:
-            distributed.wait_for_all()  # until rank 0 has downloaded what is missing
-        data = datasets.load_once(config.dataset, args.data_dir)
-        if main:
-            distributed.wait_for_all()
+        with distributed.first_before_others():  # one download of what is missing is enough
+            data = datasets.load_once(config.dataset, args.data_dir)
         how = {"resume": args.resume, "checkpoint_every": args.checkpoint_every}
         record = train(config, data, out, device, workers=args.workers, **how)
         if main:
             print(
-                f"{config.dataset} {config.model}: test accuracy {record['test_accuracy']:.1%} "
+                f"{data.info.title} {config.model}: test accuracy {record['test_accuracy']:.1%} "
                 f"(weights of epoch {record['best_epoch']}, the best on validation images), "
                 f"{record['images_per_second']:,.0f} images/s, {record['seconds']:.0f} s; see {out}"
             )
 
 
 def evaluate_command(args: argparse.Namespace) -> None:
-    device = chosen_device(args.device)
-    for path in evaluation.matching(args.checkpoint):
+    device, paths, failed = chosen_device(args.device), evaluation.matching(args.checkpoint), 0
+    for path in paths:
         out = Path(args.out) / path.parent.name if args.out else path.parent
-        result = evaluation.evaluate(path, args.dataset, args.data_dir, out, device)
-        print(evaluation.describe(result))
+        try:
+            result = evaluation.evaluate(path, args.dataset, args.data_dir, out, device)
+            print(evaluation.describe(result))
+        except UserError as error:
+            if len(paths) == 1:
+                raise
+            notice(f"skipped: {error}")
+            failed += 1
+    if failed:
+        raise UserError(f"{failed} of {len(paths)} checkpoints could not be tested")
 
 
 def table_command(args: argparse.Namespace) -> None:
     folder, out, device = Path(args.runs), Path(args.out), chosen_device(args.device)
     check_writable(out)
     if args.run:
+        check_writable(folder)
         models = [model_settings(name) for name in args.models]
         train_missing(args, experiments.by_seed(args.seeds, models), device)
         configs = [chosen_config(args, seed=0, **model) for model in models]
@@ -167,10 +183,12 @@ def table_command(args: argparse.Namespace) -> None:
 
 def ablate_command(args: argparse.Namespace) -> None:
     folder, out, device = Path(args.runs), Path(args.out), chosen_device(args.device)
-    check_writable(out)
     setting, values = varied(args)
     more = experiments.model_of(setting) if "attention_type" not in vars(args) else {}
     given = [{**more, setting: value} for value in values]
+    experiments.check_varies(setting, [chosen_config(args, **one) for one in given])
+    check_writable(out)
+    check_writable(folder)
     configs = train_missing(args, experiments.by_seed(args.seeds, given), device)
     speeds = []  # those of the runs
     if args.seconds > 0:
@@ -211,6 +229,7 @@ def profile_command(args: argparse.Namespace) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
+    spell_out()
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     if not arguments or (arguments[0].startswith("-") and arguments[0] not in ("-h", "--help")):
         arguments.insert(0, "train")
@@ -227,7 +246,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if args.command != "train" and distributed.local_rank() is not None:
             raise UserError(f"torchrun is for train; {args.command} runs in one process")
         commands[args.command](args)
-    except (UserError, NoRuns, OptionError) as error:
+    except (UserError, NoRuns, OptionError, OSError) as error:  # a full disk, say
         print(f"train_minimal.py: error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

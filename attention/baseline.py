@@ -39,9 +39,9 @@ class BaselineAttention(nn.Module):
         self.projection = nn.Linear(dim, dim)
 
     def forward(self, x: Tensor, grid: Grid) -> Tensor:
-        batch, tokens = check_tokens(x, grid, self.dim)
+        check_tokens(x, grid, self.dim)
         packed = self.qkv(x)
-        qkv = packed.view(batch, tokens, 3, self.heads, -1)
+        qkv = packed.unflatten(2, (3, self.heads, -1))
         out = softmax_attention_packed(qkv, backend=self.backend).flatten(2)
         if self.local is not None:
             out = out + self.local(packed[..., 2 * self.dim :], grid)

@@ -70,6 +70,8 @@ class RippleAttention(nn.Module):
         check_tokens(x, grid, self.dim)
         axes = halving_axes(grid, len(self.stages))
         stages = [stage for stage in self.stages if isinstance(stage, RippleStage)]
+        # The kernels read channels last; tokens of a convolution's image are not.
+        x = x if x.stride(2) == 1 else x.contiguous()
         level = x.unflatten(1, grid)  # (B, rows, cols, C)
         pooled = ripple_pool_stages(
             level, [stage.pool_weight for stage in stages], axes=axes, backend=self.backend
@@ -87,9 +89,9 @@ class RippleAttention(nn.Module):
 
     def _attend(self, level: Tensor) -> Tensor:
         """Multi-head linear attention on the compressed grid (B, rows, cols, C)."""
-        batch, rows, cols, _ = level.shape
+        _, rows, cols, _ = level.shape
         x = level.flatten(1, 2)
-        qkv = self.qkv(x).view(batch, rows * cols, 3, self.heads, -1)
+        qkv = self.qkv(x).unflatten(2, (3, self.heads, -1))
         out = linear_attention_packed(qkv, backend=self.backend).flatten(2)
         if self.local is not None:
             out = out + self.local(x, (rows, cols))

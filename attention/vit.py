@@ -1,7 +1,7 @@
 """The vision transformer around the attention modules; everything but attention is shared."""
 
 import zlib
-from typing import Any
+from typing import Any, SupportsIndex
 
 import torch
 from torch import Tensor, nn
@@ -125,7 +125,7 @@ class VisionTransformer(nn.Module):
         seed: int | None = None,
     ) -> None:
         super().__init__()
-        height, width = (img_size, img_size) if isinstance(img_size, int) else img_size
+        height, width = (img_size, img_size) if isinstance(img_size, SupportsIndex) else img_size
         sizes = {
             "patch_size": patch_size,
             "num_classes": num_classes,

@@ -7,7 +7,7 @@ import importlib
 import sys
 from collections.abc import Sequence
 
-from linear_vit.options import OptionError, load_plugins
+from linear_vit.options import OptionError, load_plugins, spell_out
 
 COMMANDS = {
     "check": ("linear_vit.bench.check", "every backend against the float64 reference"),
@@ -29,6 +29,7 @@ USAGE = "\n".join(
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    spell_out()
     given = list(sys.argv[1:] if argv is None else argv)
     plugins = []
     while given[:1] == ["-p"] and len(given) > 1:

@@ -11,10 +11,12 @@ from collections.abc import Sequence
 
 import torch
 
+from linear_vit import options
 from linear_vit.kernels import build, toolchains
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
+    options.spell_out()
     parser = argparse.ArgumentParser(prog="python -m kernels", description="The kernels' sources.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     ahead = commands.add_parser(

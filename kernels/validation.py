@@ -7,7 +7,7 @@ device).
 """
 
 import math
-from numbers import Real
+from numbers import Integral, Real
 
 import torch
 from torch import Tensor
@@ -124,9 +124,10 @@ def check_real(name: str, value: object, *, minimum: float | None = None) -> Non
         raise ValueError(f"{name} must be at least {minimum}, got {value}")
 
 
-def check_axis(axis: object) -> None:
-    """0 (rows) or 1 (columns)."""
-    if isinstance(axis, bool) or not isinstance(axis, int):
+def check_axis(axis: object) -> int:
+    """0 (rows) or 1 (columns), as an int: NumPy's integers are as good."""
+    if isinstance(axis, bool) or not isinstance(axis, Integral):
         raise TypeError(f"axis must be the int 0 (rows) or 1 (columns), got {axis!r}")
     if axis not in (0, 1):
         raise ValueError(f"axis must be 0 (rows) or 1 (columns), got {axis}")
+    return int(axis)

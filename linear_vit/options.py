@@ -10,9 +10,11 @@ parsers and for pytest's groups of options::
 
 import argparse
 import importlib
+import io
 import math
 import os
 import re
+import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, TypeVar
@@ -136,6 +138,16 @@ def known(name: str, asked: Iterable[str] | None, there_are: Iterable[Name]) -> 
 
 def _plain(word: object) -> str:
     return str(word).replace("-", "_")
+
+
+def spell_out() -> None:
+    """From now on standard output takes any character: what its encoding lacks is spelled \\u03bb.
+
+    For a command to call as it starts: hours of work are not to die of a λ or ± in their last line.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper) and stream.errors in ("strict", "surrogateescape"):
+            stream.reconfigure(errors="backslashreplace")
 
 
 def device(name: str | None) -> Any:

@@ -14,6 +14,7 @@ Parser = argparse.ArgumentParser
 
 
 def main(argv: list[str] | None = None) -> int:
+    options.spell_out()
     parser = _parser()
     arguments = parser.parse_args(argv)
     if arguments.command is None:

@@ -7,6 +7,7 @@ A file is a dict::
     model       weights
     optimizer, scaler    their state dicts (scaler: None unless amp is fp16)
     step, epoch steps and epochs done: the position of schedule and loader (training.loader)
+    classes     names of the classes that were there (not in older ones)
     rng         one {cpu, cuda} of generator states per process: dropout and drop path
     history     {loss, hits, seconds, images}: float64 tensors, one value per step done
     progress    what the run record holds so far: epochs, best_epoch, seconds, ...
@@ -14,6 +15,7 @@ A file is a dict::
 
 import dataclasses
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -46,21 +48,25 @@ def save_checkpoint(path: Path, model: nn.Module, config: Config, **state: Any) 
 def load_for_resume(path: Path, config: Config) -> dict[str, Any]:
     """A checkpoint of just this configuration; UserError, naming what differs, for another."""
     content = load_checkpoint(path)
-    saved, wanted = dataclasses.asdict(content["config"]), dataclasses.asdict(config)
-    differ = [
-        f"{name} {saved[name]} (asked for: {wanted[name]})"
-        for name in saved
-        if saved[name] != wanted[name]
-    ]
-    if differ:
+    wanted = dataclasses.asdict(config)
+    if differ := differences(dataclasses.asdict(content["config"]), wanted):
         raise UserError(
-            f"{path} is of a run with {', '.join(differ)}: give --resume the options of that run, "
+            f"{path} is of a run with {differ}: give --resume the options of that run, "
             "or start another one with --out"
         )
     missing = {"optimizer", "step", "rng", "history", "progress"} - set(content)
     if missing:
         raise UserError(f"{path} cannot be resumed, it lacks {', '.join(sorted(missing))}")
     return content
+
+
+def differences(saved: Mapping[str, Any], wanted: Mapping[str, Any]) -> str:
+    """What of the wanted settings is otherwise in the saved ones, in words."""
+    return ", ".join(
+        f"{name} {saved[name]} (asked for: {value})"
+        for name, value in wanted.items()
+        if saved[name] != value
+    )
 
 
 def rng_state(device: torch.device) -> dict[str, Any]:
@@ -103,6 +109,17 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
         raise UserError(f"{path} holds no configuration or weights that this version knows")
     content["config"] = Config(**saved)
     return content
+
+
+def check_classes(content: dict[str, Any], names: list[str], path: Path) -> None:
+    """UserError where a checkpoint is of other classes than these, as of a part of a data set."""
+    saved = content.get("classes", names)
+    head = content["model"].get("head.bias", names)
+    if saved != names or len(head) != len(names):
+        raise UserError(
+            f"{path} was trained on {len(head)} classes, and the data here have {len(names)} or "
+            "others: a part of a data set is another one; give the --data_dir of that run"
+        )
 
 
 def load_weights(model: nn.Module, content: dict[str, Any], path: Path | str) -> None:

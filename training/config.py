@@ -146,17 +146,18 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
 
 @dataclass(frozen=True)
 class Bound:
-    """What a number may be, in words, and from where to where (which it stays below)."""
+    """What a number may be: at least so much (in words), and below that."""
 
     text: str
     least: float
-    below: float = math.inf
+    below: float = 1e9  # what is larger is a slip, and some of it no float
 
 
 _COUNT = Bound("at least 1", 1)
 _NATURAL = Bound("at least 0", 0)
-_SHARE = Bound("at least 0 and below 1", 0, 1)
+_SHARE = Bound("at least 0", 0, 1)
 _POSITIVE = Bound("above 0", math.nextafter(0, 1))
+_SEED = Bound("at least 0", 0, 2**63)
 
 
 @dataclass(frozen=True)
@@ -164,7 +165,7 @@ class Option:
     """What the command line says of a field of :class:`Config`, and what ``resolve`` checks.
 
     ``default`` is in words, where it follows from something else. ``commands`` are those that have
-    the option, None stands for all that train.
+    the option, None stands for all that train. ``models`` are the attention types that have it.
     """
 
     help: str
@@ -172,6 +173,7 @@ class Option:
     bound: Bound | None = None
     choices: tuple[str, ...] = ()
     commands: tuple[str, ...] | None = None
+    models: tuple[str, ...] = ATTENTION_TYPES
 
 
 def _option(value: Any, help: str, default: str | None = None, **more: Any) -> Any:
@@ -179,6 +181,7 @@ def _option(value: Any, help: str, default: str | None = None, **more: Any) -> A
 
 
 _AMP = ("off", "bf16", "fp16")
+_WITH_HEADS = tuple(name for name in ATTENTION_TYPES if name != "hydra")
 _OF_ONE_MODEL = ("train", "ablate")
 
 
@@ -196,11 +199,15 @@ class Config:
     )
     dim: int = _option(384, "embedding dimension", bound=_COUNT)
     depth: int = _option(12, "number of blocks", bound=_COUNT)
-    heads: int = _option(6, "attention heads; not used by hydra", "dim / 64")
+    heads: int = _option(
+        6, "attention heads; not used by hydra", "dim / 64", bound=_COUNT, models=_WITH_HEADS
+    )
     mlp_dim: int = _option(1536, "hidden dimension of the MLP", "4 * dim", bound=_COUNT)
     patch_size: int = _option(4, "side of a patch in pixels", "4; digits: 1", bound=_COUNT)
-    ripple_stages: int = _option(3, "halvings of the token grid, ripple only", bound=_NATURAL)
-    hydra_branches: int = _option(4, "query branches, hydra only", bound=_COUNT)
+    ripple_stages: int = _option(
+        3, "halvings of the token grid, ripple only", bound=_NATURAL, models=("ripple",)
+    )
+    hydra_branches: int = _option(4, "query branches, hydra only", bound=_COUNT, models=("hydra",))
     dropout: float = _option(0.1, "rate of dropout", bound=_SHARE)
     drop_path: float = _option(0.0, "rate of stochastic depth", "0; strong: 0.1", bound=_SHARE)
     recipe: str = _option("seed", "of augmentation:", choices=tuple(RECIPES))
@@ -213,12 +220,12 @@ class Config:
         10.0, "linear warm-up", "10 of 200, in proportion", bound=_NATURAL
     )
     label_smoothing: float = _option(0.1, "of the targets", bound=_SHARE)
-    clip: float = _option(1.0, "greatest norm of the gradient", bound=_POSITIVE)
+    clip: float = _option(1.0, "greatest norm of the gradient; 0: any", bound=_NATURAL)
     amp: str = _option("off", "autocast:", "bf16 on CUDA, else off", choices=_AMP)
     compile: bool = _option(False, "compile the model with torch.compile")
     backend: str | None = _option(None, "of the kernels", "the fastest usable one")
     preset: str = _option("full", "", choices=tuple(PRESETS))
-    seed: int = _option(0, "of all that is drawn", bound=_NATURAL, commands=("train",))
+    seed: int = _option(0, "of all that is drawn", bound=_SEED, commands=("train",))
 
     @property
     def model(self) -> str:
@@ -267,6 +274,8 @@ def resolve(given: Mapping[str, Any]) -> Config:
     if "dim" in given and "heads" not in given:
         chosen.pop("heads", None)
     values |= chosen
+    for name, value in values.items():
+        _check(name, value)
     follows = {
         "heads": max(1, values["dim"] // 64),
         "mlp_dim": 4 * values["dim"],
@@ -274,19 +283,29 @@ def resolve(given: Mapping[str, Any]) -> Config:
         "warmup_epochs": 0.05 * values["epochs"],
     }
     values |= {name: value for name, value in follows.items() if name not in chosen}
-    for name, value in values.items():
-        _check(name, value)
     return Config(**values)
 
 
-def build_model(config: Config) -> VisionTransformer:
-    """The model of a configuration, with its initial weights; UserError where sizes don't fit."""
+def ignored(name: str, config: Config) -> str | None:
+    """Why a setting makes no difference to what is trained; None where it does."""
+    if config.attention_type not in OPTIONS[name].models:
+        return f"{config.attention_type} models have none"
+    if name == "drop_path" and config.depth == 1:
+        return "it grows from 0 in the first of several blocks, and depth is 1"
+    return None
+
+
+def build_model(config: Config, classes: int | None = None) -> VisionTransformer:
+    """The model of a configuration, with its initial weights; UserError where sizes don't fit.
+
+    ``classes`` are those that are there, where it is not all of the data set's.
+    """
     info = DATASETS[config.dataset]
     shared = OPTIONS.keys() & inspect.signature(VisionTransformer).parameters.keys()
     try:
         return VisionTransformer(
             img_size=info.image_size,
-            num_classes=info.classes,
+            num_classes=info.classes if classes is None else classes,
             in_channels=info.channels,
             **{name: getattr(config, name) for name in shared},
         )
@@ -312,5 +331,7 @@ def _check(name: str, value: Any) -> None:
     option = OPTIONS[name]
     if option.choices and value not in option.choices:
         raise UserError(f"{name} must be one of {', '.join(option.choices)}, got {value!r}")
-    if option.bound and not option.bound.least <= value < option.bound.below:
-        raise UserError(f"{name} must be {option.bound.text}, got {value}")
+    bound = option.bound
+    if bound and not bound.least <= value < bound.below:
+        below = f" and below {bound.below:g}" if value >= bound.below else ""
+        raise UserError(f"{name} must be {bound.text}{below}, got {value}")

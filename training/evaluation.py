@@ -8,20 +8,26 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
+from torch import nn
 
-from linear_vit.training.checkpoints import load_checkpoint, load_weights
+from linear_vit.training.checkpoints import check_classes, load_checkpoint, load_weights
 from linear_vit.training.config import DATASETS, RECIPES, Config, build_model
 from linear_vit.training.data import datasets
 from linear_vit.training.data.augmentation import torchvision_v2
 from linear_vit.training.errors import UserError, notice
 from linear_vit.training.metrics import accuracy, predict
-from linear_vit.training.record import environment, write_json, write_text, writing
+from linear_vit.training.record import check_writable, environment, write_json, write_text, writing
 
 SCHEMA = "linear-vit-evaluation/1"
 
 
 def check_usable(config: Config, device: torch.device) -> None:
     """UserError, before data is read, for sizes that don't fit or a backend that can't run."""
+    if config.warmup_epochs > config.epochs:
+        notice(
+            f"the warm-up of {config.warmup_epochs:g} epochs is longer than the run of "
+            f"{config.epochs}: the learning rate will not reach {config.lr:g} (--warmup_epochs)"
+        )
     model = build_model(config).to(device)
     if RECIPES[config.recipe].per_image:
         torchvision_v2()
@@ -50,23 +56,30 @@ def evaluate(
     """Tests a checkpoint on the test set of the data it was trained on.
 
     Writes to ``out``, beside the checkpoint's name: ``<stem>-evaluation.json`` (schema, dataset,
-    model, accuracy, per_class {class: accuracy}, images, confusion [true][predicted],
-    environment), ``<stem>-confusion.csv`` and, with matplotlib, ``<stem>-confusion.png``.
+    dataset_title, model, accuracy, per_class {class: accuracy}, images, environment, confusion
+    [true][predicted]), ``<stem>-confusion.csv`` and, with matplotlib, ``<stem>-confusion.png``.
     Returns what the JSON file holds. Raises UserError where ``dataset`` is another one.
     """
     from sklearn.metrics import confusion_matrix, recall_score
 
     content = load_checkpoint(path)
+    check_writable(out)  # before the test
     config = content["config"]
     if dataset is not None and dataset != config.dataset:
         raise UserError(
             f"{path} was trained on {config.dataset}, whose classes are not those of "
             f"--dataset {dataset}; leave --dataset out"
         )
-    model = build_model(config).to(device)
-    load_weights(model, content, path)
     data = datasets.load_once(config.dataset, data_dir)
+    check_classes(content, data.class_names, path)
+    model = build_model(config, data.info.classes).to(device)
+    load_weights(model, content, path)
     predicted = predict(model, data.test.images.to(device), data.info, amp=config.amp).cpu()
+    if broken := int((predicted < 0).sum()):
+        raise UserError(
+            f"{path}: the model's output is no number for {broken} of {len(predicted)} test images"
+            f"{_not_finite(model)}; train it again, or give a checkpoint from before"
+        )
     truth, labels = data.test.labels, range(data.info.classes)
     confusion = confusion_matrix(truth, predicted, labels=labels)
     # The share of a class's images that is recognised: what is called recall elsewhere.
@@ -76,6 +89,7 @@ def evaluate(
         "schema": SCHEMA,
         "checkpoint": str(path),
         "dataset": config.dataset,
+        "dataset_title": data.info.title,
         "model": config.model,
         "epoch": content.get("epoch"),
         "images": len(truth),
@@ -95,10 +109,17 @@ def evaluate(
     return result
 
 
+def _not_finite(model: nn.Module) -> str:
+    """Which weights are to blame, for a message."""
+    bad = [name for name, weight in model.named_parameters() if not weight.isfinite().all()]
+    others = f" and {len(bad) - 1} others" if len(bad) > 1 else ""
+    return f": its weights hold NaN or infinity ({bad[0]}{others})" if bad else ""
+
+
 def describe(result: dict[str, Any]) -> str:
     """A few lines: the overall accuracy, and each class's (the ten worst of many)."""
     lines = [
-        f"{result['checkpoint']}: {result['model']} on {result['dataset']}: "
+        f"{result['checkpoint']}: {result['model']} on {result['dataset_title']}: "
         f"{result['accuracy']:.2%} of {result['images']} test images"
     ]
     known = [(value, name) for name, value in result["per_class"].items() if value is not None]
@@ -128,6 +149,6 @@ def _plot(result: dict[str, Any], names: list[str], path: Path) -> None:
                 axes.text(col, row, str(count), ha="center", va="center", color=colour, size=8)
     axes.set_xlabel("predicted class")
     axes.set_ylabel("true class")
-    axes.set_title(f"{result['model']} on {result['dataset']}: {result['accuracy']:.1%}")
+    axes.set_title(f"{result['model']} on {result['dataset_title']}: {result['accuracy']:.1%}")
     with writing(path) as temporary:
         figure.savefig(temporary, format="png", dpi=150)

@@ -1,25 +1,82 @@
 """Many runs: which are missing from a folder of records, and the speed of steps by turns."""
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from linear_vit.training.config import Config, digest
-from linear_vit.training.errors import notice
+from linear_vit.training.checkpoints import differences, load_checkpoint
+from linear_vit.training.config import OPTIONS, Config, digest, ignored
+from linear_vit.training.errors import UserError, notice
 from linear_vit.training.evaluation import check_usable
-from linear_vit.training.record import environment, read_runs, same_machine
+from linear_vit.training.record import (
+    environment,
+    finished_record,
+    is_locked,
+    read_runs,
+    same_machine,
+)
 from linear_vit.training.steps import compared_backends, step_case, time_steps, were_timed
 
-# What is varied of which model, where none is named.
-_MODEL_OF = {"ripple_stages": "ripple", "hydra_branches": "hydra"}
+_MOST_LISTED = 5
+
+
+def to_resume(given: Mapping[str, Any], config: Config, folder: Path) -> tuple[Config, Path]:
+    """The run below ``folder`` to go on with: its configuration, and its own folder.
+
+    It is the newest of the unfinished ones that have all ``given`` settings, and before these the
+    one of just this ``config``, if anything was given. One that is finished is as good, if there is
+    no other. Raises UserError, with what differs in each, where no run has these settings.
+    """
+    here, asked = folder / config.run_name, dataclasses.asdict(config)
+    left = _unfinished(folder)
+    agree = {path: run for path, run in left.items() if not differences(run, given)}
+    exact = [path for path, run in agree.items() if given and run == asked]
+    for path in [*exact, *agree][:1]:
+        others = f"; {len(agree) - 1} more are named with --out" if len(agree) > 1 else ""
+        notice(f"going on with {path}, the newest unfinished run of these settings{others}")
+        return Config(**agree[path]), path
+    if finished_record(here, config):
+        return config, here
+    runs = [f"{path} has {differences(run, given)}" for path, run in left.items()]
+    found = "; ".join(runs[:_MOST_LISTED]) or f"none below {folder} is unfinished"
+    more = f" (and {len(runs) - _MOST_LISTED} more)" if len(runs) > _MOST_LISTED else ""
+    raise UserError(
+        f"no run to resume: {found}{more}; leave out --resume to start one, or give --out the "
+        "folder of one"
+    )
+
+
+def _unfinished(folder: Path) -> dict[Path, dict[str, Any]]:
+    """Folders with a last.pt of a run that has not ended, the newest first, and its settings."""
+    found = {}
+    for last in sorted(folder.rglob("last.pt"), key=lambda path: -path.stat().st_mtime):
+        runs, _ = read_runs(last.parent)
+        run = runs.get(last.with_name("run.json"))
+        try:
+            settings = run["config"] if run else dataclasses.asdict(load_checkpoint(last)["config"])
+            Config(**settings)
+        except (UserError, TypeError) as error:
+            notice(f"skipped {last}: {error}")
+            continue
+        if not (run and run["status"] == "finished") and not is_locked(last.parent):
+            found[last.parent] = settings
+    return found
 
 
 def model_of(setting: str) -> dict[str, Any]:
     """The model that a setting is of alone, as a setting."""
-    return {"attention_type": _MODEL_OF[setting]} if setting in _MODEL_OF else {}
+    models = OPTIONS[setting].models
+    return {"attention_type": models[0]} if len(models) == 1 else {}
+
+
+def check_varies(setting: str, configs: Sequence[Config]) -> None:
+    """Raises UserError where a setting makes no difference to what is trained."""
+    for config in configs:
+        if why := ignored(setting, config):
+            raise UserError(f"varying {setting} would change nothing: {why}")
 
 
 def by_seed(seeds: int, settings: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -1,7 +1,9 @@
 """What a training run keeps and shows: record, checkpoints, curves, progress, and the way back."""
 
 import math
+import os
 import time
+import weakref
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -15,6 +17,7 @@ from linear_vit.bench.instruments.memory import is_out_of_memory
 from linear_vit.bench.progress import Progress, clock
 from linear_vit.training import board, distributed
 from linear_vit.training.checkpoints import (
+    check_classes,
     load_for_resume,
     load_weights,
     rng_state,
@@ -27,7 +30,13 @@ from linear_vit.training.data.datasets import Dataset
 from linear_vit.training.data.loader import Loader
 from linear_vit.training.errors import UserError, first_line
 from linear_vit.training.metrics import accuracy
-from linear_vit.training.record import check_writable, new_record, remove_leftovers, write_json
+from linear_vit.training.record import (
+    check_writable,
+    lock,
+    new_record,
+    remove_leftovers,
+    write_json,
+)
 
 WARMUP_STEPS = 5  # steps left out of images/s: they allocate, compile and fill caches
 # What of the record a checkpoint takes along.
@@ -69,8 +78,10 @@ class Logbook:
         self.writes = distributed.rank() == 0
         if self.writes:
             check_writable(out)
+            self._unlock = weakref.finalize(self, os.close, lock(out))
             remove_leftovers(out)
-        self.record = new_record(config, self.device, sum(p.numel() for p in model.parameters()))
+        parameters = sum(p.numel() for p in model.parameters())
+        self.record = new_record(config, self.device, parameters, data.info)
         self.history: dict[str, list[float]] = {
             name: [] for name in ("loss", "hits", "seconds", "images")
         }
@@ -83,6 +94,7 @@ class Logbook:
         if not self.last.exists():
             return
         saved = load_for_resume(self.last, self.config)
+        check_classes(saved, self.data.class_names, self.last)
         load_weights(self.model, saved, self.last)
         self.optimizer.load_state_dict(saved["optimizer"])
         if self.scaler is not None:
@@ -96,12 +108,12 @@ class Logbook:
         self._checkpoint = f"{self.last} (step {self.done})"
 
     def __enter__(self) -> "Logbook":
-        self._board: Any = None
+        self._board: board.Board | None = None
         if self.writes:
             epochs_done = len(self.record["epochs"])
             self._board = board.open_board(self.run.parent, epochs_done=epochs_done)
         if self._board is not None and self.done == 0:
-            board.add_graph(self._board, self.model, tuple(self.data.train.images.shape[1:]))
+            self._board.add_graph(self.model, tuple(self.data.train.images.shape[1:]))
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
         self._begin = time.perf_counter() - self.record["seconds"]
@@ -176,11 +188,11 @@ class Logbook:
             of = f"{self._title}  epoch {self._epoch:3d}/{self.config.epochs}"
             self._progress.line(f"{of}  {self._shown(entry)}")
         if self._board is not None:
-            board.add_curves(self._board, entry)
+            self._board.add_curves(entry)
             if self._epoch in (1, self.config.epochs):
                 pictures = val.images[:16], val.labels[:16], predictions[:16]
                 names, info = self.data.class_names, self.data.info
-                board.add_predictions(self._board, *pictures, names, info, self._epoch)
+                self._board.add_predictions(*pictures, names, info, self._epoch)
         if entry["val_accuracy"] > max(before, default=-1.0):
             self.record["best_epoch"] = self._epoch
             self._save(self.best, self.last)
@@ -206,6 +218,7 @@ class Logbook:
             "scaler": self.scaler.state_dict() if self.scaler is not None else None,
             "step": self.done,
             "epoch": self.done // self._loader.steps_per_epoch,
+            "classes": self.data.class_names,
             "rng": distributed.gather(rng_state(self.device)),
             "history": {
                 name: torch.tensor(values, dtype=torch.float64)
@@ -239,17 +252,22 @@ class Logbook:
             self._progress.close()
         if self._board is not None:
             self._board.close()
-        if error is None:
-            return
-        failure = out_of_memory(error, self.config) or error
+        failure = error and self._record_failure(error)
+        if self.writes:
+            self._unlock()
+        if failure is not error and failure is not None:
+            raise failure from error
+
+    def _record_failure(self, error: BaseException) -> BaseException:
+        """Records what ended the loop; returns what says it best."""
+        failure = out_of_memory(error, self.config) or distributed.unanswered(error) or error
         stopped = isinstance(failure, KeyboardInterrupt)
         self.record["status"] = "interrupted" if stopped else "failed"
         self.record["error"] = str(failure) or type(failure).__name__
         if self.writes:
             with suppress(UserError):  # a full disk, say: what went wrong first is what counts
                 write_json(self.run, self.record)
-        if failure is not error:
-            raise failure from error
+        return failure
 
 
 def check_finite(

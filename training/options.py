@@ -52,6 +52,12 @@ def _at_least(least: int, text: str) -> int:
     return value
 
 
+def on_off(text: str) -> bool:
+    if text not in ("on", "off"):
+        raise argparse.ArgumentTypeError(f"must be on or off, got {text!r}")
+    return text == "on"
+
+
 def _flag(help: str, metavar: str | None = None, **more: Any) -> dict[str, Any]:
     return {"help": help, "metavar": metavar, **more}
 
@@ -89,7 +95,7 @@ COMMANDS: dict[str, Command] = {
         "device data_dir workers",
         {
             "out": _flag("folder of the run (runs/ and a name made of the settings)", "DIR"),
-            "resume": _switch("go on from the folder's last.pt"),
+            "resume": _switch("go on with --out's run, or else with the newest unfinished one"),
             "checkpoint_every": _flag(
                 "steps from a write of last.pt to the next (0: once an epoch)",
                 "N",
@@ -195,9 +201,12 @@ def _add_settings(parser: argparse.ArgumentParser, name: str, command: Command) 
         if option.commands is not None and name not in option.commands:
             continue
         default = command.defaults.get(field.name, option.default or f"{field.default}")
-        details: dict[str, Any] = {"default": command.defaults.get(field.name, argparse.SUPPRESS)}
+        details: dict[str, Any] = {"default": argparse.SUPPRESS}
         if isinstance(field.default, bool):
             details |= _switch(option.help)
+            if command.lists:
+                details = {**details, "action": "store", "nargs": "?", "const": True}
+                details |= {"type": _listed(on_off), "metavar": "on,off"}
         else:
             text = " ".join(filter(None, (option.help, ", ".join(option.choices))))
             details["help"] = f"{text} ({default})"
@@ -225,15 +234,21 @@ def _listed(kind: Callable[[str], Any]) -> Callable[[str], Any]:
     return parse
 
 
-def chosen_config(args: argparse.Namespace, **more: Any) -> Config:
-    """The configuration of what was given explicitly (and ``more``), preset and defaults."""
+def given_settings(args: argparse.Namespace) -> dict[str, Any]:
+    """The settings that were given explicitly, by name."""
     given = {name: value for name, value in vars(args).items() if name in OPTIONS}
-    if "amp" not in given:
-        given["amp"] = "bf16" if chosen_device(args.device).type == "cuda" else "off"
     if args.use_cuda_kernels:
         if given.get("backend", "cuda") != "cuda":
             raise UserError(f"--use_cuda_kernels and --backend {given['backend']}: give one")
         given["backend"] = "cuda"
+    return given
+
+
+def chosen_config(args: argparse.Namespace, **more: Any) -> Config:
+    """The configuration of what was given explicitly (and ``more``), preset and defaults."""
+    given = {**COMMANDS[args.command].defaults, **given_settings(args)}
+    if "amp" not in given:
+        given["amp"] = "bf16" if chosen_device(args.device).type == "cuda" else "off"
     return resolve({**given, **more})
 
 

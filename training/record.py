@@ -7,6 +7,7 @@
     config        every field of training.config.Config
     model         key of training.config.MODELS;  parameters: their number
     model_title, dataset_title  their names in full (in records since these fields are)
+    dataset_subset  true where not all classes of the data set were there; its title says which part
     environment   as bench.instruments.machine describes it, with device ("cpu" or the GPU's
                   name), processes and revision (older: cores of all the machine, platform)
     started       ISO time, UTC;  resumed: how often the run was taken up again
@@ -25,6 +26,7 @@
 """
 
 import dataclasses
+import fcntl
 import json
 import os
 import uuid
@@ -38,7 +40,7 @@ import torch
 
 from linear_vit.bench.instruments import machine
 from linear_vit.training import distributed
-from linear_vit.training.config import DATASETS, MODELS, RECIPES, Config
+from linear_vit.training.config import DATASETS, MODELS, RECIPES, Config, DatasetInfo
 from linear_vit.training.errors import UserError
 
 SCHEMA = "linear-vit-run/2"
@@ -81,6 +83,31 @@ def check_writable(folder: Path) -> None:
     """Raises UserError now, not after an hour, if files can't be written to ``folder``."""
     write_text(folder / ".writable", "")
     (folder / ".writable").unlink()
+
+
+def lock(folder: Path) -> int:
+    """Keeps other processes from training in a folder, until this descriptor is closed or the
+    process ends, however that happens; UserError where another process has it."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        os.close(descriptor)
+        raise UserError(
+            f"another process is training in {folder}: wait for it, or choose another --out"
+        ) from error
+    except OSError:
+        pass  # a file system without locks
+    return descriptor
+
+
+def is_locked(folder: Path) -> bool:
+    """Whether a process is training in a folder."""
+    try:
+        os.close(lock(folder))
+    except UserError:
+        return True
+    return False
 
 
 def remove_leftovers(folder: Path) -> None:
@@ -134,15 +161,20 @@ def same_machine(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
     return all(one.get(key) == other.get(key) for key in MACHINE)
 
 
-def new_record(config: Config, device: torch.device, parameters: int) -> dict[str, Any]:
-    """The record of a run that begins."""
+def new_record(
+    config: Config, device: torch.device, parameters: int, info: DatasetInfo | None = None
+) -> dict[str, Any]:
+    """The record of a run that begins; ``info`` is of the data as they are there."""
+    whole = DATASETS[config.dataset]
+    info = info or whole
     return {
         "schema": SCHEMA,
         "status": "running",
         "config": dataclasses.asdict(config),
         "model": config.model,
         "model_title": MODELS[config.model].title,
-        "dataset_title": DATASETS[config.dataset].title,
+        "dataset_title": info.title,
+        "dataset_subset": info.classes < whole.classes,
         "parameters": parameters,
         "environment": environment(device),
         "started": datetime.now(UTC).isoformat(timespec="seconds"),

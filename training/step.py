@@ -1,5 +1,6 @@
 """One training step, as the training loop runs it and as the benchmarks time it."""
 
+import math
 from contextlib import nullcontext
 
 import torch
@@ -45,6 +46,7 @@ def training_step(
             be nothing, and the process then takes part with a gradient of zero.
         targets: (B,) int64 labels, or (B, classes) the weights of mixed labels.
         amp: ``off`` (float32), or autocast to ``bf16`` or ``fp16``.
+        clip: the greatest norm of the gradient; 0 for any.
         accumulate: forward and backward in so many parts, for less memory; the same gradient.
         batch_size: of the batch over all processes, what the loss is the mean of; None means B.
         scaler: of the loss, for ``fp16``.
@@ -81,7 +83,7 @@ def training_step(
             hits += _hits(logits.detach(), y)
     if scaler is not None:
         scaler.unscale_(optimizer)
-    norm = nn.utils.clip_grad_norm_(model.parameters(), clip)
+    norm = nn.utils.clip_grad_norm_(model.parameters(), clip or math.inf)
     if scaler is None:
         optimizer.step()
         # Such a gradient has just spoilt the weights, which the loss would tell a step too late.

@@ -34,7 +34,7 @@ def ripple_pool(x: Tensor, weight: Tensor, *, axis: int, backend: str | None = N
     x, weight = autocast_inputs(x, weight)
     check_tensor("x", x, _GRID)
     _check_weight("weight", weight, x)
-    check_axis(axis)
+    axis = check_axis(axis)
     check_same(x=x, weight=weight)
     return run("ripple_pool", backend, x, weight, axis)
 
@@ -71,7 +71,7 @@ def ripple_expand(
     z, x, weight, lateral_weight = autocast_inputs(z, x, weight, lateral_weight)
     check_tensor("z", z, _GRID)
     check_tensor("x", x, _GRID)
-    check_axis(axis)
+    axis = check_axis(axis)
     check_tensor("weight", weight, "(2, C)")
     check_size("weight", weight, 0, 2, "even and odd tokens")
     check_size("weight", weight, 1, x.shape[3], "x's channels")
@@ -169,18 +169,22 @@ def ripple_expand_stages(
 
 def _check_stages(axes: Sequence[int], **lists: Sequence[Tensor]) -> tuple[int, ...]:
     """The axes, checked, with as many of everything else."""
-    if isinstance(axes, int) or not isinstance(axes, Sequence):
+    if not _is_list(axes):
         raise TypeError(f"axes must be a sequence of 0 (rows) and 1 (columns), got {axes!r}")
-    for axis in axes:
-        check_axis(axis)
     for name, tensors in lists.items():
-        if isinstance(tensors, Tensor) or not isinstance(tensors, Sequence):
+        if not _is_list(tensors):
             raise TypeError(
                 f"{name} must be a sequence of tensors, one a stage, got {type(tensors).__name__}"
             )
         if len(tensors) != len(axes):
             raise ValueError(f"{name} must be {len(axes)}, one a stage of axes, got {len(tensors)}")
-    return tuple(axes)
+    return tuple([check_axis(axis) for axis in axes])
+
+
+def _is_list(value: object) -> bool:
+    """Lists, tuples, arrays, ``nn.ParameterList``: what has a length and goes through a ``*``."""
+    one = isinstance(value, Tensor | str)
+    return not one and hasattr(value, "__len__") and hasattr(value, "__iter__")
 
 
 def _check_weight(name: str, weight: Tensor, x: Tensor) -> None:

@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -194,6 +195,59 @@ def test_wrong_sizes() -> None:
         BaselineAttention(0)
     assert BaselineAttention(384).heads == 6
     assert BaselineAttention(32).heads == 1
+
+
+@pytest.mark.parametrize("backend", ["reference", None])
+@pytest.mark.parametrize("local", [False, True])
+@pytest.mark.parametrize("name", MODULES)
+def test_no_images_give_no_tokens(name: str, local: bool, backend: str | None) -> None:
+    module = MODULES[name](32, local_branch=local, backend=backend)
+    x = torch.zeros(0, 32, 32, requires_grad=True)
+    out = module(x, (4, 8))
+    assert out.shape == (0, 32, 32)
+    out.sum().backward()
+    assert x.grad is not None
+    assert x.grad.shape == x.shape
+    assert all(p.grad is not None and not p.grad.any() for p in module.parameters())
+
+
+@pytest.mark.parametrize("backend", ["reference", "torch", None])
+@pytest.mark.parametrize("name", MODULES)
+def test_tokens_of_a_convolution(name: str, backend: str | None) -> None:
+    """``x.flatten(2).transpose(1, 2)`` of its channels-first image, as patch embeddings have it."""
+    module = MODULES[name](32, local_branch=True, backend=backend)
+    found = []
+    for order in (torch.contiguous_format, torch.channels_last):
+        image = tokens(2, 32, 4, 8).to(memory_format=order).requires_grad_()
+        out = module(image.flatten(2).transpose(1, 2), (4, 8))
+        [gradient] = torch.autograd.grad(out.square().sum(), image)
+        found.append((out, gradient))
+    for ours, theirs in zip(*found, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
+def test_numpy_integers_are_integers() -> None:
+    n = np.int64
+    sizes = (n(32), n(4), n(10), n(32), n(1), n(2), n(64))
+    for name in ATTENTION_TYPES:
+        more = {"ripple_stages": n(2), "hydra_branches": n(2), "local_branch": True}
+        model = VisionTransformer(*sizes, name, **more, seed=n(1))
+        plain = VisionTransformer(
+            32,
+            4,
+            10,
+            32,
+            1,
+            2,
+            64,
+            name,
+            ripple_stages=2,
+            hydra_branches=2,
+            local_branch=True,
+            seed=1,
+        )
+        images = tokens(2, 3, 32, 32)
+        assert torch.equal(model(images), plain(images))
 
 
 def test_unknown_backend_is_refused() -> None:

@@ -5,14 +5,21 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from linear_vit import kernels
 from linear_vit.attention import RippleAttention
 from linear_vit.kernels.accuracy import compare
-from linear_vit.kernels.ripple import ripple_expand_stages, ripple_pool_stages, stages
+from linear_vit.kernels.ripple import (
+    ripple_expand,
+    ripple_expand_stages,
+    ripple_pool,
+    ripple_pool_stages,
+    stages,
+)
 from linear_vit.kernels.ripple.reference import ripple_pool as exact_pool
 from tests.kernels.cases import DEVICE, usable_backends
 
@@ -267,6 +274,27 @@ def test_double_backward_says_it_is_not_there(backend: str) -> None:
     (dx,) = torch.autograd.grad(levels[-1].sum(), inputs[:1], create_graph=True)
     with pytest.raises(RuntimeError, match="double backward"):
         torch.autograd.grad(dx.sum(), inputs[1:])
+
+
+def test_other_lists_and_integers() -> None:
+    """``nn.ParameterList`` and NumPy's integers, alone and in arrays."""
+    x, weights = torch.randn(2, 4, 8, 16), [torch.randn(16, 3, 3) for _ in range(2)]
+    pairs = [torch.randn(2, 16) for _ in range(2)]
+    levels = ripple_pool_stages(x, weights, axes=[0, 1])
+    finer = [x, levels[0]]
+    expanded = ripple_expand_stages(levels[1], finer, pairs, weights, axes=[0, 1])
+    one, two = nn.ParameterList(weights), nn.ParameterList(pairs)
+    for axes in (np.array([0, 1]), (np.int64(0), np.int32(1))):
+        for found, expected in zip(ripple_pool_stages(x, one, axes=axes), levels, strict=True):
+            assert torch.equal(found, expected)
+        assert torch.equal(ripple_expand_stages(levels[1], finer, two, one, axes=axes), expanded)
+    pooled = ripple_pool(x, weights[0], axis=np.int64(1))
+    assert torch.equal(pooled, ripple_pool(x, weights[0], axis=1))
+    back = ripple_expand(pooled, x, pairs[0], weights[0], axis=np.int64(1))
+    assert torch.equal(back, ripple_expand(pooled, x, pairs[0], weights[0], axis=1))
+    for wrong in (np.bool_(True), 1.0, "0", np.array(0)):
+        with pytest.raises(TypeError, match="axis must be the int 0"):
+            ripple_pool(x, weights[0], axis=wrong)
 
 
 def test_where_the_fused_kernels_are_taken() -> None:

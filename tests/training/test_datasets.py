@@ -4,6 +4,7 @@ import gzip
 import hashlib
 import io
 import pickle
+import shutil
 import struct
 import sys
 import tarfile
@@ -226,9 +227,46 @@ def test_tiny_imagenet(tmp_path: Path) -> None:
     torch.testing.assert_close(brightness, torch.tensor([0.0, 40.0, 80.0]), atol=1.5, rtol=0)
     assert len(data.train.labels) + len(data.val.labels) == 12
     assert data.class_names == ["n03", "goldfish", "newt"]
+    assert (data.info.title, data.info.classes) == ("Tiny ImageNet, 3 of 200 classes", 3)
     for split in (data.train, data.val):
         mean = split.images.float().mean(dim=(1, 2, 3))
         torch.testing.assert_close(mean, 40.0 * split.labels, atol=1.5, rtol=0)
+
+
+@pytest.mark.parametrize("inside", [".", "images"])
+def test_tiny_imagenet_with_val_by_class(
+    tmp_path: Path, inside: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As most scripts that prepare it leave val/, with the annotations still there or not."""
+    folder = tmp_path / "tiny-imagenet-200"
+    tiny(folder)
+    as_published = datasets.load("tiny-imagenet", tmp_path)
+    assert "(val as val_annotations.txt has it)" in capsys.readouterr().err
+    val = folder / "val"
+    for label, wnid in enumerate(["n03", "n01", "n02"]):
+        (val / wnid / inside).mkdir(parents=True)
+        (val / "images" / f"val_{label}.JPEG").rename(val / wnid / inside / f"val_{label}.JPEG")
+    for _ in range(2):
+        data = datasets.load("tiny-imagenet", tmp_path)
+        assert torch.equal(data.test.images, as_published.test.images)
+        assert torch.equal(data.test.labels, as_published.test.labels)
+        assert "(val by class)" in capsys.readouterr().err
+        (val / "val_annotations.txt").unlink(missing_ok=True)
+        shutil.rmtree(val / "images", ignore_errors=True)
+    for image in (val / "n01").rglob("*.JPEG"):
+        image.unlink()
+    with pytest.raises(UserError, match=r"val/n01 is damaged: holds no \.JPEG files"):
+        datasets.load("tiny-imagenet", tmp_path)
+
+
+def test_a_part_of_tiny_imagenet_takes_its_images_of_val_alone(tmp_path: Path) -> None:
+    """Two classes named in wnids.txt, everything else as it was unpacked."""
+    tiny(tmp_path)
+    (tmp_path / "wnids.txt").write_text("n02\nn03\n")
+    data = datasets.load("tiny-imagenet", tmp_path)
+    assert (data.info.title, data.info.classes) == ("Tiny ImageNet, 2 of 200 classes", 2)
+    assert data.test.labels.tolist() == [1, 0]
+    assert set(data.train.labels.tolist()) == {0, 1}
 
 
 def test_damaged_tiny_imagenet_is_named(tmp_path: Path) -> None:
@@ -241,7 +279,12 @@ def test_damaged_tiny_imagenet_is_named(tmp_path: Path) -> None:
         datasets.load("tiny-imagenet", tmp_path)
     image.write_bytes(whole)
     (folder / "val" / "val_annotations.txt").write_text("val_0.JPEG\tn99\t0\t0\t1\t1\n")
-    with pytest.raises(UserError, match=r"val_annotations\.txt is damaged"):
+    with pytest.raises(
+        UserError, match=r"val_annotations\.txt is damaged: names no image of the 3"
+    ):
+        datasets.load("tiny-imagenet", tmp_path)
+    (folder / "val" / "val_annotations.txt").write_text("val_0.JPEG n01\n")
+    with pytest.raises(UserError, match=r"val_annotations\.txt is damaged: has a line without"):
         datasets.load("tiny-imagenet", tmp_path)
     (folder / "val" / "val_annotations.txt").unlink()
     with pytest.raises(UserError, match=r"val_annotations\.txt"):
@@ -375,7 +418,7 @@ def test_a_tiny_imagenet_that_lacks_images_is_named(
     (folder / "wnids.txt").write_text("n03\n" + "\n".join(n for n in names if n != "n03"))
     with pytest.raises(UserError, match=r"holds 4 \.JPEG files, not 500") as caught:
         datasets.load("tiny-imagenet", tmp_path)
-    assert str(folder / "train" / "n03" / "images") in str(caught.value)
+    assert str(folder / "train" / "n03") in str(caught.value)
 
 
 def test_reading_needs_no_torchvision(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

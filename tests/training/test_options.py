@@ -5,7 +5,8 @@ from typing import Any
 
 import pytest
 
-from linear_vit.training.options import COMMANDS, chosen_config, make_parser
+from linear_vit.training.config import OPTIONS
+from linear_vit.training.options import COMMANDS, chosen_config, make_parser, varied
 
 SETTINGS = """dataset preset recipe dim depth heads mlp_dim patch_size ripple_stages hydra_branches
     dropout drop_path batch_size accumulate epochs lr weight_decay warmup_epochs label_smoothing
@@ -15,8 +16,6 @@ EXPECTED: dict[str, tuple[str, dict[str, Any]]] = {
     "train": (
         f"{SETTINGS} attention_type local_branch seed out resume checkpoint_every data_dir workers",
         {
-            "dataset": "cifar100",
-            "preset": "full",
             "checkpoint_every": 0,
             "data_dir": "data",
             "out": None,
@@ -28,8 +27,6 @@ EXPECTED: dict[str, tuple[str, dict[str, Any]]] = {
     "table": (
         f"{SETTINGS} seeds models run no_run runs out exponents ablations seconds data_dir workers",
         {
-            "dataset": "digits",
-            "preset": "small",
             "seeds": 5,
             "models": ["baseline", "baseline-local", "ripple", "hydra", "hydra-local"],
             "run": True,
@@ -43,8 +40,6 @@ EXPECTED: dict[str, tuple[str, dict[str, Any]]] = {
     "ablate": (
         f"{SETTINGS} attention_type local_branch seeds runs out seconds data_dir workers",
         {
-            "dataset": "digits",
-            "preset": "small",
             "seeds": 3,
             "runs": "reports/out/ablation/runs",
             "out": "reports/out/ablation",
@@ -54,8 +49,6 @@ EXPECTED: dict[str, tuple[str, dict[str, Any]]] = {
     "bench": (
         f"{SETTINGS} models backends seconds out",
         {
-            "dataset": "fashion-mnist",
-            "preset": "small",
             "backends": None,
             "seconds": 3.0,
             "out": "reports/out/training",
@@ -64,12 +57,18 @@ EXPECTED: dict[str, tuple[str, dict[str, Any]]] = {
     "profile": (
         f"{SETTINGS} models steps out workers",
         {
-            "dataset": "fashion-mnist",
-            "preset": "small",
             "steps": 10,
             "out": "reports/out/training",
         },
     ),
+}
+# What is trained where nothing is said.
+SETTING = {
+    "train": ("cifar100", "full"),
+    "table": ("digits", "small"),
+    "ablate": ("digits", "small"),
+    "bench": ("fashion-mnist", "small"),
+    "profile": ("fashion-mnist", "small"),
 }
 SWITCHES = {"use_cuda_kernels", "compile", "local_branch", "resume", "run", "no_run"}
 VALUES = {"amp": "bf16", "models": "ripple"}
@@ -99,7 +98,7 @@ def test_defaults(command: str) -> None:
     if command != "evaluate":
         assert not set(parsed) & {"dim", "lr", "amp", "seed"}, "presets could not fill these"
         config = chosen_config(parse(command, "--device=cpu"))
-        assert (config.preset, config.amp) == (parsed["preset"], "off")
+        assert (config.dataset, config.preset, config.amp) == (*SETTING[command], "off")
 
 
 def test_commands() -> None:
@@ -113,6 +112,37 @@ def test_help_fits_on_a_screen(command: str, capsys: pytest.CaptureFixture[str])
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) <= 50
     assert max(map(len, lines)) <= 100
+
+
+@pytest.mark.parametrize("name", sorted(set(OPTIONS) - {"seed"}))
+def test_ablate_varies_any_setting(name: str) -> None:
+    """Numbers, words, choices and switches; and each value makes another configuration."""
+    values = {
+        "dataset": "digits,fashion-mnist",
+        "attention_type": "baseline,hydra",
+        "preset": "small,full",
+        "recipe": "light,strong",
+        "amp": "off,bf16",
+        "backend": "torch,reference",
+        "local_branch": "off,on",
+        "compile": "off,on",
+        "lr": "0.001,0.002",
+    }
+    rates = ("dropout", "drop_path", "label_smoothing")
+    text = values.get(name, "0.1,0.2" if name in rates else "1,2")
+    args = parse("ablate", "--device=cpu", f"--{name}={text}")
+    found, given = varied(args)
+    configs = [chosen_config(args, **{name: value}) for value in given]
+    assert found == name
+    assert len({getattr(config, name) for config in configs}) == 2
+
+
+def test_ablate_still_takes_switches(capsys: pytest.CaptureFixture[str]) -> None:
+    assert parse("ablate", "--compile", "--dim=16,32").compile is True
+    assert parse("ablate", "--local_branch", "off").local_branch is False
+    with pytest.raises(SystemExit):
+        parse("ablate", "--compile=perhaps")
+    assert "must be on or off, got 'perhaps'" in capsys.readouterr().err
 
 
 def test_ablate_alone_takes_lists(capsys: pytest.CaptureFixture[str]) -> None:

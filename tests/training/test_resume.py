@@ -17,11 +17,10 @@ import pytest
 import torch
 
 from linear_vit import train_minimal
-from linear_vit.training import board, checkpoints, logbook
+from linear_vit.training import checkpoints, logbook
 from linear_vit.training.checkpoints import load_checkpoint
-from linear_vit.training.data import datasets
-from linear_vit.training.data.datasets import Dataset, Split
 from linear_vit.training.errors import UserError
+from tests.training.conftest import take_few
 
 ROOT = Path(__file__).parents[2]
 # Dropout, drop path and mixing draw random numbers; 5 steps an epoch, checkpoints between them.
@@ -31,19 +30,7 @@ OPTIONS = [
 ]
 
 
-def few(data: Dataset) -> Dataset:
-    def some(split: Split, count: int) -> Split:
-        return Split(split.images[:count], split.labels[:count])
-
-    train, val, test = some(data.train, 130), some(data.val, 30), some(data.test, 40)
-    return Dataset(data.name, data.info, train, val, test, data.class_names)
-
-
-@pytest.fixture(autouse=True)
-def _few_digits(monkeypatch: pytest.MonkeyPatch) -> None:
-    original = datasets.load_once
-    monkeypatch.setattr(datasets, "load_once", lambda name, folder: few(original(name, folder)))
-    monkeypatch.setattr(board, "open_board", lambda _out, **_: None)
+pytestmark = pytest.mark.usefixtures("few_digits")
 
 
 def main(out: Path, *more: object) -> int:
@@ -117,9 +104,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """What a run that was never stopped ends with."""
     out = tmp_path_factory.mktemp("whole")
     with pytest.MonkeyPatch.context() as patch:
-        original = datasets.load_once
-        patch.setattr(datasets, "load_once", lambda name, folder: few(original(name, folder)))
-        patch.setattr(board, "open_board", lambda _out, **_: None)
+        take_few(patch)
         assert main(out) == 0
     return fingerprint(out)
 
@@ -127,12 +112,10 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 _PROGRAM = """
 import sys
 sys.path[:0] = [{root!r}, {tests!r}]
-import torch
+import pytest, torch
 torch.set_num_threads(1)
 import test_resume as t
-original = t.datasets.load_once
-t.datasets.load_once = lambda name, folder: t.few(original(name, folder))
-t.board.open_board = lambda _out, **_: None
+t.take_few(pytest.MonkeyPatch())
 sys.exit(t.main(t.Path({out!r}), "--resume"))
 """
 

@@ -1,5 +1,6 @@
 """The training step, the optimiser's groups, configuration, statistics."""
 
+import math
 from itertools import pairwise
 
 import pytest
@@ -81,6 +82,30 @@ def test_a_step_is_what_it_says() -> None:
     assert hits.item() == (logits.argmax(1) == labels).sum().item()
     moved = torch.cat([(a - b).flatten() for a, b in zip(model.parameters(), before, strict=True)])
     assert moved.norm().item() == pytest.approx(1e-3, rel=1e-3)
+
+
+def test_no_clipping() -> None:
+    """A clip of 0 leaves the gradient as it is, however large."""
+    moved = []
+    for clip in (0, 1e9):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Flatten(), nn.Linear(4, 3))
+        before = [p.detach().clone() for p in model.parameters()]
+        optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+        images = 1e4 * torch.arange(8.0).view(2, 1, 2, 2)
+        training_step(model, optimizer, images, torch.tensor([0, 2]), clip=clip)
+        moved.append([a - b for a, b in zip(model.parameters(), before, strict=True)])
+    for free, wide in zip(*moved, strict=True):
+        assert torch.equal(free, wide)
+    assert moved[0][0].norm() > 1e3
+
+
+def test_a_gradient_that_is_no_number_shows_without_clipping_too() -> None:
+    model = nn.Sequential(nn.Flatten(), nn.Linear(1, 2))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    images = torch.tensor([float("inf"), 1.0]).view(2, 1, 1, 1)
+    loss, _ = training_step(model, optimizer, images, torch.tensor([0, 1]), clip=0)
+    assert loss.isnan()
 
 
 def test_median_images_per_second() -> None:
@@ -235,7 +260,7 @@ def test_what_follows_from_what() -> None:
         ({"epochs": -1}, "epochs must be at least 1, got -1"),
         ({"lr": 0.0}, "lr must be above 0"),
         ({"lr": float("nan")}, "lr must be above 0, got nan"),
-        ({"dropout": 1.0}, "dropout must be at least 0 and below 1"),
+        ({"dropout": 1.0}, "dropout must be at least 0 and below 1, got 1"),
         ({"attention_type": "linear"}, "one of baseline, ripple, hydra, got 'linear'"),
         ({"dataset": "imagenet"}, "one of digits, fashion-mnist, cifar100, tiny-imagenet"),
         ({"preset": "huge"}, "one of full, small"),
@@ -244,6 +269,14 @@ def test_what_follows_from_what() -> None:
         ({"drop_path": 1.0}, "drop_path must be at least 0 and below 1"),
         ({"amp": "fp8"}, "one of off, bf16, fp16"),
         ({"seed": -1}, "seed must be at least 0"),
+        ({"warmup_epochs": math.inf}, "warmup_epochs must be at least 0 and below 1e"),
+        ({"weight_decay": math.inf}, "weight_decay must be at least 0 and below 1e"),
+        ({"lr": math.inf}, "lr must be above 0 and below 1e"),
+        ({"clip": -1.0}, "clip must be at least 0, got -1"),
+        ({"clip": math.nan}, "clip must be at least 0, got nan"),
+        ({"epochs": 10**400}, "epochs must be at least 1 and below 1e"),
+        ({"heads": 0}, "heads must be at least 1, got 0"),
+        ({"seed": 2**64}, "seed must be at least 0 and below 9"),
         ({"colour": 1}, "unknown settings: colour"),
     ],
 )

@@ -16,7 +16,6 @@ from linear_vit.training import board, record
 from linear_vit.training.checkpoints import load_checkpoint
 from linear_vit.training.config import build_model
 from linear_vit.training.data import datasets
-from linear_vit.training.data.datasets import Dataset, Split
 from linear_vit.training.errors import UserError
 from linear_vit.training.options import chosen_config, make_parser
 
@@ -30,24 +29,7 @@ TINY = [
 ]
 
 
-@pytest.fixture(autouse=True)
-def _few_digits(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A tenth of the digits: what is tested here is not how well they are learned."""
-
-    def load(name: str, data_dir: str) -> Dataset:
-        data = original(name, data_dir)
-        if name != "digits":
-            return data
-
-        def some(split: Split, count: int) -> Split:
-            return Split(split.images[:count], split.labels[:count])
-
-        train, val, test = some(data.train, 130), some(data.val, 30), some(data.test, 40)
-        return Dataset(name, data.info, train, val, test, data.class_names)
-
-    original = datasets.load_once
-    monkeypatch.setattr(datasets, "load_once", load)
-    monkeypatch.setattr(board, "open_board", lambda _out, **_: None)
+pytestmark = pytest.mark.usefixtures("few_digits")
 
 
 def main(*arguments: object) -> int:
@@ -368,6 +350,47 @@ def test_two_processes_train_as_one(tmp_path: Path, recipe: str) -> None:
     assert [run["environment"]["processes"] for run in runs] == [1, 2]
 
 
+_HANGS = """
+import os, sys, time
+sys.path.insert(0, {root!r})
+from linear_vit import train_minimal
+original, steps = train_minimal.training_step, 0
+
+def hanging(*arguments, **options):
+    global steps
+    steps += 1
+    if os.environ["RANK"] == "1" and steps == 3:
+        time.sleep(1000)
+    return original(*arguments, **options)
+
+train_minimal.training_step = hanging
+sys.exit(train_minimal.main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.slow
+def test_a_process_that_hangs_ends_the_others_by_name(tmp_path: Path) -> None:
+    script = tmp_path / "hangs.py"
+    script.write_text(_HANGS.format(root=str(ROOT)))
+    start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=3"]
+    options = [*TINY, "--checkpoint_every=1", "--device=cpu", f"--out={tmp_path / 'run'}"]
+    done = subprocess.run(
+        [*start, str(script), *options],
+        cwd=tmp_path,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "LINEAR_VIT_PATIENCE_S": "8"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode != 0
+    told = "of 3 processes, 1 did not answer for 8 s"
+    assert f"train_minimal.py: error: {told}" in done.stderr
+    run = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert run["status"] == "failed"
+    assert told in run["error"]
+    assert load_checkpoint(tmp_path / "run" / "last.pt")["step"] == 2
+
+
 def test_the_board_gets_curves_graph_and_pictures(tmp_path: Path) -> None:
     pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -376,11 +399,12 @@ def test_the_board_gets_curves_graph_and_pictures(tmp_path: Path) -> None:
     model = build_model(config)
     data = datasets.load_once("digits", "data")
     writer = open_board(tmp_path)
-    board.add_graph(writer, model, (1, 8, 8))
+    assert writer is not None
+    writer.add_graph(model, (1, 8, 8))
     numbers = dict.fromkeys(("loss", "lr", "seconds", "images_per_second", "train_accuracy"), 1.0)
-    board.add_curves(writer, {**numbers, "val_accuracy": 0.5, "epoch": 1})
+    writer.add_curves({**numbers, "val_accuracy": 0.5, "epoch": 1})
     val, names = data.val, data.class_names
-    board.add_predictions(writer, val.images, val.labels, val.labels, names, data.info, 1)
+    writer.add_predictions(val.images, val.labels, val.labels, names, data.info, 1)
     writer.close()
     events = EventAccumulator(str(tmp_path))
     events.Reload()
@@ -389,6 +413,22 @@ def test_the_board_gets_curves_graph_and_pictures(tmp_path: Path) -> None:
     assert tags["images"]
     names = {node.name for node in events.Graph().node}
     assert {"head", "blocks/0/attention/qkv"} <= names
+
+
+def test_of_a_resumed_run_what_came_after_its_checkpoint_is_hidden(tmp_path: Path) -> None:
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    numbers = dict.fromkeys(("lr", "seconds", "images_per_second", "train_accuracy"), 1.0)
+    for done, losses in ((0, [5.0, 4.0, 9.0]), (2, [3.0])):
+        writer = open_board(tmp_path, epochs_done=done)
+        assert writer is not None
+        for epoch, loss in enumerate(losses, done + 1):
+            writer.add_curves({**numbers, "loss": loss, "val_accuracy": 0.5, "epoch": epoch})
+        writer.close()
+    events = EventAccumulator(str(tmp_path))
+    events.Reload()
+    assert [(one.step, one.value) for one in events.Scalars("loss")] == [(1, 5), (2, 4), (3, 3)]
 
 
 def test_out_that_cannot_be_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -13,7 +13,7 @@ import sys
 import zlib
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -47,7 +47,10 @@ class Split:
 
 @dataclass(frozen=True)
 class Dataset:
-    """The three splits. Validation images are held out of the training set; test is apart."""
+    """The three splits. Validation images are held out of the training set; test is apart.
+
+    ``info`` has the classes that are there, and a title that says so where they are not all.
+    """
 
     name: str
     info: DatasetInfo
@@ -169,7 +172,6 @@ _TINY_ARCHIVE = Archive(
     248_100_043,
     "90528d7ca1a48142e341f4ef8d21d0de",
 )
-_TINY_PER_CLASS, _TINY_TEST = 500, 10_000  # images of the 200 classes
 
 
 def _load_tiny_imagenet(data_dir: Path) -> Dataset:
@@ -184,33 +186,55 @@ def _load_tiny_imagenet(data_dir: Path) -> Dataset:
     wnids = _read_lines(folder / "wnids.txt")
     if not 1 <= len(set(wnids)) == len(wnids) <= 200:
         raise _damaged(folder / "wnids.txt", f"names {len(set(wnids))} classes, not 1 to 200")
-    index = {wnid: label for label, wnid in enumerate(wnids)}
     words = folder / "words.txt"
     named = _read_lines(words) if words.is_file() else []
     titles = dict(line.split("\t", 1) for line in named if "\t" in line)
-    train = []
-    for wnid in wnids:
-        files = sorted((folder / "train" / wnid / "images").glob("*.JPEG"))
-        if not files:
-            raise _damaged(folder / "train" / wnid / "images", "holds no .JPEG files")
-        if len(wnids) == 200 and len(files) != _TINY_PER_CLASS:
-            count = f"holds {len(files)} .JPEG files, not {_TINY_PER_CLASS}"
-            raise _damaged(folder / "train" / wnid / "images", count)
-        train += [(file, index[wnid]) for file in files]
+    info, whole = DATASETS["tiny-imagenet"], len(wnids) == 200
+    if not whole:
+        title = f"{info.title}, {len(wnids)} of {info.classes} classes"
+        info = replace(info, title=title, classes=len(wnids))
+    train = _by_class(folder / "train", wnids, 500 if whole else None)
     # The labels of its test set were never published: the 10,000 labelled "val" images are the
     # test set here, as in the literature, and validation images are held out of the training set.
-    annotations = folder / "val" / "val_annotations.txt"
-    test = []
-    for line in _read_lines(annotations):
-        fields = line.split("\t")
-        if len(fields) < 2 or fields[1] not in index:
-            raise _damaged(annotations, f"has a line without file and known class: {line[:60]!r}")
-        test.append((folder / "val" / "images" / fields[0], index[fields[1]]))
-    if len(wnids) == 200 and len(test) != _TINY_TEST:
-        raise _damaged(annotations, f"names {len(test)} images, not {_TINY_TEST}")
-    print(f"reading {len(train) + len(test)} images of Tiny ImageNet ...", file=sys.stderr)
+    val = folder / "val"
+    grouped = any((val / wnid).is_dir() for wnid in wnids)  # as many scripts leave it
+    if grouped:
+        test = _by_class(val, wnids, 50 if whole else None)
+    else:
+        test = _annotated(val, wnids, 10_000 if whole else None)
+    how = "by class" if grouped else "as val_annotations.txt has it"
+    what = f"{len(train) + len(test)} images of {info.title} (val {how})"
+    print(f"reading {what} from {folder} ...", file=sys.stderr)
     names = [titles.get(wnid, wnid).split(",")[0] for wnid in wnids]
-    return _with_held_out("tiny-imagenet", *_decode(train), _split(*_decode(test)), names)
+    return _with_held_out("tiny-imagenet", *_decode(train), _split(*_decode(test)), names, info)
+
+
+def _by_class(folder: Path, wnids: Sequence[str], of_each: int | None) -> list[tuple[Path, int]]:
+    """Images and labels of a folder that has one of each class, with images/ in it or without."""
+    found = []
+    for label, wnid in enumerate(wnids):
+        files = sorted((folder / wnid).rglob("*.JPEG"))
+        if not files:
+            why = "holds no .JPEG files (of a part of the classes, wnids.txt names those alone)"
+            raise _damaged(folder / wnid, why)
+        if of_each not in (None, len(files)):
+            raise _damaged(folder / wnid, f"holds {len(files)} .JPEG files, not {of_each}")
+        found += [(file, label) for file in files]
+    return found
+
+
+def _annotated(folder: Path, wnids: Sequence[str], count: int | None) -> list[tuple[Path, int]]:
+    """Images and labels of a val/ as it is published. Of a part of the classes, of these alone."""
+    annotations, labels = folder / "val_annotations.txt", {w: n for n, w in enumerate(wnids)}
+    lines = [line.split("\t") for line in _read_lines(annotations)]
+    if short := [line for line in lines if len(line) < 2]:
+        raise _damaged(annotations, f"has a line without file and class: {short[0]}")
+    found = [(folder / "images" / name, labels[wnid]) for name, wnid, *_ in lines if wnid in labels]
+    if not found:
+        raise _damaged(annotations, f"names no image of the {len(wnids)} classes of wnids.txt")
+    if count not in (None, len(found)):
+        raise _damaged(annotations, f"names {len(found)} images, not {count}")
+    return found
 
 
 def _decode(files: list[tuple[Path, int]]) -> tuple[np.ndarray, np.ndarray]:
@@ -240,13 +264,18 @@ def _decode(files: list[tuple[Path, int]]) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _with_held_out(
-    name: str, images: np.ndarray, labels: np.ndarray, test: Split, class_names: list[str]
+    name: str,
+    images: np.ndarray,
+    labels: np.ndarray,
+    test: Split,
+    class_names: list[str],
+    info: DatasetInfo | None = None,
 ) -> Dataset:
     """Holds a tenth of the training images out for validation (as many of each class)."""
     train, val = _hold_out(labels, max(1, len(labels) // 10))
     return Dataset(
         name,
-        DATASETS[name],
+        info or DATASETS[name],
         _split(images[train], labels[train]),
         _split(images[val], labels[val]),
         test,
