@@ -5,12 +5,13 @@ The one way to time anything here. ``pytest --benchmark-only`` and ``train_minim
 """
 
 import dataclasses
+import itertools
 import math
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from linear_vit.bench.estimate import Plan
 from linear_vit.bench.instruments import clock, energy, memory, profiles, proof, telemetry
 from linear_vit.bench.instruments.clock import Timing
 from linear_vit.bench.problems import (
+    BACKWARD,
     DTYPES,
     FORWARD,
     Case,
@@ -30,6 +32,7 @@ from linear_vit.bench.problems import (
     case_name,
     check,
     expected_of_peer,
+    judge,
     make_problem,
     operation,
     own_kernels,
@@ -41,6 +44,13 @@ from linear_vit.bench.worker import PATIENCE, Started, Worker, is_lost
 from linear_vit.kernels import registry
 
 Group = tuple[Case, ...]
+
+
+_BEATEN = (
+    "above the limit: some of its data were in a cache that the limit does not count, or it does "
+    "less than the work that is counted"
+)
+_LENGTHS = {"N", "M", "rows", "cols"}  # sizes that make a case longer
 
 
 class WrongResult(Exception):
@@ -62,11 +72,11 @@ def measure(
 
     Returns:
         By name a :class:`Timing`: ``seconds`` of every round, ``median``, ``interval`` (95 % of the
-        median) and ``over(other)``, the ratio turn by turn.
+        median), ``over(other)``, the ratio turn by turn, and ``disturbed``: None, or by what, where
+        the machine was never left to it for long enough.
     """
     where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    watch = telemetry.Watch(telemetry.source_for(where))
-    return clock.measure_interleaved(calls, where, budget_s=budget_s, watch=watch)
+    return clock.measure_interleaved(calls, where, budget_s=budget_s)
 
 
 def run(
@@ -92,14 +102,16 @@ def run(
     Returns:
         The results of the cases, in their order.
     """
-    groups, found = list(groups), list[Result]()
-    build_ahead([case for group in groups for case in group], plan.device)
+    groups = list(groups)
+    cases = [case for group in groups for case in group]
+    build_ahead(cases, plan.device)
     with Session(plan, store, minutes=minutes, isolate=isolate) as session:
         for group in groups:
             for result in session.measure(group):
                 progress(result)
-                found.append(result)
-    return found
+        for result in session.try_again():
+            progress(result)
+    return [store.results[case_name(case)] for case in cases]
 
 
 def build_ahead(cases: Iterable[Case], device: torch.device) -> None:
@@ -131,6 +143,7 @@ class Session:
         alone = plan.device.type == "cuda" if isolate is None else isolate
         self._worker = Worker(measure_group) if alone else None
         self._settled: set[str] = set()
+        self._groups: list[list[Case]] = []
 
     def __enter__(self) -> "Session":
         return self
@@ -151,13 +164,38 @@ class Session:
                 store.keep(Result(name, FAILED, reason))
             else:
                 pending.append(case)
+        if pending:
+            self._groups.append(pending)
+        for result in self._attempts(pending):
+            store.keep(result)
+        return [store.results[case_name(case)] for case in group]
+
+    def try_again(self) -> list[Result]:
+        """Measure once more, at the end of a run, what was disturbed, and what took longer than a
+        longer case; the results that changed.
+
+        All of a group, since its cases have turns in common. A case that is still disturbed stays
+        as it was, and one that is still slower is so.
+        """
+        store, changed = self._store, list[Result]()
+        doubtful = {r.case for r in store.results.values() if r.info.get("disturbed")}
+        doubtful |= slower_than_longer(store.results.values())
+        for group in self._groups:
+            timed = [c for c in group if store.results[case_name(c)].status == MEASURED]
+            if not doubtful & set(map(case_name, timed)):
+                continue
+            for result in self._attempts(timed):
+                if result.status == MEASURED and not result.info["disturbed"]:
+                    store.keep(result)
+                    changed.append(result)
+        return changed
+
+    def _attempts(self, pending: list[Case]) -> Iterator[Result]:
         left = [pending] if pending else []
         while left:
             results, again = self._attempt(left.pop(0))
             left[:0] = again
-            for result in results:
-                store.keep(result)
-        return [store.results[case_name(case)] for case in group]
+            yield from results
 
     def _attempt(self, pending: list[Case]) -> tuple[list[Result], list[list[Case]]]:
         """Results of the pending cases, and the groups to try again where one killed a process."""
@@ -179,6 +217,29 @@ class Session:
             self._store.take_turns()
         else:
             self._store.start(name)
+
+
+def slower_than_longer(results: Iterable[Result]) -> set[str]:
+    """Cases that took longer than a longer one of their curve, by more than their intervals.
+
+    A curve is what differs in the number of tokens alone.
+    """
+    curves: dict[str, list[Result]] = {}
+    for result in results:
+        info = result.info
+        if result.status != MEASURED or info.get("disturbed") or info["total_tokens"]:
+            continue
+        if "shape" in info:
+            sizes = {n: x for n, x in info["shape"].items() if n not in _LENGTHS}
+            what = [info[name] for name in ("operation", "backend", "pass", "dtype", "captured")]
+            curves.setdefault(str([*what, sizes]), []).append(result)
+    return {
+        one.case
+        for curve in curves.values()
+        for one, other in itertools.permutations(curve, 2)
+        if one.info["N"] < other.info["N"]
+        and one.info["median_interval_s"][0] > other.info["median_interval_s"][1]
+    }
 
 
 def measure_group(cases: Sequence[Case], plan: Plan, started: Started) -> list[Result]:
@@ -218,7 +279,7 @@ def _timed(ready: Mapping[str, "_Ready"], plan: Plan, started: Started) -> dict[
     """Results of cases that are right; of none where one of several can't be gone on with."""
     if not ready:
         return {}
-    watch = telemetry.Watch(telemetry.source_for(plan.device))
+    watch = telemetry.Watch.of(plan.device)
     calls = {name: one.call for name, one in ready.items()}
     factor = max(operation(one.case.operation).budget for one in ready.values())
     try:
@@ -242,8 +303,58 @@ def _timed(ready: Mapping[str, "_Ready"], plan: Plan, started: Started) -> dict[
         except Exception as error:
             results[name] = _failure(name, error)
         if _ended_badly(results[name]):
-            break
+            return results
+    # Last: what a profile or a backward pass alone has kept is of the first draw.
+    for name, wrong in _checked_again(ready, plan.device).items():
+        result = results[name]
+        again = replace(result, info=result.info | {"checked_again": True})
+        results[name] = wrong or (again if result.status == MEASURED else result)
     return results
+
+
+def _checked_again(ready: Mapping[str, "_Ready"], device: torch.device) -> dict[str, Result | None]:
+    """Have what was timed answer again, of another draw in the same memory: None where it is right.
+
+    So a backend that keeps an answer, or that gives another from some call on, has no time. A case
+    that there is no memory for is left out.
+    """
+    by_problem: dict[int, list[_Ready]] = {}
+    for one in ready.values():
+        by_problem.setdefault(id(one.problem), []).append(one)
+    found: dict[str, Result | None] = {}
+    for together in by_problem.values():
+        case, problem = together[0].case, together[0].problem
+        room = estimate.available_bytes(device)
+        if not problem.operation.has_reference or estimate.does_not_fit(
+            estimate.memory_bytes(case), room
+        ):
+            continue
+        other = make_problem(case.operation, case.shape, problem.dtype, device, seed=1)
+        expected = other.expected()
+        problem.take(other, expected.cotangents)
+        for one in together:
+            name = case_name(one.case)
+            try:
+                _judge_again(one, other, expected)
+                found[name] = None
+            except Exception as error:
+                found[name] = _failure(name, error)
+            if _ended_badly(found[name]):
+                return found
+        first = make_problem(case.operation, case.shape, problem.dtype, device)
+        problem.take(first, first.cotangents)
+    return found
+
+
+def _judge_again(one: "_Ready", other: Problem, expected: Expected) -> None:
+    case, problem = one.case, one.problem
+    if peers.other_function(case.backend):
+        expected = expected_of_peer(other, case.backend)
+    # A graph that was kept is of the forward pass before.
+    call = problem.call(case.backend, BACKWARD) if case.mode == BACKWARD else one.call
+    name, verdict = worst(judge(problem, case.mode, call(), expected))
+    if not verdict.passed:
+        raise WrongResult(f"wrong result on other inputs, after it was timed: {name}: {verdict}")
 
 
 def _ended_badly(result: Result | None) -> bool:
@@ -272,7 +383,7 @@ _made: dict[tuple[Case, torch.device], tuple[Problem, Expected | None]] = {}
 
 def _key(case: Case, device: torch.device) -> tuple[Case, torch.device]:
     """What is alike for cases of one problem: both passes are of the same numbers."""
-    return dataclasses.replace(case.together, mode=""), device
+    return replace(case.together, mode=""), device
 
 
 def _problem_of(case: Case, device: torch.device) -> tuple[Problem, Expected | None]:
@@ -295,7 +406,8 @@ def _prepare(case: Case, plan: Plan) -> _Ready:
         Exception: whatever the call raises.
     """
     problem, expected = _problem_of(case, plan.device)
-    checked: dict[str, Any] = {"error": {}, "ran": None}
+    call, compile_s = _first_call(case, problem, plan.device)
+    checked: dict[str, Any] = {"compile_s": compile_s, "error": {}, "ran": None}
     if expected is not None:
         verdicts = check(problem, case.backend, case.mode, expected)
         name, verdict = worst(verdicts)
@@ -310,8 +422,6 @@ def _prepare(case: Case, plan: Plan) -> _Ready:
             }
             for n, v in verdicts.items()
         }
-    call: Callable[[], Any] = problem.call(case.backend, case.mode)
-    call()
     if expected is not None:
         operators, on_device = proof.names_of(call, plan.device)
         if wrong := proof.fallback(
@@ -324,6 +434,23 @@ def _prepare(case: Case, plan: Plan) -> _Ready:
     if case.captured:
         call = _captured(call, plan.device, exact=own_kernels(case.backend))
     return _Ready(case, problem, call, checked)
+
+
+def _first_call(
+    case: Case, problem: Problem, device: torch.device
+) -> tuple[Callable[[], Any], float]:
+    """The case's call, and how much longer its first took than its second: compiling, mostly."""
+    took = []
+    call: Callable[[], Any] | None = None
+    for _ in range(2):
+        start = time.perf_counter()
+        call = call or problem.call(case.backend, case.mode)
+        call()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        took.append(time.perf_counter() - start)
+    assert call is not None
+    return call, max(0.0, took[0] - took[1])
 
 
 def claim(name: str, backend: str) -> proof.Claim:
@@ -341,8 +468,10 @@ def claim(name: str, backend: str) -> proof.Claim:
     )
 
 
-def _captured(call: Callable[[], Any], device: torch.device, *, exact: bool) -> Callable[[], None]:
-    """What replays the call from a CUDA graph.
+def _captured(
+    call: Callable[[], Any], device: torch.device, *, exact: bool
+) -> Callable[[], tuple[torch.Tensor, ...]]:
+    """What replays the call from a CUDA graph, and returns what that wrote.
 
     Raises:
         WrongResult: a replay gives other bits than a call, of kernels that always give the same.
@@ -351,7 +480,12 @@ def _captured(call: Callable[[], Any], device: torch.device, *, exact: bool) -> 
     replay()
     if exact and not all(torch.equal(a, b) for a, b in zip(outputs, call(), strict=True)):
         raise WrongResult("a replay from a CUDA graph is not what a call gives")
-    return replay
+
+    def replayed() -> tuple[torch.Tensor, ...]:
+        replay()
+        return outputs
+
+    return replayed
 
 
 def _result(ready: _Ready, timing: Timing, watch: telemetry.Watch, plan: Plan) -> Result:
@@ -381,6 +515,7 @@ def _result(ready: _Ready, timing: Timing, watch: telemetry.Watch, plan: Plan) -
         "energy_per_call_j": joules,
         "energy_how": joules_how,
         "profile": traced,
+        "checked_again": False,
         "device": plan.device.type,
         "clock": timing.clock,
         "cache": timing.cache,
@@ -388,8 +523,9 @@ def _result(ready: _Ready, timing: Timing, watch: telemetry.Watch, plan: Plan) -
         "relative_iqr": timing.relative_iqr,
         "median_interval_s": timing.interval,
         "stop": timing.stop,
+        "disturbed": timing.disturbed,
         "turns": timing.turns,
-        "telemetry": watch.summary(timing.dropped),
+        "telemetry": watch.summary(timing.dropped, gave_up=timing.stop == "disturbed"),
         "sources": plan.sources,
     }
     return Result(name, MEASURED, None, of.test, of.group(case), timing.seconds, info)
@@ -401,7 +537,7 @@ def _against_limits(case: Case, problem: Problem, timing: Timing, plan: Plan) ->
         return {}
     work, peer = problem.least_work(case.mode), peers.PEERS.get(case.backend)
     if peer is not None:
-        work = dataclasses.replace(work, flop=int(work.flop * peer.flop_share))
+        work = replace(work, flop=int(work.flop * peer.flop_share))
     found = {
         "shape": dataclasses.asdict(case.shape),  # type: ignore[call-overload]
         "implementation": _implementation(case, problem),
@@ -416,9 +552,11 @@ def _against_limits(case: Case, problem: Problem, timing: Timing, plan: Plan) ->
     needs = operation(case.operation).needs(case.backend, case.mode, case.shape)
     allowed = plan.limits.least_seconds(work.bytes, work.flop, case.dtype)
     limit, least_s = max(allowed.items(), key=lambda item: item[1])
+    share = least_s / timing.median
     return found | {
         "limit": limit,
-        "share_of_limit": least_s / timing.median,
+        "share_of_limit": share,
+        "limit_note": _BEATEN if share > 1 else None,
         "limits_s": allowed | plan.limits.seconds_of(needs),
     }
 
