@@ -241,7 +241,7 @@ class Benchmarks:
         facts = self._store.head["machine"]
         lines = [
             f"benchmarks: {self.sweep.extent} sweep on {facts['device_name']} "
-            f"({facts['threads']} threads), torch {facts['torch']}"
+            f"({facts['threads']} threads on {facts['cores']} cores), torch {facts['torch']}"
         ]
         if self._rehearses:
             lines.append("rehearsal: every case at a tiny size; no number is kept")
@@ -304,6 +304,8 @@ class Benchmarks:
         for name, result in self._store.results.items():
             if result.status != MEASURED:
                 terminalreporter.write_line(f"{result.status}: {name}: {result.reason}", red=True)
+        if (limits_now := self._plan.limits) is not None and limits_now.disturbed:
+            terminalreporter.write_line(f"disturbed: the limits: {limits_now.disturbed}", red=True)
         for name, by in disturbed.items():
             terminalreporter.write_line(f"disturbed: {name}: {by}", red=True)
 
