@@ -35,6 +35,7 @@ _MEASURED_SOURCES = (
     "bench/problems",
     "bench/peers",
     "bench/instruments",
+    "bench/group.py",
     "bench/runner.py",
 )
 _PARAMETERS = ("operation", "pass", "dtype", "N", "backend")

@@ -10,6 +10,7 @@ import torch
 
 from linear_vit import bench, kernels
 from linear_vit.bench import runner
+from linear_vit.bench.group import claim
 from linear_vit.bench.instruments.limits import Limits
 from linear_vit.bench.problems import AttentionShape, Case, case_name
 from linear_vit.bench.runner import Plan
@@ -178,13 +179,13 @@ def test_a_case_is_tried_once_a_session(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def test_a_users_function_under_a_built_in_name_has_nothing_to_prove() -> None:
-    assert runner.claim("linear_attention", "compiled").compiled
+    assert claim("linear_attention", "compiled").compiled
     with registry.temporarily():
         kernels.register("linear_attention", "compiled", devices=("cpu",), replace=True)(
             lambda q, k, v, eps: q
         )
-        assert not runner.claim("linear_attention", "compiled").compiled
-        assert runner.claim("softmax_attention", "compiled").compiled
+        assert not claim("linear_attention", "compiled").compiled
+        assert claim("softmax_attention", "compiled").compiled
 
 
 @pytest.mark.parametrize("mode", ["forward", "forward+backward"])
