@@ -16,7 +16,8 @@ _BEST_OF = 3
 _READINGS = 20  # before it judges
 # Times the usual reading, which a quarter are faster than. On a quiet machine few are so slow.
 _MOST = 1.3
-_FLOATS = 2**24  # 64 MiB: each reading goes on where the last one ended, so from memory
+# 64 MiB: each reading goes on where the last one ended, so it is of no core's own cache.
+_FLOATS = 2**24
 
 
 class Canary:

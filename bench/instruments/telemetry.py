@@ -88,7 +88,7 @@ class Watch:
     def of(cls, device: torch.device) -> "Watch":
         """Everything that there is to look at for times taken on a device."""
         linux = Path("/proc/self/task").exists()
-        canary = _canary() if device.type == "cpu" else None
+        canary = _canary(torch.get_num_threads()) if device.type == "cpu" else None
         return cls(source_for(device), Host() if linux else None, canary)
 
     def begin(self) -> None:
@@ -151,8 +151,8 @@ class Watch:
 
 
 @functools.cache
-def _canary() -> Canary:
-    """One for all measurements of this process: what is slow is told by what was seen before."""
+def _canary(threads: int) -> Canary:
+    """One for all measurements on so many threads: what is slow is told by what was seen before."""
     return Canary()
 
 
