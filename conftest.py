@@ -19,6 +19,7 @@ _OPTIONS = (
     "ops",
     "sweep",
     "minutes",
+    "repeats",
     "out",
     "peers",
     "keep_memory",
@@ -48,6 +49,13 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         metavar="COUNT",
         help="as many sequences of each length as make this many tokens (default: one sequence)",
     )
+    options.option(
+        group,
+        "--repeats",
+        type=int,
+        metavar="COUNT",
+        help="measure in so many fresh processes, one saved run each: run.1.json, run.2.json ...",
+    )
     flags = {
         "--peers": "time other libraries' implementations, too: every SDPA kernel, and those of "
         "pip install '.[peers]'",
@@ -62,6 +70,14 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption("--limits", choices=("kept", "fresh"), help=argparse.SUPPRESS)
     for flag, text in flags.items():
         options.option(group, flag, action="store_true", default=None, help=text)
+
+
+def pytest_cmdline_main(config: pytest.Config) -> int | None:
+    if not _benchmark_only(config) or (config.getoption("repeats") or 1) == 1:
+        return None
+    from linear_vit.bench import plugin, repeats
+
+    return repeats.run(config, config.getoption("repeats"), plugin.path_of(config))
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -14,7 +14,10 @@ COMMANDS = {
     "static": ("linear_vit.bench.static.table", "every GPU kernel compiled, with no GPU"),
     "traffic": ("linear_vit.bench.traffic", "every byte the Triton kernels load and store"),
     "tune": ("linear_vit.bench.tune", "the fastest tiles of the Triton kernels on this GPU"),
-    "noise": ("linear_vit.bench.noise", "is a planted slow-down of 10 % caught? (minutes)"),
+    "noise": (
+        "linear_vit.bench.noise",
+        "is a neighbour noticed, a slow-down caught? (minutes)",
+    ),
 }
 USAGE = "\n".join(
     [

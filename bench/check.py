@@ -5,9 +5,11 @@
     python -m bench -p mine check       # mine.py registers operations and backends of its own
 
 For every operation, dtype and backend: the output and each gradient on a few shapes, by the
-accuracy rule of ``kernels.accuracy``. Prints a matrix, writes JSON, and exits with 1 where a result
-is wrong. A backend that has an interpreter and no device here runs in that, in a process of its
-own, since a switch like TRITON_INTERPRET is read at import.
+accuracy rule of ``kernels.accuracy``; the output again of a forward pass alone, on inputs that want
+no gradient, under ``no_grad`` and in inference mode; and that the inputs are what they were. Prints
+a matrix, writes JSON, and exits with 1 where a result is wrong. A backend that has an interpreter
+and no device here runs in that, in a process of its own, since a switch like TRITON_INTERPRET is
+read at import.
 """
 
 import argparse
@@ -30,11 +32,12 @@ from linear_vit.bench.instruments import machine
 from linear_vit.bench.instruments.memory import is_out_of_memory
 from linear_vit.bench.problems import (
     DTYPES,
+    FORWARD,
     FORWARD_BACKWARD,
     Expected,
     Operation,
     Problem,
-    check,
+    check_call,
     make_problem,
     operations,
     worst,
@@ -128,19 +131,21 @@ def _prepared(
 
 def _check_shapes(prepared: list[tuple[Problem, Expected]], backend: str) -> Result:
     tensors: list[Result] = []
-    for problem, expected in prepared:
+    ways = [(p, e, *way) for p, e in prepared for way in _ways(p, e, backend)]
+    for problem, expected, how, mode, call in ways:
         try:
-            verdicts = check(problem, backend, FORWARD_BACKWARD, expected)
+            verdicts = check_call(problem, mode, call, expected)
         except Exception as error:
             what = "out of memory" if is_out_of_memory(error) else type(error).__name__
             message = str(error).strip().splitlines() or ["no message"]
-            reason = f"{what}: {message[0]} ({problem.shape})"
+            reason = f"{what}: {message[0]}, {how} ({problem.shape})"
             return {"status": "failed", "reason": reason, "tensors": tensors}
         for name, verdict in verdicts.items():
-            tensors.append({"tensor": name, "shape": str(problem.shape), **finite(vars(verdict))})
+            found = {"tensor": name, "shape": str(problem.shape), "way": how}
+            tensors.append({**found, **finite(vars(verdict))})
         name, verdict = worst(verdicts)
         if not verdict.passed:
-            reason = f"wrong {name}: {verdict} ({problem.shape})"
+            reason = f"wrong {name}, {how}: {verdict} ({problem.shape})"
             return {"status": "failed", "reason": reason, "tensors": tensors}
     return {
         "status": "passed",
@@ -148,6 +153,18 @@ def _check_shapes(prepared: list[tuple[Problem, Expected]], backend: str) -> Res
         "tensors": tensors,
         "worst_rms_error": max(t["rms_error"] for t in tensors),
     }
+
+
+def _ways(
+    problem: Problem, expected: Expected, backend: str
+) -> Iterator[tuple[str, str, Callable[[], tuple[torch.Tensor, ...]]]]:
+    """Each way in which an operation may be called: in words, the pass, and the call."""
+    forward = functools.partial(problem.run, problem.inputs, backend)
+    both = functools.partial(problem.gradients, backend, expected.cotangents)
+    yield "with gradients", FORWARD_BACKWARD, both
+    yield "without gradients", FORWARD, problem.call(backend, FORWARD)
+    yield "under no_grad", FORWARD, torch.no_grad()(forward)
+    yield "in inference mode", FORWARD, torch.inference_mode()(forward)
 
 
 # ---- in an interpreter, where there is no device ----------------------------------------------

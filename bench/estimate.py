@@ -93,8 +93,8 @@ def seconds(case: Case, plan: Plan) -> float:
     kind = "kernels" if row is None or not row.eager else "oracle" if row.oracle else "eager"
     call_s = _OVER_LIMIT[kind] * max(allowed.values()) + 20e-6
     rounds = min(budget, 60 * max(call_s, 1e-3))
-    # The reference in float64, of eager operators, and both passes.
-    check = 6 * work.flop / plan.limits.matmul_flop_per_s.get(case.dtype, 1e11)
+    # The reference in float64, of eager operators, and both passes; and all of it once more.
+    check = 12 * work.flop / plan.limits.matmul_flop_per_s.get(case.dtype, 1e11)
     compiles = _COMPILES_S / 8 if row is not None and row.compiles else 0.0
     energy = _ENERGY_S if plan.device.type == "cuda" and plan.measures_energy(case) else 0.0
     return _OVERHEAD_S + check + max(rounds, 4 * call_s) + compiles + energy

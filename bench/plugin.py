@@ -11,7 +11,7 @@ import signal
 import statistics
 import sys
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +36,10 @@ from linear_vit.options import OptionError
 
 _BUDGET_S = {"quick": 0.25, "full": 2.0, "gpu": 0.25, "cpu": 1.0}
 _REHEARSAL_BUDGET_S = 0.01
+_ALL_DISTURBED = (
+    "Every case was disturbed, so no time is shown: measure again when the machine is left to "
+    "itself. What disturbed each is below; the file has the times, marked."
+)
 
 
 class _Replay:
@@ -79,7 +83,6 @@ class Benchmarks:
         except (OptionError, StoreError, ValueError) as error:
             raise pytest.UsageError(str(error)) from error
         self._progress = Countdown([], {}, None)
-        self._rows: list[summary.Row] = []
         self._session: runner.Session | None = None
         self._quieten(config)
         # Ctrl-C ends a run with a valid file; so does a polite kill.
@@ -88,11 +91,7 @@ class Benchmarks:
 
     @property
     def _path(self) -> Path | None:
-        given = self._config.getoption("benchmark_json", default=None)
-        if given:
-            return Path(str(given))
-        folder = self._config.getoption("out")
-        return Path(folder) / "benchmark.json" if folder else None
+        return path_of(self._config)
 
     def _open_store(self) -> Store:
         path, resume = self._path, bool(self._config.getoption("resume_bench"))
@@ -189,30 +188,40 @@ class Benchmarks:
         benchmark.extra_info.update(result.info)
         seconds = result.seconds
         benchmark.pedantic(_replay.advance, args=(iter(seconds),), rounds=len(seconds))
-        row = summary.Row(result.info, statistics.median(seconds))
-        self._rows.append(row)
-        item.user_properties.append(("measured", row.line()))
+        by = result.info["disturbed"]
+        shown = f"{result.case}: put off: {by}" if by else _row(result).line()
+        item.user_properties.append(("measured", shown))
 
     def pytest_keyboard_interrupt(self) -> None:
         self._store.interrupt()
 
-    def pytest_sessionfinish(self) -> None:
-        # pytest-benchmark has written its file by now.
+    @pytest.hookimpl(wrapper=True, tryfirst=True)
+    def pytest_sessionfinish(self) -> Generator[None, object, object]:
+        try:
+            self._try_again()
+        except KeyboardInterrupt:
+            self._store.interrupt()
+        result = yield  # pytest-benchmark writes its file
         self._progress.close()
         if self._session is not None:
             self._session.__exit__()
             self._session = None
         by_pytest_benchmark = self._config.getoption("benchmark_json", default=None)
-        if self._path is not None and not by_pytest_benchmark and self._measured:
+        if self._path is not None and not by_pytest_benchmark and self._store.measured:
             self._describe()
             self._store.write()
             self._written = True
         whole = self._began and self._progress.finished and not self._store.interrupted
         self._store.close(done=whole and self._written and self._store.complete)
+        return result
 
-    @property
-    def _measured(self) -> bool:
-        return any(r.status == MEASURED for r in self._store.results.values())
+    def _try_again(self) -> None:
+        """Of a run that came to its end, what was disturbed."""
+        whole = self._progress.finished and not self._store.interrupted
+        if self._session is None or self._rehearses or not whole:
+            return
+        for again in self._session.try_again():
+            self._progress.line(f"tried again: {_row(again).line()}")
 
     # What is shown.
 
@@ -232,7 +241,7 @@ class Benchmarks:
         facts = self._store.head["machine"]
         lines = [
             f"benchmarks: {self.sweep.extent} sweep on {facts['device_name']} "
-            f"({facts['threads']} threads), torch {facts['torch']}"
+            f"({facts['threads']} threads on {facts['cores']} cores), torch {facts['torch']}"
         ]
         if self._rehearses:
             lines.append("rehearsal: every case at a tiny size; no number is kept")
@@ -271,7 +280,7 @@ class Benchmarks:
         self._progress.done(name, str(measured), red=report.failed)
 
     def pytest_terminal_summary(self, terminalreporter: Any) -> None:
-        if self._rows and not self._rehearses:
+        if self._store.measured and not self._rehearses:
             self._show_measured(terminalreporter)
         if self._rehearses:
             terminalreporter.write_line("rehearsal: the times mean nothing, and none was kept")
@@ -283,13 +292,22 @@ class Benchmarks:
 
     def _show_measured(self, terminalreporter: Any) -> None:
         terminalreporter.section("measured", sep="=")
-        width = terminalreporter._tw.fullwidth
-        terminalreporter.write(summary.render(self._rows, width, terminalreporter._tw.hasmarkup))
+        rows = [_row(result) for result in self._store.measured]
+        disturbed = {r.case: by for r in self._store.measured if (by := r.info.get("disturbed"))}
+        if len(disturbed) < len(rows):
+            screen = terminalreporter._tw
+            terminalreporter.write(summary.render(rows, screen.fullwidth, screen.hasmarkup))
+        else:
+            terminalreporter.write_line(_ALL_DISTURBED, red=True)
         for what, why in self.sweep.left_out.items():
             terminalreporter.write_line(f"not timed: {what}: {why}")
         for name, result in self._store.results.items():
             if result.status != MEASURED:
                 terminalreporter.write_line(f"{result.status}: {name}: {result.reason}", red=True)
+        if (limits_now := self._plan.limits) is not None and limits_now.disturbed:
+            terminalreporter.write_line(f"disturbed: the limits: {limits_now.disturbed}", red=True)
+        for name, by in disturbed.items():
+            terminalreporter.write_line(f"disturbed: {name}: {by}", red=True)
 
     def pytest_benchmark_update_json(self, output_json: dict[str, Any]) -> None:
         self._describe()
@@ -299,7 +317,7 @@ class Benchmarks:
 
     def _describe(self) -> None:
         """What the head says once the run has ended: the limits."""
-        limits_now = self._plan.limits if self._measured else None
+        limits_now = self._plan.limits if self._store.measured else None
         self._store.head["limits"] = dataclasses.asdict(limits_now) if limits_now else None
 
     @staticmethod
@@ -311,6 +329,19 @@ class Benchmarks:
         wanted = ("benchmark_verbose", "benchmark_compare", "benchmark_histogram")
         if not any(config.getoption(name, default=None) for name in wanted):
             config.option.benchmark_quiet = True
+
+
+def path_of(config: pytest.Config) -> Path | None:
+    """Where the run goes; None where no option says."""
+    given = config.getoption("benchmark_json", default=None)
+    if given:
+        return Path(str(given))
+    folder = config.getoption("out")
+    return Path(folder) / "benchmark.json" if folder else None
+
+
+def _row(result: Result) -> summary.Row:
+    return summary.Row(result.info, statistics.median(result.seconds))
 
 
 def sweep_from(config: pytest.Config) -> Sweep:

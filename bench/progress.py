@@ -97,6 +97,10 @@ class Countdown:
         self._progress.line(text, red=red)
         self._progress.move(count, f"{count} of {self._total}  {clock(left)} left")
 
+    def line(self, text: str) -> None:
+        """Shows a line that is of no case's end."""
+        self._progress.line(text)
+
     def times(self) -> tuple[float, float]:
         """Seconds spent, and seconds left."""
         spent = time.monotonic() - self._started

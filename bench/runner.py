@@ -4,47 +4,30 @@ The one way to time anything here. ``pytest --benchmark-only`` and ``train_minim
 :func:`run`; :func:`measure` times any callables of a user's Python. Knows no pytest.
 """
 
-import dataclasses
+import itertools
 import math
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 
-from linear_vit import kernels, options
-from linear_vit.bench import estimate, peers
+from linear_vit import kernels
+from linear_vit.bench import estimate
 from linear_vit.bench.estimate import Plan
-from linear_vit.bench.instruments import clock, energy, memory, profiles, proof, telemetry
+from linear_vit.bench.group import measure_group
+from linear_vit.bench.instruments import clock, profiles
 from linear_vit.bench.instruments.clock import Timing
-from linear_vit.bench.problems import (
-    DTYPES,
-    FORWARD,
-    Case,
-    Expected,
-    Problem,
-    case_name,
-    check,
-    expected_of_peer,
-    make_problem,
-    operation,
-    own_kernels,
-    parse_case,
-    worst,
-)
-from linear_vit.bench.store import FAILED, LEFT_OUT, MEASURED, OUT_OF_MEMORY, SCHEMA, Result, Store
-from linear_vit.bench.worker import PATIENCE, Started, Worker, is_lost
-from linear_vit.kernels import registry
+from linear_vit.bench.problems import Case, case_name
+from linear_vit.bench.store import FAILED, LEFT_OUT, MEASURED, Result, Store
+from linear_vit.bench.worker import PATIENCE, Worker
 
 Group = tuple[Case, ...]
 
 
-class WrongResult(Exception):
-    """A case whose answer the accuracy rule refuses, or that another implementation gave."""
+_LENGTHS = {"N", "M", "rows", "cols"}  # sizes that make a case longer
 
 
 def measure(
@@ -62,11 +45,11 @@ def measure(
 
     Returns:
         By name a :class:`Timing`: ``seconds`` of every round, ``median``, ``interval`` (95 % of the
-        median) and ``over(other)``, the ratio turn by turn.
+        median), ``over(other)``, the ratio turn by turn, and ``disturbed``: None, or by what, where
+        the machine was never left to it for long enough.
     """
     where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    watch = telemetry.Watch(telemetry.source_for(where))
-    return clock.measure_interleaved(calls, where, budget_s=budget_s, watch=watch)
+    return clock.measure_interleaved(calls, where, budget_s=budget_s)
 
 
 def run(
@@ -92,14 +75,16 @@ def run(
     Returns:
         The results of the cases, in their order.
     """
-    groups, found = list(groups), list[Result]()
-    build_ahead([case for group in groups for case in group], plan.device)
+    groups = list(groups)
+    cases = [case for group in groups for case in group]
+    build_ahead(cases, plan.device)
     with Session(plan, store, minutes=minutes, isolate=isolate) as session:
         for group in groups:
             for result in session.measure(group):
                 progress(result)
-                found.append(result)
-    return found
+        for result in session.try_again():
+            progress(result)
+    return [store.results[case_name(case)] for case in cases]
 
 
 def build_ahead(cases: Iterable[Case], device: torch.device) -> None:
@@ -131,6 +116,7 @@ class Session:
         alone = plan.device.type == "cuda" if isolate is None else isolate
         self._worker = Worker(measure_group) if alone else None
         self._settled: set[str] = set()
+        self._groups: list[list[Case]] = []
 
     def __enter__(self) -> "Session":
         return self
@@ -151,13 +137,39 @@ class Session:
                 store.keep(Result(name, FAILED, reason))
             else:
                 pending.append(case)
+        if pending:
+            self._groups.append(pending)
+        for result in self._attempts(pending):
+            store.keep(result)
+        return [store.results[case_name(case)] for case in group]
+
+    def try_again(self) -> list[Result]:
+        """Measure once more, at the end of a run, what was disturbed, and what took longer than a
+        longer case; the results that changed.
+
+        All of a group, since its cases have turns in common. A case that is still disturbed stays
+        as it was, and one that is still slower is so. One that fails this time has failed.
+        """
+        store, changed = self._store, list[Result]()
+        doubtful = {r.case for r in store.results.values() if r.info.get("disturbed")}
+        doubtful |= slower_than_longer(store.results.values())
+        for group in self._groups:
+            timed = [c for c in group if store.results[case_name(c)].status == MEASURED]
+            if not doubtful & set(map(case_name, timed)):
+                continue
+            for result in self._attempts(timed):
+                quiet = result.status == MEASURED and not result.info["disturbed"]
+                if quiet or result.status == FAILED:
+                    store.keep(result)
+                    changed.append(result)
+        return changed
+
+    def _attempts(self, pending: list[Case]) -> Iterator[Result]:
         left = [pending] if pending else []
         while left:
             results, again = self._attempt(left.pop(0))
             left[:0] = again
-            for result in results:
-                store.keep(result)
-        return [store.results[case_name(case)] for case in group]
+            yield from results
 
     def _attempt(self, pending: list[Case]) -> tuple[list[Result], list[list[Case]]]:
         """Results of the pending cases, and the groups to try again where one killed a process."""
@@ -181,280 +193,24 @@ class Session:
             self._store.start(name)
 
 
-def measure_group(cases: Sequence[Case], plan: Plan, started: Started) -> list[Result]:
-    """Check the cases, then time those that are right by turns.
+def slower_than_longer(results: Iterable[Result]) -> set[str]:
+    """Cases that took longer than a longer one of their curve, by more than their intervals.
 
-    Args:
-        cases: of one group: they may differ in backend, capture and operation.
-        plan: how.
-        started: told a case's name before it runs for the first time, and None where it is one of
-            several that take turns.
-
-    Returns:
-        Their results, but for those of cases that have to be tried again: after a case that took
-        the device from this process, or where one of several failed while they took turns.
+    A curve is what differs in the number of tokens alone.
     """
-    ready: dict[str, _Ready] = {}
-    results: dict[str, Result] = {}
-    wanted = {_key(case, plan.device) for case in cases}
-    for key in [key for key in _made if key not in wanted]:
-        del _made[key]  # its tensors may be large
-    for case in cases:
-        name = case_name(case)
-        started(name)
-        try:
-            ready[name] = _prepare(case, plan)
-        except Exception as error:
-            results[name] = _failure(name, error)
-        if _ended_badly(results.get(name)):
-            return list(results.values())
-    if len(ready) > 1:
-        started(None)
-    results |= _timed(ready, plan, started)
-    return [results[name] for name in map(case_name, cases) if name in results]
-
-
-def _timed(ready: Mapping[str, "_Ready"], plan: Plan, started: Started) -> dict[str, Result]:
-    """Results of cases that are right; of none where one of several can't be gone on with."""
-    if not ready:
-        return {}
-    watch = telemetry.Watch(telemetry.source_for(plan.device))
-    calls = {name: one.call for name, one in ready.items()}
-    factor = max(operation(one.case.operation).budget for one in ready.values())
-    try:
-        timings = clock.measure_interleaved(
-            calls, plan.device, budget_s=factor * plan.budget_s, watch=watch
-        )
-    except Exception as error:
-        if len(ready) == 1:
-            [name] = ready
-            failed = _failure(name, error)
-            _ended_badly(failed)
-            return {name: failed}
-        if is_lost(str(error)):
-            raise  # of this process nothing more is to be had
-        return {}  # each is tried again by itself
-    results = {}
-    for name, one in ready.items():
-        started(None)  # a sign of life: a profile takes minutes
-        try:
-            results[name] = _result(one, timings[name], watch, plan)
-        except Exception as error:
-            results[name] = _failure(name, error)
-        if _ended_badly(results[name]):
-            break
-    return results
-
-
-def _ended_badly(result: Result | None) -> bool:
-    """Whether the device is lost to this process; memory that a case filled is given back.
-
-    Outside of the handler, whose traceback keeps the case's tensors alive.
-    """
-    if result is not None and result.status == OUT_OF_MEMORY and torch.cuda.is_available():
-        torch.cuda.empty_cache()
-    return result is not None and is_lost(result.reason)
-
-
-@dataclass(frozen=True)
-class _Ready:
-    """A case that gave the right answer, and what that showed."""
-
-    case: Case
-    problem: Problem
-    call: Callable[[], Any]
-    checked: dict[str, Any]
-
-
-# The problems of a group and of the one before, with the right answers.
-_made: dict[tuple[Case, torch.device], tuple[Problem, Expected | None]] = {}
-
-
-def _key(case: Case, device: torch.device) -> tuple[Case, torch.device]:
-    """What is alike for cases of one problem: both passes are of the same numbers."""
-    return dataclasses.replace(case.together, mode=""), device
-
-
-def _problem_of(case: Case, device: torch.device) -> tuple[Problem, Expected | None]:
-    key = _key(case, device)
-    if key not in _made:
-        dtype = DTYPES.get(case.dtype, torch.float32)
-        problem = make_problem(case.operation, case.shape, dtype, device)
-        _made[key] = problem, problem.expected() if problem.operation.has_reference else None
-    problem, expected = _made[key]
-    if peers.other_function(case.backend):
-        expected = expected_of_peer(problem, case.backend)
-    return problem, expected
-
-
-def _prepare(case: Case, plan: Plan) -> _Ready:
-    """Check a case and look at one call of it.
-
-    Raises:
-        WrongResult: its answer is wrong, or another implementation gave it.
-        Exception: whatever the call raises.
-    """
-    problem, expected = _problem_of(case, plan.device)
-    checked: dict[str, Any] = {"error": {}, "ran": None}
-    if expected is not None:
-        verdicts = check(problem, case.backend, case.mode, expected)
-        name, verdict = worst(verdicts)
-        if not verdict.passed:
-            raise WrongResult(f"wrong result: {name}: {verdict}")
-        checked["error"] = {
-            n: {
-                "rms": v.rms_error,
-                "rms_tolerance": v.rms_tolerance,
-                "max": v.max_error,
-                "max_tolerance": v.max_tolerance,
-            }
-            for n, v in verdicts.items()
-        }
-    call: Callable[[], Any] = problem.call(case.backend, case.mode)
-    call()
-    if expected is not None:
-        operators, on_device = proof.names_of(call, plan.device)
-        if wrong := proof.fallback(
-            claim(case.operation, case.backend), operators, on_device, plan.device.type
-        ):
-            raise WrongResult(f"another implementation ran: {wrong}")
-        checked["ran"] = proof.shown(operators, on_device)
-    peak, how = memory.peak_beyond_outputs(call, plan.device)
-    checked |= {"peak_memory_bytes": peak, "peak_memory_how": how}
-    if case.captured:
-        call = _captured(call, plan.device, exact=own_kernels(case.backend))
-    return _Ready(case, problem, call, checked)
-
-
-def claim(name: str, backend: str) -> proof.Claim:
-    """What has to be seen running where this backend of an operation is asked for."""
-    rows, peer = kernels.backend_rows(), peers.PEERS.get(backend)
-    # A user's function under a built-in name may be anything.
-    row = rows.get(backend) if registry.registered(name, backend) is None else None
-    return proof.Claim(
-        backend,
-        own=row is not None and row.own,
-        compiled=row is not None and row.compiles,
-        eager=row is not None and row.eager,
-        signature=peer.signature if peer is not None else None,
-        others=tuple(other.name for other in rows.values() if other.own and other.name != backend),
-    )
-
-
-def _captured(call: Callable[[], Any], device: torch.device, *, exact: bool) -> Callable[[], None]:
-    """What replays the call from a CUDA graph.
-
-    Raises:
-        WrongResult: a replay gives other bits than a call, of kernels that always give the same.
-    """
-    replay, outputs = clock.captured(call, device)
-    replay()
-    if exact and not all(torch.equal(a, b) for a, b in zip(outputs, call(), strict=True)):
-        raise WrongResult("a replay from a CUDA graph is not what a call gives")
-    return replay
-
-
-def _result(ready: _Ready, timing: Timing, watch: telemetry.Watch, plan: Plan) -> Result:
-    case, problem, name = ready.case, ready.problem, case_name(ready.case)
-    of = operation(case.operation)
-    joules, joules_how = None, "not asked for"
-    if plan.measures_energy(case):
-        joules, joules_how = energy.per_call(ready.call, plan.device, timing.median)
-    traced = None
-    if plan.profiles is not None:
-        child: tuple[str, ...] = ()
-        if of.has_reference:  # a training step's name does not say how it is sized
-            child = (sys.executable, "-m", "linear_vit.bench.runner", name, str(plan.device))
-        traced = profiles.write(ready.call, plan.device, plan.profiles, name, child)
-    info = {
-        "schema": SCHEMA,
-        "operation": case.operation,
-        "backend": case.backend,
-        "pass": case.mode,
-        "dtype": case.dtype,
-        "N": case.shape.tokens,
-        "total_tokens": case.total_tokens,
-        "captured": case.captured,
-        **ready.checked,
-        **_against_limits(case, problem, timing, plan),
-        **of.facts(case, timing.median),
-        "energy_per_call_j": joules,
-        "energy_how": joules_how,
-        "profile": traced,
-        "device": plan.device.type,
-        "clock": timing.clock,
-        "cache": timing.cache,
-        "calls_per_round": timing.calls_per_round,
-        "relative_iqr": timing.relative_iqr,
-        "median_interval_s": timing.interval,
-        "stop": timing.stop,
-        "turns": timing.turns,
-        "telemetry": watch.summary(timing.dropped),
-        "sources": plan.sources,
+    curves: dict[str, list[Result]] = {}
+    for result in results:
+        info = result.info
+        if result.status != MEASURED or info.get("disturbed") or info["total_tokens"]:
+            continue
+        if "shape" in info:
+            sizes = {n: x for n, x in info["shape"].items() if n not in _LENGTHS}
+            what = [info[name] for name in ("operation", "backend", "pass", "dtype", "captured")]
+            curves.setdefault(str([*what, sizes]), []).append(result)
+    return {
+        one.case
+        for curve in curves.values()
+        for one, other in itertools.permutations(curve, 2)
+        if one.info["N"] < other.info["N"]
+        and one.info["median_interval_s"][0] > other.info["median_interval_s"][1]
     }
-    return Result(name, MEASURED, None, of.test, of.group(case), timing.seconds, info)
-
-
-def _against_limits(case: Case, problem: Problem, timing: Timing, plan: Plan) -> dict[str, Any]:
-    """Least traffic and work, and the share of what the limits allow; empty where unknown."""
-    if not problem.operation.has_reference:
-        return {}
-    work, peer = problem.least_work(case.mode), peers.PEERS.get(case.backend)
-    if peer is not None:
-        work = dataclasses.replace(work, flop=int(work.flop * peer.flop_share))
-    found = {
-        "shape": dataclasses.asdict(case.shape),  # type: ignore[call-overload]
-        "implementation": _implementation(case, problem),
-        "other_function": peer.other_function if peer is not None else None,
-        "least_bytes": work.bytes,
-        "least_flop": work.flop,
-        "gb_per_s": work.bytes / timing.median / 1e9,
-        "tflop_per_s": work.flop / timing.median / 1e12,
-    }
-    if plan.limits is None:
-        return found
-    needs = operation(case.operation).needs(case.backend, case.mode, case.shape)
-    allowed = plan.limits.least_seconds(work.bytes, work.flop, case.dtype)
-    limit, least_s = max(allowed.items(), key=lambda item: item[1])
-    return found | {
-        "limit": limit,
-        "share_of_limit": least_s / timing.median,
-        "limits_s": allowed | plan.limits.seconds_of(needs),
-    }
-
-
-def _implementation(case: Case, problem: Problem) -> str:
-    """What runs, with its tiles where it tells."""
-    if case.backend in peers.PEERS:
-        return peers.other_function(case.backend) or f"peer: {case.backend}"
-    forward = case.mode == FORWARD
-    arguments = [x.detach() if forward else x for x in problem.inputs.values()]
-    return kernels.implementation(case.operation, case.backend, *arguments)
-
-
-def _failure(name: str, error: Exception) -> Result:
-    """The outcome of a case that raised: what it says in one line."""
-    lines = str(error).strip().splitlines() or ["no message"]
-    if memory.is_out_of_memory(error):
-        return Result(name, OUT_OF_MEMORY, f"out of memory: {lines[0][:400]}")
-    kind = "" if isinstance(error, WrongResult) else f"{type(error).__name__}: "
-    return Result(name, FAILED, f"{kind}{lines[0][:1000]}")
-
-
-def call_once(name: str, where: str) -> int:
-    """One warm call of a case on CUDA, between the marks that Nsight Compute waits for."""
-    options.load_plugins()
-    case, device = parse_case(name), torch.device(where)
-    problem = make_problem(case.operation, case.shape, DTYPES[case.dtype], device)
-    call = problem.call(case.backend, case.mode)
-    call()
-    torch.cuda.synchronize(device)
-    torch.cuda.cudart().cudaProfilerStart()
-    call()
-    torch.cuda.synchronize(device)
-    torch.cuda.cudart().cudaProfilerStop()
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(call_once(*sys.argv[1:]))

@@ -35,6 +35,7 @@ _MEASURED_SOURCES = (
     "bench/problems",
     "bench/peers",
     "bench/instruments",
+    "bench/group.py",
     "bench/runner.py",
 )
 _PARAMETERS = ("operation", "pass", "dtype", "N", "backend")
@@ -133,12 +134,19 @@ class Store:
     def finished(self, case: str) -> Result | None:
         """A result that stands; None where the case has to be run."""
         found = self.results.get(case)
-        return found if found is not None and found.status == MEASURED else None
+        if found is None or found.status != MEASURED or found.info.get("disturbed"):
+            return None
+        return found
 
     def killer(self, case: str) -> str | None:
         """Why the case is not tried again; None where it is."""
         times = self.deaths.get(case, 0)
         return f"the process died in it {times} times" if times >= _MOST_DEATHS else None
+
+    @property
+    def measured(self) -> list[Result]:
+        """Those that have a time."""
+        return [result for result in self.results.values() if result.status == MEASURED]
 
     @property
     def complete(self) -> bool:
@@ -166,7 +174,7 @@ class Store:
             "kind": "benchmarks",
             "schema": SCHEMA,
             **self.head,
-            **titles(r.info for r in self.results.values() if r.status == MEASURED),
+            **titles(r.info for r in self.measured),
             "not_timed": not_timed,
             "failed": by_status[FAILED],
             "out_of_memory": by_status[OUT_OF_MEMORY],
@@ -179,9 +187,7 @@ class Store:
         from pytest_benchmark.stats import Stats
 
         made = []
-        for result in self.results.values():
-            if result.status != MEASURED:
-                continue
+        for result in self.measured:
             stats = Stats()
             for seconds in result.seconds:
                 stats.update(seconds)

@@ -83,11 +83,12 @@ def tune(kernel: str, dim: int, dtype: torch.dtype, device: torch.device) -> Opt
             print(f"  {_words(options)}: {1e6 * times[key]:.1f} µs", flush=True)
         return times[key]
 
-    while True:
+    while seconds(best) < float("inf"):
         fastest = min(neighbours(best), key=seconds)
         if not seconds(fastest) < seconds(best) * (1 - _GAIN):
             return None if best == before else best
         best = fastest
+    return None
 
 
 def _time(
@@ -98,7 +99,8 @@ def _time(
     expected: Expected,
     device: torch.device,
 ) -> float:
-    """Median seconds of a pass; infinite where the candidate does not launch or is inaccurate."""
+    """Median seconds of a pass; infinite where the candidate does not launch or is inaccurate, or
+    where it was disturbed twice."""
     from triton.runtime.errors import OutOfResources
 
     with tuning.using({kernel: (tuning.Rule(options),)}):
@@ -109,7 +111,12 @@ def _time(
         if not all(verdict.passed for verdict in verdicts.values()):
             return float("inf")
         call = problem.call("triton", mode)
-        return clock.measure(call, device, budget_s=_BUDGET_S).median
+        for _ in range(2):
+            timing = clock.measure(call, device, budget_s=_BUDGET_S)
+            if timing.disturbed is None:
+                return timing.median
+        print(f"  {_words(options)}: {timing.disturbed}", flush=True)
+        return float("inf")
 
 
 def compiles_well(

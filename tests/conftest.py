@@ -1,6 +1,7 @@
 """What all tests share: the slow ones' shards, how long each takes, and tests that need a GPU."""
 
 import os
+import sys
 from collections.abc import Iterator
 
 import pytest
@@ -29,6 +30,15 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     of = shards.assign([item.nodeid for item in items], count, shards.load())
     config.hook.pytest_deselected(items=[i for i in items if of[i.nodeid] != which])
     items[:] = [item for item in items if of[item.nodeid] == which]
+
+
+@pytest.fixture(autouse=True)
+def calm_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What else runs here disturbs no turn: tests of the measuring bring disturbances of theirs."""
+    telemetry = sys.modules.get("linear_vit.bench.instruments.telemetry")
+    if telemetry is not None:
+        calm = lambda device: telemetry.Watch(telemetry.source_for(device))  # noqa: E731
+        monkeypatch.setattr(telemetry.Watch, "of", calm)
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

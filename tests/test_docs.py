@@ -28,7 +28,19 @@ PAGES = (
 COLUMNS = 100
 _FILE = re.compile(r"[\w./*-]+(?:/|\.(?:py|md|csv|json|txt|toml|cff|cu|h|cpp|png|svg))")
 # Files that commands write, or that a reader makes.
-_WRITTEN = {"run.json", "mine.py", "check.json", "data/", "cpu/", "cuda/", "triton/", "peers/"}
+_WRITTEN = {
+    "run.json",
+    "run.1.json",
+    "run.2.json",
+    "run.5.json",
+    "mine.py",
+    "check.json",
+    "data/",
+    "cpu/",
+    "cuda/",
+    "triton/",
+    "peers/",
+}
 _MODULES = {
     "bench": "linear_vit.bench.__main__",
     "kernels": "linear_vit.kernels.__main__",

@@ -30,7 +30,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def run(folder: Path) -> Path:
     """A saved run of both, timed by a process that was told of them with ``-p``."""
-    options = ["-p", "toy_plugin", "-p", "no:cacheprovider", "--device", "cpu", "--tokens", LENGTHS]
+    options = ["-p", "toy_plugin", "-p", "tests.bench.calm", "-p", "no:cacheprovider"]
+    options += ["--device", "cpu", "--tokens", LENGTHS]
     options += ["--ops", "doubled,linear_attention", "-k", "torch or borrowed or thrice"]
     command = [sys.executable, "-m", "pytest", "--benchmark-only", *options, f"--out={folder}"]
     done = call(folder, *command)

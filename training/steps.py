@@ -245,6 +245,8 @@ def time_steps(cases: Sequence[Case], path: Path, device: torch.device, *, secon
         for result in runner.run([tuple(usable)], plan, kept, isolate=False):
             if result.status != store.MEASURED:
                 notice(f"{result.case} was not timed: {result.reason}")
+            elif result.info["disturbed"]:
+                notice(f"{result.case} was disturbed: {result.info['disturbed']}")
         kept.write()
         kept.close(done=True)
     except store.StoreError as error:

@@ -29,8 +29,9 @@ _LONG_CALL_S = 0.2
 # driver's queue of about 1,000 launches. Calls as long as a turn take one round.
 _ENQUEUED_ROUNDS = 16
 _TURN_S = 0.01
-# Turns of a throttled machine that are thrown away and taken again, at most.
-_MOST_RETRIES = 20
+# Disturbed turns are thrown away and taken again: so many of them and as many as there were others,
+# and while they take less than so many times the budget. A few are, however long they take.
+_MOST_DISTURBED, _MOST_BUDGETS, _LEAST_DISTURBED = 20, 3.0, 3
 # A median known to this, from end to end of its interval, is known well enough.
 TARGET = 0.02
 
@@ -44,8 +45,9 @@ class Timing:
     clock: str
     stop: str = "asked for"  # why there are no more rounds: see measure_interleaved
     cache: str = "hot"  # or "cold": overwritten before every round
-    dropped: int = 0  # rounds that a throttled machine spoilt, thrown away
+    dropped: int = 0  # rounds of disturbed turns, thrown away
     turns: str | None = None  # alike for timings whose i-th rounds were of one turn
+    disturbed: str | None = None  # by what, where too few turns were not: the rounds are of all
 
     @functools.cached_property
     def interval(self) -> tuple[float, float]:
@@ -106,6 +108,10 @@ def measure_interleaved(
     A turn is one round of every call, in an order drawn anew. A call drops out with the reason
     "interval" (that of its median is narrow enough), "budget" or "rounds" (the most there may be).
 
+    A turn that something disturbed (see :class:`telemetry.Watch`) is thrown away and taken again. A
+    machine that others use may have nothing else: then the calls end with the reason "disturbed",
+    and those that have fewer than ``min_rounds`` are marked, and keep all of their rounds.
+
     Args:
         calls: by name; each does one pass and is free of set-up. Its results are dropped.
         device: where they run. CUDA takes device time, everything else host time.
@@ -113,35 +119,48 @@ def measure_interleaved(
         target: width of the median's 95 % interval, over the median, that is narrow enough.
         min_rounds: however long a call is (three for one of more than 0.2 s).
         max_rounds: however short it is.
-        watch: looks at the machine once a turn. A turn in which it throttled is thrown away and
-            counted; after 20 of them, what comes counts, and ``watch.gave_up`` says so.
+        watch: tells the turns that were disturbed; by default all that the machine offers.
 
     Returns:
         A :class:`Timing` for each name.
     """
     rounds = {name: _rounds_of(call, device, min_rounds) for name, call in calls.items()}
     order = random.Random(0)
-    watch, retries = watch or Watch(None), 0
+    watch = Watch.of(device) if watch is None else watch
+    lost_s = 0.0
     with _no_garbage_collection():
         while True:
             turn = [r for r in rounds.values() if r.wants_more(budget_s, target, max_rounds)]
             if not turn:
                 break
             order.shuffle(turn)
+            watch.begin()
+            began = time.perf_counter()
             for one in turn:
                 one.start()
-            throttled = watch.look()
+            watch.look()
             _wait_for(device)
             for one in turn:
                 one.finish()
-            if throttled and retries < _MOST_RETRIES:
-                retries += 1
+            took = time.perf_counter() - began
+            disturbed = watch.end()
+            for one in turn:
+                one.end_turn(disturbed=disturbed)
+            lost_s += took if disturbed else 0.0
+            if _hopeless(watch, lost_s, budget_s * len(calls)):
                 for one in turn:
-                    one.drop_turn()
-            watch.gave_up |= throttled and retries == _MOST_RETRIES
+                    one.stop = "disturbed"
     # On CUDA a turn is a batch of rounds, of another size for each call.
     turns = None if device.type == "cuda" else uuid.uuid4().hex
-    return {name: one.timing(turns) for name, one in rounds.items()}
+    return {name: one.timing(turns, watch) for name, one in rounds.items()}
+
+
+def _hopeless(watch: Watch, lost_s: float, budget_s: float) -> bool:
+    """Whether enough turns were thrown away."""
+    if watch.dropped <= _LEAST_DISTURBED:
+        return False
+    others = watch.turns - watch.dropped
+    return watch.dropped > _MOST_DISTURBED + others or lost_s > _MOST_BUDGETS * budget_s
 
 
 def warm_up(call: Callable[[], object], device: torch.device, *, least_s: float = 0.02) -> float:
@@ -171,6 +190,7 @@ class _Rounds(ABC):
     clock: str
     cache = "hot"
     calls_per_round = 1
+    overhead_s = 0.0  # of the host, to enqueue a turn's rounds
 
     def __init__(
         self, call: Callable[[], object], device: torch.device, estimate: float, min_rounds: int
@@ -178,8 +198,8 @@ class _Rounds(ABC):
         self.call, self.device, self.estimate = call, device, estimate
         self.min_rounds = min_rounds
         self.seconds: list[float] = []
-        self.dropped = 0
-        self._before_turn = 0
+        self.disturbed: list[float] = []
+        self._of_turn: list[float] = []
         self.spent = 0.0
         self.stop = ""
         self._judge_at = 2 * min_rounds  # of fewer rounds the interval is luck
@@ -209,20 +229,24 @@ class _Rounds(ABC):
     def finish(self) -> None:
         """Called when the device has nothing left to do."""
 
-    def drop_turn(self) -> None:
-        """Forget the rounds since the last ``start``; the time they took stays spent."""
-        self.dropped += len(self.seconds) - self._before_turn
-        del self.seconds[self._before_turn :]
+    def end_turn(self, *, disturbed: bool) -> None:
+        """Keep the rounds of a turn, or put them aside; the time that kept ones took is spent."""
+        (self.disturbed if disturbed else self.seconds).extend(self._of_turn)
+        if not disturbed:
+            self.spent += sum(self._of_turn) * self.calls_per_round + self.overhead_s
+        self._of_turn, self.overhead_s = [], 0.0
 
-    def timing(self, turns: str | None) -> Timing:
+    def timing(self, turns: str | None, watch: Watch) -> Timing:
+        marked = self.stop == "disturbed" and len(self.seconds) < self.min_rounds
         return Timing(
-            tuple(self.seconds),
+            (*self.seconds, *(self.disturbed if marked else ())),
             self.calls_per_round,
             self.clock,
             self.stop,
             self.cache,
-            self.dropped,
+            0 if marked else len(self.disturbed),
             turns,
+            watch.sentence() if marked else None,
         )
 
 
@@ -234,14 +258,11 @@ class _CpuRounds(_Rounds):
         self.calls_per_round = max(1, round(_SHORTEST_ROUND_S / self.estimate))
 
     def start(self) -> None:
-        self._before_turn = len(self.seconds)
         call, calls = self.call, self.calls_per_round
         start = time.perf_counter_ns()
         for _ in range(calls):
             call()
-        seconds = (time.perf_counter_ns() - start) * 1e-9
-        self.spent += seconds
-        self.seconds.append(seconds / calls)
+        self._of_turn.append((time.perf_counter_ns() - start) * 1e-9 / calls)
 
     def finish(self) -> None:
         """Nothing: a CPU call is over when it returns."""
@@ -268,7 +289,6 @@ class _CudaRounds(_Rounds):
         self._events: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
 
     def start(self) -> None:
-        self._before_turn = len(self.seconds)
         # A batch of rounds a turn: waiting for the device costs more than a short call.
         rounds = int(min(_ENQUEUED_ROUNDS, max(1.0, _TURN_S / max(self.estimate, 1e-6))))
         before = time.perf_counter()
@@ -282,12 +302,10 @@ class _CudaRounds(_Rounds):
                 self.call()
                 stop.record()
                 self._events.append((start, stop))
-        self.spent += time.perf_counter() - before
+        self.overhead_s = time.perf_counter() - before
 
     def finish(self) -> None:
-        seconds = [start.elapsed_time(stop) * 1e-3 for start, stop in self._events]
-        self.spent += sum(seconds)
-        self.seconds += seconds
+        self._of_turn = [start.elapsed_time(stop) * 1e-3 for start, stop in self._events]
         self._events.clear()
 
 

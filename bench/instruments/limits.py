@@ -2,8 +2,9 @@
 
 Measured, not looked up, by PyTorch's own copy and matmul, in the run that uses them. An operation's
 least traffic and least work over these rates is the time it cannot be expected to beat; which of
-the two is longer says what binds it. (It can be beaten: by data that stay in a cache, and by an
-algorithm that does less than the least work as SPEC counts it, which is that of dense products.)
+the two is longer says what binds it. Data that fit a cache are held against the cache's own rate.
+(A limit can be beaten: by data of which some stay in a cache, and by an algorithm that does less
+than the least work as SPEC counts it, which is that of dense products.)
 """
 
 import mmap
@@ -14,7 +15,8 @@ from datetime import UTC, datetime
 
 import torch
 
-from linear_vit.bench.instruments import clock
+from linear_vit.bench.instruments import clock, machine
+from linear_vit.bench.instruments.telemetry import Watch
 
 # Far past any last-level cache, in both directions.
 _COPY_BYTES = {"cpu": 2**28, "cuda": 2**30}
@@ -23,6 +25,18 @@ _MATMUL_SIDE = {"cpu": 2048, "cuda": 8192}
 _SHORT_SIDE, _LONGEST_PROBE_S = 256, 5e-3
 _BUDGET_S = 0.3
 _FRESH_BYTES = 100_000_000 // mmap.PAGESIZE * mmap.PAGESIZE
+
+
+Seconds = Callable[[Callable[[], object]], float]
+
+
+@dataclass(frozen=True)
+class Cache:
+    """One level of the CPU's caches, all that this process's cores have of it together."""
+
+    name: str
+    bytes: int
+    copy_bytes_per_s: float
 
 
 @dataclass(frozen=True)
@@ -37,6 +51,9 @@ class Limits:
         probes: by name, how much a second of what kernels need and nothing general measures.
         fresh_bytes_per_s, fresh_large_bytes_per_s: of memory fresh from the system, written once,
             in small pages and in large ones; None where it was not measured.
+        caches: smallest first, each with the rate of a copy inside it; none where calls find theirs
+            overwritten, as on CUDA.
+        disturbed: what kept the machine from its best; None where it was left to itself.
     """
 
     copy_bytes_per_s: float
@@ -46,10 +63,16 @@ class Limits:
     probes: dict[str, float] = field(default_factory=dict)
     fresh_bytes_per_s: float | None = None
     fresh_large_bytes_per_s: float | None = None
+    caches: tuple[Cache, ...] = ()
+    disturbed: str | None = None
 
     def least_seconds(self, moved: int, flop: int, dtype: str) -> dict[str, float]:
         """The time that copy and matmul allow for so many bytes and FLOP, by the limit's name."""
         allowed = {"copy": moved / self.copy_bytes_per_s}
+        for cache in self.caches:
+            if moved <= cache.bytes:
+                allowed = {f"copy in {cache.name} cache": moved / cache.copy_bytes_per_s}
+                break
         if dtype in self.matmul_flop_per_s:
             allowed[f"{dtype} matmul"] = flop / self.matmul_flop_per_s[dtype]
         return allowed
@@ -69,36 +92,51 @@ def measure(
 ) -> Limits:
     """Measure a device's limits; a second or two.
 
+    A limit is what the machine can do, so the fastest round counts, and not the median.
+
     Args:
         device: where.
         dtypes: names ("float32") of those whose products are wanted.
         probes: by name, calls that return how much they did; with them fresh pages are measured.
     """
+    disturbed: list[str] = []
+
+    def fastest(call: Callable[[], object]) -> float:
+        timing = clock.measure(call, device, budget_s=_BUDGET_S, target=0.0)
+        if timing.disturbed:
+            timing = clock.measure(call, device, budget_s=_BUDGET_S, target=0.0)
+        if timing.disturbed:
+            disturbed.append(timing.disturbed)
+        return min(timing.seconds)
+
+    caches = machine.caches() if device.type == "cpu" else {}
     found = Limits(
-        _copy_rate(device),
-        {name: _matmul_rate(device, getattr(torch, name)) for name in dtypes},
+        _copy_rate(_COPY_BYTES[device.type], device, fastest),
+        {name: _matmul_rate(device, getattr(torch, name), fastest) for name in dtypes},
         _launch_seconds(device),
         datetime.now(UTC).isoformat(timespec="seconds"),
+        # Half of a cache is filled: it is shared with all that runs beside.
+        caches=tuple(Cache(n, b, _copy_rate(b // 4, device, fastest)) for n, b in caches.items()),
     )
     if device.type == "cuda":
         torch.cuda.empty_cache()  # it is for the cases, which another process may run
-    if not probes:
-        return found
-    return replace(
-        found,
-        probes={name: probe() / _fastest(probe, device) for name, probe in probes.items()},
-        fresh_bytes_per_s=_fresh_rate(device, large_pages=False),
-        fresh_large_bytes_per_s=_fresh_rate(device, large_pages=True),
-    )
+    if probes:
+        found = replace(
+            found,
+            probes={name: probe() / fastest(probe) for name, probe in probes.items()},
+            fresh_bytes_per_s=_fresh_rate(fastest, large_pages=False),
+            fresh_large_bytes_per_s=_fresh_rate(fastest, large_pages=True),
+        )
+    return replace(found, disturbed=disturbed[0] if disturbed else None)
 
 
-def _copy_rate(device: torch.device) -> float:
-    source = torch.ones(_COPY_BYTES[device.type], dtype=torch.int8, device=device)
+def _copy_rate(size: int, device: torch.device, fastest: Seconds) -> float:
+    source = torch.ones(size, dtype=torch.int8, device=device)
     target = torch.zeros_like(source)
-    return 2 * source.nbytes / _fastest(lambda: target.copy_(source), device)
+    return 2 * source.nbytes / fastest(lambda: target.copy_(source))
 
 
-def _matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
+def _matmul_rate(device: torch.device, dtype: torch.dtype, fastest: Seconds) -> float:
     allowed = torch.backends.cuda.matmul.allow_tf32
     torch.backends.cuda.matmul.allow_tf32 = False
     try:
@@ -107,7 +145,7 @@ def _matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
         if clock.warm_up(lambda: probe[0] @ probe[1], device) > _LONGEST_PROBE_S:
             side = _SHORT_SIDE
         a, b = _operands(side, device, dtype)
-        return 2 * side**3 / _fastest(lambda: a @ b, device)
+        return 2 * side**3 / fastest(lambda: a @ b)
     finally:
         torch.backends.cuda.matmul.allow_tf32 = allowed
 
@@ -120,12 +158,7 @@ def _operands(
     return a, b
 
 
-def _fastest(call: Callable[[], object], device: torch.device) -> float:
-    """A limit is what the machine can do, so the fastest round and not the median."""
-    return min(clock.measure(call, device, budget_s=_BUDGET_S, target=0.0).seconds)
-
-
-def _fresh_rate(device: torch.device, *, large_pages: bool) -> float:
+def _fresh_rate(fastest: Seconds, *, large_pages: bool) -> float:
     """Bytes a second of memory got from the system, as an allocator does for a large tensor."""
 
     def write() -> None:
@@ -134,17 +167,22 @@ def _fresh_rate(device: torch.device, *, large_pages: bool) -> float:
             memory.madvise(mmap.MADV_HUGEPAGE)
         torch.frombuffer(memory, dtype=torch.float32).fill_(0.0)
 
-    return _FRESH_BYTES / _fastest(write, device)
+    return _FRESH_BYTES / fastest(write)
 
 
 def _launch_seconds(device: torch.device, launches: int = 200) -> float:
+    """Of a launch, by the host's clock, in turns that nothing disturbed if there are any."""
     x = torch.zeros(1, device=device)
-    best = float("inf")
+    watch, clean, all_of_them = Watch.of(device), list[float](), list[float]()
     for _ in range(20):
         if device.type == "cuda":
             torch.cuda.synchronize(device)
+        watch.begin()
         start = time.perf_counter()
         for _ in range(launches):
             x.zero_()
-        best = min(best, (time.perf_counter() - start) / launches)
-    return best
+        all_of_them.append((time.perf_counter() - start) / launches)
+        watch.look()
+        if not watch.end():
+            clean.append(all_of_them[-1])
+    return min(clean or all_of_them)

@@ -17,6 +17,8 @@ def describe(device: torch.device) -> dict[str, Any]:
     facts: dict[str, Any] = {
         "cpu": cpu_model(),
         "cores": available_cores(),
+        "affinity": _affinity(),
+        "cpu_quota": cpu_quota(),
         "threads": torch.get_num_threads(),
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "torch": torch.__version__,
@@ -41,21 +43,68 @@ def describe(device: torch.device) -> dict[str, Any]:
 
 @functools.cache
 def cpu_model() -> str:
-    try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    except OSError:
-        pass
+    for line in read(Path("/proc/cpuinfo")).splitlines():
+        if line.startswith("model name"):
+            return line.partition(":")[2].strip()
     return platform.processor() or platform.machine()
 
 
 def available_cores() -> int:
-    """Cores this process may run on, which in a container is fewer than the machine has."""
+    """Cores that this process has: those it may run on, or as many as its cgroup's quota buys."""
+    quota = cpu_quota()
+    return _affinity() if quota is None else max(1, min(_affinity(), int(quota)))
+
+
+def _affinity() -> int:
     try:
         return len(os.sched_getaffinity(0))
     except AttributeError:
         return os.cpu_count() or 1
+
+
+def cpu_quota(root: Path = Path("/")) -> float | None:
+    """Cores' worth of time that the cgroup may have; None where it is not limited."""
+    found = []
+    for folder in cgroup_folders(root):
+        both = read(folder / "cpu.max").split() or [
+            read(folder / f"cpu.cfs_{name}_us").strip() for name in ("quota", "period")
+        ]
+        if all(word.isdigit() for word in both):  # "max", or -1: no limit
+            found.append(int(both[0]) / int(both[1]))
+    return min(found, default=None)
+
+
+def caches(root: Path = Path("/")) -> dict[str, int]:
+    """Bytes of the CPU's L2 and L3 caches, of all of this process's cores together."""
+    found: dict[str, dict[str, int]] = {}
+    for core in sorted(os.sched_getaffinity(0)):
+        for index in (root / f"sys/devices/system/cpu/cpu{core}/cache").glob("index*"):
+            level, kind, size = (read(index / n).strip() for n in ("level", "type", "size"))
+            if level in ("2", "3") and kind in ("Unified", "Data") and size[:-1].isdigit():
+                unit = {"K": 2**10, "M": 2**20}[size[-1]]
+                shared = read(index / "shared_cpu_list").strip()
+                found.setdefault(f"L{level}", {})[shared] = int(size[:-1]) * unit
+    return {name: sum(found[name].values()) for name in sorted(found)}
+
+
+def cgroup_folders(root: Path = Path("/")) -> list[Path]:
+    """The folders of this process's cgroup and of those above it: all of them limit it."""
+    mounted = root / "sys/fs/cgroup"
+    for line in read(root / "proc/self/cgroup").splitlines():
+        _, controllers, inside = line.split(":", 2)
+        if controllers in ("", "cpu", "cpu,cpuacct"):
+            top = mounted / controllers
+            here = top / inside.strip("/")
+            return [path for path in (here, *here.parents) if path.is_relative_to(top)]
+    return []
+
+
+def read(path: Path) -> str:
+    """A file's text; nothing of one that is not there."""
+    try:
+        return path.read_text()
+    except OSError:
+        return ""
 
 
 @functools.cache

@@ -1,10 +1,12 @@
-"""What the machine did while rounds were timed: clocks, power, heat, and whether it throttled.
+"""What the machine did while rounds were timed, and whether a turn of them was disturbed.
 
 On CUDA NVML answers, on a CPU Linux does, each with what it has; what is not offered is None. A
 reading is taken once a turn of rounds (see :mod:`bench.clock`), on CUDA while the device works:
-afterwards it would be idle, and its clock with it.
+afterwards it would be idle, and its clock with it. Around a turn the host's accounts are read and,
+on a CPU, the canary.
 """
 
+import functools
 import os
 import statistics
 from collections import Counter
@@ -15,6 +17,9 @@ from typing import Any, Protocol
 import torch
 
 from linear_vit.bench.instruments import machine
+from linear_vit.bench.instruments.canary import Canary
+from linear_vit.bench.instruments.host import Host, Sample, disturbances, ticks_of
+from linear_vit.bench.instruments.machine import read
 
 # NVML's reasons for a clock below the one asked for (nvml.h, nvmlClocksEventReason*). The power cap
 # is no fault: a card at its cap runs as fast as its owner lets it, and always will.
@@ -25,15 +30,16 @@ _THROTTLED = {
     0x0000000000000080: "hardware power brake",
 }
 _POWER_CAP = {0x0000000000000004: "software power cap"}
+OTHERS = "another process on the GPU"
 
 
 @dataclass(frozen=True)
 class Reading:
-    """One look: values by name, and the reasons why times taken now would be those of a throttled
+    """One look: values by name, and the reasons why times taken now would be those of a disturbed
     machine (none: they may be kept). ``remarks`` are reasons that are no ground to drop them."""
 
     values: dict[str, float]
-    throttled: tuple[str, ...] = ()
+    disturbed: tuple[str, ...] = ()
     remarks: tuple[str, ...] = ()
 
 
@@ -57,39 +63,97 @@ NAMES = (
 
 @dataclass
 class Watch:
-    """The readings of one measurement. ``source`` None: nobody to ask, and nothing is dropped."""
+    """What is looked at around each turn of one measurement; by default nothing is.
 
-    source: Source | None
+    Attributes:
+        source: of telemetry; None: nobody to ask.
+        host: of the accounts of this process's threads.
+        canary: operations that are slow where the machine is.
+        turns, dropped: how many there were, and how many of them were disturbed.
+        reasons: how many turns each of them disturbed.
+    """
+
+    source: Source | None = None
+    host: Host | None = None
+    canary: Canary | None = None
     readings: list[Reading] = field(default_factory=list)
-    gave_up: bool = False
+    turns: int = 0
+    dropped: int = 0
+    reasons: Counter[str] = field(default_factory=Counter)
+    remarks: Counter[str] = field(default_factory=Counter)
+    _slow: list[str] | None = None
+    _before: Sample | None = None
 
-    def look(self) -> bool:
-        """Take a reading; whether the rounds of this turn are a throttled machine's."""
-        if self.source is None:
-            return False
-        reading = self.source.read()
-        self.readings.append(reading)
-        return bool(reading.throttled)
+    @classmethod
+    def of(cls, device: torch.device) -> "Watch":
+        """Everything that there is to look at for times taken on a device."""
+        linux = Path("/proc/self/task").exists()
+        canary = _canary(torch.get_num_threads()) if device.type == "cpu" else None
+        return cls(source_for(device), Host() if linux else None, canary)
 
-    def summary(self, dropped: int) -> dict[str, Any] | None:
+    def begin(self) -> None:
+        """A turn is about to begin."""
+        if self.canary is not None and self._slow != []:  # else that of the turn before holds
+            self._slow = self.canary.slow()
+        if self.host is not None:
+            self._before = self.host.sample()
+
+    def look(self) -> None:
+        """The turn is under way, on CUDA: the device is at work."""
+        if self.source is not None:
+            self.readings.append(self.source.read())
+
+    def end(self) -> bool:
+        """The turn is over; whether something disturbed it, so that it has to be taken again."""
+        found = list(self._slow or ())
+        if self.host is not None and self._before is not None:
+            after = self.host.sample()
+            more, remarks = disturbances(self._before, after, self.host.cores)
+            found += more
+            self.remarks.update(remarks)
+        if self.canary is not None:
+            self._slow = self.canary.slow()
+            found += self._slow
+        if self.source is not None:
+            found += self.readings[-1].disturbed
+            self.remarks.update(self.readings[-1].remarks)
+        self.turns += 1
+        self.dropped += bool(found)
+        self.reasons.update(set(found))
+        return bool(found)
+
+    def sentence(self) -> str:
+        """What disturbed the turns, in words."""
+        told = ", ".join(f"{what} ({n})" for what, n in self.reasons.most_common())
+        return f"{self.dropped} of {self.turns} turns disturbed: {told}"
+
+    def summary(self, dropped: int, *, gave_up: bool = False) -> dict[str, Any]:
         """What goes into the file: ``[least, median, greatest]`` of each value.
 
         Args:
-            dropped: rounds of this case that were thrown away, since the machine throttled.
+            dropped: rounds of this case that were thrown away.
+            gave_up: whether there are fewer than wanted, since too many turns were disturbed.
         """
-        if self.source is None or not self.readings:
-            return None
-        seen = Counter(r for one in self.readings for r in (*one.throttled, *one.remarks))
-        found: dict[str, Any] = {"source": self.source.name, "samples": len(self.readings)}
+        found: dict[str, Any] = {"source": self.source.name if self.source else None}
         for name in NAMES:
             values = [one.values[name] for one in self.readings if name in one.values]
             spread = [min(values), statistics.median(values), max(values)] if values else None
             found[name] = spread
         return found | {
-            "throttle_reasons": sorted(seen),
+            "samples": len(self.readings),
+            "throttle_reasons": sorted({*self.reasons, *self.remarks}),
             "throttled_rounds_dropped": dropped,
-            "gave_up": self.gave_up,
+            "gave_up": gave_up,
+            "turns": self.turns,
+            "turns_dropped": self.dropped,
+            "disturbances": dict(self.reasons),
         }
+
+
+@functools.cache
+def _canary(threads: int) -> Canary:
+    """One for all measurements on so many threads: what is slow is told by what was seen before."""
+    return Canary()
 
 
 def source_for(device: torch.device) -> Source | None:
@@ -109,7 +173,8 @@ class Nvml:
 
     def __init__(self, nvml: Any, handle: Any) -> None:
         """``nvml``: the module pynvml, or one like it; ``handle``: its own of the GPU."""
-        self._nvml, self._handle = nvml, handle
+        self._nvml, self._handle, self._seen = nvml, handle, 0
+        self._others()  # what there was before
 
     def read(self) -> Reading:
         n, handle = self._nvml, self._handle
@@ -129,7 +194,20 @@ class Nvml:
             bits = n.nvmlDeviceGetCurrentClocksThrottleReasons(handle)
         except n.NVMLError:
             bits = 0
-        return Reading(values, _words(bits, _THROTTLED), _words(bits, _POWER_CAP))
+        others = (OTHERS,) if self._others() else ()
+        return Reading(values, (*_words(bits, _THROTTLED), *others), _words(bits, _POWER_CAP))
+
+    def _others(self) -> bool:
+        """Whether a process that is none of ours has used the GPU since the last look."""
+        n = self._nvml
+        try:
+            samples = n.nvmlDeviceGetProcessUtilization(self._handle, self._seen)
+        except n.NVMLError:  # nobody has, or this card does not tell
+            return False
+        self._seen = max((one.timeStamp for one in samples), default=self._seen)
+        used, ours = {one.pid for one in samples if one.smUtil}, {os.getpid(), os.getppid()}
+        # A container may number processes otherwise than NVML: then none of them is ours.
+        return bool(used & ours and used - ours)
 
 
 class Linux:
@@ -150,7 +228,7 @@ class Linux:
         self._throttles = [path for path in self._throttles if path.exists()][:1]
         zones = sorted((root / "sys/class/thermal").glob("thermal_zone*"))
         self._heat = [zone / "temp" for zone in zones if _is_of_cpu(zone)]
-        self._ticks = self._read_ticks()
+        self._ticks = ticks_of(self._stat)
         self._throttled = _numbers(self._throttles)
 
     def read(self) -> Reading:
@@ -159,19 +237,14 @@ class Linux:
             values["clock_mhz"] = statistics.median(clocks) / 1000
         if heat := _numbers(self._heat):
             values["temperature_c"] = max(heat) / 1000
-        if loads := _text(self._load).split():
+        if loads := read(self._load).split():
             values["load"] = float(loads[0])
-        before, self._ticks = self._ticks, self._read_ticks()
+        before, self._ticks = self._ticks, ticks_of(self._stat)
         if before and self._ticks and (total := sum(self._ticks) - sum(before)) > 0:
             values["steal_share"] = (self._ticks[7] - before[7]) / total
         throttled, self._throttled = self._throttled, _numbers(self._throttles)
         hot = self._throttled > throttled
         return Reading(values, ("CPU package thermal throttling",) if hot else ())
-
-    def _read_ticks(self) -> list[int]:
-        """user nice system idle iowait irq softirq steal, of all cores."""
-        first = _text(self._stat).partition("\n")[0].split()
-        return [int(word) for word in first[1:9]] if len(first) >= 9 else []
 
 
 def _words(bits: int, meaning: dict[int, str]) -> tuple[str, ...]:
@@ -179,17 +252,10 @@ def _words(bits: int, meaning: dict[int, str]) -> tuple[str, ...]:
 
 
 def _is_of_cpu(zone: Path) -> bool:
-    kind = _text(zone / "type").strip().lower()
+    kind = read(zone / "type").strip().lower()
     return "cpu" in kind or "x86_pkg" in kind
 
 
 def _numbers(paths: list[Path]) -> list[float]:
-    texts = [_text(path).strip() for path in paths]
+    texts = [read(path).strip() for path in paths]
     return [float(text) for text in texts if text.lstrip("-").isdigit()]
-
-
-def _text(path: Path) -> str:
-    try:
-        return path.read_text()
-    except OSError:
-        return ""

@@ -16,11 +16,13 @@ from linear_vit import kernels
 from linear_vit.bench import peers
 from linear_vit.bench.problems.attention import AttentionShape
 from linear_vit.bench.problems.case import (
+    BACKWARD,
     DTYPES,
     FORWARD,
     FORWARD_BACKWARD,
     PASSES,
     Case,
+    ChangedInput,
     Expected,
     Operation,
     Problem,
@@ -28,6 +30,8 @@ from linear_vit.bench.problems.case import (
     Wanted,
     Work,
     check,
+    check_call,
+    judge,
     least_work,
     own_kernels,
     worst,
@@ -35,10 +39,10 @@ from linear_vit.bench.problems.case import (
 from linear_vit.bench.problems.ripple import RippleShape
 
 __all__ = [
-    "DTYPES", "FORWARD", "FORWARD_BACKWARD", "PASSES", "AttentionShape", "Case", "Expected",
-    "Operation", "Problem", "RippleShape", "Shape", "Wanted", "Work", "case_name", "check",
-    "expected_of_peer", "least_work", "make_problem", "operation", "operations", "own_kernels",
-    "parse_case", "register", "worst",
+    "BACKWARD", "DTYPES", "FORWARD", "FORWARD_BACKWARD", "PASSES", "AttentionShape", "Case",
+    "ChangedInput", "Expected", "Operation", "Problem", "RippleShape", "Shape", "Wanted", "Work",
+    "case_name", "check", "check_call", "expected_of_peer", "judge", "least_work", "make_problem",
+    "operation", "operations", "own_kernels", "parse_case", "register", "worst",
 ]  # fmt: skip
 
 _registered: dict[str, Operation] = {}

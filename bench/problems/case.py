@@ -6,6 +6,7 @@ check, the sweeps, the traffic count, the static table and the tuning take. Noth
 an operation's name.
 """
 
+import functools
 import importlib
 import math
 import re
@@ -147,6 +148,16 @@ class Problem:
         outputs = self.run(self.inputs, backend)
         leaves = tuple(self.inputs.values())
         return (*outputs, *torch.autograd.grad(outputs, leaves, cotangents))
+
+    @property
+    def named_cotangents(self) -> dict[str, Tensor]:
+        return dict(zip(self.output_names, self.cotangents, strict=True))
+
+    def take(self, other: "Problem", cotangents: Sequence[Tensor]) -> None:
+        """Put another draw's inputs, and these output gradients, into this problem's memory."""
+        given = (*self.inputs.values(), *self.cotangents)
+        for x, new in zip(given, (*other.inputs.values(), *cotangents), strict=True):
+            x.detach().copy_(new.detach())
 
     def names(self, mode: str) -> tuple[str, ...]:
         """Names of what :meth:`call` returns."""
@@ -359,12 +370,47 @@ def least_work(operation: Operation, mode: str, shape: Any, element_size: int) -
     return Work(both.bytes - forward.bytes, both.flop - forward.flop)
 
 
+class ChangedInput(Exception):
+    """A pass wrote over what it was given; the others are given what there was."""
+
+
 def check(problem: Problem, backend: str, mode: str, expected: Expected) -> dict[str, Comparison]:
-    """Run one pass and compare everything it returns; the verdicts by name."""
-    if mode == FORWARD_BACKWARD:
-        results = problem.gradients(backend, expected.cotangents)
-    else:
-        results = problem.call(backend, mode)()
+    """Run one pass and compare everything it returns; the verdicts by name.
+
+    Raises:
+        ChangedInput: an input or output gradient is not what it was.
+    """
+    both = functools.partial(problem.gradients, backend, expected.cotangents)
+    call = both if mode == FORWARD_BACKWARD else problem.call(backend, mode)
+    return check_call(problem, mode, call, expected)
+
+
+def check_call(
+    problem: Problem, mode: str, call: Callable[[], tuple[Tensor, ...]], expected: Expected
+) -> dict[str, Comparison]:
+    """As :func:`check`, of a call that makes the pass on the problem's tensors."""
+    given = {n: x.detach() for n, x in problem.inputs.items()}
+    given |= {f"the gradient of {n}": x for n, x in problem.named_cotangents.items()}
+    before = {name: x.clone() for name, x in given.items()}
+    try:
+        results = call()
+    finally:
+        changed = [n for n, x in given.items() if not _same(x, before[n])]
+        for name in changed:
+            given[name].copy_(before[name])
+    if changed:
+        raise ChangedInput(f"it writes over its input: {', '.join(changed)}")
+    return judge(problem, mode, results, expected)
+
+
+def _same(a: Tensor, b: Tensor) -> bool:
+    return torch.equal(a, b) or torch.allclose(a, b, rtol=0.0, atol=0.0, equal_nan=True)
+
+
+def judge(
+    problem: Problem, mode: str, results: Sequence[Tensor], expected: Expected
+) -> dict[str, Comparison]:
+    """Compare what a pass returned with what is right; the verdicts by name."""
     operation, verdicts = problem.operation, {}
     for name, actual in zip(problem.names(mode), results, strict=True):
         rows = expected.rows[name]

@@ -18,7 +18,8 @@ ENVIRONMENT = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST_"
 
 
 def run_pytest(*arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", *arguments]
+    command = [sys.executable, "-m", "pytest", "-p", "tests.bench.calm", *arguments]
+    command += ["-p", "no:cacheprovider"]
     return subprocess.run(
         command, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=300
     )
@@ -132,7 +133,15 @@ def test_wrong_result_fails_its_case_and_goes_into_the_file(tmp_path: Path) -> N
     )
     options = ["--benchmark-only", "--device", "cpu", "--tokens", "64"]
     options += ["--ops", "linear_attention", "--backends", "reference,torch"]
-    options += ["-p", "sabotage", "-p", "no:cacheprovider", f"--benchmark-json={path}"]
+    options += [
+        "-p",
+        "sabotage",
+        "-p",
+        "tests.bench.calm",
+        "-p",
+        "no:cacheprovider",
+        f"--benchmark-json={path}",
+    ]
     done = subprocess.run(
         [sys.executable, "-c", command, str(tmp_path), *options],
         cwd=ROOT,
@@ -152,3 +161,53 @@ def test_wrong_result_fails_its_case_and_goes_into_the_file(tmp_path: Path) -> N
         "linear_attention-forward+backward-float32-N64-torch",
     }
     assert all(reason.startswith("wrong result: ") for reason in failed.values())
+
+
+def test_a_run_of_disturbed_cases_ends_with_a_message(tmp_path: Path) -> None:
+    (tmp_path / "storm.py").write_text(
+        "from types import SimpleNamespace\n"
+        "from linear_vit.bench.instruments.telemetry import Watch\n"
+        "canary = SimpleNamespace(slow=lambda: ['slow memory'])\n"
+        "Watch.of = lambda device: Watch(canary=canary)\n"
+    )
+    path = tmp_path / "run.json"
+    options = ["--benchmark-only", "--device", "cpu", "--tokens", "64", "-k", "forward-"]
+    options += ["--ops", "linear_attention", "--backends", "torch", "-p", "storm"]
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", *options, f"--benchmark-json={path}"],
+        cwd=ROOT,
+        env=ENVIRONMENT | {"PYTHONPATH": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "Every case was disturbed, so no time is shown" in done.stdout
+    for unit in (" ms", " µs", "GFLOP/s"):
+        assert unit not in done.stdout
+    name = "linear_attention-forward-float32-N64-torch"
+    (case,) = json.loads(path.read_text())["benchmarks"]
+    by = case["extra_info"]["disturbed"]
+    assert "turns disturbed: slow memory" in by
+    assert f"disturbed: {name}: {by}" in done.stdout.splitlines()[-2:][0]
+
+
+@pytest.mark.slow
+def test_repeats_are_runs_of_processes_of_their_own(tmp_path: Path) -> None:
+    path = tmp_path / "run.json"
+    options = ["--benchmark-only", "--device", "cpu", "--tokens", "64", "-k", "forward-"]
+    options += ["--ops", "linear_attention", "--backends", "torch", "--repeats", "2"]
+    done = run_pytest(*options, f"--benchmark-json={path}")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert sorted(one.name for one in tmp_path.iterdir()) == ["run.1.json", "run.2.json"]
+    infos = [
+        json.loads((tmp_path / f"run.{k}.json").read_text())["benchmarks"][0]["extra_info"]
+        for k in (1, 2)
+    ]
+    assert infos[0]["operation"] == infos[1]["operation"] == "linear_attention"
+    assert infos[0]["turns"] != infos[1]["turns"]
+    done = run_pytest(*options, f"--benchmark-json={path}", "--resume-bench")
+    assert done.stdout.count("is there already") == 2
+    done = run_pytest(*options)
+    assert done.returncode == 4
+    assert "--repeats: name the runs' file" in done.stderr

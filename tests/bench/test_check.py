@@ -39,6 +39,7 @@ def test_what_is_right_passes() -> None:
     assert seen == ["ripple_pool float32 reference", "ripple_pool float32 torch"]
     assert {t["tensor"] for t in results[1]["tensors"]} == {"out", "grad x", "grad weight"}
     assert len({t["shape"] for t in results[1]["tensors"]}) == 2
+    assert len({t["way"] for t in results[1]["tensors"]}) == 4
     assert 0 < results[1]["worst_rms_error"] < 1e-6
 
 
@@ -70,6 +71,43 @@ def test_what_is_wrong_fails_and_the_exit_says_so(
     assert document["operations"] == {"ripple_pool": {"title": "ripple pool"}}
     assert document["backends"]["broken"]["title"] == "Broken"
     assert [r["status"] for r in document["results"]] == ["passed", "failed", "failed"]
+
+
+@pytest.mark.parametrize(
+    ("wrong", "reason"),
+    [
+        (lambda x: not x.requires_grad and torch.is_grad_enabled(), "without gradients"),
+        (lambda x: not torch.is_grad_enabled() and not torch.is_inference_mode_enabled(), "under"),
+        (lambda x: torch.is_inference_mode_enabled(), "in inference mode"),
+    ],
+)
+def test_a_forward_pass_that_is_wrong_by_itself_is_seen(wrong: Any, reason: str) -> None:
+    """As of a kernel that leaves its output unwritten where nobody wants a gradient."""
+    with registry.temporarily():
+
+        @kernels.register("ripple_pool", "lazy", devices=("cpu",))
+        def lazy(x: torch.Tensor, weight: torch.Tensor, axis: int) -> torch.Tensor:
+            plain: torch.Tensor = kernels.ripple_pool(x, weight, axis=axis, backend="torch")
+            return torch.full_like(plain, 7.0) if wrong(x) else plain
+
+        (found,) = check.cross_check(CPU, **{**TWO, "backends": ["lazy"]})
+    assert found["status"] == "failed"
+    assert f"wrong out, {reason}" in found["reason"]
+
+
+def test_who_writes_over_its_inputs_is_found_and_costs_no_other() -> None:
+    with registry.temporarily():
+
+        @kernels.register("ripple_pool", "rude", devices=("cpu",))
+        def rude(x: torch.Tensor, weight: torch.Tensor, axis: int) -> torch.Tensor:
+            plain: torch.Tensor = kernels.ripple_pool(x, weight, axis=axis, backend="torch")
+            weight.data.zero_()
+            return plain
+
+        asked = {**TWO, "backends": ["rude", "torch"]}
+        found = {r["backend"]: r for r in check.cross_check(CPU, **asked)}
+    assert "ChangedInput: it writes over its input: weight" in found["rude"]["reason"]
+    assert found["torch"]["status"] == "passed"
 
 
 def test_what_cannot_run_says_why() -> None:

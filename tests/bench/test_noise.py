@@ -1,6 +1,7 @@
 """How check-noise judges: on made-up runs, whose truth is known."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -39,3 +40,33 @@ def test_a_tenth_unseen_and_a_false_alarm_fail(
 ) -> None:
     assert noise._judge(*runs(tmp_path, planted, luck), "compiled") == 1
     assert "FAILED: wanted slower of a tenth more work" in capsys.readouterr().err
+
+
+def timed(dropped: int = 0, **medians: float | tuple[float, str]) -> dict[str, Any]:
+    """A saved run of so many turns in all, of which some were dropped; a median may be marked."""
+    cases = []
+    for name, median in medians.items():
+        seconds, by = median if isinstance(median, tuple) else (median, None)
+        # Of one group, and so of the same turns.
+        info = {"turns": "t", "telemetry": {"turns": 100, "turns_dropped": dropped}}
+        info["disturbed"] = by
+        cases.append({"param": name, "stats": {"median": seconds}, "extra_info": info})
+    return {"benchmarks": cases}
+
+
+@pytest.mark.parametrize(
+    ("quiet", "beside", "right", "words"),
+    [
+        (timed(1, a=1.0, b=2.0), timed(60, a=1.09, b=1.9), True, "1.0% on the quiet machine"),
+        (timed(a=1.0), timed(80, a=(47.0, "a neighbour")), True, "47000.000 †"),
+        (timed(a=1.0, b=1.0), timed(a=1.0, b=1.2), False, "not marked: b"),
+        (timed(2, a=1.0), timed(a=1.0), False, "more than 2% of the quiet machine's turns"),
+    ],
+)
+def test_a_neighbour_is_noticed_or_not(
+    quiet: dict[str, Any], beside: dict[str, Any], right: bool, words: str
+) -> None:
+    text, judged = noise.compared(quiet, beside)
+    assert judged == right
+    assert words in text
+    assert ("FAILED" in text) == (not right)

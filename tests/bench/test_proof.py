@@ -5,10 +5,10 @@ import torch
 
 from linear_vit import kernels
 from linear_vit.bench import peers
+from linear_vit.bench.group import claim
 from linear_vit.bench.instruments.proof import fallback, names_of, shown
 from linear_vit.bench.problems import FORWARD, FORWARD_BACKWARD, make_problem
 from linear_vit.bench.problems import operation as operation_of
-from linear_vit.bench.runner import claim
 
 CPU = torch.device("cpu")
 PLAIN = ("aten::matmul", "aten::relu")

@@ -25,6 +25,7 @@ FORWARD = "linear_attention-forward-float32-N{}-torch"
 def command(folder: Path, *more: str) -> list[str]:
     """pytest with what ``folder/sabotage.py`` breaks in its process."""
     options = [*OPTIONS, "linear_attention", "--backends", "torch", "-p", "no:cacheprovider"]
+    options += ["-p", "tests.bench.calm"]
     options += ["-p", "sabotage", f"--benchmark-json={folder / 'run.json'}", *more]
     return [sys.executable, "-c", COMMAND, str(folder), *options]
 
@@ -207,7 +208,7 @@ def test_what_measures_nothing_takes_nothing_away(tmp_path: Path, ways: list[lis
     sabotage(tmp_path, "pass")
     out = tmp_path / "out"
     small = [*command(tmp_path)[:4], *OPTIONS, "linear_attention", "--backends", "torch"]
-    small += ["-p", "no:cacheprovider", "-p", "sabotage", f"--out={out}"]
+    small += ["-p", "no:cacheprovider", "-p", "sabotage", "-p", "tests.bench.calm", f"--out={out}"]
     small[small.index("64,128")] = "64"
 
     def go(*more: str) -> subprocess.CompletedProcess[str]:

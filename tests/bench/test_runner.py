@@ -1,5 +1,6 @@
 """The runner as a user's Python and the plugin call it, with no pytest between."""
 
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -9,6 +10,7 @@ import torch
 
 from linear_vit import bench, kernels
 from linear_vit.bench import runner
+from linear_vit.bench.group import claim
 from linear_vit.bench.instruments.limits import Limits
 from linear_vit.bench.problems import AttentionShape, Case, case_name
 from linear_vit.bench.runner import Plan
@@ -177,10 +179,58 @@ def test_a_case_is_tried_once_a_session(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def test_a_users_function_under_a_built_in_name_has_nothing_to_prove() -> None:
-    assert runner.claim("linear_attention", "compiled").compiled
+    assert claim("linear_attention", "compiled").compiled
     with registry.temporarily():
         kernels.register("linear_attention", "compiled", devices=("cpu",), replace=True)(
             lambda q, k, v, eps: q
         )
-        assert not runner.claim("linear_attention", "compiled").compiled
-        assert runner.claim("softmax_attention", "compiled").compiled
+        assert not claim("linear_attention", "compiled").compiled
+        assert claim("softmax_attention", "compiled").compiled
+
+
+@pytest.mark.parametrize("mode", ["forward", "forward+backward"])
+def test_who_keeps_an_answer_has_no_time(mode: str) -> None:
+    """It is right when it is checked, and the same ever after."""
+    kept: list[torch.Tensor] = []
+
+    def remembering(q: Any, k: Any, v: Any, eps: float) -> torch.Tensor:
+        out = kernels.linear_attention(q, k, v, eps=eps, backend="torch")
+        kept.append(out.detach())
+        return out + (kept[0] - out).detach()  # with the gradients of the right one
+
+    case = replace(CASES[0], backend="remembering", mode=mode)
+    with registry.temporarily():
+        kernels.register("linear_attention", "remembering", devices=("cpu",))(remembering)
+        bad, good = run((case, replace(CASES[0], mode=mode))).values()
+    assert bad.status == FAILED
+    assert str(bad.reason).startswith("wrong result on other inputs, after it was timed: out")
+    assert (good.status, good.info["checked_again"]) == (MEASURED, True)
+
+
+def test_what_is_timed_is_given_its_inputs_back() -> None:
+    """Both passes are of the same numbers, though another draw was in their memory between."""
+    for mode in ("forward", "forward+backward"):
+        (found,) = run((replace(CASES[0], mode=mode),)).values()
+        assert (found.status, found.info["checked_again"]) == (MEASURED, True)
+
+
+def test_without_memory_nothing_is_checked_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(runner.estimate, "available_bytes", lambda device: 1)
+    (found,) = run(CASES[:1]).values()
+    assert (found.status, found.info["checked_again"]) == (MEASURED, False)
+
+
+def test_compiling_is_told_apart_from_a_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = {"reference": 0}
+
+    def compiles(backend: str | None, tokens: int) -> None:
+        if backend == "torch" and not calls.get("torch"):
+            calls["torch"] = 1
+            time.sleep(0.3)
+
+    monkeypatch.setattr(kernels, "linear_attention", breaking(compiles))
+    found = run(CASES)
+    slow, other = (result.info["compile_s"] for result in found.values())
+    assert 0.2 < slow < 60
+    assert other >= 0
+    assert found[case_name(CASES[0])].seconds[0] < 0.3

@@ -1,6 +1,7 @@
 """Telemetry from a made-up NVML and a made-up /proc; a clock that throws throttled rounds away."""
 
 import itertools
+import os
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -9,7 +10,7 @@ import pytest
 import torch
 
 from linear_vit.bench.instruments import clock
-from linear_vit.bench.instruments.telemetry import Linux, Nvml, Reading, Watch, source_for
+from linear_vit.bench.instruments.telemetry import OTHERS, Linux, Nvml, Reading, Watch, source_for
 
 CPU = torch.device("cpu")
 
@@ -20,6 +21,7 @@ class NVMLError(Exception):
 
 def fake_nvml(**answers: Any) -> SimpleNamespace:
     """A module like pynvml. An answer that is an exception is raised."""
+    answers.setdefault("processes", NVMLError("nobody used it"))
 
     def query(name: str) -> Any:
         def ask(handle: str, *_: Any) -> Any:
@@ -40,6 +42,7 @@ def fake_nvml(**answers: Any) -> SimpleNamespace:
         nvmlDeviceGetPowerUsage=query("power"),
         nvmlDeviceGetTemperature=query("temperature"),
         nvmlDeviceGetCurrentClocksThrottleReasons=query("reasons"),
+        nvmlDeviceGetProcessUtilization=query("processes"),
     )
 
 
@@ -70,7 +73,7 @@ def test_nvml_values_have_their_units() -> None:
 def test_only_faults_are_throttling(bits: int, throttled: tuple, remarks: tuple) -> None:
     nvml = fake_nvml(clocks={1: 1, 2: 1}, power=1, temperature=1, reasons=bits)
     reading = Nvml(nvml, "a GPU").read()
-    assert (reading.throttled, reading.remarks) == (throttled, remarks)
+    assert (reading.disturbed, reading.remarks) == (throttled, remarks)
 
 
 def test_what_a_card_lacks_is_left_out() -> None:
@@ -78,14 +81,12 @@ def test_what_a_card_lacks_is_left_out() -> None:
     nvml = fake_nvml(clocks={1: 1, 2: 2}, power=lacking, temperature=50, reasons=lacking)
     reading = Nvml(nvml, "a GPU").read()
     assert set(reading.values) == {"clock_mhz", "memory_clock_mhz", "temperature_c"}
-    assert reading.throttled == ()
+    assert reading.disturbed == ()
 
 
 @pytest.fixture
 def machine(tmp_path: Path) -> Path:
     """A root folder of a two-core machine that offers everything."""
-    import os
-
     files = {
         "proc/stat": "cpu  100 0 50 800 10 0 5 35 0 0\ncpu0 1 2 3\n",
         "proc/loadavg": "1.25 0.50 0.20 2/300 4242\n",
@@ -114,18 +115,21 @@ def test_linux_tells_what_it_has(machine: Path) -> None:
         "load": 1.25,
         "steal_share": 30 / 100,
     }
-    assert first.throttled == ()
+    assert first.disturbed == ()
     for path in machine.rglob("package_throttle_count"):
         path.write_text("8\n")
-    assert linux.read().throttled == ("CPU package thermal throttling",)
-    assert linux.read().throttled == ()  # counted once
+    assert linux.read().disturbed == ("CPU package thermal throttling",)
+    assert linux.read().disturbed == ()  # counted once
 
 
 def test_a_machine_that_offers_nothing_is_no_error(tmp_path: Path) -> None:
     assert Linux(tmp_path).read() == Reading({})
-    watch = Watch(None)
-    assert not watch.look()
-    assert watch.summary(0) is None
+    watch = Watch()
+    watch.begin()
+    watch.look()
+    assert not watch.end()
+    found = watch.summary(0)
+    assert (found["source"], found["samples"], found["turns"]) == (None, 0, 1)
 
 
 def test_this_machine_has_a_source() -> None:
@@ -157,7 +161,6 @@ def test_throttled_rounds_are_dropped_and_counted() -> None:
     for timing in timings.values():
         assert (len(timing.seconds), timing.dropped, timing.stop) == (6, 2, "rounds")
     found = watch.summary(2)
-    assert found is not None
     assert found["samples"] == 8
     assert found["clock_mhz"] == [1000.0, 1003.5, 1007.0]
     assert found["throttle_reasons"] == ["too hot"]
@@ -165,11 +168,27 @@ def test_throttled_rounds_are_dropped_and_counted() -> None:
     assert found["power_w"] is None
 
 
-def test_retries_end_and_the_row_says_so() -> None:
-    watch = Watch(Script(*[True] * 1000))
-    timings = clock.measure_interleaved(
-        {"a": lambda: None}, CPU, budget_s=60, target=0, max_rounds=5, watch=watch
-    )
-    assert len(timings["a"].seconds) == 5
-    assert timings["a"].dropped == 20
-    assert watch.gave_up
+def used(*processes: tuple[int, int, int]) -> list[SimpleNamespace]:
+    return [SimpleNamespace(timeStamp=t, pid=pid, smUtil=util) for t, pid, util in processes]
+
+
+def test_another_process_on_the_gpu_is_seen_and_our_own_are_not() -> None:
+    mine, parent, other = os.getpid(), os.getppid(), 2**22 + 1
+    nvml = fake_nvml(clocks={1: 1, 2: 1}, power=1, temperature=1, reasons=0)
+    seen = []
+
+    def answer(handle: str, since: int) -> list[SimpleNamespace]:
+        seen.append(since)
+        return answers.pop(0)
+
+    nvml.nvmlDeviceGetProcessUtilization = answer
+    answers = [
+        used((5, other, 90)),  # before anything was timed
+        used((9, mine, 80), (9, parent, 3)),
+        used((12, mine, 80), (12, other, 0)),
+        used((14, mine, 80), (15, other, 40)),
+        used((16, other, 40)),  # no number of ours: NVML's are of another namespace
+    ]
+    gpu = Nvml(nvml, "a GPU")
+    assert [gpu.read().disturbed for _ in range(4)] == [(), (), (OTHERS,), ()]
+    assert seen == [0, 5, 9, 12, 15]

@@ -3,13 +3,14 @@
 import dataclasses
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
 from linear_vit.bench import tune
-from linear_vit.bench.instruments import machine
+from linear_vit.bench.instruments import clock, machine
 from linear_vit.bench.problems import AttentionShape
 from linear_vit.kernels.triton import tuning
 
@@ -68,6 +69,21 @@ def test_steps_lead_to_the_fastest(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(tune.WORKLOADS, "linear_attention.apply", workload)
     found = tune.tune("linear_attention.apply", 16, torch.float32, CPU)
     assert found == {"BLOCK_N": 128, "num_warps": 4, "num_stages": 3}
+
+
+def test_a_candidate_that_is_disturbed_is_timed_again(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    good = clock.Timing((1.0, 2.0, 3.0), 1, "made up")
+    bad = dataclasses.replace(good, disturbed="a neighbour")
+    answers = iter([bad, good, bad, bad])
+    monkeypatch.setattr(clock, "measure", lambda *_, **__: next(answers))
+    monkeypatch.setattr(tune, "check", lambda *_: {})
+    problem = SimpleNamespace(call=lambda *_: None)
+    asked: Any = ("linear_attention.apply", START, problem, "forward", None, CPU)
+    assert tune._time(*asked) == 2.0
+    assert tune._time(*asked) == float("inf")
+    assert capsys.readouterr().out.endswith("num_stages=3: a neighbour\n")
 
 
 @pytest.mark.parametrize("kernel", tune.WORKLOADS)
