@@ -197,6 +197,9 @@ def value_at(document: Any, path: tuple[str | int, ...]) -> Any:
 def commands(folder: Path, name: str) -> list[list[str]]:
     file, out = str(folder / name), str(folder / "out")
     asked = [["page", "--results", str(folder), "--out", f"{out}/index.html"]]
+    for other in ("static-cuda.json", "traffic.json"):  # else the page reads the repository's
+        if not (folder / other).exists():
+            saved.save(folder / other, content(other))
     if name == "run.json" or name.startswith("ablation"):
         asked += [["table", str(folder), "--out", out, "--ablations", str(folder)]]
     if name in TIMED:
