@@ -178,11 +178,11 @@ def time_against_n(run: Runs) -> Table | None:
     return Table("Time against N, one sequence, forward, float32", lines, f"Fitted: {fit}.")
 
 
-def document(run: Runs, found: Sequence[targets.Verdict]) -> Iterator[str]:
+def document(run: Runs, found: Sequence[targets.Verdict]) -> Iterator[table.Part]:
     """The targets of a CPU, and what is behind each figure, as parts of a Markdown document."""
     yield "# The CPU kernels, measured"
     yield _heading(run)
-    yield table.to_markdown(targets.as_table(found))
+    yield targets.as_table(found)
     yield WHAT_LIMITS
     done = products(run)
     behind = [

@@ -53,12 +53,12 @@ def notes(content: dict[str, Any]) -> list[str]:
     return said
 
 
-def markdown(content: dict[str, Any]) -> str:
+def document(content: dict[str, Any]) -> list[table.Part]:
     """The whole table for people: one section per data set."""
-    lines = []
+    lines: list[table.Part] = []
     for part in parts(content):
-        lines += [f"## {part.title}", part.where, table.to_markdown(part.table), *part.notes]
-    return table.join([*lines, *notes(content)])
+        lines += [f"## {part.title}", part.where, part.table, *part.notes]
+    return [*lines, *notes(content)]
 
 
 def _part(dataset: dict[str, Any], claims: dict[str, Any]) -> Part:
