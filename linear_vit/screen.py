@@ -48,7 +48,7 @@ def draw(
         colour: whether names may be set in bold.
     """
     at_most = width() if at_most is None else at_most
-    cells = [[_glued(cell) for cell in column] for column in zip(columns, *rows, strict=True)]
+    cells = [[glued(cell) for cell in column] for column in zip(columns, *rows, strict=True)]
     left = [*words, *[False] * (len(cells) - len(words))]
     least = [max(len(piece) for cell in column for piece in _pieces(cell)) for column in cells]
     room = at_most - sum(size + _GAP for size in least[:keys])
@@ -118,7 +118,8 @@ def _sizes(cells: list[list[str]], at_most: int) -> list[int]:
     return least
 
 
-def _glued(text: str) -> str:
+def glued(text: str) -> str:
+    """The text with spaces that can't be folded at where it may not be."""
     text = _INTERVAL.sub(lambda found: found[0].replace(" ", _NO_BREAK), text)
     return _TOGETHER.sub(_NO_BREAK, text)
 

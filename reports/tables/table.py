@@ -8,11 +8,11 @@ import csv
 import io
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from linear_vit import screen
-from linear_vit.reports.units import exact
+from linear_vit.reports.units import duration, exact
 
 Facets = dict[str, str]  # a facet's name to one value, or to several with | between
 NOTHING = "–"
@@ -99,6 +99,33 @@ def number(
 
 def count(value: int | None, tip: str = "", mark: str = "") -> Cell:
     return number(value, "{:,}", tip, mark)
+
+
+Case = Mapping[Any, Any]  # a row of Runs.kernels or Runs.training
+
+
+def disturbance(case: Case) -> str:
+    """What disturbed the measurement of a case; empty where nothing did."""
+    return str(case["info"].get("disturbed") or "")
+
+
+def time_of(case: Case, tip: str = "", mark: str = "") -> Cell:
+    """The median time of a case; of one that was disturbed with a mark, and what disturbed it."""
+    cell = number(case["median_s"], duration, tip, mark)
+    if why := disturbance(case):
+        tip = f"disturbed: {why}\n{tip}".strip()
+        cell = replace(cell, text=f"‡ {cell.text}", tip=tip, mark="disturbed")
+    return cell
+
+
+def of_disturbed(found: Iterable[Case]) -> str:
+    """The footnote to those marks; empty where there are none."""
+    why = dict.fromkeys(filter(None, map(disturbance, found)))
+    return (
+        f"‡ disturbed while it was measured, so compared with nothing: {'; '.join(why)}."
+        if why
+        else ""
+    )
 
 
 def word(text: Any, tip: str = "", mark: str = "", **facets: str) -> Cell:

@@ -569,3 +569,46 @@ def test_damaged_records_are_named_and_left_out(tmp_path: Path) -> None:
     assert len(skipped) == 5
     assert all("run.json" in line for line in skipped)
     assert records.read_runs(tmp_path / "nowhere") == ([], [])
+
+
+def test_a_part_of_a_data_set_is_never_the_data_set() -> None:
+    """As good as the claim, at the claimed size, and still no verdict; the whole is "not run"."""
+    title = "Tiny ImageNet, 2 of its 200 classes"
+    said = {"dataset_title": title, "dataset_subset": True}
+    full = FULL | {"dataset": "tiny-imagenet"}
+    part = [run("baseline", 0, 0.7, 100.0, said=said, **full)]
+    part += [run("ripple", 0, 0.99, 300.0, said=said, **full)]
+    table = results.make(part)
+    shown, whole = (e for e in table["datasets"] if e["dataset"] == "tiny-imagenet")
+    assert (shown["title"], shown["subset"], shown["status"]) == (title, True, "measured")
+    assert (whole["title"], whole["subset"], whole["status"]) == ("Tiny ImageNet", False, "not run")
+    assert {row["verdict"] for row in shown["rows"]} == {"no claim"}
+    assert {row["claim"] for row in shown["rows"]} == {None}
+    text = markdown(table)
+    assert f"## {title}\n" in text
+    assert "about 12 h" not in text
+    lines = list(csv.DictReader(io.StringIO(results_text.to_csv(table))))
+    assert {line["dataset"] for line in lines if line["status"] == "measured"} == {title}
+    # Of a record that does not say which part, and beside runs of all classes.
+    part[1] |= {"dataset_title": "Tiny ImageNet"}
+    both = results.make([*part, run("ripple", 0, 0.80, 220.0, **full)])
+    found = [e for e in both["datasets"] if e["dataset"] == "tiny-imagenet"]
+    assert sorted(e["title"] for e in found) == [
+        "Tiny ImageNet", title, "Tiny ImageNet, a part of its classes"
+    ]  # fmt: skip
+    (whole,) = (e for e in found if not e["subset"])
+    (ripple,) = (row for row in whole["rows"] if row["status"] == "measured")
+    assert (ripple["accuracy"]["values"], ripple["claim"]["accuracy"]) == ([80.0], 75.2)
+
+
+def test_an_ablation_mixes_no_part_with_the_whole() -> None:
+    configs, records_ = varied()
+    said = {"dataset_title": "scikit-learn digits, 2 of its 10 classes", "dataset_subset": True}
+    newer = {"started": "2027-01-01T00:00:00+00:00"}
+    parts = [record | said | newer | {"test_accuracy": 1.0} for record in records_]
+    whole = ablation.make("ripple_stages", configs, records_)
+    assert whole["claimed_best"] == 3
+    found = ablation.make("ripple_stages", configs, [*records_, *parts])
+    assert found["rows"][0]["accuracy"]["values"] == [100.0, 100.0]
+    assert found["claimed_best"] is None
+    assert "2 of its 10 classes" in ablation.as_table(found).title
