@@ -10,7 +10,9 @@ from pathlib import Path
 
 import pytest
 
+from linear_vit.reports import plots
 from linear_vit.reports.__main__ import main
+from linear_vit.reports.groups import groups, pictures
 from linear_vit.reports.page import training_sections
 from linear_vit.reports.page.parts import Seen
 from linear_vit.reports.saved import documents
@@ -54,6 +56,23 @@ def test_scaling_writes_every_picture_in_three_formats(tmp_path: Path, capsys) -
     fast = crossovers["compiled", "forward+backward"]
     assert float(fast["low"]) <= 200 <= float(fast["high"])
     assert "crossover" in capsys.readouterr().out
+
+
+def test_a_plots_legend_hides_no_bar(tmp_path: Path) -> None:
+    """One round in four took a hundred times as long: the bar ends at the panel's upper edge."""
+    run = saved.run()
+    for case in run["benchmarks"][:14]:
+        case["stats"]["q3"] *= 100
+    (group, *_) = groups(load([saved.save(tmp_path / "run.json", run)]))
+    ((picture, frame), *_) = pictures(group)
+    figure = plots.draw(group, picture, frame, group.passes)
+    figure.canvas.draw()
+    for axis in figure.axes:
+        legend = axis.get_legend()
+        assert legend is not None
+        assert legend.get_window_extent().y1 <= axis.get_window_extent().y0
+        assert legend.get_window_extent().y0 >= 0
+        assert axis.get_ylim()[1] >= frame["q3_s"].max()
 
 
 def test_options_narrow_what_is_drawn(tmp_path: Path) -> None:
