@@ -304,7 +304,7 @@ def matrix(results: list[Result]) -> str:
         "Largest relative rms error over output and gradients, against the float64 reference",
         ["operation", "dtype", *backends],
         [[*key, *(cells.get(b, "") for b in backends)] for key, cells in rows.items()],
-        tables.screen_width(100),
+        keys=2,
     )
     if any(r["mode"] == "interpreter" and r["status"] == "passed" for r in results):
         text += "† interpreted, on small shapes: correctness only\n"

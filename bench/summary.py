@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import Any
 
+from linear_vit import screen
 from linear_vit.bench.tables import draw
 
 
@@ -13,18 +14,36 @@ class Row:
     info: dict[str, Any]
     median: float
 
+    @property
+    def name(self) -> str:
+        i = self.info
+        if "model" in i:
+            return f"{i['model']} {i['backend']}"
+        return f"{i['operation']} {i['pass']} {i['dtype']} N={i['N']} {i['backend']}"
+
+    @property
+    def competes(self) -> bool:
+        """Whether it may be the fastest: of the function that is asked for, and undisturbed."""
+        return not (self.info.get("other_function") or self.info.get("disturbed"))
+
+    @property
+    def time(self) -> str:
+        """With its spread, and a mark where a note below says more."""
+        marks = (("other_function", "†"), ("disturbed", "‡"))
+        said = "".join(mark for name, mark in marks if self.info.get(name))
+        return f"{said}{format_seconds(self.median)} ±{self.info['relative_iqr'] / 2:.0%}"
+
     def line(self) -> str:
         """What the progress shows."""
         i = self.info
         spread = f"{format_seconds(self.median):>8} ±{i['relative_iqr'] / 2:4.0%}"
         if "model" in i:
             return f"{i['operation']} {i['model']:15} {spread}  {i['images_per_s']:8.0f} images/s"
-        what = f"{i['operation']} {i['pass']} {i['dtype']} N={i['N']} {i['backend']}"
-        return f"{what:62} {spread}  {i['tflop_per_s'] * 1e3:7.1f} GFLOP/s"
+        return f"{self.name:62} {spread}  {i['tflop_per_s'] * 1e3:7.1f} GFLOP/s"
 
 
 def render(rows: list[Row], width: int, colour: bool) -> str:
-    """Blocks of text, at most ``width`` columns wide where rich is there to fit them."""
+    """Blocks of text, at most ``width`` columns wide."""
     blocks = []
     kernels = [row for row in rows if "model" not in row.info]
 
@@ -43,16 +62,22 @@ def render(rows: list[Row], width: int, colour: bool) -> str:
     steps = [row for row in rows if "model" in row.info]
     if steps:
         blocks.append(_training_block(steps))
-    note = (
+    notes = [
         "Median time per call, ± half the interquartile range of the rounds; * fastest. Of limit: "
         "the time that the measured copy or matmul rate allows for the least traffic or work, over "
-        "the time taken.\n"
-    )
+        "the time taken."
+    ]
     others = {r.info["backend"]: r.info.get("other_function") for r in kernels}
-    note += "".join(
-        f"† {name}: another function, {what}\n" for name, what in others.items() if what
-    )
-    return "".join(draw(*block, width, colour) for block in blocks) + note
+    notes += [f"† {name}: another function, {what}" for name, what in others.items() if what]
+    by_reason: dict[str, list[str]] = {}
+    for row in rows:
+        if row.info.get("disturbed"):
+            by_reason.setdefault(row.info["disturbed"], []).append(row.name)
+    for why, names in by_reason.items():
+        more = f" and {len(names) - 1} more" if names[1:] else ""
+        notes.append(f"‡ disturbed, so compared with nothing: {names[0]}{more}: {why}")
+    drawn = "".join(draw(*block, width, colour) for block in blocks)
+    return drawn + "".join(f"{screen.prose(note, width)}\n" for note in notes)
 
 
 def _title(info: dict[str, Any]) -> str:
@@ -84,24 +109,25 @@ def _kernel_block(title: str, rows: list[Row]) -> _Block:
     table = []
     for tokens in sorted({row.info["N"] for row in rows}):
         at = {row.info["backend"]: row for row in rows if row.info["N"] == tokens}
-        # What computes another function does not compete.
-        alike = [r for r in at.values() if not r.info.get("other_function")] or [*at.values()]
-        fastest = min(alike, key=lambda row: row.median)
+        # What computes another function, or was disturbed, does not compete.
+        alike = [row for row in at.values() if row.competes]
+        fastest = min(alike, key=lambda row: row.median, default=None)
         cells = [f"{tokens:,}"]
         for backend in backends:
-            if backend not in at:
-                cells.append("–")
-                continue
-            row = at[backend]
-            mark = "*" if row is fastest and len(at) > 1 else " "
-            mark = "†" if row.info.get("other_function") else mark
-            half = row.info["relative_iqr"] / 2
-            cells.append(f"{format_seconds(row.median)} ±{half:3.0%}{mark}")
-        cells.append(f"{fastest.info['tflop_per_s'] * 1e3:.3g}")
-        cells.append(f"{fastest.info['gb_per_s']:.3g}")
-        cells.append(f"{fastest.info['share_of_limit']:.0%} {fastest.info['limit']}")
-        table.append(cells)
+            row = at.get(backend)
+            mark = "*" if row is fastest and len(alike) > 1 else ""
+            cells.append(mark + row.time if row else "–")
+        table.append([*cells, *_rates(fastest)])
     return title, ["N", *backends, "GFLOP/s*", "GB/s*", "of limit*"], table
+
+
+def _rates(fastest: Row | None) -> list[str]:
+    """What the fastest of a length reaches."""
+    if fastest is None:
+        return ["–"] * 3
+    i = fastest.info
+    share = f"{i['share_of_limit']:.0%} {i['limit']}"
+    return [f"{i['tflop_per_s'] * 1e3:.3g}", f"{i['gb_per_s']:.3g}", share]
 
 
 def _training_block(rows: list[Row]) -> _Block:
@@ -110,15 +136,17 @@ def _training_block(rows: list[Row]) -> _Block:
         f"training step: dim {settings['dim']}, depth {settings['depth']}, batch "
         f"{settings['batch_size']}, {settings['dataset']}, {rows[0].info['dtype']}"
     )
-    baseline = {r.info["backend"]: r.median for r in rows if r.info["model"] == "baseline"}
+    baseline = {
+        r.info["backend"]: r.median for r in rows if r.info["model"] == "baseline" and r.competes
+    }
     table = []
     for row in rows:
         backend = row.info["backend"]
-        base = baseline.get(backend)
+        base = baseline.get(backend) if row.competes else None
         table.append(
             [
                 row.info["model_title"] + ("" if backend == "default" else f" ({backend})"),
-                f"{format_seconds(row.median)} ±{row.info['relative_iqr'] / 2:3.0%}",
+                row.time,
                 f"{row.info['images_per_s']:,.0f}",
                 f"{base / row.median:.2f}×" if base else "–",
             ]

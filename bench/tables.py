@@ -2,13 +2,13 @@
 
 import argparse
 import csv
-import io
 import json
-import os
 import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
+
+from linear_vit import screen
 
 
 def draw(
@@ -17,31 +17,20 @@ def draw(
     rows: list[list[str]],
     width: int | None = None,
     colour: bool | None = None,
+    *,
+    keys: int = 1,
 ) -> str:
-    """A table at most ``width`` columns wide, where rich is there to fit it; None: the screen's."""
-    width = screen_width() if width is None else width
+    """A table that fits ``width`` columns, the screen's if that is None; nothing in it is cut.
+
+    ``keys`` is how many columns, from the first, say what a row is about.
+    """
+    width = screen.width() if width is None else width
     colour = sys.stdout.isatty() if colour is None else colour
-    try:
-        from rich import box
-        from rich.console import Console
-        from rich.table import Table
-    except ImportError:
-        return _draw_plain(title, columns, rows)
-    table = Table(box=box.SIMPLE_HEAD)
-    for i, column in enumerate(columns):
-        table.add_column(column, justify="right" if i else "left", no_wrap=True)
-    for row in rows:
-        table.add_row(*row)
-    out = io.StringIO()
-    console = Console(file=out, width=width, force_terminal=colour, no_color=not colour)
-    console.print(title, style="bold", highlight=False, soft_wrap=True)
-    console.print(table)
-    return out.getvalue()
-
-
-def screen_width(elsewhere: int = 200) -> int:
-    """Columns of the terminal; a width that fits every table where there is none."""
-    return os.get_terminal_size().columns if sys.stdout.isatty() else elsewhere
+    heading = screen.prose(title, width)
+    heading = f"\033[1m{heading}\033[0m" if colour else heading
+    words = [True] * keys
+    table = screen.draw(columns, rows, words=words, keys=keys, at_most=width, colour=colour)
+    return f"{heading}\n\n{table}\n"
 
 
 OUT = "write every row there: FILE.csv, or FILE.json with its toolchain"
@@ -85,12 +74,3 @@ def _cell(value: Any) -> Any:
     if isinstance(value, float):
         return round(value, 4)
     return "; ".join(value) if isinstance(value, list) else value
-
-
-def _draw_plain(title: str, columns: list[str], rows: list[list[str]]) -> str:
-    widths = [max(map(len, column)) for column in zip(columns, *rows, strict=True)]
-    lines = [
-        "  ".join(cell.rjust(w) for cell, w in zip(row, widths, strict=True))
-        for row in (columns, *rows)
-    ]
-    return "\n".join([title, *lines, "", ""])

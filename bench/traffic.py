@@ -317,7 +317,7 @@ def render(rows: list[Row]) -> str:
             what = [row[name] for name in ("pass", "dtype", "architecture", "shape")]
             what += [str(len(row["launches"].split())), row["tensor"]]
             table.append([*what, *(f"{size:,}" for size in sizes), shown])
-        text += tables.draw(operation, columns, table)
+        text += tables.draw(operation, columns, table, keys=6)
     again = [row for row in rows if read_again(row)]
     for row in again:
         case = " ".join(row[name] for name in ("operation", "pass", "dtype", "architecture"))

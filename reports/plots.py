@@ -35,7 +35,7 @@ def draw(
     """One panel per pass, side by side; ``frame`` is that of :func:`reports.groups.pictures`."""
     passes = list(passes)
     figure, axes = plt.subplots(
-        1, len(passes), figsize=(width * len(passes), 4.6), sharey=True, squeeze=False
+        1, len(passes), figsize=(width * len(passes), 5.4), sharey=True, squeeze=False
     )
     title, _, unit = picture.words(group)
     for axis, mode in zip(axes[0], passes, strict=True):
@@ -107,7 +107,11 @@ def _decorate(axis: Axes, frame: pd.DataFrame, picture: Picture) -> None:
     for side in ("left", "bottom"):
         axis.spines[side].set_color(INK)
     if axis.get_legend_handles_labels()[1]:
-        axis.legend(fontsize=8, frameon=False, labelcolor=INK)
+        # Below the panel: within it, bars of quartiles would end behind it.
+        where = (0, -0.12)
+        axis.legend(
+            fontsize=8, frameon=False, labelcolor=INK, loc="upper left", bbox_to_anchor=where
+        )
 
 
 def _exponent(fit: Fit) -> str:

@@ -123,7 +123,7 @@ def render(rows: list[Row], *, every: bool = False, width: int | None = None) ->
                 key = i if every else (row["kernel"], row["architecture"])
                 groups.setdefault(key, []).append(row)
         table = [_line(group, every) for group in groups.values()]
-        text += tables.draw(f"{backend} {folder}", columns, table, width)
+        text += tables.draw(f"{backend} {folder}", columns, table, width, keys=5 if every else 2)
     wrong = [(row, fault) for row in rows for fault in row["faults"]]
     for row, fault in wrong:
         what = f"{row['backend']} {row['room']} {row['kernel']} {row['architecture']}"

@@ -5,9 +5,19 @@ from typing import Any
 
 import pandas as pd
 
+from linear_vit.reports.tables.table import disturbance
 from linear_vit.reports.units import exact
 
 Case = dict[str, Any]  # a row of Runs.kernels, or of a picture's data
+
+
+def competing(found: Iterable[Case]) -> list[Case]:
+    """Those that may be the best of something: undisturbed, and of the function asked for."""
+    return [
+        case
+        for case in found
+        if not disturbance(case) and not isinstance(case["other_function"], str)
+    ]
 
 
 def cases(frame: pd.DataFrame) -> list[Case]:

@@ -1,6 +1,5 @@
 """The page's sections on kernels: complexity, speed and memory, from timed runs."""
 
-import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -14,19 +13,30 @@ from linear_vit.reports.groups import (
     Picture,
     pictures,
 )
-from linear_vit.reports.page.cases import Case, by, cases, details, short, time_tip
+from linear_vit.reports.page import captions
+from linear_vit.reports.page.cases import Case, by, cases, competing, details, short, time_tip
 from linear_vit.reports.page.parts import Figure, Part, Seen
-from linear_vit.reports.statistics import turns
 from linear_vit.reports.tables import scaling
-from linear_vit.reports.tables.table import NOTHING, Cell, Column, Line, Table, count, number
-from linear_vit.reports.units import capital, duration, exact, mebibytes, rate
+from linear_vit.reports.tables.table import (
+    NOTHING,
+    Cell,
+    Column,
+    Line,
+    Table,
+    count,
+    disturbance,
+    number,
+    of_disturbed,
+    time_of,
+)
+from linear_vit.reports.units import capital, exact, rate
 
 # Units as page.js formats them.
 _UNITS = {TIME: "seconds", MEMORY: "mebibytes", OVER_INCUMBENT: "factor", OVER_TORCH: "factor"}
 
 
 def complexity(seen: Seen) -> Iterator[Part]:
-    yield from _curves(seen.groups, TIME, OVER_INCUMBENT)
+    yield from _curves([g for g in seen.groups if not g.total_tokens], TIME, OVER_INCUMBENT)
     yield from scaling.crossings(seen.groups)
     yield from filter(None, [scaling.exponents(seen.groups)])
 
@@ -36,6 +46,7 @@ def memory(seen: Seen) -> Iterator[Part]:
 
 
 def speed(seen: Seen) -> Iterator[Part]:
+    yield from _curves([g for g in seen.groups if g.total_tokens], OVER_INCUMBENT)
     yield from _heat_maps(seen.groups)
     for group in seen.groups:
         for (operation, mode), part in by(cases(group.frame), "operation", "pass").items():
@@ -47,11 +58,29 @@ def speed(seen: Seen) -> Iterator[Part]:
 # Curves.
 
 
+def _drawn(group: Group) -> Iterator[tuple[Picture, list[Case]]]:
+    """Pictures with their cases: ratios are of what was not disturbed, on either side."""
+    every = [case for case in cases(group.frame) if case["backend"] == PYTORCH]
+    shaken = {(c["operation"], c["pass"], c["N"]) for c in every if disturbance(c)}
+    for picture, frame in pictures(group):
+        found = cases(frame)
+        if picture.is_ratio:
+            second = group.family.operations[-1] if picture is OVER_INCUMBENT else None
+            found = [
+                case
+                for case in found
+                if not disturbance(case)
+                and (second or case["operation"], case["pass"], case["N"]) not in shaken
+            ]
+        if found:
+            yield picture, found
+
+
 def _curves(found: list[Group], *wanted: Picture) -> Iterator[Figure]:
     for group in found:
-        for picture, frame in pictures(group):
+        for picture, drawn in _drawn(group):
             for mode in group.passes if picture in wanted else ():
-                if part := [case for case in cases(frame) if case["pass"] == mode]:
+                if part := [case for case in drawn if case["pass"] == mode]:
                     yield _curve_figure(group, picture, mode, part)
 
 
@@ -67,6 +96,7 @@ def _curve_figure(group: Group, picture: Picture, mode: str, part: list[Case]) -
         drawn = {"y": "value"} | ({"low": "q1_s", "high": "q3_s"} if picture is TIME else {})
         points = [
             {"x": case["N"], **{name: short(case[column]) for name, column in drawn.items()}}
+            | hollow(case)
             for case in sorted(curve, key=lambda case: case["N"])
         ]
         lines.append(series(group, operation, backend, text, points))
@@ -78,7 +108,14 @@ def _curve_figure(group: Group, picture: Picture, mode: str, part: list[Case]) -
         "rule": 1 if picture.is_ratio else None,
     }
     heading = f"{title}, {mode.replace('+', ' + ')}; {group.where}"
-    return Figure("curves", heading, f"{_see(group, picture, mode, part)} {caption}", data)
+    caption = f"{captions.of_curves(group, picture, mode, part)} {caption}"
+    return Figure("curves", heading, caption, data)
+
+
+def hollow(case: Case) -> dict[str, str]:
+    """What a point is drawn hollow for."""
+    why = disturbance(case)
+    return {"disturbed": why} if why else {}
 
 
 def series(
@@ -91,57 +128,6 @@ def series(
     return facets | {"name": name, "label": text, "points": points, "hollow": hollow}
 
 
-def _see(group: Group, picture: Picture, mode: str, part: list[Case]) -> str:
-    """What these very curves show, in words."""
-    if picture is TIME:
-        see = [
-            _see_time(group, mode, op, curves) for (op,), curves in by(part, "operation").items()
-        ]
-    elif picture is MEMORY:
-        see = [_see_memory(group, op, curves) for (op,), curves in by(part, "operation").items()]
-    else:
-        see = [_see_ratio(backend, curve) for (backend,), curve in by(part, "backend").items()]
-    return " ".join(see)
-
-
-def _see_time(group: Group, mode: str, operation: str, curves: list[Case]) -> str:
-    longest = max(case["N"] for case in curves)
-    at = {case["backend"]: case for case in curves if case["N"] == longest}
-    best = min(at, key=lambda backend: at[backend]["median_s"])
-    text = f"{capital(group.words.operation(operation))} of {longest:,} tokens takes "
-    text += f"{duration(at[best]['median_s'])} at best ({best}"
-    if PYTORCH in at and best != PYTORCH:
-        log, _ = turns.speedup(at[best], at[PYTORCH])
-        text += f", {math.exp(log):.1f}× as fast as {PYTORCH}"
-    text += ")"
-    fit = group.fits.get((operation, mode, best))
-    if fit is not None:
-        text += f", growing as {fit}" if fit.reason is None else f"; {fit}"
-    return text + "."
-
-
-def _see_memory(group: Group, operation: str, curves: list[Case]) -> str:
-    longest = max(case["N"] for case in curves)
-    at = {case["backend"]: case["value"] for case in curves if case["N"] == longest}
-    least, most = min(at, key=at.__getitem__), max(at, key=at.__getitem__)
-    text = f"{capital(group.words.operation(operation))} of {longest:,} tokens: "
-    if at[least] == at[most]:
-        return f"{text}{mebibytes(at[least])} with {', '.join(at)}."
-    return (
-        f"{text}least with {least}, {mebibytes(at[least])}; most with {most}, "
-        f"{mebibytes(at[most])}."
-    )
-
-
-def _see_ratio(backend: str, curve: list[Case]) -> str:
-    low = min(curve, key=lambda case: case["value"])
-    high = max(curve, key=lambda case: case["value"])
-    return (
-        f"{backend}: from {low['value']:.2g}× at N = {low['N']:,} to {high['value']:.2g}× at "
-        f"N = {high['N']:,}."
-    )
-
-
 # Heat maps.
 
 
@@ -149,9 +135,9 @@ def _heat_maps(found: list[Group]) -> list[Figure]:
     """A map per machine and operation: its groups, which differ in dtype, are rows of one."""
     maps: dict[tuple[str, ...], list[tuple[Group, list[Case]]]] = {}
     for group in found:
-        for picture, frame in pictures(group):
+        for picture, drawn in _drawn(group):
             if picture is OVER_TORCH:
-                for (operation,), part in by(cases(frame), "operation").items():
+                for (operation,), part in by(drawn, "operation").items():
                     where = group.where.partition(", ")[2]
                     maps.setdefault((where, operation), []).append((group, part))
     return [_heat_map(where, operation, parts) for (where, operation), parts in maps.items()]
@@ -167,20 +153,7 @@ def _heat_map(where: str, operation: str, parts: list[tuple[Group, list[Case]]])
         ]
         rows.append(facets | {"name": label, "points": points})
     title = f"{capital(parts[0][0].words.operation(operation))}: speed-up over {PYTORCH}; {where}"
-    return Figure("heat", title, _see_heat(every), {"series": rows, "base": PYTORCH})
-
-
-def _see_heat(part: list[Case]) -> str:
-    ahead = sum(case["value"] > 1 for case in part)
-    sentences = [f"Faster than {PYTORCH} in {ahead} of {len(part)} cases."]
-    for (backend,), curve in by(part, "backend").items():
-        worst = min(curve, key=lambda case: case["value"])
-        mean = math.exp(sum(math.log(case["value"]) for case in curve) / len(curve))
-        sentences.append(
-            f"{backend}: {mean:.2f}× in geometric mean, worst {worst['value']:.2f}× at "
-            f"N = {worst['N']:,}, {worst['pass']}, {worst['dtype']}."
-        )
-    return " ".join(sentences) + f" Blue is faster than {PYTORCH}, orange slower."
+    return Figure("heat", title, captions.of_heat(every), {"series": rows, "base": PYTORCH})
 
 
 # Tables.
@@ -206,19 +179,22 @@ def _speed_line(
     tokens: int, found: list[Case], backends: list[str], limits: bool, brief: bool
 ) -> Line:
     at = {case["backend"]: case for case in found}
-    best = min(found, key=lambda case: case["median_s"])
+    able = competing(found)
+    best = min(able, key=lambda case: case["median_s"], default=None)
     line = {"N": count(tokens)}
     for name in backends:
-        mark = "best" if name == best["backend"] and len(found) > 1 else ""
+        mark = "best" if best and name == best["backend"] and len(able) > 1 else ""
         absent = Cell(NOTHING, tip=f"{name} was not timed at this length")
         line[name] = _time_cell(at[name], brief, mark) if name in at else absent
-    for unit, value in (("GFLOP/s", best["tflop_per_s"] * 1e3), ("GB/s", best["gb_per_s"])):
-        line[unit] = number(value, rate, f"{exact(value)} ({best['backend']})")
+    for unit, name, scale in (("GFLOP/s", "tflop_per_s", 1e3), ("GB/s", "gb_per_s", 1.0)):
+        of_best = f"{exact(best[name] * scale)} ({best['backend']})" if best else ""
+        line[unit] = number(best[name] * scale if best else None, rate, of_best)
     if limits:
-        share, limit = best["share_of_limit"], best["limit"]
-        known = isinstance(limit, str)
-        tip = exact(100 * share, "%") if known else ""
-        line["of limit"] = number(share if known else None, f"{{:.0%}} {limit}", tip)
+        known = best if best and isinstance(best["limit"], str) else None
+        line["of limit"] = Cell(NOTHING)
+        if known:
+            share, form = known["share_of_limit"], f"{{:.0%}} {known['limit']}"
+            line["of limit"] = number(share, form, exact(100 * share, "%"))
     return line
 
 
@@ -235,14 +211,14 @@ def _what_ran(part: list[Case], backends: list[str]) -> str:
         for name in backends
         if isinstance(text := said[name]["other_function"], str)
     ]
-    return "; ".join(parts)
+    return "; ".join(filter(None, [*parts, of_disturbed(part)]))
 
 
 def _time_cell(case: Case, brief: bool, mark: str) -> Cell:
     tip = f"{case['backend']}, N = {case['N']:,}\n{time_tip(case)}"
     if not brief:
         tip += f"\n{details(case['info'])}"
-    return number(case["median_s"], duration, tip.strip(), mark)
+    return time_of(case, tip.strip(), mark)
 
 
 def _ratio_tip(case: Case) -> str:

@@ -63,6 +63,14 @@ function sorted(rows, column, sign) {
   });
 }
 
+// What is wider than the page says that it goes on.
+
+function markWide() {
+  for (const scroll of document.querySelectorAll(".scroll"))
+    scroll.parentElement.classList.toggle("wide", scroll.scrollWidth > scroll.clientWidth + scroll.scrollLeft + 1);
+}
+document.addEventListener("scroll", markWide, { capture: true, passive: true });
+
 // Tooltips of table cells: under the pointer, and at a tap.
 
 const tip = document.getElementById("tip");
@@ -117,18 +125,23 @@ const axes = (spec, xs, ys) => [
   Plot.axisY(ys, { text: formatOf(spec.y), label: spec.y.label, labelArrow: "none" }),
 ];
 
+// Names of rows, in as many lines as their room needs.
+const room = (rows, width) => Math.min(7 * d3.max(rows, (row) => row.label.length) + 14, Math.max(110, width / 3));
+const names = (rows, width) => Plot.axisY({ label: null, tickSize: 0, lineWidth: room(rows, width) / 13 });
+
 const svgOf = (element) => (element.matches("svg") ? element : element.querySelector("svg"));
 const INK = { fontSize: "12px", color: "var(--ink)", background: "none", fontFamily: "system-ui, sans-serif" };
 const tipOf = (data, x, y, pointer = Plot.pointer) =>
   Plot.tip(data, pointer({ x, y, title: "tip", fill: "var(--card)", stroke: "var(--line)", fontSize: 12, lineWidth: 32 }));
 
 // A curve's point in exact figures: what it is of, where, how much, and what else is known of it.
-function tipText(spec, one, { x, y, low, high, tip }) {
+function tipText(spec, one, { x, y, low, high, tip, disturbed }) {
   const of = `${one.name}${one.dtype ? `, ${one.dtype}` : ""}`;
   if (spec.dots) return `${of}, ${tip}\n${y} GFLOP/s at ${x} FLOP/byte`;
   const amount = EXACT[spec.y.unit];
+  const shaken = disturbed ? `\ndisturbed: ${disturbed}` : "";
   const quartiles = low === undefined ? "" : ` (quartiles ${amount(low)} to ${amount(high)})`;
-  return `${of}\nN = ${x.toLocaleString("en")}\n${amount(y)}${quartiles}`;
+  return `${of}\nN = ${x.toLocaleString("en")}\n${amount(y)}${quartiles}${shaken}`;
 }
 const EXACT = {
   seconds: (v) => `${+(1e3 * v).toPrecision(6)} ms`,
@@ -168,9 +181,11 @@ const draw = {
             spec.dots ? null : Plot.line(points.filter((p) => p.hollow === hollow),
               { x: "x", y: "y", z: "name", stroke: "colour", strokeWidth: 1.8, strokeDasharray: hollow ? "5 4" : null })),
           Plot.link(points.filter((p) => p.low), { x1: "x", x2: "x", y1: "low", y2: "high", stroke: "colour", strokeWidth: 3, strokeOpacity: 0.55 }),
-          ...[false, true].map((hollow) =>
-            Plot.dot(points.filter((p) => p.hollow === hollow),
-              { x: "x", y: "y", symbol: "symbol", stroke: "colour", fill: hollow ? "var(--back)" : "colour", strokeWidth: 1.6,
+          // A family's second operation is hollow; what was disturbed is, too, and its outline is dashed.
+          ...["full", "hollow", "disturbed"].map((kind) =>
+            Plot.dot(points.filter((p) => (p.disturbed ? "disturbed" : p.hollow ? "hollow" : "full") === kind),
+              { x: "x", y: "y", symbol: "symbol", stroke: "colour", fill: kind === "full" ? "colour" : "var(--back)", strokeWidth: 1.6,
+                strokeDasharray: kind === "disturbed" ? "2 2" : null,
                 r: spec.dots ? (p) => 2 + 0.35 * Math.log2(p.size / 32) : 3.6 })),
           tipOf(points, "x", "y"),
         ],
@@ -208,11 +223,12 @@ const draw = {
   bars(spec, width) {
     return svgOf(
       Plot.plot({
-        width, height: 34 * new Set(spec.rows.map((row) => row.label)).size + 45, marginLeft: Math.min(190, width / 3), marginBottom: 36, style: INK,
+        width, height: 34 * new Set(spec.rows.map((row) => row.label)).size + 45, marginLeft: room(spec.rows, width), marginBottom: 36, style: INK,
         x: { label: "share of a training step", labelAnchor: "center", labelArrow: "none", tickFormat: (v) => `${Math.round(100 * v)} %`, ticks: Math.min(10, width / 80), grid: true },
-        y: { label: null, domain: [...new Set(spec.rows.map((row) => row.label))], tickSize: 0 },
+        y: { domain: [...new Set(spec.rows.map((row) => row.label))], axis: null },
         color: { domain: spec.parts, range: PARTS },
         marks: [
+          names(spec.rows, width),
           Plot.barX(spec.rows, Plot.stackX({ x: "value", y: "label", fill: "part", order: spec.parts, insetRight: 1 })),
           Plot.text(spec.rows.filter((row) => row.value * (width - 180) > 34),
             Plot.stackX({ x: "value", y: "label", z: "part", order: spec.parts, text: (row) => `${Math.round(100 * row.value)} %`, fill: "#111" })),
@@ -227,13 +243,14 @@ const draw = {
     const seeds = spec.rows.flatMap((row) => row.values.map((value) => ({ label: row.label, value })));
     const low = d3.min(spec.rows, (row) => Math.min(row.low ?? row.mean, row.claim ?? row.mean, ...row.values));
     const high = d3.max(spec.rows, (row) => Math.max(row.high ?? row.mean, row.claim ?? row.mean, ...row.values));
-    const room = 0.06 * (high - low || 1);
+    const margin = 0.06 * (high - low || 1);
     return svgOf(
       Plot.plot({
-        width, height: 34 * labels.length + 55, marginLeft: Math.min(190, width / 2.4), marginRight: 14, marginBottom: 40, style: INK,
-        x: { label: spec.unit, domain: [low - room, high + room], labelAnchor: "center", labelArrow: "none", ticks: width / 90, grid: true },
-        y: { type: "band", domain: labels, label: null, tickSize: 0 },
+        width, height: 34 * labels.length + 55, marginLeft: room(spec.rows, width), marginRight: 14, marginBottom: 40, style: INK,
+        x: { label: spec.unit, domain: [low - margin, high + margin], labelAnchor: "center", labelArrow: "none", ticks: width / 90, grid: true },
+        y: { type: "band", domain: labels, axis: null },
         marks: [
+          names(spec.rows, width),
           Plot.link(spec.rows.filter((row) => row.low !== null), { x1: "low", x2: "high", y: "label", stroke: "#0072B2", strokeWidth: 3, strokeOpacity: 0.6 }),
           Plot.dot(seeds, { x: "value", y: "label", dy: 8, r: 2, fill: "var(--soft)" }),
           Plot.dot(spec.rows.filter((row) => row.claim !== null), { x: "claim", y: "label", symbol: "diamond", r: 5, stroke: "#D55E00", strokeWidth: 2 }),
@@ -338,7 +355,10 @@ function drawOne(element) {
   svg?.setAttribute("aria-label", spec.title);
   plot.replaceChildren(...[legend(spec, off, () => drawOne(element)), svg, svg && saveButtons(spec.title, svg)].filter(Boolean));
 }
-const drawAll = () => document.querySelectorAll("figure[data-figure]").forEach(drawOne);
+function drawAll() {
+  document.querySelectorAll("figure[data-figure]").forEach(drawOne);
+  markWide();
+}
 
 let width = innerWidth;
 let timer;

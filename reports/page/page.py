@@ -13,9 +13,11 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, select_autoescape
 from markupsafe import Markup
 
+from linear_vit import screen
 from linear_vit.reports import targets
 from linear_vit.reports.groups import groups
 from linear_vit.reports.page import (
+    answer,
     kernel_sections,
     profile_sections,
     proofs,
@@ -32,6 +34,7 @@ from linear_vit.reports.tables import ablation, breakdown, results_text
 from linear_vit.reports.tables.table import facets_of
 
 _MOST_BYTES = 3_000_000
+_LONG = 16  # characters of a cell that may be folded
 _HERE = Path(__file__).resolve().parent
 _LIBRARY = ("d3.min.js", "plot.umd.min.js")
 
@@ -110,10 +113,13 @@ def _text(seen: Seen) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
+    environment.filters["folded"] = _folded
     styles = _styles(figures, seen.words)
     return environment.get_template("page.html").render(
         made=sections,
-        facts=sources.facts(seen),
+        answer=answer.sentences(seen),
+        elsewhere=sources.of_the_repository(seen),
+        facts=answer.facts(seen),
         newest=sources.newest(seen.found),
         filters=_filters(sections.values(), seen.words),
         data_json=_script_json({"styles": styles, "figures": _numbered(figures)}),
@@ -124,6 +130,14 @@ def _text(seen: Seen) -> str:
         id=id,
         facets_of=facets_of,
     )
+
+
+def _folded(text: str) -> str:
+    """Long cells fold between words, not within a figure; short ones stay as they are."""
+    if len(text) <= _LONG:
+        return text
+    # A browser would fold behind a dash, too.
+    return screen.glued(text).replace("–\u00a0", "–\u2060\u00a0")
 
 
 def _numbered(figures: Iterable[Figure]) -> list[dict[str, Any]]:

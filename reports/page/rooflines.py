@@ -5,8 +5,8 @@ from collections.abc import Iterator
 from typing import Any
 
 from linear_vit.reports.groups import Group
-from linear_vit.reports.page.cases import Case, by, cases, short
-from linear_vit.reports.page.kernel_sections import series
+from linear_vit.reports.page.cases import Case, by, cases, competing, short
+from linear_vit.reports.page.kernel_sections import hollow, series
 from linear_vit.reports.page.parts import Figure, Part, Seen
 from linear_vit.reports.saved.runs import Runs
 from linear_vit.reports.tables import cpu
@@ -55,7 +55,8 @@ def _roofline(group: Group, part: list[Case], copy: float, peak: float, when: st
             for case in curve
         ]
         lines.append(series(group, operation, backend, text, points))
-    best = max(part, key=lambda case: case["share"])
+    able = competing(part) or part
+    best = max(able, key=lambda case: case["share"])
     under = sum(case["x"] < ridge for case in part)
     caption = (
         f"{under} of {len(part)} cases lie left of the ridge at {ridge:.3g} FLOP/byte, where "
@@ -70,7 +71,8 @@ def _roofline(group: Group, part: list[Case], copy: float, peak: float, when: st
 
 
 def _point(case: Case, tip: str) -> Point:
-    return {"x": short(case["x"]), "y": short(case["y"]), "size": case["N"], "tip": tip}
+    at = {"x": short(case["x"]), "y": short(case["y"]), "size": case["N"], "tip": tip}
+    return at | hollow(case)
 
 
 def _figure(

@@ -1,16 +1,15 @@
-"""Where the page's figures come from, and the few that a reader came for."""
+"""Where the page's figures come from, what was not measured, and why."""
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from linear_vit.reports.claims import PYTORCH
-from linear_vit.reports.groups import crossovers
+from linear_vit.reports.page.cases import Case, cases
 from linear_vit.reports.page.parts import Part, Seen
 from linear_vit.reports.page.proofs import checked, machine
 from linear_vit.reports.saved.documents import Documents, Saved
-from linear_vit.reports.saved.runs import ROOT
-from linear_vit.reports.tables.table import Line, Table, word
+from linear_vit.reports.saved.runs import MEASUREMENTS, ROOT
+from linear_vit.reports.tables.table import Line, Table, disturbance, word
 
 
 def section(seen: Seen) -> Iterator[Part]:
@@ -27,8 +26,10 @@ def section(seen: Seen) -> Iterator[Part]:
     if lines:
         yield Table("", lines)
     for head in heads:
-        yield from _reasons("Not timed", head["not_timed"])
-        yield from _reasons("Failed", head["failed"])
+        where = f" in {_shown(head['file'])}" if len(heads) > 1 else ""
+        yield from _reasons(f"Not timed{where}", _not_timed(seen, head))
+        yield from _reasons(f"Failed{where}", head["failed"])
+        yield from _reasons(f"Disturbed{where}, so compared with nothing", _disturbed(seen, head))
     yield from (f"Skipped {line}" for line in dict.fromkeys(found.skipped))
 
 
@@ -71,6 +72,50 @@ def _shown(file: Path | str) -> str:
     return str(path.relative_to(ROOT.parent)) if path.is_relative_to(ROOT.parent) else str(file)
 
 
+def _cases(seen: Seen, head: Mapping[str, Any]) -> list[Case]:
+    frames = (seen.runs.kernels, seen.runs.training) if seen.runs else ()
+    every = [case for frame in frames for case in cases(frame)]
+    return [case for case in every if case["file"] == head["file"]]
+
+
+def _not_timed(seen: Seen, head: Mapping[str, Any]) -> dict[str, Any]:
+    """Where a backend lacks some operations only, its other cases were timed all the same."""
+    timed = {f"backend {case['backend']}" for case in _cases(seen, head)}
+    return {
+        f"some operations with {name.removeprefix('backend ')}" if name in timed else name: why
+        for name, why in head["not_timed"].items()
+    }
+
+
+def _disturbed(seen: Seen, head: Mapping[str, Any]) -> dict[str, str]:
+    """Cases by what disturbed them while they were measured."""
+    found = {case["name"]: disturbance(case) for case in _cases(seen, head)}
+    return {name: why for name, why in found.items() if why}
+
+
+def of_the_repository(seen: Seen) -> str:
+    """What of the page came with the repository, in a sentence; empty where nothing did.
+
+    Compiled kernels and counted bytes don't count: they are the same anywhere.
+    """
+    found, heads = seen.found, seen.runs.heads if seen.runs else []
+    files = {str(head["file"]): str(head["machine"]) for head in heads}
+    for of_kind in (found.checks, found.tables, found.ablations, found.breakdowns):
+        files |= {str(saved.path): "" for saved in of_kind}
+    own = {f: where for f, where in files.items() if Path(f).resolve().is_relative_to(MEASUREMENTS)}
+    if len(own) < len(files):
+        names = ", ".join(map(_shown, own))
+        return f"Not measured here, but part of the repository: {names}." if own else ""
+    if not own:
+        return ""
+    machines = "; ".join(dict.fromkeys(filter(None, own.values())))
+    where = f", made on {machines}" if machines else ""
+    return (
+        f"These are the measurements that the repository came with{where}. "
+        "To measure here: make demo."
+    )
+
+
 def _reasons(words: str, cases: Mapping[str, Any]) -> Iterator[str]:
     """A line per reason, with one of its cases."""
     by_reason: dict[str, list[str]] = {}
@@ -86,49 +131,3 @@ def newest(found: Documents) -> str:
     dates = [head["datetime"] for head in found.runs.heads] if found.runs else []
     dates += [str(saved.content.get("created") or "") for saved in found.tables]
     return max(dates, default="")[:16].replace("T", " ")
-
-
-# The few figures that a reader came for, each with what it is.
-Fact = tuple[str, str]
-
-
-def facts(seen: Seen) -> list[Fact]:
-    """Of what there is: checks that agree, growth and crossover, and accuracies."""
-    found = seen.found
-    of_checks = found.each(found.checks[:1], _checks)
-    accuracies = found.each(found.tables, lambda saved: list(_accuracies(saved)))
-    return [*of_checks, *_scaling(seen), *(fact for of_one in accuracies for fact in of_one)]
-
-
-def _checks(saved: Saved) -> Fact:
-    right, ran = checked(saved.content)
-    return f"{right} of {ran}", "kernel checks agree with the float64 reference"
-
-
-def _scaling(seen: Seen) -> Iterator[Fact]:
-    """Of the first machine and dtype: what two operations grow as, and where they cross."""
-    group = next((g for g in seen.groups if g.family.incumbent and not g.total_tokens), None)
-    if group is None:
-        return
-    for operation in group.operations:
-        fit = group.fits.get((operation, "forward", PYTORCH))
-        if fit and fit.reason is None:
-            yield (
-                f"N^{fit.exponent:.2f}",
-                f"growth of {group.words.operation(operation)}'s time ({PYTORCH}, forward, "
-                f"{group.dtype}; 95 %: {fit.low:.2f} to {fit.high:.2f})",
-            )
-    answers = [(b, a) for _, mode, b, a in crossovers([group]) if mode == "forward"]
-    if answers:
-        backend, answer = min(answers, key=lambda item: item[1].estimate)
-        said = f"crossover with {group.family.incumbent} ({backend}, forward, {group.dtype}"
-        yield answer.brief, f"{said}: {answer.text})"
-
-
-def _accuracies(saved: Saved) -> Iterator[Fact]:
-    """Of the models themselves, without a local branch."""
-    for dataset in saved.content["datasets"]:
-        for row in dataset["rows"]:
-            if row["accuracy"] and not row["local_branch"]:
-                what = f"{row['title']} on {dataset['title']} ({len(row['seeds'])} seeds)"
-                yield f"{row['accuracy']['mean']:.1f} %", what

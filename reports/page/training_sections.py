@@ -7,11 +7,12 @@ from typing import Any
 
 import numpy as np
 
-from linear_vit.reports.claims import BASELINE, PYTORCH, model_of
+from linear_vit.reports.claims import PYTORCH, model_of
+from linear_vit.reports.page import captions
 from linear_vit.reports.page.parts import Figure, Part, Seen
 from linear_vit.reports.saved import machines
 from linear_vit.reports.saved.documents import Documents, Saved
-from linear_vit.reports.statistics.seeds import percent_text, points_text
+from linear_vit.reports.statistics.seeds import percent_text
 from linear_vit.reports.tables import ablation, breakdown, pairs, results_text, steps
 from linear_vit.reports.tables.steps import Steps
 from linear_vit.reports.tables.table import NOTHING, Cell, Line, Table, number, word
@@ -26,19 +27,36 @@ HOW_TO_TIME_STEPS = "python train_minimal.py bench --out reports/out/training"
 
 
 def results(seen: Seen) -> Iterator[Part]:
-    yield from seen.each(seen.found.tables, _results_of)
+    """Every data set that was measured, then those that were not, and what is said of all once."""
+    parts = [
+        part
+        for of_one in seen.found.each(seen.found.tables, lambda s: results_text.parts(s.content))
+        for part in of_one
+    ]
+    there = [part for part in parts if part.content["status"] == "measured"]
+    whole = {part.content["dataset"] for part in there if not part.content.get("subset")}
+    lacking = {part.content["dataset"]: part for part in parts if part not in there}
+    for part in there:
+        yield from _measured(part, alone=[one.title for one in there].count(part.title) == 1)
+    yield from (_table(part) for name, part in lacking.items() if name not in whole)
+    shown = [found.content for found in seen.found.ablations]
     yield from seen.each(seen.found.ablations, lambda saved: [ablation.as_table(saved.content)])
+    notes = [note for saved in seen.found.tables for note in results_text.notes(saved.content)]
+    yield from (n for n in dict.fromkeys(notes) if n not in map(ablation.describe, shown))
 
 
-def _results_of(saved: Saved) -> Iterator[Part]:
-    for part in results_text.parts(saved.content):
-        title = f"{part.title}: {part.where}".replace("`", "")
-        yield replace(part.table, title=title, note=" ".join(part.notes))
-        if rows := [row for row in part.content["rows"] if row["accuracy"]]:
-            data = {"rows": [_interval(row) for row in rows], "unit": "accuracy, %"}
-            title = f"Test accuracy on {part.title}: {part.where}"
-            yield Figure("intervals", title, _see_accuracy(rows), data)
-    yield from results_text.notes(saved.content)
+def _table(part: results_text.Part) -> Table:
+    title = f"{part.title}: {part.where}".replace("`", "")
+    return replace(part.table, title=title, note=" ".join(part.notes))
+
+
+def _measured(part: results_text.Part, *, alone: bool) -> Iterator[Part]:
+    rows = [row for row in part.content["rows"] if row["accuracy"]]
+    data = {"rows": [_interval(row) for row in rows], "unit": "accuracy, %"}
+    title = f"Test accuracy on {part.title}" + ("" if alone else f": {part.where}")
+    if rows:
+        yield Figure("intervals", title, captions.of_accuracies(rows), data)
+    yield _table(part)
 
 
 def _interval(row: dict[str, Any]) -> dict[str, Any]:
@@ -53,25 +71,6 @@ def _interval(row: dict[str, Any]) -> dict[str, Any]:
         "claim": (row["claim"] or {}).get("accuracy"),
         "tip": f"{row['title']}\n{percent_text(accuracy)}\n{pairs.values(accuracy, '%')}",
     }
-
-
-def _see_accuracy(rows: list[dict[str, Any]]) -> str:
-    best = max(rows, key=lambda row: row["accuracy"]["mean"])
-    text = f"Highest: {best['title']}, {percent_text(best['accuracy'])}. "
-    apart: list[str] = []
-    open_: list[str] = []
-    for row in rows:
-        gain = row.get("gain")
-        if not gain or row["model"] == BASELINE or gain["half_width"] is None:
-            continue
-        (apart if abs(gain["mean"]) > gain["half_width"] else open_).append(
-            f"{row['title']} ({points_text(gain)})"
-        )
-    if apart:
-        text += f"Apart from the baseline, in points paired by seed: {', '.join(apart)}. "
-    if open_:
-        text += f"Not told apart from it: {', '.join(open_)}. "
-    return text + "Bars: 95 % t-intervals; small dots: one seed each; a diamond: the claim."
 
 
 # Training steps.
@@ -101,12 +100,7 @@ def _breakdown(saved: Saved) -> Iterator[Part]:
         for row in rows
         for name in names
     ]
-    least, *_, most = sorted([*rows, *rows], key=lambda row: row["shares"]["attention"])
-    caption = (
-        f"The attention core takes {most['shares']['attention']:.0%} of a step of {most['title']} "
-        f"and {least['shares']['attention']:.0%} of {least['title']}; only that part gets faster "
-        "with a faster kernel."
-    )
+    caption = captions.of_shares(rows)
     yield table
     yield Figure("bars", table.title, caption, {"rows": bars, "parts": names})
 
@@ -169,6 +163,7 @@ def _kernel_speedup(
     if not own or not tokens or found.runs is None or found.runs.kernels.empty or not operations:
         return None
     frame, words = found.runs.kernels, found.runs.words
+    frame = frame[[not info.get("disturbed") for info in frame["info"]]]
     dtype = timed.dtype.partition(" ")[0]  # of the kernels' inputs under autocast
     frame = frame[(frame["pass"] == "forward+backward") & (frame["dtype"] == dtype)]
     frame = frame[(frame["machine"] == timed.machine) & frame["operation"].isin(operations)]
@@ -215,7 +210,7 @@ def _accuracy_of(model: str, setting: dict[str, Any], found: Documents) -> dict[
     keys = ("dataset", "dim", "depth", "patch_size")
     for dataset in _datasets(found):
         own = (dataset["setting"] or {}) | {"dataset": dataset["dataset"]}
-        if all(own.get(key) == setting.get(key) for key in keys):
+        if not dataset.get("subset") and all(own.get(key) == setting.get(key) for key in keys):
             for row in dataset["rows"]:
                 if row["model"] == model and row["accuracy"]:
                     return dict(row["accuracy"])

@@ -15,7 +15,7 @@ from linear_vit.reports.saved.runs import NoRuns
 from linear_vit.reports.tables import ablation, breakdown, results, results_text, steps
 from linear_vit.reports.tables.results import Exponents
 from linear_vit.reports.tables.scaling import fit_frame
-from linear_vit.reports.tables.table import Table, join, section
+from linear_vit.reports.tables.table import Part, Table, join, on_screen
 
 _OF_FITS = {"machine", "operation", "pass", "dtype", "backend", "exponent", "low", "high"}
 
@@ -55,8 +55,8 @@ def write_results(
         exponents=fits,
         ablations=told,
     )
-    markdown, rows = results_text.markdown(content), results_text.to_csv(content)
-    return _write(out, "table", markdown, rows, content, skipped, "md,csv,json")
+    parts, rows = results_text.document(content), results_text.to_csv(content)
+    return _write(out, "table", parts, rows, content, skipped, "md,csv,json")
 
 
 def write_ablation(
@@ -89,10 +89,10 @@ def write_ablation(
         content = ablation.make(setting, configs, found, environment=environment, steps=of_steps)
     except ValueError as error:
         raise NoRuns(str(error)) from error
-    name, markdown = f"ablation-{setting}", _document([ablation.as_table(content)])
+    name, parts = f"ablation-{setting}", _document([ablation.as_table(content)])
     write_text(out / f"{name}.svg", ablation.plot(content))
     kinds = "md,csv,json,svg"
-    return _write(out, name, markdown, ablation.to_csv(content), content, skipped, kinds)
+    return _write(out, name, parts, ablation.to_csv(content), content, skipped, kinds)
 
 
 def write_steps(run: Path, out: Path) -> str:
@@ -104,8 +104,8 @@ def write_steps(run: Path, out: Path) -> str:
     found = steps.groups(runs.load([run]))
     if not found:
         raise NoRuns(f"{run} holds no timed training step")
-    markdown = _document([steps.as_table(one) for one in found])
-    return _write(out, "step-speed", markdown, steps.to_csv(found))
+    parts = _document([steps.as_table(one) for one in found])
+    return _write(out, "step-speed", parts, steps.to_csv(found))
 
 
 def write_breakdown(record: Path, out: Path) -> str:
@@ -118,8 +118,8 @@ def write_breakdown(record: Path, out: Path) -> str:
         found = records.read_breakdown(record)
     except records.Damaged as error:
         raise NoRuns(str(error)) from error
-    markdown = _document([breakdown.as_table(found)])
-    return _write(out, "step-breakdown", markdown, breakdown.to_csv(found))
+    parts = _document([breakdown.as_table(found)])
+    return _write(out, "step-breakdown", parts, breakdown.to_csv(found))
 
 
 def read_exponents(path: Path) -> Exponents:
@@ -163,27 +163,26 @@ def _load(paths: Sequence[Path]) -> runs.Runs | None:
         return None
 
 
-def _document(tables: Sequence[Table]) -> str:
-    parts = []
+def _document(tables: Sequence[Table]) -> list[Part]:
+    parts: list[Part] = []
     for table in tables:
-        title, *rest = section(table)
-        parts += [f"{title.removeprefix('## ')}.", *rest]
-    return join(parts)
+        parts += [f"{table.title}.", table, *filter(None, [table.note])]
+    return parts
 
 
 def _write(
     out: Path,
     name: str,
-    markdown: str,
+    parts: Sequence[Part],
     rows: str,
     content: Any = None,
     skipped: Sequence[str] = (),
     kinds: str = "md,csv",
 ) -> str:
     """Write NAME.md, .csv and, with a content, .json; what a terminal shows of it."""
-    write_text(out / f"{name}.md", markdown)
+    write_text(out / f"{name}.md", join(parts))
     write_text(out / f"{name}.csv", rows)
     if content is not None:
         write_json(out / f"{name}.json", content)
     lines = [f"skipped {line}" for line in skipped]
-    return "\n".join(["", markdown, *lines, f"written to {out}/{name}.{{{kinds}}}"])
+    return "\n".join(["", on_screen(parts), *lines, f"written to {out}/{name}.{{{kinds}}}"])

@@ -55,12 +55,11 @@ def make(
     of_these = [run for run in runs if run["config"] in [dict(config) for config in configs]]
     if not of_these:
         raise ValueError(f"no finished run of {name} in these records")
-    where = machines.label(
-        environment or max(of_these, key=lambda run: run.get("started", ""))["environment"]
-    )
+    latest = max(of_these, key=lambda run: run.get("started", ""))
+    part, where = pairs.part_of(latest), machines.label(environment or latest["environment"])
     by_value: dict[Any, dict[int, Record]] = {}
     for run in sorted(of_these, key=lambda run: [dict(c) for c in configs].index(run["config"])):
-        if machines.label(run["environment"]) == where:
+        if (pairs.part_of(run), machines.label(run["environment"])) == (part, where):
             config = run["config"]
             by_value.setdefault(config[name], {})[config["seed"]] = run
     firsts = [(value, seeds[min(seeds)]) for value, seeds in by_value.items()]
@@ -74,12 +73,12 @@ def make(
         "model": first["model"],
         "model_title": first.get("model_title"),
         "dataset": first["config"]["dataset"],
-        "dataset_title": first.get("dataset_title"),
+        "dataset_title": part or first.get("dataset_title"),
         "config": {k: v for k, v in pairs.setting(first["config"]).items() if k != name},
         "environment": first["environment"],
         "rows": rows,
         "best": best["value"],
-        "claimed_best": CLAIMS["best"].get(name),
+        "claimed_best": None if part else CLAIMS["best"].get(name),
     }
 
 

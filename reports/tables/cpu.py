@@ -91,7 +91,7 @@ def _product_line(run: Runs, product: Product) -> Line:
     return {
         "operation": word(run.words.operation(case["operation"])),
         "N": count(case["N"]),
-        "time": number(case["median_s"], duration),
+        "time": table.time_of(case),
         "GFLOP/s done": number(done, rate, exact(done, "GFLOP/s")),
         "limited by": word(product.binding, f"each limit alone allows\n{bounds}"),
         **{k: number(share, "{:.0%}", exact(100 * share, "%")) for k, share in shares.items()},
@@ -128,7 +128,7 @@ def against_others(run: Runs) -> list[Table]:
             title = ", ".join([run.words.operation(operation).capitalize(), *names])
             if len({key[-1] for key in curves if key[0] == operation}) > 1:
                 title += f", {setting}"
-            tables.append(Table(title, table.without_empty(lines)))
+            tables.append(Table(title, table.without_empty(lines), table.of_disturbed(own)))
     return tables
 
 
@@ -140,7 +140,7 @@ def _key(case: Case, operation: str, backend: str) -> tuple[Any, ...]:
 def _against(run: Runs, own: Case, others: Sequence[str], at: Mapping[Any, Case]) -> Line:
     line = {
         "N": count(own["N"]),
-        f"{_OWN}, time": number(own["median_s"], duration),
+        f"{_OWN}, time": table.time_of(own),
         f"{_OWN}, GFLOP/s": number(own["tflop_per_s"] * 1e3, rate),
         f"{_OWN}, GB/s": number(own["gb_per_s"], rate),
     }
@@ -157,7 +157,8 @@ def _against(run: Runs, own: Case, others: Sequence[str], at: Mapping[Any, Case]
 
 
 def _over(own: Case, other: Case | None, form: str = "{:.2f}×") -> Cell:
-    return number(targets.over(own, other) if other else None, form)
+    quiet = other and not table.disturbance(own) and not table.disturbance(other)
+    return number(targets.over(own, other) if other and quiet else None, form)
 
 
 def time_against_n(run: Runs) -> Table | None:
@@ -168,22 +169,24 @@ def time_against_n(run: Runs) -> Table | None:
     lines = [
         {
             "N": count(case["N"]),
-            "time": number(case["median_s"], duration),
+            "time": table.time_of(case),
             "ns per token and head": number(
                 1e9 * case["median_s"] / case["N"] / targets.shape(case)["H"], "{:.0f}"
             ),
         }
         for case in cases
     ]
-    fit = fit_scaling([c["N"] for c in cases], [c["median_s"] for c in cases])
-    return Table("Time against N, one sequence, forward, float32", lines, f"Fitted: {fit}.")
+    quiet = [case for case in cases if not table.disturbance(case)]
+    fit = fit_scaling([c["N"] for c in quiet], [c["median_s"] for c in quiet])
+    note = " ".join(filter(None, [f"Fitted: {fit}.", table.of_disturbed(cases)]))
+    return Table("Time against N, one sequence, forward, float32", lines, note)
 
 
-def document(run: Runs, found: Sequence[targets.Verdict]) -> Iterator[str]:
+def document(run: Runs, found: Sequence[targets.Verdict]) -> Iterator[table.Part]:
     """The targets of a CPU, and what is behind each figure, as parts of a Markdown document."""
     yield "# The CPU kernels, measured"
     yield _heading(run)
-    yield table.to_markdown(targets.as_table(found))
+    yield targets.as_table(found)
     yield WHAT_LIMITS
     done = products(run)
     behind = [

@@ -10,7 +10,7 @@ from linear_vit.reports.saved import runs
 from linear_vit.reports.saved.files import read_json
 from linear_vit.reports.saved.runs import Runs
 from linear_vit.reports.tables import ablation, breakdown, cpu, results_text, scaling, steps, table
-from linear_vit.reports.tables.table import Cell, Table, join, to_markdown, word
+from linear_vit.reports.tables.table import Cell, Part, Table, join, word
 from linear_vit.reports.targets import Verdict
 
 
@@ -18,7 +18,7 @@ def of_targets(run: Runs, found: Sequence[Verdict]) -> str:
     """The targets, and for the C++ kernels what is behind each figure."""
     if run.heads[-1]["facts"].get("device") == "cpu":
         return join(cpu.document(run, found))
-    return join([f"# Targets: {run.heads[-1]['machine']}", to_markdown(targets.as_table(found))])
+    return join([f"# Targets: {run.heads[-1]['machine']}", targets.as_table(found)])
 
 
 # ---- what the repository measured ----------------------------------------------------------------
@@ -36,7 +36,7 @@ def of_measurements(folder: Path) -> str:
     Args:
         folder: a folder of folders, one a machine.
     """
-    parts = list(_HEAD)
+    parts: list[Part] = list(_HEAD)
     for machine in sorted(path for path in folder.iterdir() if path.is_dir()):
         parts += [text for part in _PARTS for text in part(machine, folder)]
     return join(parts)
@@ -47,14 +47,14 @@ def _source(path: Path, folder: Path, where: str = "") -> str:
     return f"From `reports/measurements/{path.relative_to(folder)}`{where and f': {where}'}."
 
 
-def _shown(found: Table, path: Path, folder: Path) -> Iterator[str]:
+def _shown(found: Table, path: Path, folder: Path) -> Iterator[Part]:
     """A part of its own; the machine stands at the end of a table's title."""
     heading, _, where = found.title.rpartition("; ")
     parts = table.section(replace(found, title=heading))
     yield from (parts[0], _source(path, folder, where), *parts[1:])
 
 
-def _results(machine: Path, folder: Path) -> Iterator[str]:
+def _results(machine: Path, folder: Path) -> Iterator[Part]:
     """The results table of every data set that was trained."""
     said: dict[str, None] = {}
     for path in sorted(machine.rglob("table.json")):
@@ -63,18 +63,18 @@ def _results(machine: Path, folder: Path) -> Iterator[str]:
             if part.content["status"] == "measured":
                 yield f"## {part.title}"
                 yield f"{_source(path, folder)} {part.where}"
-                yield to_markdown(part.table)
+                yield part.table
                 yield from part.notes
                 said[results_text.notes(content)[0]] = None
     yield from said
 
 
-def _ablations(machine: Path, folder: Path) -> Iterator[str]:
+def _ablations(machine: Path, folder: Path) -> Iterator[Part]:
     for path in sorted(machine.rglob("ablation-*.json")):
         yield from _shown(ablation.as_table(read_json(path)), path, folder)
 
 
-def _kernels(machine: Path, folder: Path) -> Iterator[str]:
+def _kernels(machine: Path, folder: Path) -> Iterator[Part]:
     """Growth with the number of tokens, and where one operation overtakes another."""
     for path in sorted(machine.glob("benchmark.json")):
         found = groups(runs.load([path]))
@@ -84,7 +84,7 @@ def _kernels(machine: Path, folder: Path) -> Iterator[str]:
             yield from table.section(one, "###")
 
 
-def _targets(machine: Path, folder: Path) -> Iterator[str]:
+def _targets(machine: Path, folder: Path) -> Iterator[Part]:
     """Every run of the C++ kernels in one table, a column each."""
     paths = [path for path in sorted(machine.glob("*.json")) if _is_of_targets(path)]
     if not paths:
@@ -99,7 +99,7 @@ def _targets(machine: Path, folder: Path) -> Iterator[str]:
     yield "## The kernels against the targets set for them"
     for path, run in zip(paths, loaded, strict=True):
         yield f"{path.stem}: {_source(path, folder, run.heads[-1]['machine'])}"
-    yield to_markdown(Table("", lines))
+    yield Table("", lines)
 
 
 def _is_of_targets(path: Path) -> bool:
@@ -117,7 +117,7 @@ def _measured(verdict: Verdict) -> Cell:
     return word(verdict.found[0] + ("" if verdict.holds else " (**not met**)"))
 
 
-def _steps(machine: Path, folder: Path) -> Iterator[str]:
+def _steps(machine: Path, folder: Path) -> Iterator[Part]:
     for path in sorted(machine.rglob("step-speed.json")):
         for one in steps.groups(runs.load([path])):
             yield from _shown(steps.as_table(one), path, folder)
@@ -125,7 +125,7 @@ def _steps(machine: Path, folder: Path) -> Iterator[str]:
         yield from _shown(breakdown.as_table(read_json(path)), path, folder)
 
 
-def _noise(machine: Path, folder: Path) -> Iterator[str]:
+def _noise(machine: Path, folder: Path) -> Iterator[Part]:
     """What `make check-noise` said: its verdicts on all lengths together, without single cases."""
     for path in sorted(machine.glob("check-noise.txt")):
         lines = path.read_text(encoding="utf-8").splitlines()

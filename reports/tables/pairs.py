@@ -6,6 +6,7 @@ from typing import Any
 
 import pandas as pd
 
+from linear_vit.reports.claims import DATASETS
 from linear_vit.reports.saved import machines
 from linear_vit.reports.saved.records import Record
 from linear_vit.reports.statistics import turns
@@ -15,7 +16,7 @@ from linear_vit.reports.statistics.seeds import (
     ratio_text,
     t_interval,
 )
-from linear_vit.reports.tables.table import NOTHING, Cell, number
+from linear_vit.reports.tables.table import NOTHING, Cell, disturbance, number
 from linear_vit.reports.units import exact
 
 # What tells the runs of one table apart.
@@ -28,6 +29,15 @@ BySeed = Mapping[int, Record]
 def setting(config: Mapping[str, Any]) -> dict[str, Any]:
     """What runs that may share a table have in common: all but the model and the seed."""
     return {name: value for name, value in config.items() if name not in OF_A_RUN}
+
+
+def part_of(run: Record) -> str | None:
+    """The title of a part of a data set, where a run had not all of its classes."""
+    if not run.get("dataset_subset"):
+        return None
+    whole = DATASETS.get(run["config"]["dataset"], (run["config"]["dataset"], 0))[0]
+    title = run.get("dataset_title")
+    return str(title) if title and title != whole else f"{whole}, a part of its classes"
 
 
 def compared(
@@ -67,6 +77,7 @@ def by_turns(
     """
     if steps is None or steps.empty or not runs:
         return {}
+    steps = steps[[not disturbance(step) for step in steps.to_dict("records")]]
     of_first = _of_run(runs[0][1], steps).sort_values("datetime", kind="stable")
     if of_first.empty:
         return {}

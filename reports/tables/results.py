@@ -30,6 +30,8 @@
             claim           {accuracy, speedup} or null
             verdict         "reproduced", "not reproduced", "not run" or "no claim"
             verdict_reason  a sentence
+        subset: true where the runs had a part of the data set's classes; its title says so, and no
+        claim is set beside it
     exponents, speeds   the files of the measured exponents (or null), and of the speeds by turns
     ablations   the ablation-*.json there were: {text, setting, best, claimed_best, dataset}
 """
@@ -119,7 +121,7 @@ def make(
         timed = pairs.by_turns(firsts, steps) if BASELINE in by_model else {}
         files |= {str(step["file"]) for step in timed.values()}
         tables.append(_dataset(firsts[0][1]["config"]["dataset"], by_model, timed, exponents.rows))
-    measured = {table["dataset"] for table in tables}
+    measured = {table["dataset"] for table in tables if not table["subset"]}
     tables += [_dataset(name, {}, {}, ()) for name in CLAIMS["accuracy"] if name not in measured]
     used = any(row["complexity"]["exponent"] for table in tables for row in table["rows"])
     return {
@@ -142,8 +144,9 @@ def make(
 def _place(run: Record) -> tuple[int, str]:
     """Where the table of a run stands; runs of one table have the same."""
     where, name, order = run["environment"], run["config"]["dataset"], list(DATASETS)
-    alike = {"setting": pairs.setting(run["config"]), "machine": machines.label(where)}
-    alike["processes"] = where.get("processes")
+    alike: dict[str, Any] = {"setting": pairs.setting(run["config"])}
+    alike["machine"] = machines.label(where)
+    alike |= {"processes": where.get("processes"), "part": pairs.part_of(run)}
     return order.index(name) if name in order else len(order), json.dumps(alike, sort_keys=True)
 
 
@@ -157,11 +160,13 @@ def _dataset(name: str, by_model: ByModel, timed: Steps, fits: Fits) -> dict[str
     # The claimed backbone of 64 tokens: patches of an eighth of the image.
     sizes = (side // 8, 384, 1536)
     if run and setting:
-        title, side = run.get("dataset_title") or title, run.get("image_size") or side
+        title = pairs.part_of(run) or run.get("dataset_title") or title
+        side = run.get("image_size") or side
         sizes = (setting["patch_size"], setting["dim"], setting["mlp_dim"])
     return {
         "dataset": name,
         "title": title,
+        "subset": bool(run and run.get("dataset_subset")),
         "status": "measured" if run else "not run",
         "setting": setting,
         "environment": run and run["environment"],
@@ -175,7 +180,8 @@ def _row(dataset: str, model: str, by_model: ByModel, timed: Steps, fits: Fits) 
     first = runs[min(runs)] if runs else {}
     attention, _, local = model.partition("-")
     claim = None
-    if model in CLAIMS["accuracy"].get(dataset, {}):
+    subset = any(run.get("dataset_subset") for found in by_model.values() for run in found.values())
+    if model in CLAIMS["accuracy"].get(dataset, {}) and not subset:
         claim = {kind: CLAIMS[kind][dataset][model] for kind in ("accuracy", "speedup")}
     row: dict[str, Any] = {
         "model": model,
@@ -191,6 +197,8 @@ def _row(dataset: str, model: str, by_model: ByModel, timed: Steps, fits: Fits) 
     if runs:
         row |= _measured(model, runs, by_model.get(BASELINE, {}), timed)
     row["verdict"], row["verdict_reason"] = _verdict(row, first)
+    if subset:
+        row["verdict_reason"] = "of a part of the classes, about which the original states nothing"
     return row
 
 

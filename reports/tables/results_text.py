@@ -53,12 +53,12 @@ def notes(content: dict[str, Any]) -> list[str]:
     return said
 
 
-def markdown(content: dict[str, Any]) -> str:
+def document(content: dict[str, Any]) -> list[table.Part]:
     """The whole table for people: one section per data set."""
-    lines = []
+    lines: list[table.Part] = []
     for part in parts(content):
-        lines += [f"## {part.title}", part.where, table.to_markdown(part.table), *part.notes]
-    return table.join([*lines, *notes(content)])
+        lines += [f"## {part.title}", part.where, part.table, *part.notes]
+    return [*lines, *notes(content)]
 
 
 def _part(dataset: dict[str, Any], claims: dict[str, Any]) -> Part:
@@ -66,7 +66,7 @@ def _part(dataset: dict[str, Any], claims: dict[str, Any]) -> Part:
     lines = [_line(row, here) for row in dataset["rows"]]
     said = [arithmetic(dataset["arithmetic"])] if dataset["arithmetic"] else []
     hours = claims["hours_200_epochs"].get(dataset["dataset"])
-    if hours and dataset["status"] == "measured":
+    if hours and dataset["status"] == "measured" and not dataset.get("subset"):
         said.append(f"Claimed for 200 epochs: about {hours} h on one RTX 3090.")
     if any(row["peak_memory"] for row in dataset["rows"]):
         said.append(f"Claimed peak memory: {claims['peak_memory_gb']} GB.")
@@ -181,7 +181,7 @@ def to_csv(content: dict[str, Any]) -> str:
     for dataset in content["datasets"]:
         setting, where = dataset["setting"], dataset["environment"]
         alike = {
-            "dataset": dataset["dataset"],
+            "dataset": dataset["title"] if dataset.get("subset") else dataset["dataset"],
             "preset": setting and setting["preset"],
             "machine": where and machines.label(where),
         }

@@ -12,7 +12,7 @@ from linear_vit.reports.saved.runs import Runs, Words
 from linear_vit.reports.statistics import turns
 from linear_vit.reports.tables import pairs, table
 from linear_vit.reports.tables.table import NOTHING, Cell, Column, Line, Table, number, word
-from linear_vit.reports.units import duration, exact
+from linear_vit.reports.units import exact
 
 DEFAULT = "default"  # of a step: the fastest backend of each operation
 
@@ -53,13 +53,19 @@ class Steps:
     def own(self, model: str) -> str | None:
         """The fastest of our own backends that the model was timed with."""
         times = {b: s["median_s"] for (m, b), s in self.at.items() if m == model}
-        return min(filter(self.words.own, times), key=times.__getitem__, default=None)
+        able = [b for b in times if self.words.own(b) and self.quiet(model, b)]
+        return min(able, key=times.__getitem__, default=None)
 
     def gain(self, model: str, backend: str | None = None) -> float | None:
         """PyTorch's step over that with a backend, the fastest own one if none is named."""
-        own = self.at.get((model, backend or self.own(model) or ""))
-        base = self.at.get((model, PYTORCH))
+        own = self.quiet(model, backend or self.own(model) or "")
+        base = self.quiet(model, PYTORCH)
         return math.exp(turns.speedup(own, base)[0]) if own and base else None
+
+    def quiet(self, model: str, backend: str) -> pairs.Step | None:
+        """A step that others may be compared with: one that nothing disturbed."""
+        step = self.at.get((model, backend))
+        return step if step and not table.disturbance(step) else None
 
     def title(self, model: str) -> str:
         """What the model is called."""
@@ -87,6 +93,7 @@ def as_table(steps: Steps) -> Table:
     titles = {name: steps.words.backend(name) for name in steps.backends}
     heads = {title: Column(title, facets={"backend": name}) for name, title in titles.items()}
     note = "All took turns. Speed-up: PyTorch's step over that with the fastest own kernels."
+    note = " ".join(filter(None, [note, table.of_disturbed(steps.at.values())]))
     for why, names in _reasons(steps).items():
         note += f" Not timed ({', '.join(names)}): {why}."
     lines = table.without_empty([_line(steps, model) for model in steps.models])
@@ -112,12 +119,12 @@ def _time(steps: Steps, model: str, backend: str, own: str | None) -> Cell:
         return Cell(NOTHING, tip=str(steps.not_timed.get(f"{model}-{backend}", "")))
     tip = f"{exact(1e3 * step['median_s'], 'ms')}, {exact(step['images_per_s'])} images/s"
     best = "best" if backend == own and (steps.gain(model) or 0) > 1 else ""
-    return number(step["median_s"], duration, tip, best)
+    return table.time_of(step, tip, best)
 
 
 def _over_baseline(steps: Steps, model: str) -> Cell:
     """With what is the fastest for each; where that was not timed, nothing."""
-    step, base = steps.at.get((model, DEFAULT)), steps.at.get((BASELINE, DEFAULT))
+    step, base = steps.quiet(model, DEFAULT), steps.quiet(BASELINE, DEFAULT)
     return pairs.speedup_cell(pairs.over(step, base) if step and base else None)
 
 

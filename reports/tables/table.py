@@ -7,12 +7,12 @@ hide it; a part without a facet is never hidden by the filter of that name.
 import csv
 import io
 import math
-import textwrap
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
-from linear_vit.reports.units import exact
+from linear_vit import screen
+from linear_vit.reports.units import duration, exact
 
 Facets = dict[str, str]  # a facet's name to one value, or to several with | between
 NOTHING = "–"
@@ -101,6 +101,33 @@ def count(value: int | None, tip: str = "", mark: str = "") -> Cell:
     return number(value, "{:,}", tip, mark)
 
 
+Case = Mapping[Any, Any]  # a row of Runs.kernels or Runs.training
+
+
+def disturbance(case: Case) -> str:
+    """What disturbed the measurement of a case; empty where nothing did."""
+    return str(case["info"].get("disturbed") or "")
+
+
+def time_of(case: Case, tip: str = "", mark: str = "") -> Cell:
+    """The median time of a case; of one that was disturbed with a mark, and what disturbed it."""
+    cell = number(case["median_s"], duration, tip, mark)
+    if why := disturbance(case):
+        tip = f"disturbed: {why}\n{tip}".strip()
+        cell = replace(cell, text=f"‡ {cell.text}", tip=tip, mark="disturbed")
+    return cell
+
+
+def of_disturbed(found: Iterable[Case]) -> str:
+    """The footnote to those marks; empty where there are none."""
+    why = dict.fromkeys(filter(None, map(disturbance, found)))
+    return (
+        f"‡ disturbed while it was measured, so compared with nothing: {'; '.join(why)}."
+        if why
+        else ""
+    )
+
+
 def word(text: Any, tip: str = "", mark: str = "", **facets: str) -> Cell:
     """A name, sorted as text; with it the facets that it gives its row."""
     return Cell(str(text), str(text).lower(), tip, mark, facets=facets)
@@ -123,9 +150,12 @@ def _escaped(text: str) -> str:
     return text.replace("|", "\\|").replace("\n", " ")
 
 
-def section(table: Table, level: str = "##") -> list[str]:
+Part = Table | str  # of a document: a table without its title and note, or Markdown
+
+
+def section(table: Table, level: str = "##") -> list[Part]:
     """Heading, table and note, as parts of a document."""
-    return [f"{level} {table.title}", to_markdown(table), *filter(None, [table.note])]
+    return [f"{level} {table.title}", table, *filter(None, [table.note])]
 
 
 def to_csv(rows: Sequence[Mapping[str, Any]]) -> str:
@@ -149,12 +179,30 @@ def picked(row: Mapping[str, Any], paths: Mapping[str, str]) -> dict[str, Any]:
     return {column: at(path) for column, path in paths.items()}
 
 
-def join(parts: Iterable[str]) -> str:
+def join(parts: Iterable[Part]) -> str:
     """A Markdown document of headings, tables and paragraphs, prose wrapped at 100."""
-    return "\n\n".join(map(_wrapped, parts)) + "\n"
+    return "\n\n".join(map(_as_markdown, parts)) + "\n"
 
 
-def _wrapped(part: str) -> str:
-    if part.startswith(("|", "#", "```")):
-        return part
-    return textwrap.fill(part, 100, break_long_words=False, break_on_hyphens=False)
+def _as_markdown(part: Part) -> str:
+    if isinstance(part, Table):
+        return to_markdown(part)
+    return part if part.startswith(("#", "```")) else screen.prose(part, 100)
+
+
+def on_screen(parts: Iterable[Part], columns: int | None = None) -> str:
+    """The same for a terminal so many columns wide; None takes that there is."""
+    columns = screen.width() if columns is None else columns
+    return "\n\n".join(_as_text(part, columns) for part in parts) + "\n"
+
+
+def _as_text(part: Part, columns: int) -> str:
+    if isinstance(part, str):
+        return part if part.startswith("```") else screen.prose(part.lstrip("# "), columns)
+    heads = part.columns
+    rows = [[cell.text for cell in line.values()] for line in part.lines]
+    left = [column.words for column in heads]
+    keys = max(1, min([*left, False].index(False), len(left) - 1))
+    names = [column.title for column in heads]
+    text = screen.draw(names, rows, words=left, keys=keys, at_most=columns)
+    return text.rstrip("\n")

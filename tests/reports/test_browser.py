@@ -86,6 +86,65 @@ def test_draws_every_figure_without_complaint(
     assert browser.complaints == []
 
 
+@pytest.mark.parametrize("width", [390, 1280, 1920])
+def test_a_table_fits_or_says_that_it_goes_on(browser: Browser, html: Path, width: int) -> None:
+    browser.open(html, width=width)
+    wider, told = browser.run(
+        """(tables => [
+          tables.map(t => t.querySelector('.scroll')).map(s => s.scrollWidth > s.clientWidth + 1),
+          tables.map(t => t.querySelector('.more').checkVisibility())
+        ])([...document.querySelectorAll('.table')].filter(t => t.checkVisibility()))"""
+    )
+    assert wider == told
+    if width == 390:
+        assert any(wider)
+    else:  # those of results and proofs were wider than the page
+        assert not any(wider)
+
+
+@pytest.mark.parametrize("width", [390, 1280])
+def test_labels_and_bars_stay_inside_their_plot(browser: Browser, html: Path, width: int) -> None:
+    browser.open(html, width=width)
+    outside = browser.run(
+        """[...document.querySelectorAll('figure:not(.heat) .plot > svg')].flatMap(svg => {
+          const box = svg.getBoundingClientRect();
+          return [...svg.querySelectorAll('text, [aria-label=link] path')].filter(mark => {
+            const at = mark.getBoundingClientRect();
+            return at.width && (at.left < box.left - 1 || at.right > box.right + 1
+              || at.top < box.top - 1 || at.bottom > box.bottom + 1);
+          }).map(mark => mark.textContent || mark.parentElement.getAttribute('aria-label'));
+        })"""
+    )
+    assert outside == []
+
+
+def test_what_was_disturbed_is_drawn_otherwise(browser: Browser, tmp_path: Path) -> None:
+    run = saved.run()
+    shaken = [c for c in run["benchmarks"] if c["extra_info"].get("N") == 4096]
+    for case in shaken:
+        case["extra_info"]["disturbed"] = "threads of ours waited"
+    saved.save(tmp_path / "run.json", run)
+    out = tmp_path / "index.html"
+    main(["page", "--results", str(tmp_path), "--out", str(out)])
+    browser.open(out)
+    dashed = "#complexity figure:first-of-type [aria-label=dot][stroke-dasharray] path"
+    # Linear and softmax attention by three backends.
+    assert visible(browser, dashed) == 6
+    assert visible(browser, "#speed td.disturbed") == len(shaken)
+    assert browser.complaints == []
+
+
+def test_opens_with_the_answer_and_ends_with_where_it_is_from(browser: Browser, html: Path) -> None:
+    browser.open(html)
+    order = browser.run("[...document.querySelectorAll('main > section')].map(s => s.id)")
+    assert order[:2] == ["complexity", "results"]
+    assert order[-1] == "where"
+    answer, *_ = browser.run("[...document.querySelectorAll('.answer')].map(p => p.textContent)")
+    assert "the fastest is" in answer
+    first = browser.run("document.querySelector('.answer').getBoundingClientRect().top")
+    assert first < 300
+
+
 def test_prints_all_but_what_needs_a_screen(browser: Browser, html: Path) -> None:
     browser.open(html, width=794, dark=True, print_=True)
     assert visible(browser, "nav, .filters, .save") == 0

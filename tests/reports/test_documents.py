@@ -10,6 +10,7 @@ from linear_vit.reports.__main__ import main
 from linear_vit.reports.saved import records
 from linear_vit.reports.saved.runs import MEASUREMENTS
 from linear_vit.reports.tables import ablation, results_text
+from linear_vit.reports.tables.table import join
 
 ROOT = Path(__file__).resolve().parents[2]
 HINT = "generated from other files than these: run `python -m reports results`"
@@ -63,7 +64,7 @@ def test_tables_beside_their_data_are_made_of_it(tmp_path: Path) -> None:
     assert len(found) == 2
     for path in found:
         content = json.loads(path.read_text())
-        assert results_text.markdown(content) == path.with_suffix(".md").read_text(), path
+        assert join(results_text.document(content)) == path.with_suffix(".md").read_text(), path
         assert results_text.to_csv(content) == path.with_suffix(".csv").read_text(), path
     (training,) = MEASUREMENTS.glob("*/training")
     for content in records.read_ablations(training)[0]:
