@@ -8,6 +8,7 @@ import torch
 
 from linear_vit import kernels
 from linear_vit.bench.instruments.limits import Limits
+from linear_vit.bench.instruments.machine import read
 from linear_vit.bench.problems import (
     DTYPES,
     FORWARD_BACKWARD,
@@ -101,18 +102,11 @@ def seconds(case: Case, plan: Plan) -> float:
 
 
 def _of_meminfo() -> int | None:
-    try:
-        found = re.search(r"MemAvailable:\s*(\d+) kB", Path("/proc/meminfo").read_text())
-    except OSError:
-        return None
+    found = re.search(r"MemAvailable:\s*(\d+) kB", read(Path("/proc/meminfo")))
     return int(found[1]) * 1024 if found else None
 
 
 def _of_cgroup(root: Path = Path("/sys/fs/cgroup")) -> int | None:
     """A container's limit less what it uses."""
-    try:
-        limit = (root / "memory.max").read_text().strip()
-        used = (root / "memory.current").read_text().strip()
-    except OSError:
-        return None
-    return int(limit) - int(used) if limit.isdigit() else None
+    limit, used = (read(root / f"memory.{name}").strip() for name in ("max", "current"))
+    return int(limit) - int(used) if limit.isdigit() and used.isdigit() else None

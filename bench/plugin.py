@@ -36,6 +36,7 @@ from linear_vit.options import OptionError
 
 _BUDGET_S = {"quick": 0.25, "full": 2.0, "gpu": 0.25, "cpu": 1.0}
 _REHEARSAL_BUDGET_S = 0.01
+_COMPILED_S = 0.5  # less is not compiling, but first allocations and the like
 _ALL_DISTURBED = (
     "Every case was disturbed, so no time is shown: measure again when the machine is left to "
     "itself. What disturbed each is below; the file has the times, marked."
@@ -189,7 +190,7 @@ class Benchmarks:
         seconds = result.seconds
         benchmark.pedantic(_replay.advance, args=(iter(seconds),), rounds=len(seconds))
         by = result.info["disturbed"]
-        shown = f"{result.case}: put off: {by}" if by else _row(result).line()
+        shown = f"{result.case}: put off: {by}" if by else _line(result)
         item.user_properties.append(("measured", shown))
 
     def pytest_keyboard_interrupt(self) -> None:
@@ -221,7 +222,8 @@ class Benchmarks:
         if self._session is None or self._rehearses or not whole:
             return
         for again in self._session.try_again():
-            self._progress.line(f"tried again: {_row(again).line()}")
+            what = _line(again) if again.status == MEASURED else f"{again.case}: {again.reason}"
+            self._progress.line(f"tried again: {what}")
 
     # What is shown.
 
@@ -342,6 +344,13 @@ def path_of(config: pytest.Config) -> Path | None:
 
 def _row(result: Result) -> summary.Row:
     return summary.Row(result.info, statistics.median(result.seconds))
+
+
+def _line(result: Result) -> str:
+    """A case's time, and how long compiling took where that is worth a word."""
+    seconds = result.info.get("compile_s") or 0.0
+    compiled = f"  compiled in {seconds:.1f} s" if seconds >= _COMPILED_S else ""
+    return _row(result).line() + compiled
 
 
 def sweep_from(config: pytest.Config) -> Sweep:

@@ -165,19 +165,18 @@ class Store:
 
     def suite(self) -> dict[str, Any]:
         """``kernel_suite``: the run without its cases' times."""
-        by_status: dict[str, dict[str, str]] = {FAILED: {}, OUT_OF_MEMORY: {}, LEFT_OUT: {}}
-        for name, result in self.results.items():
-            if result.status != MEASURED:
-                by_status[result.status][name] = str(result.reason)
-        not_timed = {**self.head.get("not_timed", {}), **by_status[LEFT_OUT]}
+
+        def why(status: str) -> dict[str, str]:
+            return {n: str(r.reason) for n, r in self.results.items() if r.status == status}
+
         return {
             "kind": "benchmarks",
             "schema": SCHEMA,
             **self.head,
             **titles(r.info for r in self.measured),
-            "not_timed": not_timed,
-            "failed": by_status[FAILED],
-            "out_of_memory": by_status[OUT_OF_MEMORY],
+            "not_timed": {**self.head.get("not_timed", {}), **why(LEFT_OUT)},
+            "failed": why(FAILED),
+            "out_of_memory": why(OUT_OF_MEMORY),
             "interrupted": self.interrupted,
             "resumed": self.resumed,
         }
@@ -264,17 +263,15 @@ class Store:
                 self._count_death(running)
             running = entry.get("started")
             if "finished" in entry:
-                self._take_over(entry["result"])
+                saved = entry["result"]
+                result = Result(**{**saved, "seconds": tuple(saved["seconds"])})
+                if result.info.get("sources") == self.head.get("sources"):
+                    self.results[result.case] = result
         self._count_death(running)
 
     def _count_death(self, running: str | None) -> None:
         if running is not None:
             self.deaths[running] = self.deaths.get(running, 0) + 1
-
-    def _take_over(self, saved: dict[str, Any]) -> None:
-        result = Result(**{**saved, "seconds": tuple(saved["seconds"])})
-        if result.info.get("sources") == self.head.get("sources"):
-            self.results[result.case] = result
 
     def _check(self, journal: Path, entry: dict[str, Any]) -> None:
         if entry.get("schema") != _JOURNAL_SCHEMA:

@@ -1,5 +1,8 @@
 """How check-noise judges: on made-up runs, whose truth is known."""
 
+import json
+import signal
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +55,28 @@ def timed(dropped: int = 0, **medians: float | tuple[float, str]) -> dict[str, A
         info["disturbed"] = by
         cases.append({"param": name, "stats": {"median": seconds}, "extra_info": info})
     return {"benchmarks": cases}
+
+
+def test_cases_are_timed_alone_and_beside_a_busy_process(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    neighbours: list[Any] = []
+    started = noise.subprocess.Popen
+
+    def start(command: list[str]) -> Any:
+        neighbours.append(started([sys.executable, "-c", "import time; time.sleep(60)"]))
+        assert "torch.randn" in command[2]
+        return neighbours[-1]
+
+    def run(path: Path, given: list[str]) -> None:
+        busy = [one for one in neighbours if one.poll() is None]
+        path.write_text(json.dumps(timed(30 if busy else 0, a=1.05 if busy else 1.0)))
+
+    monkeypatch.setattr(noise.subprocess, "Popen", start)
+    monkeypatch.setattr(noise, "_run", run)
+    assert noise.main(["--only", "neighbour"]) == 0
+    assert "0.0% on the quiet machine, 30.0% beside it" in capsys.readouterr().out
+    assert [one.wait() for one in neighbours] == [-signal.SIGKILL]
 
 
 @pytest.mark.parametrize(
