@@ -22,7 +22,7 @@ pytestmark = [
     pytest.mark.skipif(REASON is not None, reason=str(REASON)),
     pytest.mark.skipif(torch.cuda.is_available(), reason="the cases' tensors are on the GPU"),
 ]
-NAMES = {"avx512": "AVX-512", "avx2": "AVX2", "portable": "portable code"}
+NAMES = {"amx": "AMX", "avx512": "AVX-512", "avx2": "AVX2", "portable": "portable code"}
 
 
 @pytest.fixture(params=NAMES)
