@@ -167,14 +167,14 @@ INLINE float finish_query(const D& d, const float* sums, float inverse, float ep
     total += x[i] * a[i];
     mean += y[i] * load_wide(m + 16 * i);
   }
-  const float mean_g = sum_of(mean), c = (sum_of(total) - eps * mean_g) * inverse * inverse;
+  const float mean_g = sum_of(mean), weight = (sum_of(total) - eps * mean_g) * inverse;  // c E
 #pragma GCC unroll 2
   for (int i = 0; i < d.chunks(); i += 2) {
     Wide rest[2];
 #pragma GCC unroll 2
     for (int j = i; j < i + 2; ++j) {
       const Wide picked = signed_pick(x[j], load_wide(z + 16 * j), load_wide(z + d.padded() + 16 * j));
-      a[j] = unless_zero(x[j], f * a[j] - c * picked);
+      a[j] = unless_zero(x[j], f * (a[j] - weight * picked));
       y[j] *= f;
     }
     store_halves(dq + 16 * i, round_two(a[i], a[i + 1]));
@@ -183,7 +183,7 @@ INLINE float finish_query(const D& d, const float* sums, float inverse, float ep
     store_halves(high + 16 * i, rounded);
     store_halves(high + kTokens * d.padded() + 16 * i, round_two(rest[0], rest[1]));
   }
-  return -(centred ? c : c + mean_g * inverse);
+  return -(centred ? weight : weight + mean_g) * inverse;
 }
 
 // dq, g/E and weights of one block of 32 * groups tokens from n on. Returns whether all rows are safe.

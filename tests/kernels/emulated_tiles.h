@@ -39,7 +39,7 @@ inline Tile& tile(int i) {
   return state.tiles[i];
 }
 
-inline void dot(Tile& sums, const Tile& a, const Tile& b) {
+__attribute__((noinline)) inline void dot(Tile& sums, const Tile& a, const Tile& b) {
   float x[2][16], y[2][16][16];
   for (int k = 0; k < 16; ++k) {
     for (int n = 0; n < 16; ++n) {
@@ -81,23 +81,23 @@ struct Tiles {
 };
 
 template <int kTile>
-void tile_zero() {
+__attribute__((noinline)) void tile_zero() {
   std::memset(emulated::tile(kTile).rows, 0, 1024);
 }
 template <int kTile>
-void tile_load(const void* from, int64_t stride) {
+__attribute__((noinline)) void tile_load(const void* from, int64_t stride) {
   for (int r = 0; r < 16; ++r) {
     std::memcpy(emulated::tile(kTile).rows[r], static_cast<const char*>(from) + r * stride, 64);
   }
 }
 template <int kTile>
-void tile_store(void* to, int64_t stride) {
+__attribute__((noinline)) void tile_store(void* to, int64_t stride) {
   for (int r = 0; r < 16; ++r) {
     std::memcpy(static_cast<char*>(to) + r * stride, emulated::tile(kTile).rows[r], 64);
   }
 }
 template <int kSum, int kA, int kB>
-void tile_dot() {
+__attribute__((noinline)) void tile_dot() {
   emulated::dot(emulated::tile(kSum), emulated::tile(kA), emulated::tile(kB));
 }
 
