@@ -1,6 +1,7 @@
 """The compilers, and how the sources of each kind are compiled: a row a kind of extension.
 
-A CPU extension holds its kernels (``cpu_simd.cpp``) once per instruction set, and chooses when it
+A CPU extension holds its kernels (``cpu_simd.cpp``, and those that need a matrix unit,
+``cpu_amx.cpp``) once per instruction set, and chooses when it
 runs: what is built here is right on any machine of the same family. It compiles side by side, and
 only its operators read PyTorch's headers: the stable ones, since all of PyTorch takes longer than
 everything else here together.
@@ -29,7 +30,8 @@ NVCC_FLAGS = ("-O3",)
 _CXX_FLAGS = ("-O2",)
 
 _X86 = platform.machine() in ("x86_64", "AMD64")
-# cpu_simd.cpp is C++ without PyTorch, compiled once per instruction set: a * b + c is one FMA.
+_SIMD = "cpu_simd.cpp"
+# It is C++ without PyTorch, compiled once per instruction set: a * b + c is one FMA.
 _SIMD_FLAGS = (
     "-std=c++17",
     "-O3",
@@ -44,11 +46,16 @@ _SIMD_FLAGS = (
 _OPERATOR_FLAGS: tuple[str, ...] = ("-std=c++20", "-O1", "-fPIC")
 if _X86:
     _OPERATOR_FLAGS += ("-DLINEAR_VIT_X86",)
+if _X86 and sys.platform == "linux":  # the system has to be asked
+    _OPERATOR_FLAGS += ("-DLINEAR_VIT_AMX",)
 _AVX2 = ("-mavx2", "-mfma", "-mf16c", "-mbmi", "-mbmi2")
 _AVX512 = ("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mprefer-vector-width=512")
-_INSTRUCTION_SETS: dict[str, tuple[str, ...]] = {"portable": ()}
+# Each with the file of its kernels, where an operation has that.
+INSTRUCTION_SETS: dict[str, tuple[str, tuple[str, ...]]] = {"portable": (_SIMD, ())}
 if _X86:
-    _INSTRUCTION_SETS |= {"avx2": _AVX2, "avx512": _AVX2 + _AVX512}
+    INSTRUCTION_SETS |= {"avx2": (_SIMD, _AVX2), "avx512": (_SIMD, _AVX2 + _AVX512)}
+if "-DLINEAR_VIT_AMX" in _OPERATOR_FLAGS:
+    INSTRUCTION_SETS["amx"] = ("cpu_amx.cpp", (*_AVX2, *_AVX512, "-mavx512bf16"))
 
 
 @dataclass(frozen=True)
@@ -257,12 +264,15 @@ def _compile_cpu(sources: Path, library: Path, flags: Sequence[str]) -> None:
     sources, so that the kernels would have to be there before it begins.
     """
     cpp_extension = _quiet_cpp_extension()
-    operators, simd = (str(sources / source) for source in CPU.sources)
-    compile_operators = [*_OPERATOR_FLAGS, operators]
+    compile_operators = [*_OPERATOR_FLAGS, str(sources / CPU.sources[0])]
     compile_operators += [f"-I{path}" for path in cpp_extension.include_paths()]
     compile_operators += [f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}"]
     objects = {"operators": compile_operators}
-    objects |= {name: [*_SIMD_FLAGS, *own, simd] for name, own in _INSTRUCTION_SETS.items()}
+    objects |= {
+        name: [*_SIMD_FLAGS, *own, str(sources / source)]
+        for name, (source, own) in INSTRUCTION_SETS.items()
+        if (sources / source).exists()
+    }
     commands = {str(library.parent / f"{name}.o"): command for name, command in objects.items()}
 
     with ThreadPoolExecutor(len(commands)) as pool:
@@ -308,8 +318,8 @@ CUDA = Extension(
 )
 CPU = Extension(
     label="CPU",
-    sources=("cpu.cpp", "cpu_simd.cpp"),
-    headers=("cpu.h", "../cpu/*", "../element_type.h"),
+    sources=("cpu.cpp", _SIMD),
+    headers=("cpu.h", "cpu_amx*", "../cpu/*", "../element_type.h"),
     takes="once, seconds",
     no_device=lambda device: (
         None if device.type == "cpu" else f"C++ kernels run on the CPU, not on {device.type}"
@@ -320,7 +330,7 @@ CPU = Extension(
     commands=lambda: (
         *_SIMD_FLAGS,
         *_OPERATOR_FLAGS,
-        *(flag for flags in _INSTRUCTION_SETS.values() for flag in flags),
+        *(flag for _, flags in INSTRUCTION_SETS.values() for flag in flags),
         *cxx(),
     ),
     compile=_compile_cpu,

@@ -159,10 +159,10 @@ def check(*results):
 
 
 assert torch.empty(1000).isnan().all()
-for name in ("avx512", "avx2", "portable"):
+for name in ("amx", "avx512", "avx2", "portable"):
     os.environ["LINEAR_VIT_CPU"] = name
     try:
-        ran.append(ops.cpu_linear_attention_instruction_set())
+        ran.append(ops.cpu_linear_attention_instruction_set(True))
     except RuntimeError:
         continue
     for dtype in (torch.float32, torch.float16, torch.bfloat16):

@@ -13,6 +13,8 @@
 #include <atomic>
 #include <cstdint>
 #include <cstdlib>
+#include <cstring>
+#include <initializer_list>
 #include <memory>
 #include <numeric>
 #include <stdexcept>
@@ -57,6 +59,8 @@ struct View {
   }
 
   int64_t element_size() const { return element == kFloat32 ? 4 : 2; }
+
+  int64_t bytes() const { return size[0] * size[1] * size[2] * size[3] * element_size(); }
 
   // x[i][j][k:], row by row along axis 2.
   Rows rows(int64_t i, int64_t j, int64_t k) const {
@@ -153,28 +157,42 @@ inline Memory memory(int64_t floats) {
   return Memory(p);
 }
 
-// The kernels of the widest instruction set that this processor has, or of the one that
-// LINEAR_VIT_CPU names (avx512, avx2, portable): read at every call, so that tests can choose.
+// An instruction set's name, whether it can be used here, and an operation's kernels for it.
 template <typename Kernels>
-const Kernels& choose([[maybe_unused]] const Kernels* avx512, [[maybe_unused]] const Kernels* avx2,
-                      const Kernels* portable) {
-  const char* variable = std::getenv("LINEAR_VIT_CPU");
-  const std::string wanted = variable == nullptr ? "" : variable;
+struct InstructionSet {
+  const char* name;
+  bool usable;
+  const Kernels* kernels;
+};
+
 #if defined(LINEAR_VIT_X86)
-  static const bool has_avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
-                               __builtin_cpu_supports("bmi2");
-  static const bool has_avx512 =
-      has_avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-  if (has_avx512 && (wanted.empty() || wanted == "avx512")) return *avx512;
-  if (has_avx2 && (wanted.empty() || wanted == "avx2")) return *avx2;
+inline bool has_avx2() {
+  static const bool has = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+                          __builtin_cpu_supports("bmi2");
+  return has;
+}
+inline bool has_avx512() {
+  static const bool has = has_avx2() && __builtin_cpu_supports("avx512f") &&
+                          __builtin_cpu_supports("avx512bw") &&
+                          __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+  return has;
+}
 #endif
-  if (!wanted.empty() && wanted != "portable") {
-    throw std::runtime_error("linear_vit: LINEAR_VIT_CPU is '" + wanted +
-                             "', which is not one of avx512, avx2, portable that this processor "
-                             "has: unset it");
+
+// The kernels of the first usable instruction set, or of the one that LINEAR_VIT_CPU names: read at
+// every call, so that tests can choose.
+template <typename Kernels>
+const Kernels& choose(std::initializer_list<InstructionSet<Kernels>> sets) {
+  const char* variable = std::getenv("LINEAR_VIT_CPU");
+  const bool any = variable == nullptr || variable[0] == '\0';
+  std::string names;
+  for (const auto& set : sets) {
+    if (set.usable && (any || std::strcmp(variable, set.name) == 0)) return *set.kernels;
+    if (set.usable) names += (names.empty() ? "" : ", ") + std::string(set.name);
   }
-  return *portable;
+  throw std::runtime_error("linear_vit: LINEAR_VIT_CPU is '" + std::string(variable) +
+                           "', which is not one of those that this processor has and the system "
+                           "lets it use (" + names + "): unset it");
 }
 
 // function(item, scratch) for every item, on PyTorch's threads, in any order: an item writes where

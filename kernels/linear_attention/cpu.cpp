@@ -6,19 +6,24 @@
 // its size alone (never by the number of threads, so that results are the same for any), whose
 // states are then added in order. Memory beyond tensors: a state per head and part, or per thread,
 // and a block of tokens per thread; nothing that grows with N.
-#include <cstring>
-
 #include "../cpu/tensors.h"
 #include "cpu.h"
 
 namespace {
 
-const LinearAttentionKernels& kernels() {
-#if defined(LINEAR_VIT_X86)
-  return choose(&linear_attention_avx512, &linear_attention_avx2, &linear_attention_portable);
-#else
-  return choose<LinearAttentionKernels>(nullptr, nullptr, &linear_attention_portable);
+// AMX multiplies bfloat16 only: for others its name stands for AVX-512.
+const LinearAttentionKernels& kernels([[maybe_unused]] bool bfloat16) {
+  return choose<LinearAttentionKernels>({
+#if defined(LINEAR_VIT_AMX)
+      {"amx", linear_attention_amx_allowed(),
+       bfloat16 ? &linear_attention_amx : &linear_attention_avx512},
 #endif
+#if defined(LINEAR_VIT_X86)
+      {"avx512", has_avx512(), &linear_attention_avx512},
+      {"avx2", has_avx2(), &linear_attention_avx2},
+#endif
+      {"portable", true, &linear_attention_portable},
+  });
 }
 
 // The tokens of the query heads (or the one key head) of a key/value head, cut into parts.
@@ -47,6 +52,9 @@ struct Cut {
     }
   }
 };
+
+// An output this large leaves no room in the caches for what comes next: it is written past them.
+constexpr int64_t kStreamedBytes = int64_t{32} << 20;
 
 // A state per head and part.
 struct States {
@@ -80,7 +88,7 @@ struct Call {
 
   // Of x's dtype, batch and head dim.
   Call(const View& x, int64_t kv_heads_, int64_t group_, int64_t key_tokens, int64_t query_tokens)
-      : kernel(kernels()), element(x.element), batch(x.size[0]), kv_heads(kv_heads_),
+      : kernel(kernels(x.element == kBFloat16)), element(x.element), batch(x.size[0]), kv_heads(kv_heads_),
         group(group_), head_dim(x.size[3]), heads(batch * kv_heads), keys(heads, 1, key_tokens),
         queries(heads, group, query_tokens),
         state_floats((kernel.state_floats(head_dim) + 15) / 16 * 16),
@@ -93,7 +101,8 @@ struct Call {
   }
 
   float* clear(float* state) const {
-    return static_cast<float*>(std::memset(state, 0, state_floats * sizeof(float)));
+    kernel.clear(head_dim, state);
+    return state;
   }
 
   void accumulate(const View& k, const View& v, int64_t head, int64_t part, float* state,
@@ -108,9 +117,10 @@ struct Call {
   void apply(const View& q, const View& out, int64_t head, int64_t part, const float* state,
              float eps, float* scratch) const {
     const int64_t i = head / kv_heads, h = head % kv_heads * group;
+    const bool stream = out.bytes() >= kStreamedBytes;
     queries.ranges(part, [&](int64_t g, int64_t first, int64_t count) {
       kernel.apply(element, head_dim, count, q.rows(i, h + g, first), out.rows(i, h + g, first),
-                   state, eps, scratch);
+                   state, eps, scratch, stream);
     });
   }
 
@@ -353,7 +363,7 @@ Triple apply_backward(const Tensor& dout_any, const Tensor& q, const Tensor& S_a
   return {dq, dS, dz};
 }
 
-std::string instruction_set() { return kernels().name; }
+std::string instruction_set(bool bfloat16) { return kernels(bfloat16).name; }
 
 // FLOP of the roofline's probe, which ran on every thread.
 double probe(int64_t kind, int64_t repeats) {
@@ -362,8 +372,8 @@ double probe(int64_t kind, int64_t repeats) {
   }
   const int64_t threads = torch::stable::get_num_threads();
   std::vector<double> flop(threads);
-  parallel(threads, kernels().scratch_floats(64), [&](int64_t item, float* scratch) {
-    flop[item] = kernels().probe(static_cast<Probe>(kind), repeats, scratch);
+  parallel(threads, kernels(false).scratch_floats(64), [&](int64_t item, float* scratch) {
+    flop[item] = kernels(false).probe(static_cast<Probe>(kind), repeats, scratch);
   });
   return std::accumulate(flop.begin(), flop.end(), 0.0);
 }
@@ -391,7 +401,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(linear_vit, m) {
   m.def(
       "cpu_linear_attention_apply_backward(Tensor dout, Tensor q, Tensor S, Tensor z, float eps)"
       " -> (Tensor, Tensor, Tensor)");
-  m.def("cpu_linear_attention_instruction_set() -> str");
+  m.def("cpu_linear_attention_instruction_set(bool bfloat16) -> str");
   m.def("cpu_linear_attention_probe(int kind, int repeats) -> float");
 }
 

@@ -1,4 +1,5 @@
-// What cpu.cpp (operators) asks of cpu_simd.cpp, which is compiled once per instruction set.
+// What cpu.cpp (operators) asks of cpu_simd.cpp, which is compiled once per instruction set, and of
+// cpu_amx.cpp.
 //
 // A `state` is floats in an order of the instruction set's own: S and z of one key/value head, or
 // dS and dz. It travels between these functions only.
@@ -15,6 +16,8 @@ struct LinearAttentionKernels {
   int64_t (*state_floats)(int64_t head_dim);
   int64_t (*scratch_floats)(int64_t head_dim);
 
+  // S = 0 and z = 0.
+  void (*clear)(int64_t head_dim, float* state);
   // S += Σ φ(kₘ) vₘᵀ and z += Σ φ(kₘ) over `tokens` rows.
   void (*accumulate)(ElementType, int64_t head_dim, int64_t tokens, Rows k, Rows v, float* state,
                      float* scratch);
@@ -26,9 +29,9 @@ struct LinearAttentionKernels {
   void (*load_state)(int64_t head_dim, const float* S, const float* z, float* state);
   void (*store_state)(int64_t head_dim, const float* state, float* S, float* z);
 
-  // outₙ = φ(qₙ)ᵀ S / (φ(qₙ)·z + eps), 0 where that is 0 / 0.
+  // outₙ = φ(qₙ)ᵀ S / (φ(qₙ)·z + eps), 0 where that is 0 / 0; `stream`: past the caches.
   void (*apply)(ElementType, int64_t head_dim, int64_t tokens, Rows q, Rows out,
-                const float* state, float eps, float* scratch);
+                const float* state, float eps, float* scratch, bool stream);
   // dq, and dS, dz += this range's share.
   void (*query_gradient)(ElementType, int64_t head_dim, int64_t tokens, Rows dout, Rows q, Rows dq,
                          const float* state, float eps, float* gradient, float* scratch);
@@ -46,3 +49,6 @@ constexpr int64_t kBlock = 64;
 
 extern const LinearAttentionKernels linear_attention_avx512, linear_attention_avx2,
     linear_attention_portable;
+// Of cpu_amx.cpp, in bfloat16 only; and whether this process may use them.
+extern const LinearAttentionKernels linear_attention_amx;
+bool linear_attention_amx_allowed();

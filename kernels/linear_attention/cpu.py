@@ -1,7 +1,8 @@
-"""Linear attention in C++ for the CPU: ``cpu_simd.cpp`` (kernels) and ``cpu.cpp`` (operators).
+"""Linear attention in C++ for the CPU: ``cpu_simd.cpp`` and ``cpu_amx.cpp`` (kernels), ``cpu.cpp``.
 
 Importing this loads the extension, and builds it the first time. The environment variable
-``LINEAR_VIT_CPU`` (avx512, avx2, portable) takes another instruction set than the widest.
+``LINEAR_VIT_CPU`` (amx, avx512, avx2, portable) takes another instruction set than the widest;
+AMX is for bfloat16.
 """
 
 from typing import Any
@@ -23,5 +24,6 @@ build.load("cpu", "linear_attention")
 
 def implementation(op: str, *arguments: Any) -> str:
     """The instruction set and the threads that a call would use now."""
-    instruction_set = torch.ops.linear_vit.cpu_linear_attention_instruction_set()
+    bfloat16 = not arguments or arguments[0].dtype == torch.bfloat16
+    instruction_set = torch.ops.linear_vit.cpu_linear_attention_instruction_set(bfloat16)
     return f"{op} in C++ for {instruction_set}, {torch.get_num_threads()} threads"

@@ -595,6 +595,10 @@ void accumulate(ElementType element, int64_t head_dim, int64_t tokens, Rows k, R
   });
 }
 
+void clear(int64_t head_dim, float* state) {
+  __builtin_memset(state, 0, state_floats(head_dim) * sizeof(float));
+}
+
 void add(int64_t head_dim, int64_t partials, int64_t stride, float* state) {
   const int64_t floats = state_floats(head_dim);
   for (int64_t p = 1; p < partials; ++p) {
@@ -661,7 +665,7 @@ void store_state(int64_t head_dim, const float* state, float* S, float* z) {
 }
 
 void apply(ElementType element, int64_t head_dim, int64_t tokens, Rows q, Rows out,
-           const float* state, float eps, float* scratch) {
+           const float* state, float eps, float* scratch, bool) {
   const Shape s(head_dim);
   const Block b(s, scratch);
   for_blocks(element, tokens, s, b, [&](int64_t n, int64_t count, auto example) {
@@ -804,6 +808,6 @@ extern const LinearAttentionKernels linear_attention_avx2 = {
 extern const LinearAttentionKernels linear_attention_portable = {
     "portable code",
 #endif
-    state_floats, scratch_floats, accumulate,     add,          spread_nan, load_state,
+    state_floats, scratch_floats, clear, accumulate,     add,          spread_nan, load_state,
     store_state,  apply,          query_gradient, key_gradient, probe,
 };

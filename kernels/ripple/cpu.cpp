@@ -13,11 +13,14 @@
 namespace {
 
 const RippleKernels& kernels() {
+  return choose<RippleKernels>({
 #if defined(LINEAR_VIT_X86)
-  return choose(&ripple_avx512, &ripple_avx2, &ripple_portable);
-#else
-  return choose<RippleKernels>(nullptr, nullptr, &ripple_portable);
+      {"avx512", has_avx512(), &ripple_avx512},
+      {"amx", has_avx512(), &ripple_avx512},  // no products of matrices here
+      {"avx2", has_avx2(), &ripple_avx2},
 #endif
+      {"portable", true, &ripple_portable},
+  });
 }
 
 // Runs of the lines of all images: at most 32, each of a few at least.

@@ -1,7 +1,8 @@
 """Ripple pooling and expansion in C++ for the CPU: ``cpu_simd.cpp`` (kernels), ``cpu.cpp``.
 
 Importing this loads the extension, and builds it the first time. The environment variable
-``LINEAR_VIT_CPU`` (avx512, avx2, portable) takes another instruction set than the widest.
+``LINEAR_VIT_CPU`` (amx, avx512, avx2, portable) takes another instruction set than the widest; for
+``amx`` that is AVX-512.
 """
 
 from typing import Any

@@ -6,6 +6,8 @@ import hypothesis
 import pytest
 import torch
 
+from tests.kernels import tiles as _tiles  # noqa: F401 (before anything is built: see there)
+
 # The same draws everywhere and every time: a red test is red again when it is looked at.
 hypothesis.settings.register_profile(
     "kernels",

@@ -22,7 +22,7 @@ pytestmark = [
     pytest.mark.skipif(REASON is not None, reason=str(REASON)),
     pytest.mark.skipif(torch.cuda.is_available(), reason="the cases' tensors are on the GPU"),
 ]
-NAMES = {"avx512": "AVX-512", "avx2": "AVX2", "portable": "portable code"}
+NAMES = {"amx": "AMX", "avx512": "AVX-512", "avx2": "AVX2", "portable": "portable code"}
 
 
 @pytest.fixture(params=NAMES)
@@ -34,6 +34,11 @@ def instruction_set(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPa
         pytest.skip(str(error).splitlines()[0])
     assert NAMES[request.param] in said
     return request.param
+
+
+def precision(instruction_set: str) -> torch.dtype:
+    """What the instruction set is for."""
+    return torch.bfloat16 if instruction_set == "amx" else torch.float32
 
 
 @pytest.fixture
@@ -72,7 +77,7 @@ def test_layouts(instruction_set: str, layout: str, dtype: torch.dtype) -> None:
     ids=str,
 )
 def test_sizes(instruction_set: str, sizes: dict[str, int]) -> None:
-    assert_accurate(Attention(**sizes), "cpu")
+    assert_accurate(Attention(dtype=precision(instruction_set), **sizes), "cpu")
 
 
 @pytest.mark.parametrize(
@@ -97,9 +102,10 @@ def test_threads_do_not_change_a_bit(case: Attention | Ripple, threads: None) ->
 
 def test_packed_is_the_same_in_place(instruction_set: str) -> None:
     """Bit for bit what the views give, its gradient in one dense tensor of the same order."""
-    qkv = torch.randn(2, 90, 3, 4, 32).requires_grad_()
+    dtype = precision(instruction_set)
+    qkv = torch.randn(2, 90, 3, 4, 32, dtype=dtype).requires_grad_()
     q, k, v = (x.transpose(1, 2) for x in qkv.unbind(2))
-    gradient = torch.randn(2, 90, 4, 32)
+    gradient = torch.randn(2, 90, 4, 32, dtype=dtype)
     packed = kernels.linear_attention_packed(qkv, backend="cpu")
     views = kernels.linear_attention(q, k, v, backend="cpu").transpose(1, 2)
     assert torch.equal(packed, views)
@@ -113,9 +119,9 @@ def test_packed_is_the_same_in_place(instruction_set: str) -> None:
 def test_rows_are_read_in_place_or_copied_alike(instruction_set: str, head_dim: int) -> None:
     """Bit for bit: blocks of 64 dense, aligned rows are not copied, but the last 22 here are, and
     all of those that begin between cache lines."""
-    shape = (2, 3, 150, head_dim)
-    dense = [torch.randn(shape) for _ in range(4)]
-    apart = [torch.empty(x.numel() + 1)[1:].view(shape).copy_(x) for x in dense]
+    shape, dtype = (2, 3, 150, head_dim), precision(instruction_set)
+    dense = [torch.randn(shape, dtype=dtype) for _ in range(4)]
+    apart = [torch.empty(x.numel() + 1, dtype=dtype)[1:].view(shape).copy_(x) for x in dense]
     assert all(x.data_ptr() % 64 == 0 for x in dense)
 
     def outputs(q: Tensor, k: Tensor, v: Tensor, gradient: Tensor) -> list[Tensor]:
@@ -127,9 +133,10 @@ def test_rows_are_read_in_place_or_copied_alike(instruction_set: str, head_dim: 
         assert torch.equal(one, other)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("tokens", [50, 1000])  # whole heads, and parts
-def test_state_is_worked_out_again_alike(tokens: int) -> None:
-    q, k, v = (x.detach() for x in Attention(queries=tokens, keys=tokens).inputs())
+def test_state_is_worked_out_again_alike(tokens: int, dtype: torch.dtype) -> None:
+    q, k, v = (x.detach() for x in Attention(queries=tokens, keys=tokens, dtype=dtype).inputs())
     ops = torch.ops.linear_vit
     out, S, z = ops.cpu_linear_attention(q, k, v, 1e-6, True)
     saved = ops.cpu_linear_attention_backward(out, q, k, v, S, z, 1e-6)
@@ -139,7 +146,7 @@ def test_state_is_worked_out_again_alike(tokens: int) -> None:
 
 
 def test_no_keys(instruction_set: str) -> None:
-    q, k, v = Attention(keys=0, queries=9).inputs()
+    q, k, v = Attention(keys=0, queries=9, dtype=precision(instruction_set)).inputs()
     for eps in (1e-6, 0.0):
         out = kernels.linear_attention(q, k, v, eps=eps, backend="cpu")
         assert torch.equal(out, torch.zeros_like(out))
@@ -150,7 +157,7 @@ def test_no_keys(instruction_set: str) -> None:
 
 def test_no_queries_and_no_batch(instruction_set: str) -> None:
     for sizes in ({"queries": 0}, {"batch": 0}):
-        q, k, v = Attention(**sizes).inputs()
+        q, k, v = Attention(dtype=precision(instruction_set), **sizes).inputs()
         out = kernels.linear_attention(q, k, v, backend="cpu")
         assert out.shape == q.shape
         gradients = torch.autograd.grad(out, (q, k, v), torch.ones_like(out))
@@ -159,7 +166,8 @@ def test_no_queries_and_no_batch(instruction_set: str) -> None:
 
 def test_a_query_with_no_key_on_its_side(instruction_set: str) -> None:
     """0 / 0 is 0, with gradients of 0."""
-    q, k, v = (x.detach() for x in Attention(queries=5, keys=6).inputs())
+    case = Attention(queries=5, keys=6, dtype=precision(instruction_set))
+    q, k, v = (x.detach() for x in case.inputs())
     q, k = q.abs().requires_grad_(), (-k.abs()).requires_grad_()
     v.requires_grad_()
     out = kernels.linear_attention(q, k, v, eps=0.0, backend="cpu")
@@ -170,7 +178,8 @@ def test_a_query_with_no_key_on_its_side(instruction_set: str) -> None:
 
 @pytest.mark.parametrize("where", ["q", "k", "v"])
 def test_nan_goes_where_the_reference_sends_it(instruction_set: str, where: str) -> None:
-    tensors = dict(zip("qkv", (x.detach() for x in Attention().inputs()), strict=True))
+    case = Attention(dtype=precision(instruction_set))
+    tensors = dict(zip("qkv", (x.detach() for x in case.inputs()), strict=True))
     tensors["k"] = tensors["k"].abs()  # so that a sign's rows hold no NaN of their own
     tensors["q"][0, 0, :9] = -tensors["q"][0, 0, :9].abs()
     tensors[where][0, 0, 3, 5] = float("nan")
@@ -181,7 +190,7 @@ def test_nan_goes_where_the_reference_sends_it(instruction_set: str, where: str)
 
 
 def test_zeros_have_no_gradient(instruction_set: str) -> None:
-    q, k, v = (x.detach() for x in Attention().inputs())
+    q, k, v = (x.detach() for x in Attention(dtype=precision(instruction_set)).inputs())
     for x in (q, k):
         x[..., ::3] = 0.0
         x[..., 1::3] *= -0.0
