@@ -31,6 +31,7 @@ from typing import Any
 import torch
 
 from linear_vit.bench.instruments.memory import is_out_of_memory
+from linear_vit.bench.store import StoreError
 from linear_vit.options import OptionError, spell_out
 from linear_vit.reports import tables
 from linear_vit.reports.saved.runs import NoRuns
@@ -247,7 +248,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if args.command != "train" and distributed.local_rank() is not None:
             raise UserError(f"torchrun is for train; {args.command} runs in one process")
         commands[args.command](args)
-    except (UserError, NoRuns, OptionError, OSError) as error:  # a full disk, say
+    except (UserError, NoRuns, OptionError, StoreError, OSError) as error:  # a full disk, say
         print(f"train_minimal.py: error: {error}", file=sys.stderr)
         return 2
     except (RuntimeError, MemoryError) as error:
