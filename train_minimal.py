@@ -30,6 +30,8 @@ from typing import Any
 
 import torch
 
+from linear_vit.bench.instruments.memory import is_out_of_memory
+from linear_vit.bench.store import StoreError
 from linear_vit.options import OptionError, spell_out
 from linear_vit.reports import tables
 from linear_vit.reports.saved.runs import NoRuns
@@ -38,7 +40,7 @@ from linear_vit.training.checkpoints import load_checkpoint, load_weights
 from linear_vit.training.config import Config, build_model, model_settings
 from linear_vit.training.data import datasets
 from linear_vit.training.data.loader import Loader
-from linear_vit.training.errors import UserError, notice
+from linear_vit.training.errors import UserError, first_line, notice
 from linear_vit.training.evaluation import check_usable
 from linear_vit.training.logbook import Logbook
 from linear_vit.training.metrics import predict
@@ -246,8 +248,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if args.command != "train" and distributed.local_rank() is not None:
             raise UserError(f"torchrun is for train; {args.command} runs in one process")
         commands[args.command](args)
-    except (UserError, NoRuns, OptionError, OSError) as error:  # a full disk, say
+    except (UserError, NoRuns, OptionError, StoreError, OSError) as error:  # a full disk, say
         print(f"train_minimal.py: error: {error}", file=sys.stderr)
+        return 2
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        print(f"train_minimal.py: error: out of memory: {first_line(error)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("stopped; what is finished is recorded, and --resume goes on", file=sys.stderr)

@@ -17,8 +17,6 @@ from linear_vit import options
 from linear_vit.training.errors import UserError, first_line
 
 _GRACE_S = 10  # between the first process and the last to notice that one does not answer
-
-
 # What the processes say of themselves beside their exchanges; theirs while they are joined.
 _told: dist.Store | None = None
 

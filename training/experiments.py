@@ -1,6 +1,7 @@
 """Many runs: which are missing from a folder of records, and the speed of steps by turns."""
 
 import dataclasses
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from linear_vit.training.evaluation import check_usable
 from linear_vit.training.record import (
     environment,
     finished_record,
-    is_locked,
+    lock,
     read_runs,
     same_machine,
 )
@@ -55,14 +56,14 @@ def _unfinished(folder: Path) -> dict[Path, dict[str, Any]]:
     for last in sorted(folder.rglob("last.pt"), key=lambda path: -path.stat().st_mtime):
         runs, _ = read_runs(last.parent)
         run = runs.get(last.with_name("run.json"))
-        try:
-            settings = run["config"] if run else dataclasses.asdict(load_checkpoint(last)["config"])
-            Config(**settings)
-        except (UserError, TypeError) as error:
-            notice(f"skipped {last}: {error}")
+        if run and run["status"] == "finished":
             continue
-        if not (run and run["status"] == "finished") and not is_locked(last.parent):
-            found[last.parent] = settings
+        try:
+            config = Config(**run["config"]) if run else load_checkpoint(last)["config"]
+            os.close(lock(last.parent))
+            found[last.parent] = dataclasses.asdict(config)
+        except (UserError, TypeError) as error:  # damaged, or being trained
+            notice(f"skipped {last}: {error}")
     return found
 
 

@@ -52,6 +52,13 @@ def _at_least(least: int, text: str) -> int:
     return value
 
 
+def seconds(text: str) -> float:
+    value = float(text)
+    if not 0 <= value < 1e9:
+        raise argparse.ArgumentTypeError(f"must be at least 0 and below 1e9, got {text}")
+    return value
+
+
 def on_off(text: str) -> bool:
     if text not in ("on", "off"):
         raise argparse.ArgumentTypeError(f"must be on or off, got {text!r}")
@@ -70,10 +77,12 @@ def _folder(default: str, what: str = "") -> dict[str, Any]:
     return _flag(f"{what} ({default})".strip(), "DIR", default=default)
 
 
-def _number(default: Any, help: str) -> dict[str, Any]:
-    kind = positive if isinstance(default, int) else float
-    metavar = "N" if isinstance(default, int) else "X"
-    return _flag(f"{help} ({default:g})", metavar, type=kind, default=default)
+def _count(default: int, help: str) -> dict[str, Any]:
+    return _flag(f"{help} ({default})", "N", type=positive, default=default)
+
+
+def _seconds(default: float, help: str) -> dict[str, Any]:
+    return _flag(f"{help} ({default:g})", "X", type=seconds, default=default)
 
 
 _SHARED: dict[str, dict[str, Any]] = {
@@ -120,7 +129,7 @@ COMMANDS: dict[str, Command] = {
         "compare all models",
         "device out data_dir workers models",
         {
-            "seeds": _number(5, "runs per model, seeds 0, 1, ..."),
+            "seeds": _count(5, "runs per model, seeds 0, 1, ..."),
             "run": {
                 "action": argparse.BooleanOptionalAction,
                 "default": True,
@@ -129,7 +138,7 @@ COMMANDS: dict[str, Command] = {
             "runs": _folder("runs", "folder of the run records"),
             "exponents": _flag("exponents.csv of measured complexity (found in reports/)", "FILE"),
             "ablations": _folder("reports/out/ablation", "of the ablations"),
-            "seconds": _number(5.0, "to time each model's training step by turns"),
+            "seconds": _seconds(5.0, "to time each model's training step by turns"),
         },
         {"preset": "small", "dataset": "digits"},
     ),
@@ -137,10 +146,10 @@ COMMANDS: dict[str, Command] = {
         "vary one setting: --ripple_stages 1,2,3,4",
         "device data_dir workers",
         {
-            "seeds": _number(3, "runs per value, seeds 0, 1, ..."),
+            "seeds": _count(3, "runs per value, seeds 0, 1, ..."),
             "runs": _folder("reports/out/ablation/runs", "folder of the run records"),
             "out": _folder("reports/out/ablation", "of table and plot"),
-            "seconds": _number(5.0, "to time each value's step; 0: speeds of the runs"),
+            "seconds": _seconds(5.0, "to time each value's step; 0: speeds of the runs"),
         },
         {"preset": "small", "dataset": "digits"},
         lists=True,
@@ -152,7 +161,7 @@ COMMANDS: dict[str, Command] = {
             "backends": _flag(
                 "such as torch,compiled,cuda (torch and the own ones)", "LIST", type=options.words
             ),
-            "seconds": _number(3.0, "to spend on each model and backend"),
+            "seconds": _seconds(3.0, "to spend on each model and backend"),
         },
         {"preset": "small", "dataset": "fashion-mnist"},
     ),
@@ -160,7 +169,7 @@ COMMANDS: dict[str, Command] = {
         "what a training step spends its time on",
         "device out models workers",
         {
-            "steps": _number(10, "steps to take"),
+            "steps": _count(10, "steps to take"),
         },
         {"preset": "small", "dataset": "fashion-mnist"},
     ),

@@ -101,15 +101,6 @@ def lock(folder: Path) -> int:
     return descriptor
 
 
-def is_locked(folder: Path) -> bool:
-    """Whether a process is training in a folder."""
-    try:
-        os.close(lock(folder))
-    except UserError:
-        return True
-    return False
-
-
 def remove_leftovers(folder: Path) -> None:
     """Deletes the temporary files of a run that was killed while it wrote."""
     for name in ("last.pt", "best.pt", "run.json"):

@@ -239,18 +239,15 @@ def time_steps(cases: Sequence[Case], path: Path, device: torch.device, *, secon
     if not usable:
         why = "; ".join(dict.fromkeys(str(reason) for reason in reasons.values()))
         raise UserError(f"no training step can be timed: {why}")
+    kept = store.Store(path, head)
     plan = runner.Plan(device, seconds / TRAINING_STEP.budget, sources=sources)
-    try:
-        kept = store.Store(path, head)
-        for result in runner.run([tuple(usable)], plan, kept, isolate=False):
-            if result.status != store.MEASURED:
-                notice(f"{result.case} was not timed: {result.reason}")
-            elif result.info["disturbed"]:
-                notice(f"{result.case} was disturbed: {result.info['disturbed']}")
-        kept.write()
-        kept.close(done=True)
-    except store.StoreError as error:
-        raise UserError(f"{error}; choose another folder") from error
+    for result in runner.run([tuple(usable)], plan, kept, isolate=False):
+        if result.status != store.MEASURED:
+            notice(f"{result.case} was not timed: {result.reason}")
+        elif result.info["disturbed"]:
+            notice(f"{result.case} was disturbed: {result.info['disturbed']}")
+    kept.write()
+    kept.close(done=True)
     return path
 
 

@@ -14,7 +14,7 @@ from linear_vit import train_minimal
 from linear_vit.training.config import Config, resolve
 from linear_vit.training.errors import UserError
 from linear_vit.training.experiments import to_resume
-from linear_vit.training.record import SCHEMA, is_locked, lock
+from linear_vit.training.record import SCHEMA, lock
 
 ROOT = Path(__file__).parents[2]
 TINY = ["--dataset=digits", "--preset=small", "--dim=8", "--depth=1", "--heads=1", "--epochs=1"]
@@ -91,15 +91,18 @@ def test_a_finished_run_of_these_options_is_as_good() -> None:
 
 def test_damaged_ones_are_skipped(capsys: pytest.CaptureFixture[str]) -> None:
     good = leave("good", age=9)
-    for name in ("no record", "odd settings"):
+    for name in ("no record", "odd settings", "no settings"):
         leave(name)
     (Path("runs") / "no record" / "run.json").unlink()
     odd = Path("runs") / "odd settings" / "run.json"
     odd.write_text(odd.read_text().replace('"dim"', '"width"'))
+    none = Path("runs") / "no settings" / "run.json"
+    none.write_text(none.read_text().replace('"config": {', '"config": null, "other": {'))
     assert chosen() == (good, "good")
     skipped = capsys.readouterr().err
     assert "skipped runs/no record/last.pt" in skipped
     assert "skipped runs/odd settings/last.pt" in skipped
+    assert "skipped runs/no settings/last.pt" in skipped
 
 
 def test_killed_and_found_again(
@@ -141,12 +144,12 @@ def test_two_processes_do_not_train_in_one_folder(capsys: pytest.CaptureFixture[
     ) as other:
         assert other.stdout is not None
         assert other.stdout.readline() == "has it\n"
-        assert is_locked(Path("runs/held"))
         assert train_minimal.main(["--resume"]) == 2
-        assert "none below runs is unfinished" in capsys.readouterr().err
+        error = capsys.readouterr().err
+        assert "skipped runs/held/last.pt: another process is training in runs/held" in error
+        assert "none below runs is unfinished" in error
         assert train_minimal.main([*TINY, "--out=runs/held"]) == 2
         assert "another process is training in runs/held" in capsys.readouterr().err
         assert other.stdin is not None
         other.stdin.close()
-    assert not is_locked(Path("runs/held"))
     os.close(lock(Path("runs/held")))
