@@ -73,7 +73,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_cmdline_main(config: pytest.Config) -> int | None:
-    if not _benchmark_only(config) or (config.getoption("repeats") or 1) == 1:
+    if not _benchmark_only(config) or config.getoption("repeats") in (None, 1):
         return None
     from linear_vit.bench import plugin, repeats
 

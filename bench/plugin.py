@@ -197,9 +197,9 @@ class Benchmarks:
         self._store.interrupt()
 
     @pytest.hookimpl(wrapper=True, tryfirst=True)
-    def pytest_sessionfinish(self) -> Generator[None, object, object]:
+    def pytest_sessionfinish(self, session: pytest.Session) -> Generator[None, object, object]:
         try:
-            self._try_again()
+            self._try_again(session)
         except KeyboardInterrupt:
             self._store.interrupt()
         result = yield  # pytest-benchmark writes its file
@@ -216,7 +216,7 @@ class Benchmarks:
         self._store.close(done=whole and self._written and self._store.complete)
         return result
 
-    def _try_again(self) -> None:
+    def _try_again(self, session: pytest.Session) -> None:
         """Of a run that came to its end, what was disturbed."""
         whole = self._progress.finished and not self._store.interrupted
         if self._session is None or self._rehearses or not whole:
@@ -224,6 +224,8 @@ class Benchmarks:
         for again in self._session.try_again():
             what = _line(again) if again.status == MEASURED else f"{again.case}: {again.reason}"
             self._progress.line(f"tried again: {what}")
+            if again.status == FAILED:
+                session.exitstatus = pytest.ExitCode.TESTS_FAILED
 
     # What is shown.
 

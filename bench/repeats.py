@@ -21,8 +21,10 @@ def run(config: pytest.Config, count: int, path: Path | None) -> int:
         The first exit code that is not 0; else 0.
 
     Raises:
-        pytest.UsageError: no file was named.
+        pytest.UsageError: no file was named, or fewer than one run is wanted.
     """
+    if count < 1:
+        raise pytest.UsageError(f"--repeats: a positive number, got {count}")
     if path is None:
         raise pytest.UsageError("--repeats: name the runs' file with --benchmark-json or --out")
     codes = []

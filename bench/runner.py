@@ -49,7 +49,10 @@ def measure(
         the machine was never left to it for long enough.
     """
     where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    return clock.measure_interleaved(calls, where, budget_s=budget_s)
+    found = clock.measure_interleaved(calls, where, budget_s=budget_s)
+    if any(timing.disturbed for timing in found.values()):  # once more, as a case of a run
+        found = clock.measure_interleaved(calls, where, budget_s=budget_s)
+    return found
 
 
 def run(

@@ -208,6 +208,13 @@ def test_repeats_are_runs_of_processes_of_their_own(tmp_path: Path) -> None:
     assert infos[0]["turns"] != infos[1]["turns"]
     done = run_pytest(*options, f"--benchmark-json={path}", "--resume-bench")
     assert done.stdout.count("is there already") == 2
-    done = run_pytest(*options)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [(["--repeats", "2"], "name the runs' file"), (["--repeats", "0"], "a positive number, got 0")],
+)
+def test_repeats_that_cannot_be(options: list[str], message: str) -> None:
+    done = run_pytest("--benchmark-only", *options)
     assert done.returncode == 4
-    assert "--repeats: name the runs' file" in done.stderr
+    assert f"--repeats: {message}" in done.stderr
