@@ -43,7 +43,7 @@ def _parser() -> Parser:
 
     scaling = command(_scaling, "time, memory and speed-up against N, as plots")
     _add_cases(scaling)
-    _add_path(scaling, "--out", "folder", runs.DEFAULT_OUT / "scaling", metavar="PATH")
+    _add_path(scaling, "--out", "folder (reports/out/scaling)", metavar="PATH")
     text = "two runs: what became faster or slower; or the backends of one, with --baseline"
     _add_compare(command(_compare, text))
     targets = command(_targets, "the bounds set for this project, judged from a run")
@@ -148,16 +148,20 @@ def _percent(text: str) -> float:
 def _scaling(arguments: argparse.Namespace) -> int:
     from linear_vit.reports import groups, scaling
 
-    loaded = _load(arguments.paths or runs.default_paths())
+    paths = arguments.paths or _default_paths()
+    # What is in reports/out is taken for one's own.
+    folder = "repository" if paths == runs.measured() else "scaling"
+    out = arguments.out or runs.DEFAULT_OUT / folder
+    loaded = _load(paths)
     found = groups.groups(loaded.only(arguments.ops, arguments.dtypes, arguments.backends))
     if not found:
         raise runs.NoRuns(
             f"the saved runs time no operation (only training steps). Make one with: "
             f"{runs.HOW_TO_MEASURE}"
         )
-    written = scaling.write(found, arguments.out)
+    written = scaling.write(found, out)
     print(scaling.summary(found))
-    print(f"{len(written)} files in {arguments.out}")
+    print(f"{len(written)} files in {out}")
     return 0
 
 
@@ -166,7 +170,7 @@ def _compare(arguments: argparse.Namespace) -> int:
 
     asked = arguments.ops, arguments.dtypes
     if arguments.baseline is not None:
-        loaded = _load(arguments.paths or runs.default_paths())
+        loaded = _load(arguments.paths or _default_paths())
         cases = compare.speedups(loaded.only(*asked), arguments.baseline, arguments.backends)
         text, failed = compare.render(cases, arguments.baseline, loaded.words), False
     elif not (arguments.after or 1 <= len(arguments.paths) <= 2):
@@ -247,6 +251,14 @@ def _convert(arguments: argparse.Namespace) -> int:
         print(write_json(new / path.relative_to(old), document))
         converted += 1
     return 0 if converted else 2
+
+
+def _default_paths() -> list[Path]:
+    paths = runs.default_paths()
+    if paths == runs.measured():
+        text = f"no run in {runs.DEFAULT_OUT}: these are the repository's own measurements"
+        print(text, file=sys.stderr)
+    return paths
 
 
 def _load(paths: Sequence[Path], *, every: bool = False) -> runs.Runs:

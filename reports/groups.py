@@ -127,7 +127,10 @@ OVER_TORCH = Picture(
 
 
 def groups(runs: Runs) -> list[Group]:
-    """Split the kernels' cases by machine, family and dtype, with a fit for every curve."""
+    """Split the kernels' cases by machine, family and dtype, with a fit for every curve.
+
+    Families stand in their order; of each the newest measured first.
+    """
     frame = runs.kernels
     if frame.empty:
         return []
@@ -148,6 +151,7 @@ def groups(runs: Runs) -> list[Group]:
         name = group.family.name
         return order.index(name) if name in order else len(order), bool(group.sweep)
 
+    found.sort(key=lambda group: str(group.frame["datetime"].max()), reverse=True)
     return sorted(found, key=place)
 
 

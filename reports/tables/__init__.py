@@ -153,16 +153,24 @@ def read_exponents(path: Path) -> Exponents:
 
 
 def _near(out: Path, found: Sequence[records.Record]) -> Exponents | None:
-    """Of the newest saved run beside the table, or in the folder above, of a records' machine."""
-    here = {machines.label(run["environment"]) for run in found}
-    for folder in (out, out.parent):
-        loaded = _load(sorted(folder.glob("*.json")))
-        for head in reversed(loaded.heads if loaded else []):
-            if head["machine"] not in here:
-                continue
-            if fits := _fits(groups(runs.load([Path(head["file"])]))):
-                return Exponents(head["file"], fits)
-    return None
+    """Of the saved runs beside the table, or in the folder above: the newest of each machine.
+
+    Of runs on a record's machine and PyTorch, one of its revision comes before all others.
+    """
+    taken: dict[str, list[dict[str, Any]]] = {}
+    environments = {machines.label(run["environment"]): run["environment"] for run in found}
+    for where in environments.values():
+        for folder in (out, out.parent):
+            loaded = _load(sorted(folder.glob("*.json")))
+            heads = [h for h in loaded.heads if machines.same(h["facts"], where)] if loaded else []
+            heads.sort(key=lambda head: (head["facts"].get("git") == where.get("revision"),
+                                         head["datetime"]), reverse=True)  # fmt: skip
+            fits = ((h["file"], _fits(groups(runs.load([Path(h["file"])])))) for h in heads)
+            if newest := next((one for one in fits if one[1]), None):
+                taken.setdefault(*newest)
+                break
+    rows = [row for of_one in taken.values() for row in of_one]
+    return Exponents(", ".join(taken), rows) if taken else None
 
 
 def _fits(found: Sequence[Group]) -> list[dict[str, Any]]:

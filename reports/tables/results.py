@@ -367,9 +367,10 @@ def _complexity(model: str, run: Record, exponents: Sequence[Mapping[str, Any]])
     if not fits:
         return result | dict.fromkeys(("exponent", "low", "high", *keys))
 
-    def preference(fit: Mapping[str, Any]) -> tuple[bool, bool]:
+    def preference(fit: Mapping[str, Any]) -> tuple[bool, ...]:
         backend = run["config"].get("backend") or PYTORCH
-        return fit["backend"] == backend, fit["pass"] == "forward+backward"
+        of_run = fit["backend"] == backend, fit["pass"] == "forward+backward"
+        return (*of_run, not fit.get("sweep"))  # a sweep of its own comes after the usual one
 
     best = max(fits, key=preference)
     numbers = {key: float(best[key]) for key in ("exponent", "low", "high")}
