@@ -44,7 +44,7 @@ def _parser() -> Parser:
 
     scaling = command(_scaling, "time, memory and speed-up against N, as plots")
     _add_cases(scaling)
-    _add_path(scaling, "--out", "folder", runs.DEFAULT_OUT / "scaling", metavar="PATH")
+    _add_path(scaling, "--out", "folder (reports/out/scaling)", metavar="PATH")
     text = "two runs: what became faster or slower; or the backends of one, with --baseline"
     _add_compare(command(_compare, text))
     targets = command(_targets, "the bounds set for this project, judged from a run")
@@ -105,13 +105,17 @@ def _add_cases(parser: Parser) -> None:
 def _add_compare(parser: Parser) -> None:
     parser.description = (
         "BEFORE AFTER: per case faster, slower, same or undecided; with one run, BEFORE is "
-        "reports/measurements. With --baseline: every backend of a run over that one."
+        "reports/measurements. Of several runs a side, each a process: BEFORE... --with AFTER..., "
+        "which tells the luck of a process from a change. With --baseline: every backend of a run "
+        "over that one."
     )
     _add_cases(parser)
+    _add_path(parser, "--with", "the later runs", dest="after", nargs="+", metavar="AFTER")
     parser.add_argument("--baseline", metavar="NAME", help="compare backends with this one")
-    text = "exit with 1 where a case, or all lengths of a backend together, are that"
-    parser.add_argument("--fail-on", action="extend", type=_verdicts, default=[], metavar="A,B",
-                        help=f"slower, faster, undecided or same: {text}")  # fmt: skip
+    text = "missing, slower (and so missing), faster, undecided or same: exit with 1 where a case, "
+    text += "or all lengths of a backend together, are that"
+    verdicts: dict[str, Any] = {"action": "extend", "type": _verdicts, "default": []}
+    parser.add_argument("--fail-on", metavar="A,B", help=text, **verdicts)
     text = "a change of two runs that is surely smaller is none (3)"
     parser.add_argument("--margin", type=_percent, default=0.03, metavar="PERCENT", help=text)
     text = "backend whose code did not change, which shows the machine's drift; none: no drift is "
@@ -145,16 +149,20 @@ def _percent(text: str) -> float:
 def _scaling(arguments: argparse.Namespace) -> int:
     from linear_vit.reports import groups, scaling
 
-    loaded = _load(arguments.paths or runs.default_paths())
+    paths = arguments.paths or _default_paths()
+    # What is in reports/out is taken for one's own.
+    folder = "repository" if paths == runs.measured() else "scaling"
+    out = arguments.out or runs.DEFAULT_OUT / folder
+    loaded = _load(paths)
     found = groups.groups(loaded.only(arguments.ops, arguments.dtypes, arguments.backends))
     if not found:
         raise runs.NoRuns(
             f"the saved runs time no operation (only training steps). Make one with: "
             f"{runs.HOW_TO_MEASURE}"
         )
-    written = scaling.write(found, arguments.out)
+    written = scaling.write(found, out)
     print(scaling.summary(found))
-    print(f"{len(written)} files in {arguments.out}")
+    print(f"{len(written)} files in {out}")
     return 0
 
 
@@ -163,24 +171,26 @@ def _compare(arguments: argparse.Namespace) -> int:
 
     asked = arguments.ops, arguments.dtypes
     if arguments.baseline is not None:
-        loaded = _load(arguments.paths or runs.default_paths())
+        loaded = _load(arguments.paths or _default_paths())
         cases = compare.speedups(loaded.only(*asked), arguments.baseline, arguments.backends)
         text, failed = compare.render(cases, arguments.baseline, loaded.words), False
-    elif not 1 <= len(arguments.paths) <= 2:
+    elif not (arguments.after or 1 <= len(arguments.paths) <= 2):
         raise runs.NoRuns(
             "compare takes two runs, BEFORE and AFTER (or one, held against reports/measurements); "
-            "to compare the backends of one run add --baseline NAME"
+            "of several a side, BEFORE... --with AFTER...; to compare the backends of one run add "
+            "--baseline NAME"
         )
     else:
+        before = arguments.paths if arguments.after else arguments.paths[:-1]
         found = changes.changes(
-            _load(arguments.paths[:-1] or runs.measured()),
-            _load(arguments.paths[-1:]),
+            _load(before or runs.measured(), every=True),
+            _load(arguments.after or arguments.paths[-1:], every=True),
             control=None if arguments.control == "none" else arguments.control,
             margin=arguments.margin,
             anyway=arguments.anyway,
         ).only(*asked, arguments.backends)
         cases, text = found.cases, changes.render(found)
-        failed = bool(found.verdicts & {*arguments.fail_on})
+        failed = found.fails(arguments.fail_on)
     if arguments.csv:
         cases.to_csv(arguments.csv, index=False)
     print(text)
@@ -244,10 +254,20 @@ def _convert(arguments: argparse.Namespace) -> int:
     return 0 if converted else 2
 
 
-def _load(paths: Sequence[Path]) -> runs.Runs:
-    loaded = runs.load(paths)
+def _default_paths() -> list[Path]:
+    paths = runs.default_paths()
+    if paths == runs.measured():
+        text = f"no run in {runs.DEFAULT_OUT}: these are the repository's own measurements"
+        print(text, file=sys.stderr)
+    return paths
+
+
+def _load(paths: Sequence[Path], *, every: bool = False) -> runs.Runs:
+    loaded = runs.load(paths, every=every)
     for line in loaded.skipped:
         print(f"skipped {line}", file=sys.stderr)
+    for line in loaded.disturbed():
+        print(f"left out of fits, means and verdicts: {line}", file=sys.stderr)
     return loaded
 
 

@@ -29,7 +29,8 @@ def speedups(runs: Runs, baseline: str, backends: Sequence[str] | None = None) -
         backends: those to compare; None takes every other one.
 
     Returns:
-        Columns of ``_GROUP``, ``N``, ``median_s``, ``baseline_s``, ``speedup``, ``low``, ``high``.
+        Columns of ``_GROUP``, ``N``, ``median_s``, ``baseline_s``, ``speedup``, ``low``, ``high``,
+        ``disturbed``.
 
     Raises:
         NoRuns: none is of both backends.
@@ -47,13 +48,19 @@ def speedups(runs: Runs, baseline: str, backends: Sequence[str] | None = None) -
     ).rename(columns={"median_s_base": "baseline_s"})
     if both.empty:
         raise NoRuns(f"no run has a case of {baseline!r} and of another backend, too")
-    columns = [*_GROUP, "N", "median_s", "baseline_s", "speedup", "low", "high"]
+    if both["disturbed"].notna().all():
+        raise NoRuns(f"every case was disturbed ({both['disturbed'].iloc[0]}): nothing to compare")
+    columns = [*_GROUP, "N", "median_s", "baseline_s", "speedup", "low", "high", "disturbed"]
     return both[columns].sort_values([*_GROUP, "N"], kind="stable").reset_index(drop=True)
 
 
 def summarise(cases: pd.DataFrame) -> pd.DataFrame:
-    """A row per group: lengths, geometric mean, and the worst with its N."""
-    of_groups = cases.sort_values("speedup", kind="stable").groupby(_GROUP, sort=False)
+    """A row per group: lengths, geometric mean, and the worst with its N.
+
+    Of the cases that nothing disturbed.
+    """
+    steady = cases[cases["disturbed"].isna()].sort_values("speedup", kind="stable")
+    of_groups = steady.groupby(_GROUP, sort=False)
     found = of_groups.agg(
         lengths=("N", "size"),
         geometric_mean=("speedup", lambda ratios: float(np.exp(np.log(ratios).mean()))),
@@ -77,11 +84,14 @@ def render(cases: pd.DataFrame, baseline: str, words: Words) -> str:
             f"{', '.join([*what, summary['machine']])}: {summary['backend']} over {baseline}"
         )
         for row in parts[tuple(summary[name] for name in _GROUP)].to_dict("records"):
-            interval = f"({row['low']:.2f} to {row['high']:.2f})"
+            after = f"({row['low']:.2f} to {row['high']:.2f})"
+            if not np.isfinite(row["low"]):
+                after = "(its rounds were not kept)"
+            if isinstance(row["disturbed"], str):
+                after += f", disturbed: {row['disturbed']}"
             lines.append(
                 f"  N = {row['N']:>9,}  {units.duration(row['median_s']):>8} against "
-                f"{units.duration(row['baseline_s']):>8}  {row['speedup']:6.2f}× "
-                f"{interval if np.isfinite(row['low']) else '(its rounds were not kept)'}"
+                f"{units.duration(row['baseline_s']):>8}  {row['speedup']:6.2f}× {after}"
             )
         lines.append(
             f"  geometric mean {summary['geometric_mean']:.2f}×, worst {summary['worst']:.2f}× "

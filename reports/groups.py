@@ -37,6 +37,11 @@ class Group:
     words: Words
 
     @property
+    def steady(self) -> pd.DataFrame:
+        """The cases that nothing disturbed: those that anything is concluded from."""
+        return self.frame[self.frame["disturbed"].isna()]
+
+    @property
     def operations(self) -> tuple[str, ...]:
         there = set(self.frame["operation"])
         return tuple(op for op in self.family.operations if op in there)
@@ -122,7 +127,10 @@ OVER_TORCH = Picture(
 
 
 def groups(runs: Runs) -> list[Group]:
-    """Split the kernels' cases by machine, family and dtype, with a fit for every curve."""
+    """Split the kernels' cases by machine, family and dtype, with a fit for every curve.
+
+    Families stand in their order; of each the newest measured first.
+    """
     frame = runs.kernels
     if frame.empty:
         return []
@@ -134,7 +142,7 @@ def groups(runs: Runs) -> list[Group]:
         for setting, cases in part.groupby("setting", sort=False):
             where = (str(machine), str(sweep), int(str(total)), str(setting) if several else "")
             of = family_of(str(cases["operation"].iloc[0]))
-            fits = _fits(cases) if not total else {}
+            fits = _fits(cases[cases["disturbed"].isna()]) if not total else {}
             found.append(Group(*where, of, str(dtype), cases, fits, runs.words))
     order = [family.name for family in FAMILIES]
 
@@ -143,6 +151,7 @@ def groups(runs: Runs) -> list[Group]:
         name = group.family.name
         return order.index(name) if name in order else len(order), bool(group.sweep)
 
+    found.sort(key=lambda group: str(group.frame["datetime"].max()), reverse=True)
     return sorted(found, key=place)
 
 
@@ -198,7 +207,7 @@ def crossovers(found: Sequence[Group]) -> Iterator[tuple[Group, str, str, Crosso
         if not group.family.incumbent:
             continue
         first, second = group.family.operations
-        frame = group.frame
+        frame = group.steady
         for mode in group.passes:
             here = frame[frame["pass"] == mode]
             incumbent = here[(here["operation"] == second) & (here["backend"] == PYTORCH)]

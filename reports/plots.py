@@ -3,6 +3,7 @@
 import textwrap
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import matplotlib as mpl
 
@@ -22,6 +23,8 @@ from linear_vit.reports.styles import style
 INK = "#222222"
 
 _LINES = ("-", "--")
+# Of what was disturbed while it was measured.
+_HOLLOW: dict[str, Any] = {"markerfacecolor": "none", "markersize": 8, "linewidth": 0}
 
 
 def draw(
@@ -63,9 +66,10 @@ def _panel(axis: Axes, frame: pd.DataFrame, picture: Picture, group: Group, mode
         fit = group.fits.get((str(operation), mode, str(backend)))
         if picture is TIME and fit is not None and fit.reason is None:
             text += f": {_exponent(fit)}"
+        drawn = curve[curve["disturbed"].isna()]
         axis.plot(
-            curve["N"],
-            curve["value"],
+            drawn["N"],
+            drawn["value"],
             _LINES[second],
             color=colour,
             marker=marker,
@@ -74,8 +78,12 @@ def _panel(axis: Axes, frame: pd.DataFrame, picture: Picture, group: Group, mode
             linewidth=1.6,
             label=text,
         )
+        lost = curve[curve["disturbed"].notna()]
+        axis.plot(lost["N"], lost["value"], color=colour, marker=marker, **_HOLLOW)
         if picture is TIME:
             axis.vlines(curve["N"], curve["q1_s"], curve["q3_s"], color=colour, linewidth=2.5)
+    if frame["disturbed"].notna().any():
+        axis.plot([], [], color=INK, marker="o", label="hollow, off the line: disturbed", **_HOLLOW)
     if picture.is_ratio:
         axis.axhline(1, color=INK, linewidth=0.8)
     _decorate(axis, frame, picture)

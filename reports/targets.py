@@ -84,8 +84,11 @@ def as_table(found: Sequence[Verdict]) -> Table:
 
 
 def _cases(run: Runs, *, call: int | None = None, **wanted: Any) -> list[Case]:
-    """Cases with these values, ``pass_`` for pass; if it is said, of so many tokens a ``call``."""
-    frame = run.kernels
+    """Cases with these values, ``pass_`` for pass; if it is said, of so many tokens a ``call``.
+
+    Those that were disturbed decide nothing.
+    """
+    frame = run.kernels[run.kernels["disturbed"].isna()] if len(run.kernels) else run.kernels
     for name, value in wanted.items():
         frame = frame[frame[name.rstrip("_")] == value] if len(frame) else frame
     found = frame.sort_values("N", kind="stable").to_dict("records") if len(frame) else []

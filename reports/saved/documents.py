@@ -14,7 +14,10 @@ T = TypeVar("T")
 
 @dataclass
 class Documents:
-    """``runs`` are the timed cases; the others hold the documents of a kind, in order of path."""
+    """``runs`` are the timed cases; the others hold the documents of a kind, the newest first.
+
+    ``of_repository``: nothing was found where it was looked for, so that all is the repository's.
+    """
 
     runs: Runs | None = None
     checks: list[Saved] = field(default_factory=list)
@@ -24,6 +27,7 @@ class Documents:
     statics: list[Saved] = field(default_factory=list)
     traffics: list[Saved] = field(default_factory=list)
     skipped: list[str] = field(default_factory=list)
+    of_repository: bool = False
 
     def each(self, saved: Iterable[Saved], build: Callable[[Saved], T]) -> list[T]:
         """What ``build`` makes of each."""
@@ -50,6 +54,7 @@ def load(paths: Sequence[Path], results: Path) -> Documents:
     timed = runs.newest_of_each(results)
     if not timed.heads and not any(getattr(found, kind) for kind in _SHOWN):
         _read_all(found, runs.MEASUREMENTS, _SHOWN)
+        found.of_repository = not paths
         own, timed = timed, runs.newest_of_each(runs.MEASUREMENTS)
         timed.skipped[:0] = own.skipped
     _read_all(found, runs.MEASUREMENTS, [kind for kind in _ANYWHERE if not getattr(found, kind)])
@@ -67,5 +72,6 @@ def load(paths: Sequence[Path], results: Path) -> Documents:
 def _read_all(found: Documents, folder: Path, kinds: Iterable[str]) -> None:
     for kind in kinds:
         saved, skipped = records.below(folder, kind)
+        saved.sort(key=lambda one: str(one.content.get("created", "")), reverse=True)
         getattr(found, kind).extend(saved)
         found.skipped += skipped

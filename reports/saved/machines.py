@@ -19,6 +19,8 @@ _FINGERPRINT = {
     "multiprocessors": "multiprocessors",
     "torch": "PyTorch",
 }
+# What environments of training runs name in another way, or older ones did.
+_OF_OLD = {"device", "device_name", "cores"}
 
 
 def label(facts: Facts) -> str:
@@ -53,6 +55,16 @@ def obstacles(before: Facts, after: Facts) -> list[str]:
         for key, words in _FINGERPRINT.items()
         if before.get(key) != after.get(key)
     ]
+
+
+def same(one: Facts, other: Facts) -> bool:
+    """Whether two files are of one machine and one PyTorch, as far as both say.
+
+    Of a benchmark's facts and a training run's environment, which may have been written by
+    different versions: what only one of them says does not tell them apart.
+    """
+    both = (one.keys() & other.keys() & _FINGERPRINT.keys()) - _OF_OLD
+    return label(one) == label(other) and all(one[key] == other[key] for key in both)
 
 
 def count(number: int, noun: str) -> str:

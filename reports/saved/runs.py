@@ -93,6 +93,16 @@ class Runs:
         """The machine's limits that a run measured; empty where it has none."""
         return next((h["limits"] for h in self.heads if h["file"] == file), {})
 
+    def disturbed(self) -> list[str]:
+        """A line per file and reason: what counts for nothing, because it was disturbed."""
+        lines = []
+        for frame in (self.kernels, self.training):
+            if len(frame) and len(lost := frame[frame["disturbed"].notna()]):
+                for (file, why), part in lost.groupby(["file", "disturbed"], sort=False):
+                    first = part["name"].iloc[0]
+                    lines.append(f"{file}: {len(part)} cases disturbed ({why}), as {first}")
+        return lines
+
     def only(self, *asked: Asked) -> "Runs":
         """The kernels of these operations, dtypes and backends; None takes all.
 
@@ -120,17 +130,18 @@ def only(frame: pd.DataFrame, *asked: Asked) -> pd.DataFrame:
     return frame
 
 
-def load(paths: Sequence[Path]) -> Runs:
+def load(paths: Sequence[Path], *, every: bool = False) -> Runs:
     """Read saved runs from files and folders (searched with their sub-folders).
 
-    A case that several runs on one machine measured is taken from the newest. What is no run of
-    this suite, or is damaged, is named in ``skipped``.
+    A case that several runs on one machine measured is taken from the newest, of those that nothing
+    disturbed if there is one; with ``every``, from each of them. What is no run of this suite, or
+    is damaged, is named in ``skipped``.
 
     Raises:
         NoRuns: no path holds a run.
     """
     skipped: list[str] = []
-    found = _made(_documents(paths, skipped), skipped)
+    found = _made(_documents(paths, skipped), skipped, ["file"] if every else [])
     if not found.heads:
         detail = "".join(f"\n  skipped {line}" for line in skipped)
         raise NoRuns(f"no saved benchmark run found. Make one with: {HOW_TO_MEASURE}{detail}")
@@ -205,8 +216,13 @@ def _when(document: Content) -> str:
     return str(document.get("datetime", ""))
 
 
-def _made(documents: Iterable[tuple[Path, Content]], skipped: list[str]) -> Runs:
-    """The cases of these documents; of one that several measured, the newest."""
+def _made(
+    documents: Iterable[tuple[Path, Content]], skipped: list[str], apart: Sequence[str] = ()
+) -> Runs:
+    """The cases of these documents; of one that several measured, the newest.
+
+    ``apart``: the columns in which cases differ and are then no longer the same one.
+    """
     kernels: list[Content] = []
     training: list[Content] = []
     heads: list[Content] = []
@@ -220,8 +236,8 @@ def _made(documents: Iterable[tuple[Path, Content]], skipped: list[str]) -> Runs
             training += [row for row in rows if "model" in row]
             _learn(words, document["kernel_suite"])
     return Runs(
-        _newest(pd.DataFrame(kernels), ["machine", *PLACE, "backend"]),
-        _newest(pd.DataFrame(training), ["machine", "sweep", "case", "dtype"]),
+        _newest(pd.DataFrame(kernels), ["machine", *PLACE, "backend", *apart]),
+        _newest(pd.DataFrame(training), ["machine", "sweep", "case", "dtype", *apart]),
         sorted(heads, key=lambda head: head["datetime"]),
         skipped,
         words,
@@ -359,5 +375,8 @@ def _relative_error(stats: schema.Stats, interval: list[float] | None) -> float:
 def _newest(frame: pd.DataFrame, key: list[str]) -> pd.DataFrame:
     if frame.empty:
         return frame
-    newest = frame.sort_values("datetime", kind="stable").drop_duplicates(key, keep="last")
+    in_order = frame.assign(steady=frame["disturbed"].isna()).sort_values(
+        ["steady", "datetime"], kind="stable"
+    )
+    newest = in_order.drop_duplicates(key, keep="last").drop(columns="steady")
     return newest.sort_index().reset_index(drop=True)

@@ -22,7 +22,7 @@ import numpy as np
 import pandas as pd
 
 KEY = ["operation", "pass", "dtype", "backend"]
-_FEWEST = 3  # of two lengths Student's t decides nothing
+FEWEST = 3  # of two lengths Student's t decides nothing
 
 
 def pooled(cases: pd.DataFrame, changes: np.ndarray, variances: np.ndarray) -> pd.DataFrame:
@@ -40,7 +40,7 @@ def pooled(cases: pd.DataFrame, changes: np.ndarray, variances: np.ndarray) -> p
     rows = []
     numbered = cases[KEY].assign(index=np.arange(len(cases)))[np.isfinite(changes)]
     for key, part in numbered.groupby(KEY, sort=False):
-        if len(part) >= _FEWEST:
+        if len(part) >= FEWEST:
             estimate = mean_change(changes[part["index"]], variances[part["index"]])
             rows.append((*key, len(part), *estimate))
     return pd.DataFrame(rows, columns=[*KEY, "cases", "change", "error", "freedom"])

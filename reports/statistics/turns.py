@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-OF_A_CASE = ["name", "median_s", "error", "seconds", "turns", "ratios"]
+OF_A_CASE = ["name", "median_s", "error", "seconds", "turns", "ratios", "disturbed"]
 # Of fewer turns a median is luck, and its error too.
 _FEWEST = 5
 _FEWEST_FOR_DEPENDENCE = 8
@@ -70,7 +70,7 @@ def against(frame: pd.DataFrame, base: pd.DataFrame, on: list[str]) -> pd.DataFr
     """The cases that have their like in ``base``, with ``speedup`` over it, ``low`` and ``high``.
 
     Those are of a 95 % interval. What the base has of a turn is there, too, ``_base`` at the end of
-    its names.
+    its names; where the base was disturbed, so is the ratio.
 
     Args:
         frame, base: rows of :attr:`reports.saved.runs.Runs.kernels`.
@@ -81,6 +81,7 @@ def against(frame: pd.DataFrame, base: pd.DataFrame, on: list[str]) -> pd.DataFr
         interval(*speedup(row, {name: row[f"{name}_base"] for name in OF_A_CASE}))
         for row in both.to_dict("records")
     ]
+    both["disturbed"] = both["disturbed"].where(both["disturbed"].notna(), both["disturbed_base"])
     both[["speedup", "low", "high"]] = np.array(found, float).reshape(-1, 3)
     return both
 

@@ -140,14 +140,27 @@ def read_exponents(path: Path) -> Exponents:
 
 
 def _near(out: Path, found: Sequence[records.Record]) -> Exponents | None:
-    """Of the newest saved run beside the table, or in the folder above, of a records' machine."""
-    here = {machines.label(run["environment"]) for run in found}
-    for folder in (out, out.parent):
-        loaded = _load(sorted(folder.glob("*.json")))
-        for head in reversed(loaded.heads if loaded else []):
-            if head["machine"] in here and (fits := _fitted(Path(head["file"]))).rows:
-                return fits
-    return None
+    """Of the saved runs beside the table, or in the folder above: the newest of each machine.
+
+    Of runs on a record's machine and PyTorch, one of its revision comes before all others.
+    """
+    taken: dict[str, Exponents] = {}
+    environments = {machines.label(run["environment"]): run["environment"] for run in found}
+    for where in environments.values():
+        for folder in (out, out.parent):
+            loaded = _load(sorted(folder.glob("*.json")))
+            heads = [h for h in loaded.heads if machines.same(h["facts"], where)] if loaded else []
+            heads.sort(key=lambda head: _preference(head, where), reverse=True)
+            fits = (_fitted(Path(head["file"])) for head in heads)
+            if newest := next((one for one in fits if one.rows), None):
+                taken.setdefault(str(newest.source), newest)
+                break
+    rows = [row for one in taken.values() for row in one.rows]
+    return Exponents(", ".join(taken), rows) if taken else None
+
+
+def _preference(head: Mapping[str, Any], where: Mapping[str, Any]) -> tuple[bool, str]:
+    return head["facts"].get("git") == where.get("revision"), head["datetime"]
 
 
 def _fitted(run: Path) -> Exponents:

@@ -340,6 +340,11 @@ def _complexity(model: str, run: Record, fits: Fits) -> dict[str, Any]:
     if not here:
         return {"order": of.order, **dict.fromkeys(keys)}
     backend = run["config"].get("backend") or PYTORCH
-    best = max(here, key=lambda f: (f["backend"] == backend, f["pass"] == "forward+backward"))
+
+    def preference(fit: Mapping[str, Any]) -> tuple[bool, ...]:
+        of_run = fit["backend"] == backend, fit["pass"] == "forward+backward"
+        return (*of_run, not fit.get("sweep"))  # a sweep of its own comes after the usual one
+
+    best = max(here, key=preference)
     numbers = {key: float(best[key]) for key in keys[:3]}
     return {"order": of.order, **numbers, **{key: best[key] for key in keys[3:]}}

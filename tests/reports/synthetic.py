@@ -10,6 +10,7 @@ BACKENDS = ("torch", "compiled", "reference")
 LENGTHS = tuple(2**i for i in range(6, 12))
 ROUNDS = 60
 NOISES = ("independent", "dependent", "spikes", "drift", "process", "machine", "speeds")
+LUCK = 0.03
 
 
 def run(
@@ -29,7 +30,8 @@ def run(
             ``process``: each case is 1 % off for as long as its process lives; ``machine``: drift,
             spikes and process at once, and each backend 0.7 % off in all of a process's cases;
             ``speeds``: the machine has two, one 1.6 times the other, keeps each for some 15 turns,
-            and the backends of a case stop after different numbers of rounds.
+            and the backends of a case stop after different numbers of rounds; ``luck``: each
+            backend is 3 % off in all of a process's cases.
         slower: factors by the names of cases.
         backends: those that take turns.
         turns: whether the run says so; the runs of earlier versions don't.
@@ -56,6 +58,8 @@ def run(
                 logs += 0.01 * rng.standard_normal()
             if noise == "machine":
                 logs += luck[backend]
+            if noise == "luck":
+                logs += luck[backend] * LUCK / 0.007
             if noise == "speeds":
                 logs = (logs + np.log(1.6) * slow)[: rng.integers(10, ROUNDS + 1)]
             truth = case["stats"]["median"] * (slower or {}).get(case["param"], 1.0)

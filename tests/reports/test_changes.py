@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from linear_vit.reports.__main__ import main
-from linear_vit.reports.changes import FASTER, SAME, SLOWER, UNDECIDED, changes, render
+from linear_vit.reports.changes import FASTER, MISSING, SAME, SLOWER, UNDECIDED, changes, render
 from linear_vit.reports.saved.runs import NoRuns, load, measured
 from tests.reports import saved, synthetic
 
@@ -176,7 +176,11 @@ def test_what_is_not_the_same_thing_is_left_out(tmp_path: Path) -> None:
     assert "1 cases left out: of different shapes" in words
     assert "1 cases left out: of different settings" in words
     assert "1 cases only in the earlier run" in words
-    assert len(found.cases) == 3 * 2 * 2 * 7 - 3 + 1
+    lost = found.cases["verdict"] == MISSING
+    assert found.cases["case"][lost].tolist() == [
+        "linear_attention forward float32 N = 256 compiled"
+    ]
+    assert (~lost).sum() == 3 * 2 * 2 * 7 - 3 + 1
 
 
 def test_command_gates(tmp_path: Path, capsys) -> None:
@@ -192,6 +196,22 @@ def test_command_gates(tmp_path: Path, capsys) -> None:
     assert "control 'cudnn'; there are ['compiled'" in capsys.readouterr().err
     assert main(["compare", one, other, one]) == 2
     assert "BEFORE and AFTER" in capsys.readouterr().err
+
+
+def test_a_backend_that_vanished_passes_no_gate(tmp_path: Path, capsys) -> None:
+    after = saved.run()
+    kept = [b for b in after["benchmarks"] if b["extra_info"]["backend"] != "compiled"]
+    one, other = map(str, pair(tmp_path, saved.run(), after | {"benchmarks": kept}))
+    assert main(["compare", one, other, "--fail-on", "faster"]) == 0
+    said = capsys.readouterr().out
+    assert "missing    compiled: 42 cases, as linear_attention forward float32 N = 64 com" in said
+    assert "cases: 42 missing, 0 slower" in said
+    for gate in ("missing", "slower"):
+        assert main(["compare", one, other, "--fail-on", gate]) == 1
+        # Not where nothing is asked of it, nor where the later run has more.
+        assert main(["compare", one, other, "--fail-on", gate, "--backends", "reference"]) == 0
+        assert main(["compare", other, one, "--fail-on", gate]) == 0
+        assert main(["compare", one, other, "--fail-on", gate, "--backends", "compiled"]) == 1
 
 
 def test_one_run_is_held_against_the_repositorys(tmp_path: Path, capsys) -> None:

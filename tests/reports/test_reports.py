@@ -165,6 +165,24 @@ def test_default_input_is_the_newest_run_of_the_folder(tmp_path: Path, monkeypat
     assert [path.resolve() for path in default_paths()] == [new.resolve()]
 
 
+def test_the_repositorys_numbers_are_not_taken_for_ones_own(
+    tmp_path: Path, monkeypatch, capsys
+) -> None:
+    """Bare commands show them, say whose they are, and leave reports/out/scaling alone."""
+    monkeypatch.chdir(tmp_path)
+    arguments = ["scaling", "--ops", "ripple-pool"]
+    assert main(arguments) == 0
+    shown = capsys.readouterr()
+    assert "no run in reports/out: these are the repository's own measurements" in shown.err
+    assert shown.out.rstrip().endswith(" files in reports/out/repository")
+    assert [path.name for path in Path("reports/out").iterdir()] == ["repository"]
+    assert documents.load([], Path("reports/out")).of_repository
+    saved.save(Path("reports/out/benchmark.json"), saved.run())
+    assert main(arguments) == 0
+    assert capsys.readouterr().out.rstrip().endswith(" files in reports/out/scaling")
+    assert not documents.load([], Path("reports/out")).of_repository
+
+
 @pytest.mark.parametrize("arguments", [[], ["nonsense"], ["scaling", "--nonsense"]])
 def test_wrong_turns_show_the_usage(arguments: list[str], capsys) -> None:
     try:

@@ -428,6 +428,33 @@ def test_the_exponents_beside_a_table_are_those_of_its_own_run(tmp_path: Path, c
     assert "no folder" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("runs_", "source"),
+    [
+        # Name, when it was recorded, and what its machine says besides.
+        ([("a", "2026-02-01", {}), ("b", "2026-01-01", {})], "a"),
+        ([("a", "2026-01-01", {}), ("b", "2026-02-01", {})], "b"),
+        ([("a", "2026-01-01", {"git": "one"}), ("b", "2026-02-01", {"git": "two"})], "a"),
+        ([("a", "2026-01-01", {}), ("b", "2026-02-01", {"cpu_capability": "AVX2"})], "a"),
+        ([("a", "2026-01-01", {}), ("b", "2026-02-01", {"cpu": "Example 12"})], "a"),
+        ([("a", "2026-01-01", {"torch": "9.8"}), ("b", "2026-02-01", {"threads": 1})], None),
+    ],
+    ids=["newest first", "newest last", "revision", "instructions", "name begins alike", "none"],
+)
+def test_exponents_are_of_the_machine_the_build_and_the_newest_run(
+    tmp_path: Path, runs_: list[tuple[str, str, dict[str, Any]]], source: str | None
+) -> None:
+    for number, record in enumerate(three_seeds()):
+        record["environment"] |= {"cpu_capability": "AVX512", "revision": "one"}
+        saved.save(tmp_path / "runs" / str(number) / "run.json", record)
+    for name, when, said in runs_:
+        benchmark(tmp_path, f"{name}.json", MACHINE | said, f"{when}T00:00:00+00:00")
+    assert main(["table", str(tmp_path / "runs"), "--out", str(tmp_path / "training")]) == 0
+    table = json.loads((tmp_path / "training" / "table.json").read_text())
+    assert table["exponents"] == (str(tmp_path / f"{source}.json") if source else None)
+    assert (rows(table)["ripple"]["complexity"]["exponent"] is not None) is bool(source)
+
+
 def test_speeds_are_those_in_the_folder_of_the_records(tmp_path: Path, capsys) -> None:
     for number, record in enumerate(three_seeds()):
         saved.save(tmp_path / "runs" / str(number) / "run.json", record)
