@@ -76,3 +76,15 @@ def test_the_width_is_that_of_the_screen(monkeypatch: pytest.MonkeyPatch) -> Non
     assert screen.width() == 57
     text = screen.draw(COLUMNS, ROWS)
     assert 40 < max(map(len, text.splitlines())) <= 57
+
+
+def test_a_table_without_rows_is_its_head() -> None:
+    assert screen.draw(["N", "time"], [], at_most=40).splitlines() == ["N  time", "─  ────"]
+
+
+def test_short_cells_fold_last() -> None:
+    """Rather a block below than a figure on two lines."""
+    columns = ["operation", *"abcdef"]
+    rows = [["linear_attention_state", *["ok 3e-07"] * 6]]
+    text = screen.draw(columns, rows, at_most=50)
+    assert text.count("ok 3e-07") == 6

@@ -45,7 +45,7 @@ def _fastest(group: Group, *, name_machine: bool) -> str:
     what += f", {group.dtype}, one sequence a call"
     if name_machine:
         what += f", on {group.machine}"
-    who = [f"{group.words.operation(c['operation'])} with {c['backend']}" for c, _, _ in ranges]
+    who = [_known_as(group, case) for case, _, _ in ranges]
     (_, first, last), *later = ranges
     if not later:
         lengths = f"at N = {first:,}" if first == last else f"from N = {first:,} to {last:,}"
@@ -70,6 +70,13 @@ def _ranges(able: list[Case]) -> list[tuple[Case, int, int]]:
         else:
             found.append((best, length, length))
     return found
+
+
+def _known_as(group: Group, case: Case) -> str:
+    """An operation with its backend, that by its title too where it is another word."""
+    name, title = str(case["backend"]), group.words.backend(str(case["backend"]))
+    said = f"{group.words.operation(case['operation'])} with {name}"
+    return said if title == name else f"{said} ({title})"
 
 
 def _who(case: Case) -> tuple[Any, Any]:

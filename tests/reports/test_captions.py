@@ -211,9 +211,9 @@ def rivals(folder: Path, softmax: dict[int, float], jitter: float = 0.0) -> list
     ("softmax", "expected"),
     [
         ({64: 0.5, 128: 0.8, 256: 2.0, 512: 4.0},
-         "up to N = 128 softmax attention with torch, from 256 on linear attention with torch."),
-        ({64: 2.0, 128: 2.0}, "the fastest from N = 64 to 128 is linear attention with torch."),
-        ({64: 0.5}, "the fastest at N = 64 is softmax attention with torch."),
+         "up to N = 128 softmax attention with torch (PyTorch), from 256 on linear attention with"),
+        ({64: 2.0, 128: 2.0}, "from N = 64 to 128 is linear attention with torch (PyTorch)."),
+        ({64: 0.5}, "the fastest at N = 64 is softmax attention with torch (PyTorch)."),
         # Within the interval nobody takes the lead.
         ({64: 0.5, 128: 1.0001, 256: 0.5}, "the fastest from N = 64 to 256 is softmax attention"),
     ],
