@@ -5,6 +5,8 @@
 Any floating dtype; sums are float32, or float64 for float64.
 """
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -39,10 +41,10 @@ def linear_attention_apply(q: Tensor, state: Tensor, normaliser: Tensor, eps: fl
     normaliser = normaliser.repeat_interleave(group, dim=1)
     phi_q = feature_map(query.to(state.dtype))
     numerator = torch.einsum("bhnf,bhfd->bhnd", phi_q, state)
-    denominator = torch.einsum("bhnf,bhf->bhn", phi_q, normaliser).unsqueeze(-1) + eps
-    # eps = 0 and no key on the query's side: 0/0 is 0, and so is its gradient.
-    nothing = denominator == 0
-    out = (numerator / denominator.masked_fill(nothing, 1.0)).masked_fill(nothing, 0.0)
+    met = torch.einsum("bhnf,bhf->bhn", phi_q, normaliser).unsqueeze(-1)
+    # A query that meets no key comes out 0, not 0/0, and has no gradient, whatever eps is.
+    nothing = (met == 0) | ((met + eps).abs() < torch.finfo(met.dtype).tiny)
+    out = numerator / (met + eps).masked_fill(nothing, math.inf)
     return in_order_of(q, out.to(q.dtype))
 
 

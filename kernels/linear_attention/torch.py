@@ -5,6 +5,8 @@ The products are batched matrix products in float32, since a half-precision norm
 2D float32 features for every key and every query token.
 """
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -53,11 +55,8 @@ def _apply(q: Tensor, state: Tensor, normaliser: Tensor, eps: float) -> Tensor:
         phi_q = phi_q.unflatten(1, (kv_heads, heads // kv_heads))
         state, normaliser = state.unsqueeze(2), normaliser.unsqueeze(2)
     numerator = phi_q @ state
-    denominator = phi_q @ normaliser.unsqueeze(-1) + eps
-    if eps == 0:
-        # 0/0, a query with no key on its side, is 0 with zero gradient; with eps > 0 it can't be.
-        nothing = denominator == 0
-        denominator = denominator.masked_fill(nothing, 1.0)
-        numerator = numerator.masked_fill(nothing, 0.0)
-    out = (numerator / denominator).to(q.dtype)
+    met = phi_q @ normaliser.unsqueeze(-1)
+    # A query that meets no key comes out 0, not 0/0, and has no gradient, whatever eps is.
+    nothing = (met == 0) | ((met + eps).abs() < torch.finfo(met.dtype).tiny)
+    out = (numerator / (met + eps).masked_fill(nothing, math.inf)).to(q.dtype)
     return out.flatten(1, 2) if heads != kv_heads else out
