@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from linear_vit.kernels.layout import gradients_in_order, in_order_of, unpack_qkv
+from linear_vit.kernels.precision import product
 
 
 def linear_attention(q: Tensor, k: Tensor, v: Tensor, eps: float) -> Tensor:
@@ -45,7 +46,8 @@ def _state(k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     phi_k = _feature_map(k)
     # Sᵀ = vᵀ φ(k): PyTorch's gradient of a transposed factor comes out transposed, to be copied to
     # its input's order, so the factor to transpose is v and not φ(k), of twice the size.
-    return (v.float().transpose(-2, -1) @ phi_k).transpose(-2, -1), phi_k.sum(dim=-2)
+    state = product(v.float().transpose(-2, -1), phi_k).transpose(-2, -1)
+    return state, phi_k.sum(dim=-2)
 
 
 def _apply(q: Tensor, state: Tensor, normaliser: Tensor, eps: float) -> Tensor:
@@ -54,8 +56,8 @@ def _apply(q: Tensor, state: Tensor, normaliser: Tensor, eps: float) -> Tensor:
     if heads != kv_heads:
         phi_q = phi_q.unflatten(1, (kv_heads, heads // kv_heads))
         state, normaliser = state.unsqueeze(2), normaliser.unsqueeze(2)
-    numerator = phi_q @ state
-    met = phi_q @ normaliser.unsqueeze(-1)
+    numerator = product(phi_q, state)
+    met = product(phi_q, normaliser.unsqueeze(-1))
     # A query that meets no key comes out 0, not 0/0, and has no gradient, whatever eps is.
     nothing = (met == 0) | ((met + eps).abs() < torch.finfo(met.dtype).tiny)
     out = (numerator / (met + eps).masked_fill(nothing, math.inf)).to(q.dtype)
