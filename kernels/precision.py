@@ -17,31 +17,35 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
 from linear_vit.kernels.functions import transformable
-from linear_vit.kernels.layout import needs_gradient, without_autocast
+from linear_vit.kernels.layout import autocast_enabled, needs_gradient, without_autocast
 
 _lock = threading.Lock()
 _inside = 0  # calls under way that rely on what _make_exact has set; the last one puts it back
 _before: list[Callable[[], None]] = []
 
 
-@contextlib.contextmanager
-def full_precision(device_type: str) -> Iterator[None]:
+def full_precision(device_type: str) -> contextlib.AbstractContextManager[None]:
     """A context without autocast, in which float32 products are IEEE-grade."""
+    if _inside or _is_relaxed(device_type) or autocast_enabled(device_type):
+        return _full_precision(device_type)
+    return contextlib.nullcontext()
+
+
+@contextlib.contextmanager
+def _full_precision(device_type: str) -> Iterator[None]:
     global _inside
     with without_autocast(device_type):
         with _lock:
-            entered = _inside > 0 or _is_relaxed(device_type)
-            _inside += entered
-            if entered and _inside == 1:
+            _inside += 1
+            if _inside == 1:
                 _make_exact()
         try:
             yield
         finally:
-            if entered:
-                with _lock:
-                    _inside -= 1
-                    if _inside == 0:
-                        _put_back()
+            with _lock:
+                _inside -= 1
+                if _inside == 0:
+                    _put_back()
 
 
 def product(a: Tensor, b: Tensor) -> Tensor:
@@ -133,18 +137,16 @@ class _Guarded(Function):
 
 # ---- the settings --------------------------------------------------------------------------------
 
-_cuda: Any = torch.backends.cuda
-_cudnn: Any = torch.backends.cudnn
-_mkldnn: Any = torch.backends.mkldnn
+_backends: Any = torch.backends
+_MATMUL = {"cuda": _backends.cuda.matmul, "cpu": _backends.mkldnn.matmul}
+_CONVOLUTION = {"cuda": _backends.cudnn.conv, "cpu": _backends.mkldnn.conv}
+_KINDS = (*_MATMUL.values(), *_CONVOLUTION.values(), _backends.cudnn.rnn)
 
 
 def _is_relaxed(device_type: str) -> bool:
     """Whether a float32 product or convolution on the device may be less than float32 now."""
-    if device_type == "cuda":
-        kinds = (_cuda.matmul, _cudnn.conv)
-    else:
-        kinds = (_mkldnn.matmul, _mkldnn.conv)
-    return any(kind.fp32_precision not in ("ieee", "none") for kind in kinds)
+    kinds = (_MATMUL.get(device_type), _CONVOLUTION.get(device_type))
+    return any(kind and kind.fp32_precision not in ("ieee", "none") for kind in kinds)
 
 
 def _make_exact() -> None:
@@ -155,11 +157,11 @@ def _make_exact() -> None:
     with contextlib.suppress(RuntimeError):  # they contradict one another already
         matmul = torch.get_float32_matmul_precision()
         _before.append(lambda: torch.set_float32_matmul_precision(matmul))
-    for kind in (_cuda.matmul, _mkldnn.matmul, _mkldnn.conv, _cudnn.conv, _cudnn.rnn):
+    for kind in _KINDS:
         _before.append(functools.partial(setattr, kind, "fp32_precision", kind.fp32_precision))
     torch.set_float32_matmul_precision("highest")
-    _cudnn.allow_tf32 = False
-    _mkldnn.conv.fp32_precision = "ieee"
+    torch.backends.cudnn.allow_tf32 = False
+    _CONVOLUTION["cpu"].fp32_precision = "ieee"
 
 
 def _put_back() -> None:
