@@ -17,7 +17,7 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
 from linear_vit.kernels.functions import transformable
-from linear_vit.kernels.layout import autocast_enabled, needs_gradient, without_autocast
+from linear_vit.kernels.layout import needs_gradient, without_autocast
 
 _lock = threading.Lock()
 _inside = 0  # calls under way that rely on what _make_exact has set; the last one puts it back
@@ -26,9 +26,9 @@ _before: list[Callable[[], None]] = []
 
 def full_precision(device_type: str) -> contextlib.AbstractContextManager[None]:
     """A context without autocast, in which float32 products are IEEE-grade."""
-    if _inside or _is_relaxed(device_type) or autocast_enabled(device_type):
+    if not torch.compiler.is_compiling() and (_inside or _is_relaxed(device_type)):
         return _full_precision(device_type)
-    return contextlib.nullcontext()
+    return without_autocast(device_type)
 
 
 @contextlib.contextmanager
@@ -49,29 +49,27 @@ def _full_precision(device_type: str) -> Iterator[None]:
 
 
 def product(a: Tensor, b: Tensor) -> Tensor:
-    """``a @ b`` in full precision, and its derivatives of every order and mode too."""
-    if torch.compiler.is_compiling():
+    """``a @ b``, whose derivatives of every order and mode are in full precision, too."""
+    if torch.compiler.is_compiling() or not (torch.is_grad_enabled() and needs_gradient(a, b)):
         return a @ b
-    if torch.is_grad_enabled() and needs_gradient(a, b):
-        return _product(a, b)
-    with full_precision(a.device.type):
-        return a @ b
+    return _product(a, b)
 
 
 def guarded(function: Callable[..., Any], *arguments: Any) -> Any:
-    """``function(*arguments)`` in full precision, its backward pass too.
+    """``function(*arguments)``, whose backward pass is in full precision, too.
 
     For what is no :func:`product`. Where the settings are relaxed, the call has a graph of its own,
     which can be differentiated once.
     """
     tensors = [x for x in arguments if isinstance(x, Tensor)]
-    device_type = tensors[0].device.type
-    if torch.compiler.is_compiling() or not _is_relaxed(device_type):
+    if (
+        torch.compiler.is_compiling()
+        or not (_inside or _is_relaxed(tensors[0].device.type))
+        or not (torch.is_grad_enabled() and needs_gradient(*tensors))
+        or torch._C._are_functorch_transforms_active()
+    ):
         return function(*arguments)
-    if torch.is_grad_enabled() and needs_gradient(*tensors):
-        return _Guarded.apply(function, *arguments)
-    with full_precision(device_type):
-        return function(*arguments)
+    return _Guarded.apply(function, *arguments)
 
 
 class _Product(Function):
@@ -79,8 +77,7 @@ class _Product(Function):
 
     @staticmethod
     def forward(a: Tensor, b: Tensor) -> Tensor:
-        with full_precision(a.device.type):
-            return a @ b
+        return a @ b
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
@@ -91,10 +88,11 @@ class _Product(Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None]:
         a, b = ctx.saved_tensors
         da = db = None
-        if ctx.needs_input_grad[0]:
-            da = product(gradient, b.transpose(-2, -1)).sum_to_size(a.shape)
-        if ctx.needs_input_grad[1]:
-            db = product(a.transpose(-2, -1), gradient).sum_to_size(b.shape)
+        with full_precision(a.device.type):
+            if ctx.needs_input_grad[0]:
+                da = product(gradient, b.transpose(-2, -1)).sum_to_size(a.shape)
+            if ctx.needs_input_grad[1]:
+                db = product(a.transpose(-2, -1), gradient).sum_to_size(b.shape)
         return da, db
 
     @staticmethod
@@ -113,8 +111,7 @@ class _Guarded(Function):
             x.detach().requires_grad_(x.requires_grad) if isinstance(x, Tensor) else x
             for x in arguments
         ]
-        device_type = next(x.device.type for x in arguments if isinstance(x, Tensor))
-        with torch.enable_grad(), full_precision(device_type):
+        with torch.enable_grad():
             ctx.outputs = function(*ctx.inputs)
         if isinstance(ctx.outputs, Tensor):
             return ctx.outputs.detach()

@@ -43,9 +43,10 @@ def linear_attention_apply(q: Tensor, state: Tensor, normaliser: Tensor, eps: fl
     phi_q = feature_map(query.to(state.dtype))
     numerator = product(phi_q, state)
     met = product(phi_q, normaliser.unsqueeze(-1))
-    # A query that meets no key comes out 0, not 0/0, and has no gradient, whatever eps is.
-    nothing = (met == 0) | ((met + eps).abs() < torch.finfo(met.dtype).tiny)
-    out = numerator / (met + eps).masked_fill(nothing, math.inf)
+    # A query that meets no key comes out 0, not 0/0, and has no gradient, whatever eps is. So does
+    # one whose denominator is below the normal numbers.
+    least = max(0.0, torch.finfo(met.dtype).tiny - eps)
+    out = numerator / torch.where(met > least, met + eps, math.inf)
     return in_order_of(q, out.to(q.dtype))
 
 

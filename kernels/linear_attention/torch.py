@@ -58,7 +58,8 @@ def _apply(q: Tensor, state: Tensor, normaliser: Tensor, eps: float) -> Tensor:
         state, normaliser = state.unsqueeze(2), normaliser.unsqueeze(2)
     numerator = product(phi_q, state)
     met = product(phi_q, normaliser.unsqueeze(-1))
-    # A query that meets no key comes out 0, not 0/0, and has no gradient, whatever eps is.
-    nothing = (met == 0) | ((met + eps).abs() < torch.finfo(met.dtype).tiny)
-    out = (numerator / (met + eps).masked_fill(nothing, math.inf)).to(q.dtype)
+    # A query that meets no key comes out 0, not 0/0, and has no gradient, whatever eps is. So does
+    # one whose denominator is below the normal numbers.
+    least = max(0.0, torch.finfo(met.dtype).tiny - eps)
+    out = (numerator / torch.where(met > least, met + eps, math.inf)).to(q.dtype)
     return out.flatten(1, 2) if heads != kv_heads else out
