@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from linear_vit.kernels import registry
-from linear_vit.kernels.layout import without_autocast
+from linear_vit.kernels.precision import full_precision
 from linear_vit.kernels.registry import Registered, functions, operation
 from linear_vit.kernels.rows import Backend, Operation
 
@@ -95,7 +95,7 @@ def run(op: str, backend: str | None, *arguments: Any) -> Any:
     first = arguments[0]
     head_dim = first.shape[-1] if operation(op).has_head_dim else None
     chosen = _resolve(op, backend, str(first.device), first.dtype, head_dim)
-    with without_autocast(first.device.type):
+    with full_precision(first.device.type):
         return getattr(functions, chosen)(*arguments)
 
 

@@ -6,9 +6,11 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch._functorch.config
 from torch import Tensor
 
 from linear_vit.kernels.layout import needs_gradient
+from linear_vit.kernels.precision import guarded
 
 # Variants of one function that differ in what the compiler must know about: head counts, an axis of
 # size 1 or 0, strides, broadcast heads. Each costs one compilation, none a fallback.
@@ -75,9 +77,11 @@ def _compile(
 
     @functools.wraps(function)
     def call(*arguments: Any) -> Any:
-        with torch._dynamo.config.patch(recompile_limit=RECOMPILE_LIMIT):
+        # A buffer that the backward pass writes over would be gone with retain_graph=True.
+        keep = torch._functorch.config.patch(donated_buffer=False)
+        with keep, torch._dynamo.config.patch(recompile_limit=RECOMPILE_LIMIT):
             try:
-                return run(*arguments)
+                return guarded(run, *arguments)
             except torch._dynamo.exc.FailOnRecompileLimitHit as error:
                 raise RuntimeError(
                     f"{function.__module__}.{function.__name__} was compiled for {RECOMPILE_LIMIT} "

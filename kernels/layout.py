@@ -1,10 +1,13 @@
 """Memory order and autocast: what every backend does alike around its arithmetic."""
 
 import contextlib
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from linear_vit.kernels.functions import transformable
 
 
 def empty_like(x: Tensor, shape: tuple[int, ...] | None = None) -> Tensor:
@@ -20,17 +23,26 @@ def empty_like(x: Tensor, shape: tuple[int, ...] | None = None) -> Tensor:
     if shape is None:
         out = torch.empty_like(x)
         return out if out.stride(-1) == 1 else torch.empty_like(x, memory_format=_CONTIGUOUS)
-    strides = x.stride()
-    order = sorted(range(x.dim() - 1), key=lambda axis: strides[axis], reverse=True)
-    order.append(x.dim() - 1)
+    order = [*_outermost_first(x.stride()[:-1]), x.dim() - 1]
     inverse = sorted(range(x.dim()), key=order.__getitem__)
-    dense = torch.empty([shape[axis] for axis in order], dtype=x.dtype, device=x.device)
-    return dense.permute(inverse)
+    return x.new_empty([shape[axis] for axis in order]).permute(inverse)
+
+
+def _outermost_first(strides: Sequence[int]) -> list[int]:
+    """The axes by falling stride. Not by ``sorted``: Dynamo doesn't sort symbolic sizes."""
+    order: list[int] = []
+    for axis, stride in enumerate(strides):
+        place = len(order)
+        while place > 0 and strides[order[place - 1]] < stride:
+            place -= 1
+        order.insert(place, axis)
+    return order
 
 
 def in_order_of(x: Tensor, result: Tensor) -> Tensor:
-    """``result``, copied to the memory order of ``x`` (same shape) unless it has it already."""
-    return _restride(result, empty_like(x).stride())
+    """``result``, copied to the memory order of ``x`` (same rank) unless it has it already."""
+    shape = None if result.shape == x.shape else tuple(result.shape)
+    return _restride(result, empty_like(x, shape).stride())
 
 
 def unpack_qkv(qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -45,14 +57,26 @@ class _GradientInOrder(torch.autograd.Function):
     The gradients PyTorch's own formulas produce come in whatever order the products left them.
     """
 
+    generate_vmap_rule = True
+
     @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        ctx.strides = empty_like(x).stride()
+    def forward(x: Tensor) -> Tensor:
         return x.view_as(x)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
+        ctx.strides = empty_like(inputs[0]).stride()
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Tensor:
         return _restride(gradient, ctx.strides)
+
+    @staticmethod
+    def jvp(ctx: Any, tangent: Tensor) -> Tensor:
+        return tangent.view_as(tangent)
+
+
+_gradient_in_order = transformable(_GradientInOrder)
 
 
 def gradients_in_order(*tensors: Tensor) -> tuple[Tensor, ...]:
@@ -61,7 +85,7 @@ def gradients_in_order(*tensors: Tensor) -> tuple[Tensor, ...]:
         return tensors
     # A list and not a generator: Dynamo traces this, and trips over generators it has to resume.
     # One call per tensor: it refuses one call that is given the same tensor twice, as attention is.
-    return tuple([_GradientInOrder.apply(x) if x.requires_grad else x for x in tensors])
+    return tuple([_gradient_in_order(x) if x.requires_grad else x for x in tensors])
 
 
 def needs_gradient(*tensors: Tensor) -> bool:
@@ -76,7 +100,8 @@ def _restride(x: Tensor, strides: tuple[int, ...]) -> Tensor:
     """``x``, copied to the strides given unless it has them already."""
     if x.stride() == strides:
         return x
-    return torch.empty_strided(x.shape, strides, dtype=x.dtype, device=x.device).copy_(x)
+    # Of x, and not torch.empty_strided, which vmap and DTensor don't write to.
+    return x.new_empty_strided(x.shape, strides).copy_(x)
 
 
 def autocast_inputs(*inputs: Any) -> tuple[Any, ...]:

@@ -2,8 +2,9 @@
 
 A backend written outside PyTorch (Triton, CUDA C++) defines operators ``<backend>_<op>`` and
 ``<backend>_<op>_backward`` in the namespace ``linear_vit``. Each folder's ``operators.py`` gives
-them, once for all backends, shapes (fake kernels) and gradients (autograd formulas): with these
-``torch.compile``, ``opcheck``, autocast and FakeTensor treat them like PyTorch's own.
+them, once for all backends, shapes (fake kernels) and gradients (an ``autograd.Function``): with
+these ``torch.compile``, ``opcheck``, autocast, FakeTensor and the transforms of ``torch.func``
+treat them like PyTorch's own. What they lack, a tangent and a second derivative, raises.
 """
 
 from collections.abc import Callable
@@ -11,6 +12,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import Function
+
+from linear_vit.kernels.functions import transformable
 
 NAMESPACE = "linear_vit"
 
@@ -23,38 +27,120 @@ def register(
     fake_backward: Callable[..., Any],
     setup_context: Callable[..., None],
     backward: Callable[..., Any],
+    batch_first: bool = True,
+    pack: Callable[..., tuple[Any, ...]] | None = None,
+    pack_backward: Callable[..., tuple[Any, ...]] | None = None,
 ) -> Callable[..., Any]:
     """Attach shapes and gradients to an operator pair that the backend has defined.
 
     Args:
         backend, op: name the operators ``linear_vit::{backend}_{op}`` and ``…_backward``.
         fake, fake_backward: outputs' metadata from inputs' metadata.
-        setup_context: ``torch.library.register_autograd``'s, saving what backward reads.
+        setup_context: as that of an ``autograd.Function``, saving what backward reads.
         backward: ``backward(kernel, ctx, *gradients)``, where ``kernel`` is the backward operator.
+        batch_first: whether every tensor's first axis counts sequences, none of which reads
+            another: ``vmap`` is then a larger batch, and else a loop.
+        pack, pack_backward: from what the returned function, and ``kernel``, are called with (no
+            tensor within a list: autograd sees none there) to the operator's arguments.
 
     Returns:
-        The forward operator.
+        The forward operator as a differentiable function.
     """
     name = f"{backend}_{op}"
-    forward_op = getattr(getattr(torch.ops, NAMESPACE), name)
-    backward_op = getattr(getattr(torch.ops, NAMESPACE), f"{name}_backward")
-
-    def call_backward(ctx: Any, *gradients: Tensor) -> Any:
-        return backward(backward_op, ctx, *gradients)
-
-    def no_double_backward(ctx: Any, *gradients: Tensor) -> Any:
-        raise RuntimeError(
-            f"double backward through the {backend} kernels of {op} is not available: use "
-            "backend='reference' or backend='torch' for second derivatives"
-        )
-
+    operators = getattr(torch.ops, NAMESPACE)
     torch.library.register_fake(f"{NAMESPACE}::{name}", fake)
     torch.library.register_fake(f"{NAMESPACE}::{name}_backward", fake_backward)
-    torch.library.register_autograd(
-        f"{NAMESPACE}::{name}", call_backward, setup_context=setup_context
-    )
-    torch.library.register_autograd(f"{NAMESPACE}::{name}_backward", no_double_backward)
-    return forward_op
+
+    def missing(what: str) -> NotImplementedError:
+        return NotImplementedError(
+            f"{what} through the {backend} kernels of {op} is not available: use "
+            "backend='reference' or backend='torch'"
+        )
+
+    class Backward(Function):
+        forward = staticmethod(_calling(getattr(operators, f"{name}_backward"), pack_backward))
+
+        @staticmethod
+        def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+            pass
+
+        @staticmethod
+        def backward(ctx: Any, *gradients: Tensor) -> Any:
+            raise missing("double backward")
+
+        @staticmethod
+        def jvp(ctx: Any, *tangents: Tensor) -> Any:
+            raise missing("forward-mode differentiation")
+
+        @staticmethod
+        def vmap(info: Any, in_dims: tuple[int | None, ...], *inputs: Any) -> Any:
+            return _vmap(kernel, batch_first, info.batch_size, in_dims, inputs)
+
+    differentiable_kernel = transformable(Backward)
+
+    def kernel(*inputs: Any) -> Any:
+        # Dynamo takes no Function in the backward of another.
+        compiling = torch.compiler.is_compiling()
+        return (Backward.forward if compiling else differentiable_kernel)(*inputs)
+
+    class Forward(Function):
+        forward = staticmethod(_calling(getattr(operators, name), pack))
+        jvp = Backward.jvp
+
+        @staticmethod
+        def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+            setup_context(ctx, inputs, output)
+
+        @staticmethod
+        def backward(ctx: Any, *gradients: Tensor) -> Any:
+            return backward(kernel, ctx, *gradients)
+
+        @staticmethod
+        def vmap(info: Any, in_dims: tuple[int | None, ...], *inputs: Any) -> Any:
+            return _vmap(function, batch_first, info.batch_size, in_dims, inputs)
+
+    function = transformable(Forward)
+    return function
+
+
+def _calling(
+    operator: Callable[..., Any], pack: Callable[..., tuple[Any, ...]] | None
+) -> Callable[..., Any]:
+    def forward(*inputs: Any) -> Any:
+        output = operator(*(inputs if pack is None else pack(*inputs)))
+        return tuple(output) if isinstance(output, list) else output
+
+    return forward
+
+
+def _vmap(
+    function: Callable[..., Any],
+    batch_first: bool,
+    size: int,
+    in_dims: tuple[int | None, ...],
+    inputs: tuple[Any, ...],
+) -> tuple[Any, Any]:
+    """A Function's vmap rule: ``size`` calls as one of ``size`` times the batch, or one by one."""
+    stacked = [
+        x if not isinstance(x, Tensor)
+        else x.unsqueeze(0).expand(size, *x.shape) if axis is None
+        else x.movedim(axis, 0)
+        for x, axis in zip(inputs, in_dims, strict=True)
+    ]  # fmt: skip
+    if batch_first:
+        one = function(*(x.flatten(0, 1) if isinstance(x, Tensor) else x for x in stacked))
+        outputs = [x.unflatten(0, (size, x.shape[0] // size)) for x in _as_tuple(one)]
+    else:
+        calls = [
+            function(*(x[i] if isinstance(x, Tensor) else x for x in stacked)) for i in range(size)
+        ]
+        one = calls[0]
+        outputs = [torch.stack(column) for column in zip(*map(_as_tuple, calls), strict=True)]
+    return (tuple(outputs), (0,) * len(outputs)) if isinstance(one, tuple) else (outputs[0], 0)
+
+
+def _as_tuple(output: Any) -> tuple[Tensor, ...]:
+    return output if isinstance(output, tuple) else (output,)
 
 
 def readable(x: Tensor) -> Tensor:

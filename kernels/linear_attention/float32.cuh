@@ -249,10 +249,10 @@ __device__ void multiply_columns(typename RowTile<D>::Values (&product)[2], cons
   }
 }
 
-// E = phi(q) . z + eps for each of a thread's rows.
+// 1 / E, of E = phi(q) . z + eps, for each of a thread's rows.
 template <int D>
-__device__ void normaliser(float (&E)[RowTile<D>::kPerThread], const RowTile<D>& q, const float* z,
-                           float eps) {
+__device__ void normaliser(float (&inverse_E)[RowTile<D>::kPerThread], const RowTile<D>& q,
+                           const float* z, float eps) {
   const int tx = threadIdx.x % kSide, ty = threadIdx.x / kSide;
 #pragma unroll
   for (int i = 0; i < RowTile<D>::kPerThread; ++i) {
@@ -263,7 +263,7 @@ __device__ void normaliser(float (&E)[RowTile<D>::kPerThread], const RowTile<D>&
       const float x = q.rows[ty + kSide * i][feature];
       sum += positive_part(x) * z[feature] + negative_part(x) * z[D + feature];
     }
-    E[i] = row_sum(sum) + eps;
+    inverse_E[i] = inverse(row_sum(sum), eps);
   }
 }
 
@@ -320,16 +320,15 @@ __global__ void __launch_bounds__(kThreads) float_apply_kernel(FloatApply p) {
     shared.z[i] = load_global(p.z + state * 2 * D + i);
   }
   __syncthreads();
-  float E[Tile::kPerThread];
-  normaliser<D>(E, shared.q, shared.z, p.eps);
+  float inverse_E[Tile::kPerThread];
+  normaliser<D>(inverse_E, shared.q, shared.z, p.eps);
 
   float out[Tile::kPerThread][Tile::kColumns] = {};
   multiply_features<D>(out, shared.q, p.S + state * 2 * D * D, shared.slab);
 #pragma unroll
   for (int i = 0; i < Tile::kPerThread; ++i) {
-    const float scale = inverse(E[i]);
 #pragma unroll
-    for (int j = 0; j < Tile::kColumns; ++j) out[i][j] *= scale;
+    for (int j = 0; j < Tile::kColumns; ++j) out[i][j] *= inverse_E[i];
   }
 
   __syncthreads();  // q has been read: its tile now takes the result
@@ -381,8 +380,8 @@ __global__ void __launch_bounds__(kThreads) float_query_gradient_kernel(FloatQue
     shared.z[i] = load_global(p.z + state * 2 * D + i);
   }
   __syncthreads();
-  float E[Tile::kPerThread];
-  normaliser<D>(E, shared.q, shared.z, p.eps);
+  float inverse_E[Tile::kPerThread];
+  normaliser<D>(inverse_E, shared.q, shared.z, p.eps);
 
   float a[2][Tile::kPerThread][Tile::kColumns] = {};
   multiply_columns<D>(a, shared.g, p.S + state * 2 * D * D, shared.slab);
@@ -397,7 +396,7 @@ __global__ void __launch_bounds__(kThreads) float_query_gradient_kernel(FloatQue
       const float x = shared.q.rows[row][tx + kSide * j];
       dot += positive_part(x) * a[0][i][j] + negative_part(x) * a[1][i][j];
     }
-    const float scale = inverse(E[i]);
+    const float scale = inverse_E[i];
     const float weight = -(row_sum(dot) * scale) * scale;
 #pragma unroll
     for (int j = 0; j < Tile::kColumns; ++j) {
@@ -495,7 +494,7 @@ __global__ void __launch_bounds__(kThreads, 1)
           normaliser +=
               positive_part(x) * shared.z[feature] + negative_part(x) * shared.z[D + feature];
         }
-        scale[i] = inverse(row_sum(normaliser) + p.eps);
+        scale[i] = inverse(row_sum(normaliser), p.eps);
         const float weight = -(row_sum(dot) * scale[i]) * scale[i];
         if (tx == 0) shared.weight[ty + kSide * i] = weight;
 #pragma unroll

@@ -825,7 +825,7 @@ __device__ void apply_tile(const State<T, D>& state, const TokenTile<T, D>& q, f
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
     dot[r] = quad_sum(dot[r]);
-    inverse_E[r] = inverse(dot[r] + eps);
+    inverse_E[r] = inverse(dot[r], eps);
   }
 #pragma unroll
   for (int n = 0; n < 2 * H::kBlocks; ++n) {
@@ -908,7 +908,7 @@ __device__ void query_gradient_tile(State<T, D>& state, Sums<D>& sums, TokenTile
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
     const int row = rows + lane_group() + 8 * r;
-    inverse_E[r] = inverse(sum_of(0, row) + eps);
+    inverse_E[r] = inverse(sum_of(0, row), eps);
     c[r] = sum_of(1, row) * inverse_E[r] * inverse_E[r];
     inverse_E[r] *= state.unscale;
   }
@@ -942,15 +942,16 @@ __device__ void query_gradient_tile(State<T, D>& state, Sums<D>& sums, TokenTile
 
   // g / E: its high term takes g's place, the low one q's. A row's power of two, so that a float16
   // g / E has g's size, goes to phi(q).
-  auto row_scale = [&](float E) {
-    return std::is_same_v<T, __half>
-               ? fminf(fmaxf(power_of_two(fabsf(E) / state.dS_scale), 1.0f / 32768.0f), 16384.0f)
-               : 1.0f;
+  auto row_scale = [&](float over_E) {
+    if (!std::is_same_v<T, __half> || over_E == 0.0f) return 1.0f;
+    const float power = power_of_two(1.0f / fabsf(over_E * state.dS_scale));
+    return fminf(fmaxf(power, 1.0f / 32768.0f), 16384.0f);
   };
 #pragma unroll 2
   for (int i = threadIdx.x; i < H::kTokens * H::kChunks; i += kThreads) {
     const int row = i / H::kChunks;
-    const float E = sum_of(0, row) + eps, scale = inverse(E) * state.dS_scale * row_scale(E);
+    const float over_E = inverse(sum_of(0, row), eps);
+    const float scale = over_E * state.dS_scale * row_scale(over_E);
     const int at = H::at(row, i % H::kChunks);
     auto* const chunk = reinterpret_cast<Vector<unsigned, 4>*>(g.rows + at);
     Vector<unsigned, 4> high = *chunk, low;
@@ -966,7 +967,7 @@ __device__ void query_gradient_tile(State<T, D>& state, Sums<D>& sums, TokenTile
     *reinterpret_cast<Vector<unsigned, 4>*>(q.rows + at) = low;
   }
   for (int row = threadIdx.x; row < H::kTokens; row += kThreads) {
-    const float E = sum_of(0, row) + eps, power = row_scale(E), over_E = inverse(E);
+    const float over_E = inverse(sum_of(0, row), eps), power = row_scale(over_E);
     float left = -sum_of(1, row) * over_E * state.weight_scale * (over_E * state.dS_scale * power);
 #pragma unroll
     for (int term = 0; term < 3; ++term) {

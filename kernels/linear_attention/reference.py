@@ -5,10 +5,13 @@
 Any floating dtype; sums are float32, or float64 for float64.
 """
 
+import math
+
 import torch
 from torch import Tensor
 
 from linear_vit.kernels.layout import gradients_in_order, in_order_of, unpack_qkv
+from linear_vit.kernels.precision import product
 
 
 def feature_map(x: Tensor) -> Tensor:
@@ -28,7 +31,7 @@ def linear_attention_packed(qkv: Tensor, eps: float) -> Tensor:
 def linear_attention_state(k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     k, v = gradients_in_order(k, v)
     phi_k = feature_map(k.to(_accumulation_dtype(k)))
-    state = torch.einsum("bhmf,bhmd->bhfd", phi_k, v.to(phi_k.dtype))
+    state = product(phi_k.transpose(-2, -1), v.to(phi_k.dtype))
     return state, phi_k.sum(dim=2)
 
 
@@ -38,11 +41,12 @@ def linear_attention_apply(q: Tensor, state: Tensor, normaliser: Tensor, eps: fl
     state = state.repeat_interleave(group, dim=1)
     normaliser = normaliser.repeat_interleave(group, dim=1)
     phi_q = feature_map(query.to(state.dtype))
-    numerator = torch.einsum("bhnf,bhfd->bhnd", phi_q, state)
-    denominator = torch.einsum("bhnf,bhf->bhn", phi_q, normaliser).unsqueeze(-1) + eps
-    # eps = 0 and no key on the query's side: 0/0 is 0, and so is its gradient.
-    nothing = denominator == 0
-    out = (numerator / denominator.masked_fill(nothing, 1.0)).masked_fill(nothing, 0.0)
+    numerator = product(phi_q, state)
+    met = product(phi_q, normaliser.unsqueeze(-1))
+    # A query that meets no key comes out 0, not 0/0, and has no gradient, whatever eps is. So does
+    # one whose denominator is below the normal numbers.
+    least = max(0.0, torch.finfo(met.dtype).tiny - eps)
+    out = numerator / torch.where(met > least, met + eps, math.inf)
     return in_order_of(q, out.to(q.dtype))
 
 

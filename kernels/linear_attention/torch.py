@@ -5,10 +5,13 @@ The products are batched matrix products in float32, since a half-precision norm
 2D float32 features for every key and every query token.
 """
 
+import math
+
 import torch
 from torch import Tensor
 
 from linear_vit.kernels.layout import gradients_in_order, in_order_of, unpack_qkv
+from linear_vit.kernels.precision import product
 
 
 def linear_attention(q: Tensor, k: Tensor, v: Tensor, eps: float) -> Tensor:
@@ -43,7 +46,8 @@ def _state(k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     phi_k = _feature_map(k)
     # Sᵀ = vᵀ φ(k): PyTorch's gradient of a transposed factor comes out transposed, to be copied to
     # its input's order, so the factor to transpose is v and not φ(k), of twice the size.
-    return (v.float().transpose(-2, -1) @ phi_k).transpose(-2, -1), phi_k.sum(dim=-2)
+    state = product(v.float().transpose(-2, -1), phi_k).transpose(-2, -1)
+    return state, phi_k.sum(dim=-2)
 
 
 def _apply(q: Tensor, state: Tensor, normaliser: Tensor, eps: float) -> Tensor:
@@ -52,12 +56,10 @@ def _apply(q: Tensor, state: Tensor, normaliser: Tensor, eps: float) -> Tensor:
     if heads != kv_heads:
         phi_q = phi_q.unflatten(1, (kv_heads, heads // kv_heads))
         state, normaliser = state.unsqueeze(2), normaliser.unsqueeze(2)
-    numerator = phi_q @ state
-    denominator = phi_q @ normaliser.unsqueeze(-1) + eps
-    if eps == 0:
-        # 0/0, a query with no key on its side, is 0 with zero gradient; with eps > 0 it can't be.
-        nothing = denominator == 0
-        denominator = denominator.masked_fill(nothing, 1.0)
-        numerator = numerator.masked_fill(nothing, 0.0)
-    out = (numerator / denominator).to(q.dtype)
+    numerator = product(phi_q, state)
+    met = product(phi_q, normaliser.unsqueeze(-1))
+    # A query that meets no key comes out 0, not 0/0, and has no gradient, whatever eps is. So does
+    # one whose denominator is below the normal numbers.
+    least = max(0.0, torch.finfo(met.dtype).tiny - eps)
+    out = (numerator / torch.where(met > least, met + eps, math.inf)).to(q.dtype)
     return out.flatten(1, 2) if heads != kv_heads else out

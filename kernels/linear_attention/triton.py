@@ -41,10 +41,12 @@ m = Σ_f S_f / Σ_f z_f, S' = S − z mᵀ is small where S cancels (v with a me
     dφ(q) = S'g/E + w·z                 w = (eps·(m·g) − φ(q)·S'g)/E²
     dz = Σ φ(q) w − dS m                (exactly, with the dS that was summed)
 
-g/E is rounded once for dS, after a power of two that fits float16. dS is carried as two halves
-where it meets v: dφ(k) = dS v + dz cancels. One rounding suffices for dv = dSᵀ φ(k), whose factor
-φ(k) has one sign. That is 8·D² FLOP a query token against 6·D bytes, and 12·D² a key token against
-8·D: balanced, where splitting g/E instead would put 12·D² on the first.
+g/E is rounded once for dS. In float16 a power of two a row goes from 1/E to φ(q), and one a tile
+brings g/E to its range: a row that hardly meets a key has a large 1/E, which would flush the other
+rows of its tile. A row that meets none has no part in any sum, whatever eps is. dS is carried as
+two halves where it meets v: dφ(k) = dS v + dz cancels. One rounding suffices for dv = dSᵀ φ(k),
+whose factor φ(k) has one sign. That is 8·D² FLOP a query token against 6·D bytes, and 12·D² a key
+token against 8·D: balanced, where splitting g/E instead would put 12·D² on the first.
 """
 
 import torch
@@ -60,6 +62,7 @@ from linear_vit.kernels.triton import tuning
 from linear_vit.kernels.triton.support import (
     balanced_splits,
     dot,
+    inverse_normaliser,
     launch_options,
     load_rows,
     multiprocessors,
@@ -183,11 +186,22 @@ def _apply_tokens(
     numerator = tl.zeros((BLOCK_N, BLOCK_D), dtype=tl.float32)
     numerator = dot(narrow(positive, operand), S_positive, numerator)
     numerator = dot(narrow(negative, operand), S_negative, numerator)
-    E = denominator + eps
-    # 0/0, a query with no key on its side (eps = 0), is 0; a NaN stays one.
-    inverse = tl.where(E == 0, 0.0, 1.0 / tl.where(E == 0, 1.0, E))
+    inverse = inverse_normaliser(denominator, eps)
     out = numerator * (inverse * unscale)[:, None] + (denominator * inverse)[:, None] * m[None, :]
     store_tile(out_head, tokens, end, out_stride_n, columns, D, out)
+
+
+@triton.jit
+def _row_power(x):
+    """The power of two at or below x, within what float16's φ(q) can be multiplied by; 1 for 0."""
+    power = (x.to(tl.int32, bitcast=True) & 0x7F800000).to(tl.float32, bitcast=True)
+    return tl.where(x == 0, 1.0, tl.minimum(tl.maximum(power, 2.0**-14), 2.0**15))
+
+
+@triton.jit
+def _narrow_to_half(x):
+    """float32 x ≥ 0 as float16, at most its largest number; a NaN stays one."""
+    return tl.minimum(x, 65504.0, propagate_nan=tl.PropagateNan.ALL).to(tl.float16)
 
 
 @triton.jit
@@ -223,6 +237,7 @@ def _differentiate_queries(
     dS_negative = tl.zeros((BLOCK_D, BLOCK_D), dtype=tl.float32)
     dz_positive = tl.zeros((BLOCK_D,), dtype=tl.float32)
     dz_negative = tl.zeros((BLOCK_D,), dtype=tl.float32)
+    z_size = tl.sum(z_positive + z_negative, 0) / D
     # Out here, or the operands would be written to shared memory again for every tile.
     S_positive, S_negative = tl.trans(S_positive), tl.trans(S_negative)
     tiles = tl.cdiv(tl.maximum(end - begin, 0), BLOCK_N)
@@ -240,8 +255,7 @@ def _differentiate_queries(
         side = q > 0
         a = tl.where(side, a_positive, -a_negative) * unscale
         z = tl.where(side, z_positive[None, :], -z_negative[None, :])
-        E = tl.sum(q * z, 1) + eps
-        inverse = tl.where(E == 0, 0.0, 1.0 / tl.where(E == 0, 1.0, E))
+        inverse = inverse_normaliser(tl.sum(q * z, 1), eps)
         g = g.to(tl.float32)
         w = (eps * tl.sum(g * m[None, :], 1) - tl.sum(q * a, 1)) * inverse * inverse
         # Written so that a NaN in q passes.
@@ -251,11 +265,13 @@ def _differentiate_queries(
         g *= inverse[:, None]
         positive, negative = positive_part(q), negative_part(q)
         if operand == tl.float16:
+            power = _row_power(inverse * z_size)
+            g *= (1.0 / power)[:, None]
             scale, back = power_of_two(tl.max(tl.max(tl.abs(g), 1), 0))
             g = tl.trans(narrow(g * scale, operand))
             no_sum = tl.zeros((BLOCK_D, BLOCK_D), dtype=tl.float32)
-            dS_positive += dot(g, narrow(positive, operand), no_sum) * back
-            dS_negative += dot(g, narrow(negative, operand), no_sum) * back
+            dS_positive += dot(g, _narrow_to_half(positive * power[:, None]), no_sum) * back
+            dS_negative += dot(g, _narrow_to_half(negative * power[:, None]), no_sum) * back
         else:
             g = tl.trans(narrow(g, operand))
             dS_positive = dot(g, narrow(positive, operand), dS_positive)

@@ -26,6 +26,7 @@ from linear_vit.kernels.triton.support import (
     balanced_splits,
     dot,
     exact_dot,
+    inverse_normaliser,
     load_tile,
     narrow,
     negative_part,
@@ -200,11 +201,7 @@ def _apply(
         numerator, denominator = _read_state(
             q_head, tokens, end, q_stride_n, state, normaliser, D, BLOCK_D, BLOCK_F, BLOCK_N
         )
-        denominator += eps
-        # 0/0, a query with no key on its side (eps = 0), is 0; a NaN stays one.
-        nothing = denominator == 0
-        out = numerator / tl.where(nothing, 1.0, denominator)[:, None]
-        out = tl.where(nothing[:, None], 0.0, out)
+        out = numerator * inverse_normaliser(denominator, eps)[:, None]
         store_tile(out_head, tokens, end, out_stride_n, tl.arange(0, BLOCK_D), D, out)
 
 
@@ -262,9 +259,7 @@ def _query_gradient(
             q_head, tokens, end, q_stride_n, state, normaliser, D, BLOCK_D, BLOCK_F, BLOCK_N
         )
         dout = load_tile(dout_head, tokens, end, dout_stride_n, columns, D)
-        denominator += eps
-        nothing = denominator == 0
-        inverse = tl.where(nothing, 0.0, 1.0 / tl.where(nothing, 1.0, denominator))
+        inverse = inverse_normaliser(denominator, eps)
         weight = -tl.sum(numerator * dout, axis=1) * inverse * inverse
         rows = head * num_tokens + tokens
         tl.store(inverse_pointer + rows, inverse, mask=tokens < end)

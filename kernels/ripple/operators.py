@@ -52,6 +52,7 @@ def attach(backend: str) -> Functions:
         fake_backward=_fake_pool_backward,
         setup_context=_save,
         backward=_backward,
+        batch_first=False,
     )
     expand = register(
         backend,
@@ -60,6 +61,7 @@ def attach(backend: str) -> Functions:
         fake_backward=_fake_expand_backward,
         setup_context=_save,
         backward=_backward,
+        batch_first=False,
     )
     return Functions(pool, expand)
 
@@ -72,7 +74,10 @@ def attach_stages(backend: str) -> stages.Functions:
         fake=_fake_pool_stages,
         fake_backward=_fake_pool_stages_backward,
         setup_context=_save_pool_stages,
-        backward=_pool_stages_backward,
+        backward=_stages_backward,
+        batch_first=False,
+        pack=_in_lists(1),
+        pack_backward=_in_lists(0),
     )
     expand = register(
         backend,
@@ -80,9 +85,27 @@ def attach_stages(backend: str) -> stages.Functions:
         fake=_fake_expand_stages,
         fake_backward=_fake_expand_stages_backward,
         setup_context=_save_expand_stages,
-        backward=_expand_stages_backward,
+        backward=_stages_backward,
+        batch_first=False,
+        pack=_in_lists(1),
+        pack_backward=_in_lists(2),
     )
-    return stages.Functions(pool, expand)
+
+    def ripple_pool_stages(
+        x: Tensor, weights: Sequence[Tensor], axes: Sequence[int]
+    ) -> Sequence[Tensor]:
+        return pool(axes, x, *weights)
+
+    def ripple_expand_stages(
+        z: Tensor,
+        levels: Sequence[Tensor],
+        weights: Sequence[Tensor],
+        lateral_weights: Sequence[Tensor],
+        axes: Sequence[int],
+    ) -> Tensor:
+        return expand(axes, z, *levels, *weights, *lateral_weights)
+
+    return stages.Functions(ripple_pool_stages, ripple_expand_stages)
 
 
 # ---- one stage -----------------------------------------------------------------------------------
@@ -161,28 +184,27 @@ def _fake_expand_stages_backward(
     return [empty_like(z), *(empty_like(x) for x in levels), *filters]
 
 
-def _save_pool_stages(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
-    x, weights, axes = inputs
+def _in_lists(alone: int) -> Callable[..., tuple[Any, ...]]:
+    """From (axes, *tensors) to the operator's arguments: ``alone`` tensors, then lists of one a
+    stage, then the axes."""
+
+    def pack(axes: Sequence[int], *tensors: Tensor) -> tuple[Any, ...]:
+        starts = range(alone, len(tensors), len(axes))
+        lists = [list(tensors[start : start + len(axes)]) for start in starts]
+        return *tensors[:alone], *lists, axes
+
+    return pack
+
+
+def _save_pool_stages(ctx: Any, inputs: tuple[Any, ...], output: Sequence[Tensor]) -> None:
+    ctx.axes, x, *weights = inputs
     ctx.save_for_backward(x, *output[:-1], *weights)
-    ctx.axes = axes
-
-
-def _pool_stages_backward(kernel: Any, ctx: Any, dlevels: Sequence[Tensor]) -> tuple[Any, ...]:
-    count = len(ctx.axes)
-    saved = list(ctx.saved_tensors)
-    dx, *dweights = kernel(list(dlevels), saved[:count], saved[count:], ctx.axes)
-    return dx, dweights, None
 
 
 def _save_expand_stages(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    z, levels, weights, lateral_weights, axes = inputs
-    ctx.save_for_backward(z, *levels, *weights, *lateral_weights)
-    ctx.axes = axes
+    ctx.axes, *tensors = inputs
+    ctx.save_for_backward(*tensors)
 
 
-def _expand_stages_backward(kernel: Any, ctx: Any, dout: Tensor) -> tuple[Any, ...]:
-    count = len(ctx.axes)
-    z, *rest = ctx.saved_tensors
-    lists = [rest[i * count : (i + 1) * count] for i in range(3)]
-    dz, *gradients = kernel(dout, z, *lists, ctx.axes)
-    return dz, *(gradients[i * count : (i + 1) * count] for i in range(3)), None
+def _stages_backward(kernel: Any, ctx: Any, *gradients: Tensor) -> tuple[Any, ...]:
+    return None, *kernel(ctx.axes, *gradients, *ctx.saved_tensors)

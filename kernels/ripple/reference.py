@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from linear_vit.kernels.layout import empty_like, gradients_in_order
+from linear_vit.kernels.layout import gradients_in_order, in_order_of
 from linear_vit.kernels.ripple.stages import compose
 
 
@@ -15,7 +15,7 @@ def ripple_pool(x: Tensor, weight: Tensor, axis: int) -> Tensor:
     grid, weight = gradients_in_order(x, weight)
     strides = (2, 1) if axis == 0 else (1, 2)
     out = _depthwise(_accumulate(grid), _accumulate(weight), strides)
-    return empty_like(x, tuple(out.shape)).copy_(out)
+    return in_order_of(x, out.to(x.dtype))
 
 
 def ripple_expand(
@@ -29,7 +29,7 @@ def ripple_expand(
     pair_weight = pair_weight[:, None, :] if axis == 0 else pair_weight
     spread = pair_weight * coarse.index_select(axis + 1, token // 2)
     out = spread + _depthwise(grid, lateral_weight, (1, 1))
-    return empty_like(x).copy_(out)
+    return in_order_of(x, out.to(x.dtype))
 
 
 ripple_pool_stages, ripple_expand_stages = compose(ripple_pool, ripple_expand)

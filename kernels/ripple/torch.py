@@ -8,12 +8,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from linear_vit.kernels.layout import gradients_in_order, in_order_of
+from linear_vit.kernels.precision import guarded
 from linear_vit.kernels.ripple.stages import compose
 
 
 def ripple_pool(x: Tensor, weight: Tensor, axis: int) -> Tensor:
     grid, weight = gradients_in_order(x, weight)
-    return _depthwise(grid, weight, (2, 1) if axis == 0 else (1, 2))
+    return in_order_of(x, _depthwise(grid, weight, (2, 1) if axis == 0 else (1, 2)))
 
 
 def ripple_expand(
@@ -31,7 +32,6 @@ ripple_pool_stages, ripple_expand_stages = compose(ripple_pool, ripple_expand)
 
 def _depthwise(x: Tensor, weight: Tensor, strides: tuple[int, int]) -> Tensor:
     channels = x.shape[-1]
-    out = F.conv2d(
-        x.permute(0, 3, 1, 2), weight.unsqueeze(1), stride=strides, padding=1, groups=channels
-    )
+    grid, windows = x.permute(0, 3, 1, 2), weight.unsqueeze(1)
+    out = guarded(F.conv2d, grid, windows, None, strides, (1, 1), (1, 1), channels)
     return out.permute(0, 2, 3, 1)

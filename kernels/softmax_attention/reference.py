@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from linear_vit.kernels.layout import gradients_in_order, in_order_of, unpack_qkv
+from linear_vit.kernels.precision import product
 
 
 def softmax_attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
@@ -11,8 +12,8 @@ def softmax_attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
     group = q.shape[1] // k.shape[1]
     query, key, value = (x.to(accumulate) for x in gradients_in_order(q, k, v))
     key, value = key.repeat_interleave(group, dim=1), value.repeat_interleave(group, dim=1)
-    weights = torch.softmax(torch.einsum("bhnd,bhmd->bhnm", query, key) * scale, dim=-1)
-    out = torch.einsum("bhnm,bhmd->bhnd", weights, value)
+    weights = torch.softmax(product(query, key.transpose(-2, -1)) * scale, dim=-1)
+    out = product(weights, value)
     return in_order_of(q, out.to(q.dtype))
 
 

@@ -13,9 +13,16 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from linear_vit.kernels.layout import gradients_in_order, in_order_of, unpack_qkv
+from linear_vit.kernels.precision import guarded
 
 
 def softmax_attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    if q.dtype == torch.float32:
+        return guarded(_softmax_attention, q, k, v, scale)
+    return _softmax_attention(q, k, v, scale)
+
+
+def _softmax_attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
     query, key, value = gradients_in_order(q, k, v)
     if q.shape[1] == k.shape[1]:
         with _fastest_first(q, k):

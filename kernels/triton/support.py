@@ -129,6 +129,17 @@ def negative_part(x):
 
 
 @triton.jit
+def inverse_normaliser(met, eps):
+    """1/E of rows with E = met + eps; 0 where a row meets no key, or E has no float32 inverse.
+
+    So a row of zeros has no part in any sum, whatever eps is; a NaN stays one.
+    """
+    E = met + eps
+    nothing = (met == 0) | (tl.abs(E) < 2.0**-126)
+    return tl.where(nothing, 0.0, 1.0 / tl.where(nothing, 1.0, E))
+
+
+@triton.jit
 def load_rows(pointer, rows, row_end, row_stride, columns, column_end):
     """x[rows, columns] in its own dtype, zero past either end. Columns are contiguous.
 

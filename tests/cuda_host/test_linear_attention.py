@@ -375,16 +375,28 @@ def test_nan_goes_where_it_must_and_nowhere_else(libraries: dict[str, Path]) -> 
     assert out.isnan().sum() == out.shape[2]
 
 
-@pytest.mark.parametrize("eps", [0.0, 1e-6])
-def test_a_zero_query_row_gives_zero_and_finite_gradients(
-    libraries: dict[str, Path], eps: float
+@pytest.mark.parametrize("eps", [0.0, 1e-50, 1e-39, 1e-37, 1e-15, 1e-6])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("num_splits", [1, None])
+def test_a_query_that_meets_no_key_gives_zero_and_finite_gradients(
+    libraries: dict[str, Path], eps: float, dtype: torch.dtype, num_splits: int | None
 ) -> None:
-    q, k, v, gradient = Case(16, queries=20, keys=20).inputs()
-    q[:, :, 7] = 0
-    result = run(LinearAttention(libraries), q, k, v, gradient, eps)
-    assert (result["out"][:, :, 7] == 0).all()
-    assert all(x.isfinite().all() for x in result.values())
-    assert (result["dq"][:, :, 7] == 0).all()
+    """Rows of zeros, and of a sign that no key has; a tile that is not full has more of them."""
+    q, k, v, gradient = Case(16, dtype, queries=75, keys=40).inputs()
+    k.abs_()
+    q[:, :, ::3] = 0
+    q[:, :, 1::3] = -q[:, :, 1::3].abs()
+    exact = double(q, k, v)
+    reference.linear_attention(*exact, eps).backward(gradient.double())
+    emulated = LinearAttention(libraries, num_splits=num_splits)
+    for result in (
+        run(emulated, q, k, v, gradient, eps),
+        run_parts(emulated, q, k, v, gradient, eps),
+    ):
+        assert (result["out"][:, :, ::3] == 0).all()
+        assert (result["dq"][:, :, 1::3] == 0).all()
+        for name, x in zip(("dq", "dk", "dv"), exact, strict=True):
+            assert_accurate(name, result[name], grad(x), gradient=True)
 
 
 # ---- do these tests fail when they should? -------------------------------------------------------
@@ -478,7 +490,7 @@ MORE_MUTATIONS = (
         "quad_sum(a_dot[r] * state.unscale - eps * mean_dot[r]);",
         "quad_sum(a_dot[r] * state.unscale);",
     ),
-    Mutation("no eps", HALF, "inverse(dot[r] + eps);", "inverse(dot[r]);"),
+    Mutation("no eps", HALF, "inverse(dot[r], eps);", "inverse(dot[r], 0.0f);"),
     Mutation(
         "the mean is not taken from the bias",
         HALF,
@@ -548,8 +560,8 @@ FLOAT_MUTATIONS = (
     Mutation(
         "no eps",
         FLOAT,
-        "scale[i] = inverse(row_sum(normaliser) + p.eps);",
-        "scale[i] = inverse(row_sum(normaliser));",
+        "scale[i] = inverse(row_sum(normaliser), p.eps);",
+        "scale[i] = inverse(row_sum(normaliser), 0.0f);",
     ),
     Mutation("no edge mask on stores", "cuda/common.cuh", "if (row >= valid) return;", ""),
     Mutation("no edge mask on loads", "cuda/common.cuh", "if (row < valid) {", "if (true) {"),

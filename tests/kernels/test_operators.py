@@ -28,41 +28,40 @@ def _operators(op: str, backend: str) -> list[tuple[Any, tuple[Any, ...]]]:
     """The backend's operators behind an operation, with arguments to call them with."""
     importlib.import_module(f"{kernels.operations()[op].package}.{backend}")
     case = CASES[op]
-    inputs, gradient = case.inputs(), case.gradient()
-    plain = [x.detach() for x in inputs]
+    # Detached: the operators have no gradients of their own, the functions around them do.
+    plain, gradient = [x.detach() for x in case.inputs()], case.gradient()
     named = lambda name: getattr(torch.ops.linear_vit, f"{backend}_{name}").default  # noqa: E731
     if op == "linear_attention":
-        q, k, v = inputs
         S, z = named("linear_attention_state")(*plain[1:])
         dS, dz = torch.randn_like(S), torch.randn_like(z)
         out, *state = named(op)(*plain, 1e-6, True)
         _, *no_state = named(op)(*plain, 1e-6, False)
         return [
-            (named(op), (*inputs, 1e-6, True)),
-            (named(op), (*inputs, 1e-6, False)),
+            (named(op), (*plain, 1e-6, True)),
+            (named(op), (*plain, 1e-6, False)),
             (named(f"{op}_backward"), (gradient, *plain, *state, 1e-6)),
             (named(f"{op}_backward"), (gradient, *plain, *no_state, 1e-6)),
-            (named("linear_attention_state"), (k, v)),
+            (named("linear_attention_state"), (*plain[1:],)),
             (named("linear_attention_state_backward"), (dS, dz, *plain[1:])),
-            (named("linear_attention_apply"), (q, S, z, 1e-6)),
+            (named("linear_attention_apply"), (plain[0], S, z, 1e-6)),
             (named("linear_attention_apply_backward"), (gradient, plain[0], S, z, 1e-6)),
         ]
     if op == "linear_attention_packed":
         out, S, z = named(op)(*plain, 1e-6, True)
         return [
-            (named(op), (*inputs, 1e-6, True)),
-            (named(op), (*inputs, 1e-6, False)),
+            (named(op), (*plain, 1e-6, True)),
+            (named(op), (*plain, 1e-6, False)),
             (named(f"{op}_backward"), (gradient, *plain, S, z, 1e-6)),
         ]
     if op in ("softmax_attention", "softmax_attention_packed"):
         out, lse = named(op)(*plain, 0.25)
         return [
-            (named(op), (*inputs, 0.25)),
+            (named(op), (*plain, 0.25)),
             (named(f"{op}_backward"), (gradient, *plain, out, lse, 0.25)),
         ]
     assert isinstance(case, Ripple)
     return [
-        (named(op), (*inputs, case.axis)),
+        (named(op), (*plain, case.axis)),
         (named(f"{op}_backward"), (gradient, *plain, case.axis)),
     ]
 

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
+from linear_vit.kernels.accuracy import compare
 from linear_vit.kernels.triton import tuning
 from tests.kernels.cases import DTYPES, Attention, assert_accurate, results, usable_backends
 
@@ -82,6 +83,23 @@ def test_triton_one_tile_of_keys(dtype: torch.dtype) -> None:
 def test_triton_streamed(dtype: torch.dtype, streamed: None) -> None:
     case = Attention(dtype=dtype, head_dim=48, queries=90, keys=80, heads=4, kv_heads=2)
     assert_accurate(case, "triton")
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("path", ["split", "streamed"])
+def test_triton_zero_query_rows(
+    dtype: torch.dtype, path: str, request: pytest.FixtureRequest
+) -> None:
+    """Rows that meet no key have no part in the sums, however large their 1/E is."""
+    request.getfixturevalue(path)
+    case = Attention(dtype=dtype, head_dim=16, queries=300, keys=300, eps=1e-37)
+    inputs = case.inputs()
+    with torch.no_grad():
+        inputs[0][:, :, ::3] = 0.0
+    exact = [x.detach().double().requires_grad_() for x in inputs]
+    wanted = torch.autograd.grad(case.run("reference", exact), exact, case.gradient().double())
+    for a, b in zip(results(case, "triton", inputs)[1:], wanted, strict=True):
+        assert compare(a, b, gradient=True).passed, compare(a, b, gradient=True)
 
 
 def test_the_choice_depends_on_shape_and_device() -> None:

@@ -1,0 +1,43 @@
+"""``autograd.Function`` for every caller: eager calls, ``torch.compile``, ``torch.func``."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.autograd import Function
+
+
+def transformable(function: type[Function]) -> Callable[..., Any]:
+    """What to call instead of ``function.apply``.
+
+    PyTorch wants one thing written in three ways. Transforms (``torch.func``) take a
+    ``setup_context``, with which an eager call takes three times as long as without; forward mode
+    takes a ``jvp``, with which Dynamo gives up.
+
+    Args:
+        function: with ``forward(*inputs)``, ``setup_context``, ``backward``, ``jvp`` and either
+            ``vmap`` or ``generate_vmap_rule``.
+    """
+
+    def forward(ctx: Any, *inputs: Any) -> Any:
+        output = function.forward(*inputs)
+        function.setup_context(ctx, inputs, output)
+        return output
+
+    name = function.__name__
+    eager: Any = type(
+        name,
+        (function,),
+        {"forward": staticmethod(forward), "setup_context": staticmethod(Function.setup_context)},
+    )
+    traced: Any = type(name, (function,), {"jvp": staticmethod(Function.jvp)})
+
+    def apply(*inputs: Any) -> Any:
+        if torch.compiler.is_compiling():
+            return traced.apply(*inputs)
+        # What Function.apply asks, too; there is no public name for it.
+        if torch._C._are_functorch_transforms_active():
+            return function.apply(*inputs)
+        return eager.apply(*inputs)
+
+    return apply
