@@ -139,6 +139,8 @@ def train_command(args: argparse.Namespace) -> None:
         elif main and args.resume and not (out / "last.pt").exists():
             notice(f"no {out}/last.pt to resume from: starting anew")
         check_usable(config, device)
+        if main:
+            check_writable(out)  # before a download, too
         with distributed.first_before_others():  # one download of what is missing is enough
             data = datasets.load_once(config.dataset, args.data_dir)
         how = {"resume": args.resume, "checkpoint_every": args.checkpoint_every}

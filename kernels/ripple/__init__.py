@@ -1,6 +1,6 @@
 """Ripple pooling and expansion: a token pyramid on a channels-last grid, a stage or all at once."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from torch import Tensor
 
@@ -169,22 +169,21 @@ def ripple_expand_stages(
 
 def _check_stages(axes: Sequence[int], **lists: Sequence[Tensor]) -> tuple[int, ...]:
     """The axes, checked, with as many of everything else."""
-    if not _is_list(axes):
+    if isinstance(axes, int) or not _is_sequence(axes):
         raise TypeError(f"axes must be a sequence of 0 (rows) and 1 (columns), got {axes!r}")
     for name, tensors in lists.items():
-        if not _is_list(tensors):
+        if isinstance(tensors, Tensor) or not _is_sequence(tensors):
             raise TypeError(
                 f"{name} must be a sequence of tensors, one a stage, got {type(tensors).__name__}"
             )
         if len(tensors) != len(axes):
             raise ValueError(f"{name} must be {len(axes)}, one a stage of axes, got {len(tensors)}")
-    return tuple([check_axis(axis) for axis in axes])
+    return tuple(check_axis(axis) for axis in axes)
 
 
-def _is_list(value: object) -> bool:
-    """Lists, tuples, arrays, ``nn.ParameterList``: what has a length and goes through a ``*``."""
-    one = isinstance(value, Tensor | str)
-    return not one and hasattr(value, "__len__") and hasattr(value, "__iter__")
+def _is_sequence(x: object) -> bool:
+    """Also an ``nn.ParameterList`` or an array, which ``Sequence`` doesn't know as its own."""
+    return hasattr(x, "__len__") and hasattr(x, "__getitem__") and not isinstance(x, Mapping)
 
 
 def _check_weight(name: str, weight: Tensor, x: Tensor) -> None:

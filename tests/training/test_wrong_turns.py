@@ -189,6 +189,24 @@ def test_what_cannot_be_written_is_told_before_anything_is_trained(
     assert "cannot write file/below" in capsys.readouterr().err
 
 
+def test_nothing_is_downloaded_that_cannot_be_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Nor for a run that can't be recorded."""
+
+    def never(*_: Any, **__: Any) -> None:
+        raise AssertionError("downloaded")
+
+    monkeypatch.setattr("urllib.request.urlopen", never)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").write_text("in the way")
+    command = [*TINY, "--dataset=cifar100", "--batch_size=64"]
+    assert main(*command, "--out=file/below", "--data_dir=data") == 2
+    assert "cannot write file/below" in capsys.readouterr().err
+    assert main(*command, "--out=out", "--data_dir=file/below") == 2
+    assert "cannot write file/below" in capsys.readouterr().err
+
+
 def test_a_table_of_recorded_runs_beside_which_nothing_can_be_written(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from linear_vit.training.errors import UserError, first_line
-from linear_vit.training.record import writing
+from linear_vit.training.record import check_writable, writing
 
 _SILENCE_S = 30  # how long a server may say nothing: a silent proxy would hang for good
 
@@ -37,6 +37,7 @@ def fetch(archive: Archive, folder: Path) -> Path:
     if path.exists():
         check(path.read_bytes(), archive, path)
         return path
+    check_writable(folder)  # before it is all there and can't be kept
     print(f"downloading {archive.url} to {path} ...", file=sys.stderr)
     with urllib.request.urlopen(archive.url, timeout=_SILENCE_S) as answer:
         content = answer.read()
