@@ -1,4 +1,4 @@
-"""What measures: clock, telemetry, limits, memory, energy, machine, proof, profiles.
+"""What measures: clock, telemetry, host, canary, limits, memory, energy, machine, proof, profiles.
 
 They know nothing of what they measure.
 """

@@ -1,28 +1,13 @@
 """pytest as a user runs it, in a process of its own: with --benchmark-only, and without."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-ROOT = Path(__file__).resolve().parents[2]
-
-
-# Benchmarks refuse to run in a worker of pytest-xdist, which these tests may well be in.
-ENVIRONMENT = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST_")}
-
-
-def run_pytest(*arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "pytest", "-p", "tests.bench.calm", *arguments]
-    command += ["-p", "no:cacheprovider"]
-    return subprocess.run(
-        command, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=300
-    )
+from tests.bench.processes import run as run_pytest
 
 
 @pytest.fixture(scope="module")
@@ -127,29 +112,9 @@ def test_wrong_result_fails_its_case_and_goes_into_the_file(tmp_path: Path) -> N
         "kernels.linear_attention = wrong\n"
     )
     path = tmp_path / "run.json"
-    command = (
-        "import sys; sys.path.insert(0, sys.argv.pop(1)); import pytest;"
-        "sys.exit(pytest.main(sys.argv[1:]))"
-    )
-    options = ["--benchmark-only", "--device", "cpu", "--tokens", "64"]
+    options = ["--benchmark-only", "--device", "cpu", "--tokens", "64", "-p", "sabotage"]
     options += ["--ops", "linear_attention", "--backends", "reference,torch"]
-    options += [
-        "-p",
-        "sabotage",
-        "-p",
-        "tests.bench.calm",
-        "-p",
-        "no:cacheprovider",
-        f"--benchmark-json={path}",
-    ]
-    done = subprocess.run(
-        [sys.executable, "-c", command, str(tmp_path), *options],
-        cwd=ROOT,
-        env=ENVIRONMENT,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
+    done = run_pytest(*options, f"--benchmark-json={path}", folder=tmp_path)
     assert done.returncode == 1, done.stdout + done.stderr
     assert "2 failed, 2 passed" in done.stdout
     document = json.loads(path.read_text())
@@ -173,14 +138,7 @@ def test_a_run_of_disturbed_cases_ends_with_a_message(tmp_path: Path) -> None:
     path = tmp_path / "run.json"
     options = ["--benchmark-only", "--device", "cpu", "--tokens", "64", "-k", "forward-"]
     options += ["--ops", "linear_attention", "--backends", "torch", "-p", "storm"]
-    done = subprocess.run(
-        [sys.executable, "-m", "pytest", *options, f"--benchmark-json={path}"],
-        cwd=ROOT,
-        env=ENVIRONMENT | {"PYTHONPATH": str(tmp_path)},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
+    done = run_pytest(*options, f"--benchmark-json={path}", folder=tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "Every case was disturbed, so no time is shown" in done.stdout
     for unit in (" ms", " µs", "GFLOP/s"):

@@ -1,33 +1,24 @@
 """Runs that are killed, interrupted, crash or run out of memory, as a user meets them."""
 
 import json
-import os
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[2]
-# Benchmarks refuse to run in a worker of pytest-xdist, which these tests may well be in.
-ENVIRONMENT = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST_")}
+from tests.bench import processes
+
 OPTIONS = ("--benchmark-only", "--device", "cpu", "--tokens", "64,128", "--ops")
-COMMAND = (
-    "import sys; sys.path.insert(0, sys.argv.pop(1)); import pytest;"
-    "sys.exit(pytest.main(sys.argv[1:]))"
-)
 FORWARD = "linear_attention-forward-float32-N{}-torch"
 
 
-def command(folder: Path, *more: str) -> list[str]:
-    """pytest with what ``folder/sabotage.py`` breaks in its process."""
-    options = [*OPTIONS, "linear_attention", "--backends", "torch", "-p", "no:cacheprovider"]
-    options += ["-p", "tests.bench.calm"]
-    options += ["-p", "sabotage", f"--benchmark-json={folder / 'run.json'}", *more]
-    return [sys.executable, "-c", COMMAND, str(folder), *options]
+def options(folder: Path, *more: str) -> list[str]:
+    """pytest's, with what ``folder/sabotage.py`` breaks in its process."""
+    asked = [*OPTIONS, "linear_attention", "--backends", "torch", "-p", "sabotage"]
+    return [*asked, f"--benchmark-json={folder / 'run.json'}", *more]
 
 
 def sabotage(folder: Path, body: str) -> None:
@@ -46,14 +37,7 @@ def sabotage(folder: Path, body: str) -> None:
 
 
 def run(folder: Path, *more: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        command(folder, *more),
-        cwd=ROOT,
-        env=ENVIRONMENT,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
+    return processes.run(*options(folder, *more), folder=folder)
 
 
 def cases(folder: Path) -> list[str]:
@@ -116,9 +100,9 @@ def test_ctrl_c_leaves_a_valid_file_and_the_way_on(tmp_path: Path, how: signal.S
         tmp_path, f"if n == 128: open({str(flag)!r}, 'w').close(); __import__('time').sleep(9)"
     )
     process = subprocess.Popen(
-        command(tmp_path),
-        cwd=ROOT,
-        env=ENVIRONMENT,
+        processes.command(*options(tmp_path)),
+        cwd=processes.ROOT,
+        env=processes.environment(tmp_path),
         stdout=subprocess.PIPE,
         text=True,
         # Processes in the background of a shell without job control are born deaf to Ctrl-C.
@@ -207,14 +191,11 @@ def test_what_measures_nothing_takes_nothing_away(tmp_path: Path, ways: list[lis
     """Over a finished run, and then over one that there was no time for."""
     sabotage(tmp_path, "pass")
     out = tmp_path / "out"
-    small = [*command(tmp_path)[:4], *OPTIONS, "linear_attention", "--backends", "torch"]
-    small += ["-p", "no:cacheprovider", "-p", "sabotage", "-p", "tests.bench.calm", f"--out={out}"]
+    small = [*OPTIONS, "linear_attention", "--backends", "torch", "-p", "sabotage", f"--out={out}"]
     small[small.index("64,128")] = "64"
 
     def go(*more: str) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(
-            [*small, *more], cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=300
-        )
+        return processes.run(*small, *more, folder=tmp_path)
 
     done = go()
     assert done.returncode == 0, done.stdout + done.stderr
@@ -238,14 +219,7 @@ def test_what_measures_nothing_takes_nothing_away(tmp_path: Path, ways: list[lis
 
 
 def test_resume_needs_a_file() -> None:
-    done = subprocess.run(
-        [sys.executable, "-m", "pytest", *OPTIONS, "linear_attention", "--resume-bench"],
-        cwd=ROOT,
-        env=ENVIRONMENT,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
+    done = processes.run(*OPTIONS, "linear_attention", "--resume-bench")
     assert done.returncode == 4
     assert "--resume-bench: name the run's file with --benchmark-json" in done.stderr
 
