@@ -106,8 +106,8 @@ def _add_compare(parser: Parser) -> None:
     parser.description = (
         "BEFORE AFTER: per case faster, slower, same or undecided; with one run, BEFORE is "
         "reports/measurements. Of several runs a side, each a process: BEFORE... --with AFTER..., "
-        "which tells the luck of a process from a change. With --baseline: every backend of a run "
-        "over that one."
+        "which tells the luck of a process from a change; three runs or more of one version say "
+        "how large it is. With --baseline: every backend of a run over that one."
     )
     _add_cases(parser)
     _add_path(parser, "--with", "the later runs", dest="after", nargs="+", metavar="AFTER")
@@ -174,23 +174,28 @@ def _compare(arguments: argparse.Namespace) -> int:
         loaded = _load(arguments.paths or _default_paths())
         cases = compare.speedups(loaded.only(*asked), arguments.baseline, arguments.backends)
         text, failed = compare.render(cases, arguments.baseline, loaded.words), False
-    elif not (arguments.after or 1 <= len(arguments.paths) <= 2):
+    elif arguments.paths or arguments.after:
+        # Of several runs of one version the luck of a process is asked for, and no change.
+        one_version = len(arguments.paths) > 2 and not arguments.after
+        before = arguments.paths if arguments.after or one_version else arguments.paths[:-1]
+        after = arguments.after or (arguments.paths if one_version else arguments.paths[-1:])
+        found = changes.changes(
+            _load(before or runs.measured(), every=True),
+            _load(after, every=True),
+            control=None if arguments.control == "none" else arguments.control,
+            margin=arguments.margin,
+            anyway=arguments.anyway,
+        ).only(*asked, arguments.backends)
+        cases = found.cases
+        text = found.luck or "too few lengths of a backend besides the control"
+        text = text if one_version else changes.render(found)
+        failed = found.fails(arguments.fail_on)
+    else:
         raise runs.NoRuns(
             "compare takes two runs, BEFORE and AFTER (or one, held against reports/measurements); "
             "of several a side, BEFORE... --with AFTER...; to compare the backends of one run add "
             "--baseline NAME"
         )
-    else:
-        before = arguments.paths if arguments.after else arguments.paths[:-1]
-        found = changes.changes(
-            _load(before or runs.measured(), every=True),
-            _load(arguments.after or arguments.paths[-1:], every=True),
-            control=None if arguments.control == "none" else arguments.control,
-            margin=arguments.margin,
-            anyway=arguments.anyway,
-        ).only(*asked, arguments.backends)
-        cases, text = found.cases, changes.render(found)
-        failed = found.fails(arguments.fail_on)
     if arguments.csv:
         cases.to_csv(arguments.csv, index=False)
     print(text)

@@ -17,18 +17,14 @@ import pandas as pd
 from scipy import stats
 
 from linear_vit.reports import units
-from linear_vit.reports.claims import PYTORCH
-from linear_vit.reports.saved import machines
-from linear_vit.reports.saved.runs import PLACE, TRAINING_STEP, Asked, NoRuns, Runs, only
+from linear_vit.reports.saved.runs import PLACE, Asked, Runs, only
+from linear_vit.reports.saved.versions import DEFAULT_CONTROL, Versions, pair_up
 from linear_vit.reports.statistics import pair, pools, repeats, turns
 
 SLOWER, FASTER, SAME, UNDECIDED = "slower", "faster", "same", "undecided"
 MISSING = "missing"  # in the later run
 VERDICTS = (MISSING, SLOWER, FASTER, UNDECIDED, SAME)
-DEFAULT_CONTROL = PYTORCH
 MARGIN = 0.03  # a change that is surely smaller is called none
-_WHEN = ("before", "after")
-_OF_A_MEDIAN = ["median_s", "error", "independent_rounds", "seconds", "turns"]
 
 
 @dataclass
@@ -90,33 +86,24 @@ def changes(
     Raises:
         NoRuns: the runs may not be compared, or have no case in common; the message says why.
     """
-    notes: list[str] = []
-    sides, why = _sides(before, after, anyway, notes)
-    missing = _newest(sides[0])
-    missing = missing[~missing["case"].isin(sides[1]["case"])]
-    sides = [_steady(side, notes) for side in sides]
-    both = _in_both(sides, notes)
-    control = _usable_control(both, control, why, notes)
-    is_control = (both["backend"] == control).to_numpy()
-    of_place = _controls(both, is_control)
     edge = float(np.log1p(margin))
-    several = any(side["case"].duplicated().any() for side in sides)
-    judge = _of_several if several else _of_two
-    found = judge(both, sides, of_place, is_control, edge)
-    if not several:
+    versions = pair_up(before, after, control, anyway)
+    found = (_of_several if versions.several else _of_two)(versions, edge)
+    both, is_control, notes = versions.both, versions.is_control, versions.notes
+    if not versions.several:
         notes.append("one run a side does not show the luck of a process; several do (--with)")
         if found.scatter is None and not is_control.all():
             notes.append("too few cases to see how much runs of the same code differ")
-    drift = (both["median_s_after"] / both["median_s_before"])[is_control].median()
-    lost = missing.assign(before_s=missing["median_s"], verdict=MISSING)
-    lost = lost[["case", *PLACE, "backend", "before_s", "verdict"]]
     if once := int(found.cases["verdict"].isna().sum()):
         notes.append(f"{once} cases left out: of one run a side, where others are of several")
+    drift = (both["median_s_after"] / both["median_s_before"])[is_control].median()
+    lost = versions.missing.assign(before_s=versions.missing["median_s"], verdict=MISSING)
+    lost = lost[["case", *PLACE, "backend", "before_s", "verdict"]]
     kept = found.cases[~is_control & found.cases["verdict"].notna().to_numpy()]
     return replace(
         found,
-        cases=pd.concat([kept, lost], ignore_index=True),
-        control=control,
+        cases=pd.concat([kept, lost] if len(lost) else [kept], ignore_index=True),
+        control=versions.control,
         drift=float(drift) if is_control.any() else None,
         notes=notes,
     )
@@ -125,16 +112,11 @@ def changes(
 # ---- judged --------------------------------------------------------------------------------------
 
 
-def _of_two(
-    both: pd.DataFrame,
-    sides: Sequence[pd.DataFrame],
-    of_place: np.ndarray,
-    is_control: np.ndarray,
-    edge: float,
-) -> Changes:
+def _of_two(versions: Versions, edge: float) -> Changes:
     """Of one run a side."""
-    before, after = (_of(both, when) for when in _WHEN)
-    found = pair.compare(before, after, of_place, is_control)
+    both, is_control = versions.both, versions.is_control
+    before, after = (versions.newest(when) for when in ("before", "after"))
+    found = pair.compare(before, after, versions.of_place, is_control)
     cases = _judged(_described(both), found.change, found.half, edge, sure_of=edge / 3)
     with_control = is_control.any()
     pooled = pools.pooled(
@@ -148,15 +130,10 @@ def _of_two(
     return Changes(cases, pooled, None, None, found.scatter)
 
 
-def _of_several(
-    both: pd.DataFrame,
-    sides: Sequence[pd.DataFrame],
-    of_place: np.ndarray,
-    is_control: np.ndarray,
-    edge: float,
-) -> Changes:
+def _of_several(versions: Versions, edge: float) -> Changes:
     """Of several runs a side, each a process."""
-    x, variance = zip(*(_by_process(side, both, of_place) for side in sides), strict=True)
+    both, is_control, of_place = versions.both, versions.is_control, versions.of_place
+    x, variance = zip(*(_by_process(side, both, of_place) for side in versions.sides), strict=True)
     backends = both["backend"][~is_control].nunique()
     counts = [np.isfinite(one).sum(axis=1) for one in x]
     with np.errstate(invalid="ignore", divide="ignore"):
@@ -281,176 +258,3 @@ def _bound(ratio: float) -> str:
     if ratio > 1000:
         return "over 1,000"
     return f"{ratio:.3f}" if ratio >= 0.001 else "under 0.001"
-
-
-# ---- read ----------------------------------------------------------------------------------------
-
-
-def _sides(
-    before: Runs, after: Runs, anyway: bool, notes: list[str]
-) -> tuple[list[pd.DataFrame], list[str]]:
-    """Every case of either side that may be compared, and what the environments differ in.
-
-    Raises:
-        NoRuns: they may not be compared.
-    """
-    kept, why = _comparable(before, after)
-    if not kept:
-        if not anyway:
-            raise NoRuns(
-                "these runs may not be compared: "
-                + "; ".join(why)
-                + " (--anyway compares them all the same)"
-            )
-        notes.append("compared although they differ in " + "; ".join(why))
-        kept = {head["file"] for head in before.heads}
-    elif len(kept) < len(before.heads):
-        notes.append(f"of {len(before.heads)} earlier runs, those of the same environment")
-    # Whether length and backend alone do not tell the cases of an operation apart.
-    place = [name for name in (*PLACE, "backend", "file") if name != "setting"]
-    kernels = [run.kernels for run in (before, after) if not run.kernels.empty]
-    ambiguous = any(frame.duplicated(place).any() for frame in kernels)
-    one, other = (_cases(run, with_setting=ambiguous) for run in (before, after))
-    return [one[one["file"].isin(kept)], other], why
-
-
-def _newest(side: pd.DataFrame) -> pd.DataFrame:
-    return side.drop_duplicates("case", keep="last")
-
-
-def _steady(side: pd.DataFrame, notes: list[str]) -> pd.DataFrame:
-    """Without measurements that something disturbed."""
-    disturbed = side[side["disturbed"].notna()]
-    if len(disturbed):
-        first = disturbed.iloc[0]
-        notes.append(
-            f"{len(disturbed)} disturbed cases left out, as {first['case']} ({first['disturbed']})"
-        )
-    return side[side["disturbed"].isna()]
-
-
-def _in_both(sides: Sequence[pd.DataFrame], notes: list[str]) -> pd.DataFrame:
-    """The newest of each case that both have.
-
-    Raises:
-        NoRuns: they have none in common.
-    """
-    one, other = map(_newest, sides)
-    both = one.merge(other, on="case", suffixes=("_before", "_after"))
-    for frame, where in ((one, "earlier"), (other, "later")):
-        if alone := len(set(frame["case"]) - set(both["case"])):
-            notes.append(f"{alone} cases only in the {where} run")
-    both = _same_method(both, notes)
-    if both.empty:
-        raise NoRuns("the two runs have no case in common")
-    return both
-
-
-def _comparable(before: Runs, after: Runs) -> tuple[set[str], list[str]]:
-    """Files of ``before`` that match a run of ``after``; if none, what the nearest differs in."""
-    matches: set[str] = set()
-    nearest: list[str] | None = None
-    for old in before.heads:
-        for new in after.heads:
-            why = machines.obstacles(old["facts"], new["facts"])
-            if not why:
-                matches.add(old["file"])
-            elif nearest is None or len(why) < len(nearest):
-                nearest = why
-    return matches, [] if matches else nearest or []
-
-
-def _cases(runs: Runs, *, with_setting: bool) -> pd.DataFrame:
-    """Kernels and training steps in one table, each case named in words."""
-    columns = ["case", *PLACE, "backend", "file", *_OF_A_MEDIAN, "clock", "least_bytes"]
-    columns += ["settings", "disturbed", "name", "ratios", "datetime"]
-    parts = []
-    if not runs.kernels.empty:
-        kernels = runs.kernels.copy()
-        names = ("operation", "pass", "dtype", "sweep", "total_tokens", "setting", "N", "backend")
-        kernels["case"] = [
-            f"{op} {mode} {dtype} {f'{sweep} sweep ' if sweep else ''}"
-            f"{f'{total:,} tokens ' if total else ''}{f'{setting}, ' if with_setting else ''}"
-            f"N = {n:,} {backend}"
-            for op, mode, dtype, sweep, total, setting, n, backend in zip(
-                *(kernels[name] for name in names), strict=True
-            )
-        ]
-        parts.append(kernels)
-    if not runs.training.empty:
-        steps = runs.training.assign(
-            operation=TRAINING_STEP, total_tokens=0, N=0, clock="", setting=""
-        )
-        steps["pass"] = "step"
-        # The settings are part of what a step is: two presets are two cases.
-        steps["case"] = [
-            f"{TRAINING_STEP} {model} ({backend}), dim {s.get('dim')}, depth {s.get('depth')}, "
-            f"batch {s.get('batch_size')}, {s.get('dataset')}, {dtype}"
-            for model, backend, s, dtype in zip(
-                *(steps[c] for c in ("model", "backend", "settings", "dtype")), strict=True
-            )
-        ]
-        # A model's step has no control of its own; its backend names no control either.
-        steps["backend"] = steps["model"] + " with " + steps["backend"]
-        parts.append(steps)
-    table = pd.concat([part.reindex(columns=columns) for part in parts], ignore_index=True)
-    table = table.sort_values("datetime", kind="stable", ignore_index=True)
-    # A step of one name and other settings (heads, dropout) does not pass for the same one.
-    table["settings"] = table["settings"].map(lambda s: s if isinstance(s, dict) else None)
-    return table
-
-
-def _same_method(both: pd.DataFrame, notes: list[str]) -> pd.DataFrame:
-    """Without the cases that are of the same name and not of the same thing."""
-    for column, words in (
-        ("clock", "timed by different clocks"),
-        ("least_bytes", "of different shapes"),
-        ("settings", "of different settings"),
-    ):
-        one, other = both[f"{column}_before"], both[f"{column}_after"]
-        alike = (one == other) | (one.isna() & other.isna())
-        if not alike.all():
-            notes.append(f"{int((~alike).sum())} cases left out: {words}")
-        both = both[alike]
-    known = np.isfinite(both["error_before"].astype(float) + both["error_after"].astype(float))
-    if not known.all():
-        notes.append(f"{int((~known).sum())} cases left out: their rounds were not kept")
-    both = both[known].reset_index(drop=True)
-    renamed = {f"{name}_after": name for name in (*PLACE, "backend")}
-    return both.rename(columns=renamed)
-
-
-def _of(both: pd.DataFrame, when: str) -> pd.DataFrame:
-    return pd.DataFrame({name: both[f"{name}_{when}"] for name in _OF_A_MEDIAN})
-
-
-def _controls(both: pd.DataFrame, is_control: np.ndarray) -> np.ndarray:
-    """Per case the row of the control at its place, −1 where that is none or the case itself."""
-    place = pd.MultiIndex.from_frame(both[PLACE])
-    at = dict(zip(place[is_control], np.flatnonzero(is_control), strict=True))
-    rows = np.array([at.get(where, -1) for where in place], int)
-    return np.where(is_control, -1, rows)
-
-
-def _usable_control(
-    both: pd.DataFrame, control: str | None, differ: Sequence[str], notes: list[str]
-) -> str | None:
-    """The control's name if both runs have it, and with the same PyTorch; else None and a note."""
-    if control is None:
-        return None
-    if differ:
-        notes.append("of different environments no backend is a control")
-        return None
-    timed = set(both["backend"])
-    if control not in timed:
-        if control != DEFAULT_CONTROL:
-            raise NoRuns(f"no common case of the control {control!r}; there are {sorted(timed)}")
-        notes.append(
-            f"no common case of a control ({control}): a drift of the machine between the runs "
-            "counts as a change"
-        )
-        return None
-    if timed == {control}:
-        notes.append(f"nothing but {control} in common, so that it is compared and no control")
-        return None
-    return control

@@ -22,6 +22,10 @@ TRAINING_STEP = "training_step"
 
 # Sizes of one and the same sweep; any other sweep is a list of cases of its own, and stands apart.
 _EXTENTS = ("quick", "full", None)
+# What a case says itself, of a kernel or a training step.
+_COLUMNS = {"operation", "backend", "pass_", "dtype", "turns", "clock", "device", "disturbed"}
+_COLUMNS |= {"peak_memory_bytes", "N", "implementation", "other_function", "least_bytes", "limit"}
+_COLUMNS |= {"gb_per_s", "tflop_per_s", "share_of_limit", "model", "model_title", "images_per_s"}
 # What tells the cases of a machine and backend apart.
 PLACE = ["sweep", "total_tokens", "setting", "operation", "pass", "dtype", "N"]
 # Fields of a shape that are its length.
@@ -187,9 +191,7 @@ def read(path: Path) -> Content:
             raise OfAnotherKind(f"no benchmark run, but {kind}")
     try:
         document = convert.to_current(document)
-    except (KeyError, TypeError, AttributeError, ValueError, ArithmeticError) as error:
-        if isinstance(error, Damaged):
-            raise
+    except (LookupError, TypeError, AttributeError, ValueError, ArithmeticError) as error:
         raise Damaged(f"damaged ({type(error).__name__}: {error})") from error
     schema.check(schema.Head, {k: v for k, v in document.items() if k in _OF_THE_HEAD})
     return document
@@ -275,7 +277,7 @@ def _cases(path: Path, document: Content) -> tuple[list[Content], list[str]]:
     sweep = suite.get("sweep")
     alike = {"file": str(path), "datetime": _when(document)}
     alike["sweep"] = "" if sweep in _EXTENTS else str(sweep)
-    found: list[tuple[Content, schema.Case]] = []
+    found: list[tuple[Content, Any]] = []
     bad: dict[str, tuple[str, int]] = {}  # by field: of the first such case, and how many there are
     for number, benchmark in enumerate(document["benchmarks"]):
         info = benchmark.get("extra_info") if isinstance(benchmark, dict) else None
@@ -294,7 +296,7 @@ def _cases(path: Path, document: Content) -> tuple[list[Content], list[str]]:
     return rows, complaints or ([] if rows else ["an empty run"])
 
 
-def _row(raw: Content, case: schema.Case, facts: Content, settings: Settings) -> Content:
+def _row(raw: Content, case: Any, facts: Content, settings: Settings) -> Content:
     """What every case has: its time, and what that is known from."""
     info, stats = case.extra_info, case.stats
     data = stats.data or []
@@ -312,7 +314,7 @@ def _row(raw: Content, case: schema.Case, facts: Content, settings: Settings) ->
         "independent_rounds": stats.rounds / dependence**2,
         "ratios": info.ratios or {},
         "info": raw["extra_info"],
-        **info.model_dump(by_alias=True, include=info.COLUMNS),
+        **info.model_dump(by_alias=True, include=_COLUMNS),
     }
     if isinstance(info, schema.Kernel):
         return row | _of_kernel(info, settings)
@@ -321,7 +323,7 @@ def _row(raw: Content, case: schema.Case, facts: Content, settings: Settings) ->
     return row | {"settings": setting, "case": f"{info.model} {info.backend} {alike}"}
 
 
-def _of_kernel(info: schema.Kernel, settings: Settings) -> Content:
+def _of_kernel(info: Any, settings: Settings) -> Content:
     shape = _shape(info)
     names = settings.get((info.operation, info.total_tokens), ())
     return {
@@ -334,11 +336,11 @@ def _of_kernel(info: schema.Kernel, settings: Settings) -> Content:
     }
 
 
-def _shape(info: schema.Kernel) -> Content:
+def _shape(info: Any) -> Content:
     return info.shape.model_dump(exclude_unset=True) if info.shape else {}
 
 
-def _settings(infos: Iterable[schema.Info]) -> Settings:
+def _settings(infos: Iterable[Any]) -> Settings:
     """By operation: the fields of its shapes that are no length, and what plots stand apart by.
 
     A length is a field of such a name, or one that is N in every case, of several; where the tokens
@@ -359,7 +361,7 @@ def _settings(infos: Iterable[schema.Info]) -> Settings:
     return settings
 
 
-def _relative_error(stats: schema.Stats, interval: list[float] | None) -> float:
+def _relative_error(stats: Any, interval: list[float] | None) -> float:
     """Standard error of the median, over the median; NaN where no round is known.
 
     From its 95 % bootstrap interval; where a run does not have that, from the quartiles of the

@@ -1,15 +1,16 @@
 """What timed runs hold, of which types and within which bounds; what is not read may be anything.
 
 :func:`check` says what is wrong with a file in one line that names the field. A field that may be
-missing has a default here. Numbers are finite wherever they stand. Other files than timed runs are
-in :mod:`reports.saved.schema_records`.
+missing has its default behind it, as ``(Name, "")``; one that may be null is ``maybe(Name)``.
+Numbers are finite wherever they stand. Other files than timed runs are in
+:mod:`reports.saved.schema_records`.
 """
 
 import functools
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from datetime import datetime
-from typing import Annotated, Any, ClassVar, Literal, Self
+from typing import Annotated, Any, Literal
 
 from pydantic import (
     AfterValidator,
@@ -18,8 +19,9 @@ from pydantic import (
     Field,
     TypeAdapter,
     ValidationError,
-    model_validator,
+    create_model,
 )
+from pydantic_core import PydanticCustomError
 
 
 class Damaged(ValueError):
@@ -95,171 +97,92 @@ Amount = Annotated[float, Field(ge=0, le=1e24)]
 Rate = Annotated[float, Field(gt=0, le=1e24)]
 
 
-class Machine(Model):
-    """Of a benchmark, or a training run's environment."""
+def of(base: Any = Model, /, *, rule: Callable[[Any], str] | None = None, **fields: Any) -> Any:
+    """A model of these fields, and of those of a base.
 
-    device: Name
-    torch: Name
-    cpu: Name
-    threads: Size
-    cores: Size | None = None
-    processes: Size | None = None
-    device_name: Name | None = None
-    git: str | None = None
-    revision: str | None = None
-    memory: str | None = None
+    Args:
+        rule: what is wrong with a whole one, or nothing: the field, a colon, and why.
+    """
+    required: Any = {n: t if isinstance(t, tuple) else (t, ...) for n, t in fields.items()}
+    made: Any = create_model("Record", __base__=base, **required)
 
+    def keep(record: Any) -> Any:
+        if rule and (wrong := rule(record)):
+            raise PydanticCustomError(WHOLE, "{wrong}", {"wrong": wrong})
+        return record
 
-class StepSetting(Model):
-    dataset: Name
-    dim: Size
-    depth: Size
-    patch_size: Size
-    batch_size: Size
-    backend: str | None = None
+    return Annotated[made, AfterValidator(keep)] if rule else made
 
 
-# ---- timed runs ----------------------------------------------------------------------------------
+def maybe(kind: Any) -> Any:
+    return kind | None
 
 
-_FRESH = ("fresh_bytes_per_s", "fresh_large_bytes_per_s")
+def free(kind: Any) -> Any:
+    """What may be missing, or null."""
+    return kind | None, None
 
 
-class Limits(Model):
-    copy_bytes_per_s: Rate | None = None
-    matmul_flop_per_s: dict[str, Rate] | None = None
-    launch_s: Seconds | None = None
-    measured: Date | None = None
-    probes: dict[str, Rate | None] | None = None
-    fresh_bytes_per_s: Rate | None = None
-    fresh_large_bytes_per_s: Rate | None = None
-
-    @model_validator(mode="after")
-    def _all_or_none(self) -> Self:
-        """The probes are read together, and beside the rates of memory."""
-        probes = self.probes or {}
-        needed = {f"probes.{name}": probes.get(name) for name in ("fma", "load", "instructions")}
-        needed |= {name: getattr(self, name) for name in ("copy_bytes_per_s", *_FRESH)}
-        lacking = [name for name, value in needed.items() if value is None]
-        if lacking and any(probes.values()):
-            raise ValueError(f"limits.{lacking[0]}: missing beside the probes")
-        return self
+def named(kind: Any) -> Any:
+    """Any number of them by name, or nothing at all."""
+    return dict[str, kind], {}
 
 
-class Operation(Model):
-    title: Name
+def many(kind: Any, least: int = 0) -> Any:
+    return Annotated[list[kind], Field(min_length=least)]
 
 
-class Backend(Model):
-    title: Name
-    colour: Annotated[str, Field(pattern="^#[0-9A-Fa-f]{6}$")] | None
-    own: bool
+Machine = of(
+    device=Name, torch=Name, cpu=Name, threads=Size, cores=free(Size), processes=free(Size),
+    device_name=free(Name), git=free(str), revision=free(str), memory=free(str),
+)  # fmt: skip
+StepSetting = of(
+    dataset=Name, dim=Size, depth=Size, patch_size=Size, batch_size=Size, backend=free(str)
+)
 
 
-class Suite(Model):
-    """The run as a whole, ``kernel_suite``."""
-
-    schema_: Literal[2]
-    sweep: Name | None = None
-    machine: Machine
-    limits: Limits | None = None
-    operations: dict[str, Operation] = {}
-    backends: dict[str, Backend] = {}
-    not_timed: dict[str, str] = {}
-    failed: dict[str, str] = {}
+def _probed(limits: Any) -> str:
+    """The probes are read together, and beside the rates of memory."""
+    probes = limits.probes or {}
+    needed = {f"probes.{name}": probes.get(name) for name in ("fma", "load", "instructions")}
+    needed |= {name: getattr(limits, name) for name in _MEMORY}
+    lacking = [name for name, value in needed.items() if value is None]
+    return f"{lacking[0]}: missing beside the probes" if lacking and any(probes.values()) else ""
 
 
-class Head(Model):
-    kernel_suite: Suite
-    datetime: Date = ""
+_MEMORY = ("copy_bytes_per_s", "fresh_bytes_per_s", "fresh_large_bytes_per_s")
+Limits = of(
+    **dict.fromkeys(_MEMORY, free(Rate)), launch_s=free(Seconds),
+    measured=free(Date), matmul_flop_per_s=free(dict[str, Rate]),
+    probes=free(dict[str, Rate | None]), rule=_probed,
+)  # fmt: skip
+Operation = of(title=Name)
+Backend = of(title=Name, own=bool, colour=maybe(Annotated[str, Field(pattern="^#[0-9A-Fa-f]{6}$")]))
+# The run as a whole.
+Suite = of(
+    schema_=Literal[2], sweep=free(Name), machine=Machine, limits=free(Limits),
+    operations=named(Operation), backends=named(Backend),
+    not_timed=named(str), failed=named(str),
+)  # fmt: skip
+Head = of(kernel_suite=Suite, datetime=(Date, ""))
 
-
-class Stats(Model):
-    median: Seconds
-    q1: Seconds
-    q3: Seconds
-    rounds: Count
-    data: list[Seconds] | None = None
-
-
-class Info(Model):
-    """What every case has in its ``extra_info``; ``COLUMNS`` are those of a table of cases."""
-
-    COLUMNS: ClassVar = {"operation", "backend", "pass_", "dtype", "turns", "clock", "device"} | {
-        "peak_memory_bytes", "disturbed"}  # fmt: skip
-
-    schema_: Literal[2]
-    operation: Name
-    backend: Name
-    pass_: Name
-    dtype: Name
-    machine: Machine | None = None
-    device: Name | None = None
-    clock: Name | None = None
-    turns: Name | None = None
-    captured: bool = False
-    peak_memory_bytes: Count | None = None
-    median_interval_s: Annotated[list[Seconds], Field(min_length=2, max_length=2)] | None = None
-    ratios: dict[str, Rate] | None = None
-    ran: list[str] | None = None
-    cache: Name | None = None
-    energy_per_call_j: Amount | None = None
-    disturbed: Name | None = None
-
-
-class Error(Model):
-    rms: Amount
-
-
-class Shape(Model):
-    """Fields of the shapes that this project's operations have; others may have others."""
-
-    B: Count | None = None
-    H: Count | None = None
-    Hk: Count | None = None
-    N: Count | None = None
-    M: Count | None = None
-    D: Count | None = None
-    rows: Count | None = None
-    cols: Count | None = None
-
-
-class Kernel(Info):
-    COLUMNS = Info.COLUMNS | {"N", "implementation", "other_function", "least_bytes"} | {
-        "gb_per_s", "tflop_per_s", "limit", "share_of_limit"}  # fmt: skip
-
-    N: Size
-    shape: Shape | None = None
-    total_tokens: Size | None = None
-    implementation: Name | None = None
-    other_function: Name | None = None
-    error: dict[str, Error] = {}
-    least_bytes: Count | None = None
-    least_flop: Amount | None = None
-    gb_per_s: Amount | None = None
-    tflop_per_s: Amount | None = None
-    limit: Name | None = None
-    share_of_limit: Amount | None = None
-    limits_s: dict[str, Amount] | None = None
-    bounds_s: dict[str, Amount] | None = None
-
-
-class Step(Info):
-    COLUMNS = Info.COLUMNS | {"model", "model_title", "images_per_s"}
-
-    model: Name
-    model_title: Name
-    images_per_s: Rate
-    settings: StepSetting
-
-
-class Case(Model):
-    """Of a document's ``benchmarks``."""
-
-    name: Name
-    stats: Stats
-    extra_info: Kernel
-
-
-class StepCase(Case):
-    extra_info: Step  # type: ignore[assignment]
+# A case: what all have, what kernels have, and what training steps have.
+Stats = of(median=Seconds, q1=Seconds, q3=Seconds, rounds=Count, data=free(list[Seconds]))
+Info = of(
+    schema_=Literal[2], operation=Name, backend=Name, pass_=Name, dtype=Name, machine=free(Machine),
+    device=free(Name), clock=free(Name), turns=free(Name), captured=(bool, False),
+    peak_memory_bytes=free(Count), ran=free(list[str]), cache=free(Name),
+    median_interval_s=free(Annotated[list[Seconds], Field(min_length=2, max_length=2)]),
+    ratios=free(dict[str, Rate]), energy_per_call_j=free(Amount), disturbed=free(Name),
+)  # fmt: skip
+# Fields of the shapes that this project's operations have; others may have others.
+Shape = of(**dict.fromkeys(("B", "H", "Hk", "N", "M", "D", "rows", "cols"), free(Count)))
+Kernel = of(
+    Info, N=Size, shape=free(Shape), total_tokens=free(Size), implementation=free(Name),
+    other_function=free(Name), error=named(of(rms=Amount)), least_bytes=free(Count),
+    **dict.fromkeys(("least_flop", "gb_per_s", "tflop_per_s", "share_of_limit"), free(Amount)),
+    limit=free(Name), limits_s=free(dict[str, Amount]), bounds_s=free(dict[str, Amount]),
+)  # fmt: skip
+Step = of(Info, model=Name, model_title=Name, images_per_s=Rate, settings=StepSetting)
+Case = of(name=Name, stats=Stats, extra_info=Kernel)
+StepCase = of(name=Name, stats=Stats, extra_info=Step)

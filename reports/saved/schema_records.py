@@ -1,18 +1,11 @@
-"""What every saved file but a timed run holds, as :mod:`reports.saved.schema` has it.
+"""What every saved file but a timed run holds, as :mod:`reports.saved.schema` has it."""
 
-A field that may be missing has its default behind it, as ``(Name, "")``; one that may be null is
-``maybe(Name)``.
-"""
-
-from collections.abc import Callable
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BeforeValidator, Field, create_model
-from pydantic_core import PydanticCustomError
+from pydantic import AfterValidator, BeforeValidator, Field
 
 from linear_vit.reports.claims import DATASETS
 from linear_vit.reports.saved.schema import (
-    WHOLE,
     Amount,
     Count,
     Damaged,
@@ -25,32 +18,11 @@ from linear_vit.reports.saved.schema import (
     Size,
     StepSetting,
     check,
+    free,
+    many,
+    maybe,
+    of,
 )
-
-
-def of(base: Any = Model, /, *, rule: Callable[[Any], str] | None = None, **fields: Any) -> Any:
-    """A model of these fields, and of those of a base.
-
-    Args:
-        rule: what is wrong with a whole one, or nothing: the field, a colon, and why.
-    """
-    required: Any = {n: t if isinstance(t, tuple) else (t, ...) for n, t in fields.items()}
-    made: Any = create_model("Record", __base__=base, **required)
-
-    def keep(record: Any) -> Any:
-        if rule and (wrong := rule(record)):
-            raise PydanticCustomError(WHOLE, "{wrong}", {"wrong": wrong})
-        return record
-
-    return Annotated[made, AfterValidator(keep)] if rule else made
-
-
-def maybe(kind: Any) -> Any:
-    return kind | None
-
-
-def many(kind: Any, least: int = 0) -> Any:
-    return Annotated[list[kind], Field(min_length=least)]
 
 
 def scalar(value: Any) -> Any:
@@ -101,9 +73,9 @@ def _known(run: Any) -> str:
 
 
 Finished = of(
-    Started, config=Config, environment=Machine, model=Name, model_title=(maybe(Name), None),
-    dataset_title=(maybe(Name), None), image_size=(maybe(Size), None), started=(Date, ""),
-    parameters=Size, images_per_second=Rate, test_accuracy=Share, peak_memory=(maybe(Count), None),
+    Started, config=Config, environment=Machine, model=Name, model_title=free(Name),
+    dataset_title=free(Name), image_size=free(Size), started=(Date, ""),
+    parameters=Size, images_per_second=Rate, test_accuracy=Share, peak_memory=free(Count),
     epochs=many(Epoch, 1), rule=_known,
 )  # fmt: skip
 
@@ -121,8 +93,8 @@ def _interval(fit: Any) -> str:
 
 Complexity = of(
     order=Name,
-    **dict.fromkeys(("exponent", "low", "high"), (maybe(Exponent), None)),
-    **dict.fromkeys(("pass_", "backend", "dtype", "machine"), (maybe(str), None)),
+    **dict.fromkeys(("exponent", "low", "high"), free(Exponent)),
+    **dict.fromkeys(("pass_", "backend", "dtype", "machine"), free(str)),
     rule=_interval,
 )
 TimeToBaseline = of(
@@ -177,7 +149,7 @@ AblationRow = of(
 )  # fmt: skip
 Ablation = of(
     schema_=Literal["linear-vit-ablation/1"], setting=Name, model=Name,
-    model_title=(maybe(Name), None), dataset=Name, dataset_title=(maybe(Name), None),
+    model_title=free(Name), dataset=Name, dataset_title=free(Name),
     config=dict[str, Any],
     environment=Machine, rows=many(AblationRow, 1), best=Scalar, claimed_best=Scalar, rule=_varied,
 )  # fmt: skip
@@ -227,13 +199,11 @@ def _of_what_ran(check: Any) -> str:
     return "tensors: missing where it ran" if lacks else ""
 
 
-Tensor = of(
-    tensor=Name, shape=str, rms_error=(maybe(Amount), None), rms_tolerance=(maybe(Rate), None)
-)
+Tensor = of(tensor=Name, shape=str, rms_error=free(Amount), rms_tolerance=free(Rate))
 Checked = of(
     operation=Name, backend=Name, dtype=Name, device=Name,
     status=Literal["passed", "failed", "unusable", "left out"], mode=Name, reason=maybe(str),
-    tensors=(maybe(many(Tensor)), None), worst_rms_error=(maybe(Amount), None), rule=_of_what_ran,
+    tensors=free(many(Tensor)), worst_rms_error=free(Amount), rule=_of_what_ran,
 )  # fmt: skip
 Check = of(
     kind=Literal["check"],
@@ -253,6 +223,6 @@ Counted = of(
     operation=Name, pass_=Name, dtype=Name, backend=(str, ""), shape=str, launches=str, tensor=Name,
     loaded=Count, distinct=Count, stored=Count, ratio=maybe(Amount),
 )  # fmt: skip
-Proof = of(schema_=Literal[1], created=(Date, ""), machine=(maybe(Machine), None))
+Proof = of(schema_=Literal[1], created=(Date, ""), machine=free(Machine))
 Static = of(Proof, kind=Literal["static"], rows=many(Compiled))
 Traffic = of(Proof, kind=Literal["traffic"], rows=many(Counted))

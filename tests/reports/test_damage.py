@@ -16,7 +16,7 @@ import pytest
 
 from linear_vit.reports.__main__ import main
 from linear_vit.reports.saved import records, runs
-from tests.reports import saved
+from tests.reports import saved, test_convert
 
 MEASUREMENTS = runs.MEASUREMENTS
 XEON = MEASUREMENTS / "xeon-2.5ghz-2-cores"
@@ -105,6 +105,7 @@ def content(name: str) -> dict[str, Any]:
         kept = benchmarks[:1] + [b for b in benchmarks if "training_step" in b["name"]][:1]
         kept += [b for b in benchmarks if "bounds_s" in b["extra_info"]][:1]
         document["benchmarks"] = kept + benchmarks[1:2]
+        kept[0]["extra_info"]["disturbed"] = None
         for one in document["benchmarks"]:
             if one["stats"]["data"]:
                 one["stats"] |= {"data": one["stats"]["data"][:8], "rounds": 8}
@@ -289,3 +290,14 @@ def test_a_damaged_exponent_is_named(tmp_path: Path, column: str, cell: str) -> 
     else:
         assert len(found) == 2
         assert [line.startswith(f"{path}: line 3: {column}: ") for line in skipped] == [True]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", test_convert.documents())
+def test_a_damaged_file_of_an_older_version_costs_no_traceback(tmp_path: Path, kind: str) -> None:
+    whole = cut(test_convert.documents()[kind], 8)
+    file = saved.save(tmp_path / "run.json", whole)
+    for path in places(whole):
+        for how in HOW:
+            file.write_text(json.dumps(damaged(whole, path, how)))
+            assert all(str(file) in line for line in runs.newest_of_each(tmp_path).skipped)

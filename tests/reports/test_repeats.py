@@ -135,6 +135,11 @@ def test_command(tmp_path: Path, capsys) -> None:
     said = capsys.readouterr().out
     assert "luck of a process: " in said
     assert "slower     linear_attention forward float32 compiled" in said
+    # How large the luck is, before anything has changed.
+    assert main(["compare", *files["before"]]) == 0
+    said_before = capsys.readouterr().out
+    assert said_before.startswith("luck of a process: ")
+    assert said_before.count("\n") == 1
     # As folders, too; one run a side says what it can't tell.
     assert main(["compare", str(tmp_path / "before"), "--with", str(tmp_path / "after")]) == 0
     assert capsys.readouterr().out == said
