@@ -6,6 +6,9 @@ from typing import Any
 from linear_vit import screen
 from linear_vit.bench.tables import draw
 
+# Of a case that does not say more.
+_BEATEN = "above the limit: its data were in a cache, or it does less than the work that is counted"
+
 
 @dataclass(frozen=True)
 class Row:
@@ -67,6 +70,8 @@ def render(rows: list[Row], width: int, colour: bool) -> str:
         "the time that the measured copy or matmul rate allows for the least traffic or work, over "
         "the time taken."
     ]
+    beaten = [r.info.get("limit_note") for r in kernels if (r.info.get("share_of_limit") or 0) > 1]
+    notes += [f"§ {why or _BEATEN}" for why in dict.fromkeys(beaten)]
     others = {r.info["backend"]: r.info.get("other_function") for r in kernels}
     notes += [f"† {name}: another function, {what}" for name, what in others.items() if what]
     by_reason: dict[str, list[str]] = {}
@@ -125,9 +130,9 @@ def _rates(fastest: Row | None) -> list[str]:
     """What the fastest of a length reaches."""
     if fastest is None:
         return ["–"] * 3
-    i = fastest.info
-    share = f"{i['share_of_limit']:.0%} {i['limit']}"
-    return [f"{i['tflop_per_s'] * 1e3:.3g}", f"{i['gb_per_s']:.3g}", share]
+    i, share = fastest.info, fastest.info.get("share_of_limit")
+    of_limit = "–" if share is None else f"{'§' * (share > 1)}{share:.0%} {i['limit']}"
+    return [f"{i['tflop_per_s'] * 1e3:.3g}", f"{i['gb_per_s']:.3g}", of_limit]
 
 
 def _training_block(rows: list[Row]) -> _Block:

@@ -193,9 +193,19 @@ def _speed_line(
         known = best if best and isinstance(best["limit"], str) else None
         line["of limit"] = Cell(NOTHING)
         if known:
-            share, form = known["share_of_limit"], f"{{:.0%}} {known['limit']}"
-            line["of limit"] = number(share, form, exact(100 * share, "%"))
+            share, why = known["share_of_limit"], _beaten(known)
+            form = f"{'§ ' if why else ''}{{:.0%}} {known['limit']}"
+            line["of limit"] = number(share, form, f"{exact(100 * share, '%')}\n{why}".strip())
     return line
+
+
+def _beaten(case: Case) -> str:
+    """Why a share of a limit is above 1; empty where it is not."""
+    share = case["share_of_limit"]
+    if share is None or not share > 1:
+        return ""
+    said = "above the limit: its data were in a cache, or it does less than the work counted"
+    return str(case["info"].get("limit_note") or said)
 
 
 def _what_ran(part: list[Case], backends: list[str]) -> str:
@@ -211,6 +221,7 @@ def _what_ran(part: list[Case], backends: list[str]) -> str:
         for name in backends
         if isinstance(text := said[name]["other_function"], str)
     ]
+    parts += [f"§ {why}" for why in dict.fromkeys(map(_beaten, competing(part))) if why]
     return "; ".join(filter(None, [*parts, of_disturbed(part)]))
 
 

@@ -79,3 +79,15 @@ def test_a_disturbed_baseline_is_no_baseline() -> None:
     assert "2.00×" not in summary.render(disturbed, 80, False)
     said = " ".join(summary.render(disturbed, 80, False).split())
     assert "baseline default: another process used the GPU" in said
+
+
+def test_no_share_of_a_limit_is_above_all_of_it_without_a_word() -> None:
+    cases = [row(64, "a", 1.0, share_of_limit=1.5, limit="copy"), row(128, "a", 2.0)]
+    text = summary.render(cases, 80, False)
+    assert "§150% copy" in text
+    assert "§ above the limit: its data were in a cache" in text
+    assert "§50%" not in text
+    said = summary.render([row(64, "a", 1.0, share_of_limit=1.5, limit_note="in L2")], 80, False)
+    assert "§ in L2" in said
+    unknown = row(64, "a", 1.0, share_of_limit=None, limit=None)
+    assert "None" not in summary.render([unknown], 80, False)

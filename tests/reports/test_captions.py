@@ -317,3 +317,22 @@ def test_a_disturbed_step_gains_nothing(tmp_path: Path) -> None:
     assert table.lines[0]["C++"].text == "‡ 18.0 ms"
     assert after.gain("hydra") is None
     assert "compared with nothing: the package throttled." in table.note
+
+
+def test_no_share_of_a_limit_is_above_all_of_it_without_a_word(tmp_path: Path) -> None:
+    beaten = {"share_of_limit": 1.5, "limit": "copy"}
+    seen = timed(tmp_path, {"cpu": {"info": beaten | {"limit_note": "in the L2 cache"}}})
+    (table,) = (part for part in kernel_sections.speed(seen) if isinstance(part, Table))
+    assert table.lines[0]["of limit"].text == "§ 150% copy"
+    assert "in the L2 cache" in table.lines[0]["of limit"].tip
+    assert table.note.endswith("§ in the L2 cache")
+    (table,) = (
+        part
+        for part in kernel_sections.speed(timed(tmp_path, {"cpu": {"info": beaten}}))
+        if isinstance(part, Table)
+    )
+    assert "§ above the limit: its data were in a cache" in table.note
+    kept = timed(tmp_path, {"cpu": {"info": beaten | {"share_of_limit": 0.5}}})
+    (table,) = (part for part in kernel_sections.speed(kept) if isinstance(part, Table))
+    assert table.lines[0]["of limit"].text == "50% copy"
+    assert "§" not in table.note
