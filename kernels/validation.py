@@ -6,8 +6,7 @@ that is not floating point, dtypes that differ), ValueError for what it holds (r
 device).
 """
 
-import math
-from numbers import Real
+from numbers import Integral, Real
 
 import torch
 from torch import Tensor
@@ -114,19 +113,26 @@ def check_state_dtype(q: Tensor, S: Tensor, z: Tensor) -> None:
             raise ValueError(f"{name} must be on q's device {q.device}, got {x.device}")
 
 
-def check_real(name: str, value: object, *, minimum: float | None = None) -> None:
-    """A finite real number, not below ``minimum``."""
+def check_real(name: str, value: object, *, minimum: float | None = None) -> float:
+    """A finite real number, not below ``minimum``; returned as a float."""
     if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"{name} must be a real number, got {type(value).__name__}: {value!r}")
-    if not math.isfinite(value):
+    try:
+        number = float(value)
+    except OverflowError:  # an int, or a fraction of two
+        raise ValueError(f"{name} must be finite, got {value}") from None
+    # Not math.isfinite, which torch.compile can't take of a number that varies from call to call.
+    if number - number != 0:
         raise ValueError(f"{name} must be finite, got {value}")
-    if minimum is not None and value < minimum:
+    if minimum is not None and number < minimum:
         raise ValueError(f"{name} must be at least {minimum}, got {value}")
+    return number
 
 
-def check_axis(axis: object) -> None:
-    """0 (rows) or 1 (columns)."""
-    if isinstance(axis, bool) or not isinstance(axis, int):
+def check_axis(axis: object) -> int:
+    """0 (rows) or 1 (columns), of any integer type; returned as an int."""
+    if isinstance(axis, bool) or not isinstance(axis, Integral):
         raise TypeError(f"axis must be the int 0 (rows) or 1 (columns), got {axis!r}")
     if axis not in (0, 1):
         raise ValueError(f"axis must be 0 (rows) or 1 (columns), got {axis}")
+    return int(axis)

@@ -1,6 +1,6 @@
 """Ripple pooling and expansion: a token pyramid on a channels-last grid, a stage or all at once."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from torch import Tensor
 
@@ -34,7 +34,7 @@ def ripple_pool(x: Tensor, weight: Tensor, *, axis: int, backend: str | None = N
     x, weight = autocast_inputs(x, weight)
     check_tensor("x", x, _GRID)
     _check_weight("weight", weight, x)
-    check_axis(axis)
+    axis = check_axis(axis)
     check_same(x=x, weight=weight)
     return run("ripple_pool", backend, x, weight, axis)
 
@@ -71,7 +71,7 @@ def ripple_expand(
     z, x, weight, lateral_weight = autocast_inputs(z, x, weight, lateral_weight)
     check_tensor("z", z, _GRID)
     check_tensor("x", x, _GRID)
-    check_axis(axis)
+    axis = check_axis(axis)
     check_tensor("weight", weight, "(2, C)")
     check_size("weight", weight, 0, 2, "even and odd tokens")
     check_size("weight", weight, 1, x.shape[3], "x's channels")
@@ -169,18 +169,21 @@ def ripple_expand_stages(
 
 def _check_stages(axes: Sequence[int], **lists: Sequence[Tensor]) -> tuple[int, ...]:
     """The axes, checked, with as many of everything else."""
-    if isinstance(axes, int) or not isinstance(axes, Sequence):
+    if isinstance(axes, int) or not _is_sequence(axes):
         raise TypeError(f"axes must be a sequence of 0 (rows) and 1 (columns), got {axes!r}")
-    for axis in axes:
-        check_axis(axis)
     for name, tensors in lists.items():
-        if isinstance(tensors, Tensor) or not isinstance(tensors, Sequence):
+        if isinstance(tensors, Tensor) or not _is_sequence(tensors):
             raise TypeError(
                 f"{name} must be a sequence of tensors, one a stage, got {type(tensors).__name__}"
             )
         if len(tensors) != len(axes):
             raise ValueError(f"{name} must be {len(axes)}, one a stage of axes, got {len(tensors)}")
-    return tuple(axes)
+    return tuple(check_axis(axis) for axis in axes)
+
+
+def _is_sequence(x: object) -> bool:
+    """Also an ``nn.ParameterList`` or an array, which ``Sequence`` doesn't know as its own."""
+    return hasattr(x, "__len__") and hasattr(x, "__getitem__") and not isinstance(x, Mapping)
 
 
 def _check_weight(name: str, weight: Tensor, x: Tensor) -> None:
