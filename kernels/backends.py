@@ -7,6 +7,7 @@ that it can't. ``kernels.rows`` says which there are.
 import functools
 import importlib
 import importlib.util
+import operator
 import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -93,7 +94,8 @@ def run(op: str, backend: str | None, *arguments: Any) -> Any:
         TypeError: ``backend`` is neither a string nor None.
     """
     first = arguments[0]
-    head_dim = first.shape[-1] if operation(op).has_head_dim else None
+    # The choice is a constant of a compiled graph: index makes one of a head dim that varies, too.
+    head_dim = operator.index(first.shape[-1]) if operation(op).has_head_dim else None
     chosen = _resolve(op, backend, str(first.device), first.dtype, head_dim)
     with full_precision(first.device.type):
         return getattr(functions, chosen)(*arguments)

@@ -49,8 +49,8 @@ def linear_attention(
     q, k, v = autocast_inputs(q, k, v)
     check_attention(q, k, v)
     check_same(q=q, k=k, v=v)
-    check_real("eps", eps, minimum=0.0)
-    return run("linear_attention", backend, q, k, v, float(eps))
+    eps = check_real("eps", eps, minimum=0.0)
+    return run("linear_attention", backend, q, k, v, eps)
 
 
 def linear_attention_packed(
@@ -72,8 +72,8 @@ def linear_attention_packed(
     """
     (qkv,) = autocast_inputs(qkv)
     check_packed(qkv)
-    check_real("eps", eps, minimum=0.0)
-    return run("linear_attention_packed", backend, qkv, float(eps))
+    eps = check_real("eps", eps, minimum=0.0)
+    return run("linear_attention_packed", backend, qkv, eps)
 
 
 def linear_attention_state(
@@ -132,5 +132,5 @@ def linear_attention_apply(
         raise ValueError(f"S must have at least one head, got shape {tuple(S.shape)}")
     check_grouping(q, S.shape[1], "S")
     check_state_dtype(q, S, z)
-    check_real("eps", eps, minimum=0.0)
-    return run("linear_attention_apply", backend, q, S, z, float(eps))
+    eps = check_real("eps", eps, minimum=0.0)
+    return run("linear_attention_apply", backend, q, S, z, eps)

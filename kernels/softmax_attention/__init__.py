@@ -1,5 +1,7 @@
 """Softmax attention, the baseline: softmax(q kᵀ · scale) v, non-causal."""
 
+from operator import index
+
 from torch import Tensor
 
 from linear_vit.kernels.backends import run
@@ -31,10 +33,9 @@ def softmax_attention(
     q, k, v = autocast_inputs(q, k, v)
     check_attention(q, k, v)
     check_same(q=q, k=k, v=v)
-    if scale is None:
-        scale = q.shape[-1] ** -0.5
-    check_real("scale", scale)
-    return run("softmax_attention", backend, q, k, v, float(scale))
+    # torch.jit.trace has a tensor for a size, and index makes it a number again.
+    scale = index(q.shape[-1]) ** -0.5 if scale is None else check_real("scale", scale)
+    return run("softmax_attention", backend, q, k, v, scale)
 
 
 def softmax_attention_packed(
@@ -56,7 +57,6 @@ def softmax_attention_packed(
     """
     (qkv,) = autocast_inputs(qkv)
     check_packed(qkv)
-    if scale is None:
-        scale = qkv.shape[-1] ** -0.5
-    check_real("scale", scale)
-    return run("softmax_attention_packed", backend, qkv, float(scale))
+    # torch.jit.trace has a tensor for a size, and index makes it a number again.
+    scale = index(qkv.shape[-1]) ** -0.5 if scale is None else check_real("scale", scale)
+    return run("softmax_attention_packed", backend, qkv, scale)

@@ -1,6 +1,7 @@
 """What PyTorch asks of an operator: opcheck, torch.compile, autocast, FakeTensor, second order."""
 
 import importlib
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -21,6 +22,7 @@ CASES: dict[str, Case] = {
     "ripple_pool": Ripple("ripple_pool", channels=8),
     "ripple_expand": Ripple("ripple_expand", channels=8),
 }
+RIPPLE = ("ripple_pool", "ripple_expand")
 KERNEL_BACKENDS = tuple(name for name, row in kernels.backend_rows().items() if row.own)
 
 
@@ -90,6 +92,40 @@ def test_full_graph(op: str, backend: str) -> None:
     gradients = torch.autograd.grad(out, inputs, case.gradient())
     for a, b in zip(gradients, torch.autograd.grad(expected, inputs, case.gradient()), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("op", "backend"), op_backend_pairs(*CASES, compiled=False))
+@pytest.mark.parametrize("dynamic", [True, None])
+def test_full_graph_of_what_varies(op: str, backend: str, dynamic: bool | None) -> None:
+    """Batch, tokens, head dim or channels, eps and scale differ from call to call: one graph each,
+    with sizes and numbers symbolic from the first call on (True) or from the second (None)."""
+    torch._dynamo.reset()
+    option = "scale" if op.startswith("softmax") else "eps"
+    attend = getattr(kernels, op)
+
+    def call(number: float, *inputs: Tensor) -> Tensor:
+        if op in RIPPLE:
+            return attend(*inputs, axis=0, backend=backend)
+        return attend(*inputs, **{option: number}, backend=backend)
+
+    compiled = torch.compile(call, fullgraph=True, dynamic=dynamic, backend="aot_eager")
+    for number, size, channels in ((1e-3, 5, 16), (0.1, 7, 16), (0.5, 9, 32)):
+        case: Any = CASES[op]
+        if op in RIPPLE:
+            case = replace(case, batch=size, rows=size, channels=channels)
+        else:
+            case = replace(case, batch=size, queries=size, keys=size, head_dim=channels)
+        inputs = case.inputs()
+        out, expected = compiled(number, *inputs), call(number, *inputs)
+        torch.testing.assert_close(out, expected)
+        pairs = zip(
+            torch.autograd.grad(out, inputs, case.gradient()),
+            torch.autograd.grad(expected, inputs, case.gradient()),
+            strict=True,
+        )
+        for a, b in pairs:
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize(("op", "backend"), op_backend_pairs(*CASES, compiled=False))

@@ -1,8 +1,10 @@
 """Bad input: one error for every backend, naming the argument, what it got and what is allowed."""
 
 from collections.abc import Callable
+from fractions import Fraction
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -94,6 +96,8 @@ def test_bad_attention_input(op: str, name: str, backend: str) -> None:
     [
         (-1e-6, ValueError, "eps must be at least 0.0, got -1e-06"),
         (float("nan"), ValueError, "eps must be finite, got nan"),
+        (float("inf"), ValueError, "eps must be finite, got inf"),
+        (10**400, ValueError, "eps must be finite, got 1000"),
         ("1e-6", TypeError, "eps must be a real number, got str"),
         (True, TypeError, "eps must be a real number, got bool"),
     ],
@@ -154,6 +158,44 @@ BAD_RIPPLE: list[tuple[Callable[[], Any], type[Exception], str]] = [
 def test_bad_ripple_input(call: Callable[[], Any], error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         call()
+
+
+def test_numbers_and_sequences_of_other_kinds() -> None:
+    """What counts as an integer, a real number or a sequence elsewhere does here."""
+    x, weight = torch.randn(1, 4, 4, 8), torch.randn(8, 3, 3)
+    filters = torch.nn.ParameterList([weight, weight])
+    axes: Any = np.array([0, 1])
+    levels = kernels.ripple_pool_stages(x, filters, axes=axes, backend="torch")
+    expected = kernels.ripple_pool(x, weight, axis=np.int64(0), backend="torch")
+    assert torch.equal(levels[0], expected)
+    back = kernels.ripple_expand_stages(
+        levels[1],
+        [x, levels[0]],
+        torch.nn.ParameterList([torch.ones(2, 8)] * 2),
+        filters,
+        axes=axes,
+        backend="torch",
+    )
+    assert back.shape == x.shape
+    q = torch.randn(1, 2, 3, 16)
+    for number in (np.float32(0.5), np.int64(1), Fraction(1, 2)):
+        eps: Any = number
+        out = kernels.linear_attention(q, q, q, eps=eps)
+        assert torch.equal(out, kernels.linear_attention(q, q, q, eps=float(number)))
+    with pytest.raises(TypeError, match="weights must be a sequence of tensors"):
+        kernels.ripple_pool_stages(x, {0: weight}, axes=(0,))  # type: ignore[arg-type]
+
+
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore::DeprecationWarning")
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+@pytest.mark.parametrize("op", ["linear_attention", "softmax_attention"])
+@pytest.mark.parametrize("backend", ["reference", "torch", None])
+def test_jit_trace(op: str, backend: str | None) -> None:
+    """TensorBoard draws a model's graph with it."""
+    q = torch.randn(1, 2, 3, 16)
+    attend = getattr(kernels, op)
+    traced = torch.jit.trace(lambda q: attend(q, q, q, backend=backend), (q,))
+    torch.testing.assert_close(traced(q), attend(q, q, q, backend=backend))
 
 
 def test_bad_state() -> None:
