@@ -82,6 +82,16 @@ INLINE Halves four_rows(const uint16_t* p, int64_t step) {
 #endif
 }
 
+// The first 16 bytes of x, and the second ones `step` bytes on.
+INLINE void store_first_fours(char* p, int64_t step, Halves x) {
+#if defined(LINEAR_VIT_AVX512)
+  _mm_storeu_si128((__m128i*)p, _mm512_castsi512_si128((__m512i)x));
+  _mm_storeu_si128((__m128i*)(p + step), _mm512_extracti32x4_epi32((__m512i)x, 1));
+#else
+  for (int i = 0; i < 2; ++i) __builtin_memcpy(p + i * step, (const char*)&x + 16 * i, 16);
+#endif
+}
+
 // x then y, to bfloat16, as AVX-512's instruction does it: subnormals become zeros.
 INLINE Halves round_two(Wide x, Wide y) {
 #if defined(__AVX512BF16__)

@@ -111,22 +111,8 @@ void add(int64_t head_dim, int64_t partials, int64_t stride, float* first) {
   });
 }
 
-void spread_nan(int64_t head_dim, float* data) {
-  with_dim(head_dim, [&](auto d) {
-    const State state(d, data);
-    const auto spread = [](float* one, float* other, int count) {
-      for (int i = 0; i < count; i += 16) {
-        const Wide a = load_wide(one + i), b = load_wide(other + i);
-        store_wide(one + i, a + 0.0f * b);
-        store_wide(other + i, b + 0.0f * a);
-      }
-    };
-    for (int c = 0; c < d.chunks(); ++c) {
-      spread(state.tile(c, 0, 0), state.tile(c, 1, 0), d.chunks() * 256);
-    }
-    spread(state.z, state.z + d.padded(), d.padded());
-  });
-}
+// The tiles' sums need no help: 0 · NaN is NaN there. What others are given does.
+void spread_nan(int64_t, float*) {}
 
 // `count` floats and zeros.
 INLINE Wide load_some(const float* from, int64_t count) {
@@ -170,10 +156,13 @@ void store_state(int64_t head_dim, const float* data, float* S, float* z) {
         const float* from = state.tile(f / 16, sign, h / 16) + f % 16 * 16;
         float* to = S + row * head_dim + h;
         Wide a, b;
-        from_tile_order(load_wide(from), load_wide(from + 256), a, b);
+        const float* other = state.tile(f / 16, 1 - sign, h / 16) + f % 16 * 16;
+        from_tile_order(load_wide(from) + 0.0f * load_wide(other),
+                        load_wide(from + 256) + 0.0f * load_wide(other + 256), a, b);
         store_some(to, head_dim - h, a), store_some(to + 16, head_dim - h - 16, b);
       }
-      z[row] = state.z[sign * d.padded() + f] - missing_in_z(state, sign, f);
+      const float other = state.z[(1 - sign) * d.padded() + f];
+      z[row] = state.z[sign * d.padded() + f] + 0.0f * other - missing_in_z(state, sign, f);
     }
   });
 }

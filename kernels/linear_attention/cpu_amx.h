@@ -210,20 +210,27 @@ struct State {
 // 16 numbers, each as the sum of three bfloat16, into columns 0 to 2 of rows of pairs. (Three lose
 // nothing: what is made of them may cancel.)
 INLINE void three_terms(Wide x, char* rows) {
-  Narrow terms[3];
-  for (Narrow& term : terms) {
-    term = half_of(round_two(x, x), 0);
-    x -= float_of(term);
+  Halves terms[4] = {};
+  for (int i = 0; i < 3; ++i) {
+    terms[i] = round_two(x, Wide{});
+    x -= float_of(half_of(terms[i], 0));
   }
-  for (int r = 0; r < 8; ++r) {
-    for (int i = 0; i < 3; ++i) {
-      BF16* pair = (BF16*)(rows + r * 64) + 2 * i;
-      pair[0] = terms[i][2 * r];
-      pair[1] = terms[i][2 * r + 1];
-    }
-  }
+  const Halves a = unpack<false, Quads>(terms[0], terms[1]), b = unpack<true, Quads>(terms[0], terms[1]);
+  const Halves c = unpack<false, Quads>(terms[2], terms[3]), d = unpack<true, Quads>(terms[2], terms[3]);
+  store_first_fours(rows, 4 * 64, unpack<false, Octs>(a, c));
+  store_first_fours(rows + 64, 4 * 64, unpack<true, Octs>(a, c));
+  store_first_fours(rows + 128, 4 * 64, unpack<false, Octs>(b, d));
+  store_first_fours(rows + 192, 4 * 64, unpack<true, Octs>(b, d));
 }
-INLINE float sum_of_terms(const float* row) { return row[0] + row[1] + row[2]; }
+// The sums of columns 0 to 2 of a tile's rows.
+INLINE Wide sums_of_terms(const float* tile) {
+  Halves x[4];
+  for (int i = 0; i < 4; ++i) x[i] = four_rows((const BF16*)(tile + 16 * i), 4 * 32);
+  const Halves a = unpack<false, Quads>(x[0], x[1]), b = unpack<false, Quads>(x[2], x[3]);
+  const Halves c = unpack<true, Quads>(x[0], x[1]), d = unpack<true, Quads>(x[2], x[3]);
+  const Wide first = (Wide)unpack<false, Octs>(a, b), second = (Wide)unpack<true, Octs>(a, b);
+  return first + second + (Wide)unpack<false, Octs>(c, d);
+}
 
 // z as tiles to multiply φ(q) with, one for each 32 features, `step` bytes apart.
 template <class D>

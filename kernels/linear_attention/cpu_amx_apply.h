@@ -77,9 +77,7 @@ constexpr float kSafe = 0x1p-64f;
 // 1 / (e + eps) of 16 rows, 0 for 1 / 0. Bit n of what is returned: e of row n is not safe.
 INLINE uint32_t invert(const float* e, float eps, float* inverse) {
   uint32_t low = 0;
-  float sum[16];
-  for (int n = 0; n < 16; ++n) sum[n] = sum_of_terms(e + 16 * n);
-  const Wide sums = load_wide(sum), normaliser = sums + eps;
+  const Wide sums = sums_of_terms(e), normaliser = sums + eps;
   store_wide(inverse, normaliser == 0.0f ? Wide{} : 1.0f / normaliser);
   const SignedQuads unsafe = sums < kSafe;
 #if defined(LINEAR_VIT_AVX512)

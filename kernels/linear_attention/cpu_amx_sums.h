@@ -142,11 +142,8 @@ INLINE void collect_z(const D& d, const State<D>& state, const float* tiles) {
   for (int c = 0; c < d.chunks(); ++c) {
     for (int sign = 0; sign < 2; ++sign) {
       float* z = state.z + sign * d.padded() + 16 * c;
-      const float* rows = tiles + (2 * c + sign) * 256;
-      for (int f = 0; f < 16; ++f) {
-        const float sum = sum_of_terms(rows + 16 * f);
-        z[f] = first ? sum : z[f] + sum;
-      }
+      const Wide sum = sums_of_terms(tiles + (2 * c + sign) * 256);
+      store_wide(z, first ? sum : load_wide(z) + sum);
     }
   }
   *state.empty = 0;
@@ -189,8 +186,9 @@ INLINE void sum_rows(const D& d, int64_t head_dim, int64_t tokens, Rows x, const
 template <class D>
 void sum_keys(const D& d, int64_t head_dim, int64_t tokens, Rows k, Rows v, const State<D>& state,
               const SumScratch& s) {
-  __builtin_memset(s.weights, 0, kGroups * 1024);
-  for (int r = 0; r < 16 * kGroups; ++r) {
+  const int64_t groups = tokens < kTokens ? (tokens + 31) / 32 : kGroups;
+  __builtin_memset(s.weights, 0, groups * 1024);
+  for (int r = 0; r < 16 * groups; ++r) {
     BF16* row = (BF16*)(s.weights + r * 64);
     row[0] = row[1] = 0x3f80;
   }
