@@ -94,12 +94,13 @@ def changes(
         notes.append("one run a side does not show the luck of a process; several do (--with)")
         if found.scatter is None and not is_control.all():
             notes.append("too few cases to see how much runs of the same code differ")
-    if once := int(found.cases["verdict"].isna().sum()):
+    judged = found.cases[~is_control]
+    if once := int(judged["verdict"].isna().sum()):
         notes.append(f"{once} cases left out: of one run a side, where others are of several")
     drift = (both["median_s_after"] / both["median_s_before"])[is_control].median()
     lost = versions.missing.assign(before_s=versions.missing["median_s"], verdict=MISSING)
     lost = lost[["case", *PLACE, "backend", "before_s", "verdict"]]
-    kept = found.cases[~is_control & found.cases["verdict"].notna().to_numpy()]
+    kept = judged[judged["verdict"].notna()]
     return replace(
         found,
         cases=pd.concat([kept, lost] if len(lost) else [kept], ignore_index=True),

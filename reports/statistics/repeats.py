@@ -75,7 +75,7 @@ def _moderated(
 
     The usual one, s₀² of d₀ degrees, has the mean and the variance of log s² right.
     """
-    if backends < 2:
+    if backends < 2 or len(variance) < 2:
         return variance, freedom.astype(float)
     half = freedom / 2
     logs = np.log(variance) - special.digamma(half) + np.log(half)

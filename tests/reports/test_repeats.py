@@ -145,3 +145,20 @@ def test_command(tmp_path: Path, capsys) -> None:
     assert capsys.readouterr().out == said
     assert main(["compare", files["before"][0], files["after"][0]]) == 0
     assert "one run a side does not show the luck of a process" in capsys.readouterr().out
+
+
+def test_cases_of_one_run_a_side_are_left_out_where_others_have_several(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    for number in range(3):
+        document = synthetic.run(rng, "independent")
+        if number:
+            document["benchmarks"] = [
+                case for case in document["benchmarks"] if case["extra_info"]["N"] != 512
+            ]
+        saved.save(tmp_path / f"{number}.json", document)
+    whole = load([tmp_path], every=True)
+    first = load([tmp_path / "0.json"], every=True)
+    found = changes(first, whole)
+    assert "2 cases left out: of one run a side, where others are of several" in found.notes
+    assert 512 not in set(found.cases["N"])
+    assert len(found.cases) == 2 * (len(synthetic.LENGTHS) - 1)
