@@ -152,6 +152,7 @@ struct Call {
   void load(const Dense& from, int64_t head, float* state) const {
     kernel.load_state(head_dim, from.S + head * 2 * head_dim * head_dim,
                       from.z + head * 2 * head_dim, state);
+    kernel.spread_nan(head_dim, state);
   }
 
   void store(const float* state, int64_t head, const Dense& to) const {

@@ -5,6 +5,8 @@
 // dS and dz. It travels between these functions only.
 #pragma once
 
+#include <cfloat>
+
 #include "../cpu/arguments.h"
 
 enum Probe { kRegisters, kLoads, kInstructions };
@@ -29,7 +31,7 @@ struct LinearAttentionKernels {
   void (*load_state)(int64_t head_dim, const float* S, const float* z, float* state);
   void (*store_state)(int64_t head_dim, const float* state, float* S, float* z);
 
-  // outₙ = φ(qₙ)ᵀ S / (φ(qₙ)·z + eps), 0 where that is 0 / 0; `stream`: past the caches.
+  // outₙ = φ(qₙ)ᵀ S / (φ(qₙ)·z + eps), 0 as least_met says; `stream`: past the caches.
   void (*apply)(ElementType, int64_t head_dim, int64_t tokens, Rows q, Rows out,
                 const float* state, float eps, float* scratch, bool stream);
   // dq, and dS, dz += this range's share.
@@ -46,6 +48,10 @@ struct LinearAttentionKernels {
 
 // Tokens of a block: ranges that start at multiples of it have the same sums however they are cut.
 constexpr int64_t kBlock = 64;
+
+// A query with |φ(q)·z| no more than this meets no key, or its normaliser has no float inverse: it comes
+// out 0 and has no part in any sum.
+inline float least_met(float eps) { return eps < FLT_MIN ? FLT_MIN - eps : 0.0f; }
 
 extern const LinearAttentionKernels linear_attention_avx512, linear_attention_avx2,
     linear_attention_portable;

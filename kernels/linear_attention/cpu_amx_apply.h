@@ -74,11 +74,12 @@ INLINE Factors by_state(const D& d, const char* phi, const char* tiles) {
 // Below this a normaliser may lack what the unit takes for zero.
 constexpr float kSafe = 0x1p-64f;
 
-// 1 / (e + eps) of 16 rows, 0 for 1 / 0. Bit n of what is returned: e of row n is not safe.
+// 1 / (e + eps) of 16 rows, 0 where that has no float inverse. Bit n of what is returned: e of row n is not safe.
 INLINE uint32_t invert(const float* e, float eps, float* inverse) {
   uint32_t low = 0;
-  const Wide sums = sums_of_terms(e), normaliser = sums + eps;
-  store_wide(inverse, normaliser == 0.0f ? Wide{} : 1.0f / normaliser);
+  const Wide sums = sums_of_terms(e);
+  const float least = least_met(eps);
+  store_wide(inverse, (sums <= least) & (sums >= -least) ? Wide{} : 1.0f / (sums + eps));
   const SignedQuads unsafe = sums < kSafe;
 #if defined(LINEAR_VIT_AVX512)
   low = _mm512_movepi32_mask((__m512i)unsafe);

@@ -296,13 +296,15 @@ INLINE Floats signed_z(const Shape& s, const float* z, int64_t f, Floats x) {
   return where_negative(x, load(z + s.features + f), load(z + f));
 }
 
-// 1 / (φ(q)·z + eps), 0 for 1 / 0; of whole vectors of tokens, those past the last are zeros' own.
+// 1 / (φ(q)·z + eps), 0 where a query meets no key or that has no float inverse; of whole vectors of
+// tokens, those past the last are zeros' own.
 void invert_normalisers(const Shape& s, int64_t tokens, const float* x, const float* z, float eps,
                         float* inverse) {
+  const float least = least_met(eps);
   with_width(s, [&](auto width) {
     constexpr int kWidth = width, kPiece = width * kLanes;
     for (int64_t n = 0; n < tokens; n += kLanes) {
-      const Floats normaliser = eps + sums_across([&](int j) INLINE_LAMBDA {
+      const Floats met = sums_across([&](int j) INLINE_LAMBDA {
         Floats total = {};
         for (int64_t c = 0; c < s.chunks; ++c) {
           for (int w = 0; w < kWidth; ++w) {
@@ -312,7 +314,7 @@ void invert_normalisers(const Shape& s, int64_t tokens, const float* x, const fl
         }
         return total;
       });
-      store(inverse + n, where_zero(normaliser, Floats{}, 1.0f / normaliser));
+      store(inverse + n, (met <= least) & (met >= -least) ? Floats{} : 1.0f / (met + eps));
     }
   });
 }
