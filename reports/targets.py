@@ -108,6 +108,12 @@ def place(case: Case) -> Place:
     return case["file"], int(case["N"]), str(sorted(shape(case).items()))
 
 
+def _limits(run: Runs, case: Case) -> dict[str, Any]:
+    """What the machine can do; nothing, where something kept it from its best."""
+    limits = run.limits(case["file"])
+    return {} if limits.get("disturbed") else limits
+
+
 def over(own: Case, other: Case) -> float:
     """How much faster the first is, turn by turn."""
     return math.exp(turns.speedup(own, other)[0])
@@ -175,7 +181,7 @@ def _ripple(run: Runs, **of: Any) -> list[float]:
 
 def over_matmul(run: Runs, case: Case) -> float | None:
     """Dense FLOP a second over those of a float32 matmul: turn by turn where they took turns."""
-    peak = (run.limits(case["file"]).get("matmul_flop_per_s") or {}).get("float32")
+    peak = (_limits(run, case).get("matmul_flop_per_s") or {}).get("float32")
     ratio: float | None = case["ratios"].get("matmul")
     if ratio is None and peak and not math.isnan(case["tflop_per_s"]):
         return float(1e12 * case["tflop_per_s"] / peak)
@@ -286,7 +292,7 @@ def _of_copy(run: Runs, mode: str, least: float, wanted: Callable[[Case], bool])
     """Least bytes over the time, as a share of the copy rate, of the faster of ours."""
     shares = []
     for case in _fastest(run, "linear_attention", mode, own=True).values():
-        copy = run.limits(case["file"]).get("copy_bytes_per_s")
+        copy = _limits(run, case).get("copy_bytes_per_s")
         if copy and case["least_bytes"] > 0 and wanted(case):
             text = f"{case['backend']} at N={case['N']:,}"
             shares.append((case["least_bytes"] / case["median_s"] / copy, text))

@@ -99,7 +99,11 @@ class Runs:
 
     def disturbed(self) -> list[str]:
         """A line per file and reason: what counts for nothing, because it was disturbed."""
-        lines = []
+        lines = [
+            f"{head['file']}: the machine's limits ({head['limits']['disturbed']})"
+            for head in self.heads
+            if head["limits"].get("disturbed")
+        ]
         for frame in (self.kernels, self.training):
             if len(frame) and len(lost := frame[frame["disturbed"].notna()]):
                 for (file, why), part in lost.groupby(["file", "disturbed"], sort=False):

@@ -153,7 +153,7 @@ def _probed(limits: Any) -> str:
 _MEMORY = ("copy_bytes_per_s", "fresh_bytes_per_s", "fresh_large_bytes_per_s")
 Limits = of(
     **dict.fromkeys(_MEMORY, free(Rate)), launch_s=free(Seconds),
-    measured=free(Date), matmul_flop_per_s=free(dict[str, Rate]),
+    measured=free(Date), disturbed=free(Name), matmul_flop_per_s=free(dict[str, Rate]),
     probes=free(dict[str, Rate | None]), rule=_probed,
 )  # fmt: skip
 Operation = of(title=Name)

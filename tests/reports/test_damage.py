@@ -8,6 +8,8 @@ import html
 import json
 import math
 import re
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -301,3 +303,10 @@ def test_a_damaged_file_of_an_older_version_costs_no_traceback(tmp_path: Path, k
         for how in HOW:
             file.write_text(json.dumps(damaged(whole, path, how)))
             assert all(str(file) in line for line in runs.newest_of_each(tmp_path).skipped)
+
+
+def test_measuring_needs_no_library_of_the_schema() -> None:
+    code = "import sys; sys.modules['pydantic'] = None; import linear_vit.bench.plugin"
+    code += "; import linear_vit.bench.__main__, linear_vit.training.steps"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

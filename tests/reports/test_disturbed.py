@@ -10,9 +10,9 @@ from linear_vit.reports.__main__ import main
 from linear_vit.reports.changes import changes
 from linear_vit.reports.compare import speedups, summarise
 from linear_vit.reports.saved.runs import NoRuns, load
-from linear_vit.reports.targets import CPU, verdicts
+from linear_vit.reports.targets import CPU, GPU, verdicts
 from tests.reports import saved
-from tests.reports.test_targets import turn_by_turn
+from tests.reports.test_targets import gpu_run, turn_by_turn
 
 WHY = "threads waited 12 % of the time"
 
@@ -72,6 +72,18 @@ def test_verdicts_are_without_it(tmp_path: Path, run: Path) -> None:
     made["benchmarks"][0]["extra_info"]["disturbed"] = WHY
     found = verdicts(load([saved.save(tmp_path / "cpu.json", made)]), CPU)
     assert found[0].found == ("mean 6.00×, worst 6.00×", True)
+
+
+def test_disturbed_limits_are_no_limits(tmp_path: Path) -> None:
+    for why in (None, WHY):
+        made = gpu_run()
+        made["kernel_suite"]["limits"]["disturbed"] = why
+        loaded = load([saved.save(tmp_path / "gpu.json", made)])
+        holds = [verdict.holds for verdict in verdicts(loaded, GPU)]
+        assert holds[1:4] == [None if why else True] * 3
+        assert holds[4:] == [True] * 4
+        lines = [f"{tmp_path / 'gpu.json'}: the machine's limits ({WHY})"]
+        assert loaded.disturbed() == (lines if why else [])
 
 
 def test_a_newer_measurement_that_was_disturbed_replaces_none(tmp_path: Path) -> None:
