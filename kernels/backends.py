@@ -18,6 +18,7 @@ from linear_vit.kernels import registry
 from linear_vit.kernels.precision import full_precision
 from linear_vit.kernels.registry import Registered, functions, operation
 from linear_vit.kernels.rows import Backend, Operation
+from linear_vit.kernels.validation import DTYPES
 
 _said: set[str] = set()
 
@@ -43,8 +44,25 @@ def backends(
     Raises:
         ValueError: an unknown operation; the message lists those there are.
     """
-    row, device = operation(op), torch.device(device)
+    device = torch.device(device)
+    found = _backends_for(op, device, dtype, head_dim)
+    missing = _no_such_device(device)
+    return {name: reason or missing for name, reason in found.items()}
+
+
+def _backends_for(
+    op: str, device: torch.device, dtype: torch.dtype | None, head_dim: int | None
+) -> dict[str, str | None]:
+    """The same, for a device that is there, or that somebody pretends."""
+    row = operation(op)
     return {b.name: _reason(b, row, device, dtype, head_dim) for b in registry.backends_of(op)}
+
+
+def _no_such_device(device: torch.device) -> str | None:
+    count = torch.cuda.device_count()
+    if device.type != "cuda" or (device.index or 0) < count:
+        return None
+    return f"there is no {device} here: {count} CUDA devices are to be seen"
 
 
 def default_backend(
@@ -127,7 +145,7 @@ def _choose(
 ) -> str:
     """The backend that runs this; its function is in ``functions`` by then."""
     del state  # part of the key: it changes what is usable
-    usable = backends(op, device, dtype=dtype, head_dim=head_dim)
+    usable = _backends_for(op, device, dtype, head_dim)
     if backend is None:
         candidates = _by_default(op, usable)
     elif backend not in usable:
@@ -201,6 +219,8 @@ def _reason(
     head_dim: int | None,
 ) -> str | None:
     entry = registry.registered(op.name, backend.name)
+    if dtype is not None and dtype not in DTYPES:
+        return f"{dtype} is not a dtype of the operations: use float32, float16 or bfloat16"
     if dtype == torch.float64 and (entry is not None or not backend.oracle):
         return "float64 is for the reference only: use backend='reference', or float32"
     if entry is not None:

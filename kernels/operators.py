@@ -7,12 +7,14 @@ these ``torch.compile``, ``opcheck``, autocast, FakeTensor and the transforms of
 treat them like PyTorch's own. What they lack, a tangent and a second derivative, raises.
 """
 
+import sys
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd import Function
+from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 from linear_vit.kernels.functions import transformable
 
@@ -27,6 +29,8 @@ def register(
     fake_backward: Callable[..., Any],
     setup_context: Callable[..., None],
     backward: Callable[..., Any],
+    flops: Callable[..., int],
+    flops_backward: Callable[..., int],
     batch_first: bool = True,
     pack: Callable[..., tuple[Any, ...]] | None = None,
     pack_backward: Callable[..., tuple[Any, ...]] | None = None,
@@ -38,6 +42,7 @@ def register(
         fake, fake_backward: outputs' metadata from inputs' metadata.
         setup_context: as that of an ``autograd.Function``, saving what backward reads.
         backward: ``backward(kernel, ctx, *gradients)``, where ``kernel`` is the backward operator.
+        flops, flops_backward: the least work, from each operator's arguments, for FlopCounterMode.
         batch_first: whether every tensor's first axis counts sequences, none of which reads
             another: ``vmap`` is then a larger batch, and else a loop.
         pack, pack_backward: from what the returned function, and ``kernel``, are called with (no
@@ -50,6 +55,9 @@ def register(
     operators = getattr(torch.ops, NAMESPACE)
     torch.library.register_fake(f"{NAMESPACE}::{name}", fake)
     torch.library.register_fake(f"{NAMESPACE}::{name}_backward", fake_backward)
+
+    _uncounted[getattr(operators, name)] = flops
+    _uncounted[getattr(operators, f"{name}_backward")] = flops_backward
 
     def missing(what: str) -> NotImplementedError:
         return NotImplementedError(
@@ -103,10 +111,35 @@ def register(
     return function
 
 
+# Work of operators, from their arguments, that PyTorch's counter has not been told yet.
+_uncounted: dict[Any, Callable[..., int]] = {}
+
+
+def _tell_flop_counter() -> None:
+    """Not before somebody counts: the counter's module imports Triton."""
+    module = sys.modules.get("torch.utils.flop_counter")
+    if module is None or not _uncounted:
+        return
+    new = {operator: _ignoring_result(work) for operator, work in _uncounted.items()}
+    _uncounted.clear()
+    for operator, work in new.items():
+        module.register_flop_formula(operator, get_raw=True)(work)
+    for mode in _get_current_dispatch_mode_stack():  # who counts already has a table of his own
+        registry = getattr(getattr(mode, "counter", mode), "flop_registry", None)
+        if registry is not None:
+            registry.update(new)
+
+
+def _ignoring_result(work: Callable[..., int]) -> Callable[..., int]:
+    return lambda *inputs, out_val=None, **_: work(*inputs)
+
+
 def _calling(
     operator: Callable[..., Any], pack: Callable[..., tuple[Any, ...]] | None
 ) -> Callable[..., Any]:
     def forward(*inputs: Any) -> Any:
+        if not torch.compiler.is_compiling():
+            _tell_flop_counter()
         output = operator(*(inputs if pack is None else pack(*inputs)))
         return tuple(output) if isinstance(output, list) else output
 

@@ -19,11 +19,12 @@ from linear_vit.kernels import registry
 
 ROOT = Path(__file__).resolve().parents[1]
 README = ROOT / "README.md"
+_GENERATED = ("results.md", "features.md")
 PAGES = (
     README,
     ROOT / "CHANGELOG.md",
     ROOT / "reports/measurements/README.md",
-    *(path for path in sorted((ROOT / "docs").glob("*.md")) if path.name != "results.md"),
+    *(path for path in sorted((ROOT / "docs").glob("*.md")) if path.name not in _GENERATED),
 )
 COLUMNS = 100
 _FILE = re.compile(r"[\w./*-]+(?:/|\.(?:py|md|csv|json|txt|toml|cff|cu|h|cpp|png|svg))")

@@ -89,6 +89,7 @@ def test_a_small_run_of_every_command(
     assert words in said
 
 
+@pytest.mark.slow
 def test_training_ends_and_keeps_its_checkpoint(tmp_path: Path) -> None:
     """A recipe that mixes images, whose accuracy is λ-weighted, in a process of its own."""
     done = subprocess.run(

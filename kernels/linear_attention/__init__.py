@@ -35,7 +35,8 @@ def linear_attention(
             axis is contiguous, every other stride is free and read in place.
         k, v: keys and values (B, Hk, M, D), of q's dtype and device. H is a multiple of Hk; query
             head h reads key/value head ``h // (H // Hk)``.
-        eps: added to the normaliser, at least 0. A row whose normaliser is 0 comes out 0.
+        eps: added to the normaliser, at least 0. A row whose normaliser is 0 before that comes out
+            0, and has no gradient.
         backend: a name from :func:`kernels.backends`, or None for the fastest usable one.
 
     Returns:

@@ -73,6 +73,8 @@ def attach(backend: str, *, recompute_tokens: int) -> Functions:
         fake_backward=_fake_backward,
         setup_context=_save_inputs_and_state,
         backward=_backward,
+        flops=_work,
+        flops_backward=_backward_work,
     )
     fused_packed = register(
         backend,
@@ -81,6 +83,8 @@ def attach(backend: str, *, recompute_tokens: int) -> Functions:
         fake_backward=_fake_packed_backward,
         setup_context=_save_inputs_and_state,
         backward=_packed_backward,
+        flops=_packed_work,
+        flops_backward=_packed_backward_work,
     )
     state = register(
         backend,
@@ -89,6 +93,8 @@ def attach(backend: str, *, recompute_tokens: int) -> Functions:
         fake_backward=_fake_state_backward,
         setup_context=_save_state_inputs,
         backward=_state_backward,
+        flops=_state_work,
+        flops_backward=_state_backward_work,
     )
     apply = register(
         backend,
@@ -97,6 +103,8 @@ def attach(backend: str, *, recompute_tokens: int) -> Functions:
         fake_backward=_fake_apply_backward,
         setup_context=_save_apply_inputs,
         backward=_apply_backward,
+        flops=_apply_work,
+        flops_backward=_apply_backward_work,
     )
 
     def linear_attention(q: Tensor, k: Tensor, v: Tensor, eps: float) -> Tensor:
@@ -160,6 +168,41 @@ def _packed_backward(
     kernel: Any, ctx: Any, dout: Tensor, dS: None, dz: None
 ) -> tuple[Tensor, None, None]:
     return kernel(dout, *ctx.saved_tensors, ctx.eps), None, None
+
+
+# Per key token and head 4·D² for S, per query token as much to apply it; backward twice that.
+
+
+def _work(q: Tensor, k: Tensor, *_: object) -> int:
+    return 4 * k.shape[-1] * (q.numel() + k.numel())
+
+
+def _backward_work(dout: Tensor, q: Tensor, k: Tensor, *_: object) -> int:
+    return 2 * _work(q, k)
+
+
+def _packed_work(qkv: Tensor, *_: object) -> int:
+    return _work(*unpack_qkv(qkv)[:2])
+
+
+def _packed_backward_work(dout: Tensor, qkv: Tensor, *_: object) -> int:
+    return 2 * _packed_work(qkv)
+
+
+def _state_work(k: Tensor, *_: object) -> int:
+    return 4 * k.shape[-1] * k.numel()
+
+
+def _state_backward_work(dS: Tensor, dz: Tensor, k: Tensor, v: Tensor) -> int:
+    return 2 * _state_work(k)
+
+
+def _apply_work(q: Tensor, *_: object) -> int:
+    return 4 * q.shape[-1] * q.numel()
+
+
+def _apply_backward_work(dout: Tensor, q: Tensor, *_: object) -> int:
+    return 2 * _apply_work(q)
 
 
 # ---- its two halves ------------------------------------------------------------------------------

@@ -28,6 +28,7 @@ them; the gradients come in one list, in the order of the arguments::
 """
 
 from collections.abc import Callable, Sequence
+from math import prod
 from typing import Any, NamedTuple
 
 from torch import Tensor
@@ -49,6 +50,8 @@ def attach(backend: str) -> Functions:
         backend,
         "ripple_pool",
         fake=_fake_pool,
+        flops=_pool_work,
+        flops_backward=_pool_backward_work,
         fake_backward=_fake_pool_backward,
         setup_context=_save,
         backward=_backward,
@@ -58,6 +61,8 @@ def attach(backend: str) -> Functions:
         backend,
         "ripple_expand",
         fake=_fake_expand,
+        flops=_expand_work,
+        flops_backward=_expand_backward_work,
         fake_backward=_fake_expand_backward,
         setup_context=_save,
         backward=_backward,
@@ -72,6 +77,8 @@ def attach_stages(backend: str) -> stages.Functions:
         backend,
         "ripple_pool_stages",
         fake=_fake_pool_stages,
+        flops=_pool_stages_work,
+        flops_backward=_pool_stages_backward_work,
         fake_backward=_fake_pool_stages_backward,
         setup_context=_save_pool_stages,
         backward=_stages_backward,
@@ -83,6 +90,8 @@ def attach_stages(backend: str) -> stages.Functions:
         backend,
         "ripple_expand_stages",
         fake=_fake_expand_stages,
+        flops=_expand_stages_work,
+        flops_backward=_expand_stages_backward_work,
         fake_backward=_fake_expand_stages_backward,
         setup_context=_save_expand_stages,
         backward=_stages_backward,
@@ -208,3 +217,42 @@ def _save_expand_stages(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> No
 
 def _stages_backward(kernel: Any, ctx: Any, *gradients: Tensor) -> tuple[Any, ...]:
     return None, *kernel(ctx.axes, *gradients, *ctx.saved_tensors)
+
+
+# ---- least work: nine products and sums an element, one more for the pair; twice that backward --
+
+
+def _pool_work(x: Tensor, weight: Tensor, axis: int) -> int:
+    return 18 * prod(pooled_shape(x.shape, axis))
+
+
+def _pool_backward_work(dout: Tensor, x: Tensor, weight: Tensor, axis: int) -> int:
+    return 2 * _pool_work(x, weight, axis)
+
+
+def _expand_work(z: Tensor, x: Tensor, *_: object) -> int:
+    return 20 * x.numel()
+
+
+def _expand_backward_work(dout: Tensor, z: Tensor, x: Tensor, *_: object) -> int:
+    return 40 * x.numel()
+
+
+def _pool_stages_work(x: Tensor, weights: Sequence[Tensor], axes: Sequence[int]) -> int:
+    return sum(18 * prod(shape) for shape in level_shapes(x.shape, axes)[1:])
+
+
+def _pool_stages_backward_work(
+    dlevels: Sequence[Tensor], levels: Sequence[Tensor], weights: Sequence[Tensor], axes: list[int]
+) -> int:
+    return 2 * _pool_stages_work(levels[0], weights, axes)
+
+
+def _expand_stages_work(z: Tensor, levels: Sequence[Tensor], *_: object) -> int:
+    return sum(20 * x.numel() for x in levels)
+
+
+def _expand_stages_backward_work(
+    dout: Tensor, z: Tensor, levels: Sequence[Tensor], *_: object
+) -> int:
+    return 2 * _expand_stages_work(z, levels)

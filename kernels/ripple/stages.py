@@ -92,7 +92,7 @@ def fits(x: Tensor, axes: Sequence[int], multiprocessors: int) -> bool:
     blocks = batch * -(-channels // CHANNELS_PER_BLOCK)
     return (
         2 <= len(axes) <= FUSED_STAGES
-        and rows * cols <= FUSED_TOKENS
+        and 0 < rows * cols <= FUSED_TOKENS
         and batch > 0
         and 2 * blocks >= multiprocessors
     )

@@ -32,6 +32,8 @@ ripple_pool_stages, ripple_expand_stages = compose(ripple_pool, ripple_expand)
 
 def _depthwise(x: Tensor, weight: Tensor, strides: tuple[int, int]) -> Tensor:
     channels = x.shape[-1]
+    if x.numel() == 0:  # conv2d refuses a side of 0
+        return x[:, :: strides[0], :: strides[1]] * weight[:, 1, 1]
     grid, windows = x.permute(0, 3, 1, 2), weight.unsqueeze(1)
     out = guarded(F.conv2d, grid, windows, None, strides, (1, 1), (1, 1), channels)
     return out.permute(0, 2, 3, 1)

@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from linear_vit.kernels.layout import empty_like
+from linear_vit.kernels.layout import empty_like, unpack_qkv
 from linear_vit.kernels.operators import register
 
 
@@ -39,6 +39,8 @@ def attach(backend: str) -> Functions:
         fake_backward=_fake_backward,
         setup_context=_save,
         backward=_backward,
+        flops=_work,
+        flops_backward=_backward_work,
     )
     packed = register(
         backend,
@@ -47,6 +49,8 @@ def attach(backend: str) -> Functions:
         fake_backward=_fake_packed_backward,
         setup_context=_save,
         backward=_packed_backward,
+        flops=_packed_work,
+        flops_backward=_packed_backward_work,
     )
 
     def softmax_attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
@@ -97,3 +101,22 @@ def _backward(
 
 def _packed_backward(kernel: Any, ctx: Any, dout: Tensor, dlse: None) -> tuple[Tensor, None]:
     return kernel(dout, *ctx.saved_tensors, ctx.scale), None
+
+
+# Two products of N × M × D forward, five backward.
+
+
+def _work(q: Tensor, k: Tensor, *_: object) -> int:
+    return 4 * q.numel() * k.shape[2]
+
+
+def _backward_work(dout: Tensor, q: Tensor, k: Tensor, *_: object) -> int:
+    return 10 * q.numel() * k.shape[2]
+
+
+def _packed_work(qkv: Tensor, *_: object) -> int:
+    return _work(*unpack_qkv(qkv)[:2])
+
+
+def _packed_backward_work(dout: Tensor, qkv: Tensor, *_: object) -> int:
+    return _backward_work(dout, *unpack_qkv(qkv)[:2])

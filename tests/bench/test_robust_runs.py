@@ -120,6 +120,7 @@ def test_ctrl_c_leaves_a_valid_file_and_the_way_on(tmp_path: Path, how: signal.S
     assert (tmp_path / "run.json.journal").exists()
 
 
+@pytest.mark.slow
 def test_out_of_memory_is_an_outcome_of_its_own(tmp_path: Path) -> None:
     sabotage(tmp_path, "if n == 128: torch.empty(2**62, dtype=torch.uint8)")
     done = run(tmp_path)
@@ -180,12 +181,9 @@ def test_profile_writes_a_trace_and_the_top_operators(tmp_path: Path) -> None:
         assert (found["ncu"], found["ncu_why"]) == (None, "no CUDA device")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
-    "ways",
-    [
-        [["--collect-only"]],
-        pytest.param([["--rehearse"], ["-k", "matches_nothing"]], marks=pytest.mark.slow),
-    ],
+    "ways", [[["--collect-only"]], [["--rehearse"], ["-k", "matches_nothing"]]]
 )
 def test_what_measures_nothing_takes_nothing_away(tmp_path: Path, ways: list[list[str]]) -> None:
     """Over a finished run, and then over one that there was no time for."""

@@ -40,6 +40,22 @@ def test_every_backend_is_listed_with_its_reason(op: str) -> None:
         assert reason is None or ("\n" not in reason and len(reason) > 20)
 
 
+@pytest.mark.parametrize("op", OPERATIONS)
+def test_no_backend_runs_on_a_device_that_is_not_there(op: str) -> None:
+    for reason in kernels.backends(op, "cuda:99").values():
+        assert reason is not None
+    with pytest.raises(ValueError, match=r"no backend can run .* there is no cuda:99 here"):
+        kernels.default_backend(op, "cuda:99")
+
+
+@pytest.mark.parametrize("op", OPERATIONS)
+@pytest.mark.parametrize("dtype", [torch.int64, torch.bool, torch.complex64], ids=str)
+def test_no_backend_takes_a_dtype_that_no_operation_has(op: str, dtype: torch.dtype) -> None:
+    for reason in kernels.backends(op, "cpu", dtype=dtype).values():
+        assert reason is not None
+        assert f"{dtype} is not a dtype of the operations" in reason
+
+
 def test_a_backend_that_cannot_run_says_why() -> None:
     q = torch.randn(1, 2, 4, 16)
     with pytest.raises(ValueError, match="backend 'cuda' can't run linear_attention on cpu: CUDA"):

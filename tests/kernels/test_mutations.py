@@ -31,7 +31,7 @@ LINEAR_NAMED = NAMED.format(op="linear_attention")
 SOFTMAX = "kernels/softmax_attention/triton.py"
 FLOAT32 = "many_tiles and 200-130 and float32"
 
-FAST = [
+MUTATIONS = [
     Mutation(
         "the last tile of keys is dropped",
         LINEAR,
@@ -40,8 +40,6 @@ FAST = [
         ".to(tl.float32)",
         LINEAR_NAMED + " and float32",
     ),
-]
-SLOW = [
     Mutation(
         "a split's partial sum is left out",
         LINEAR,
@@ -235,13 +233,8 @@ SLOW = [
 ]
 
 
-@pytest.mark.parametrize(
-    "mutation",
-    [
-        *(pytest.param(m, id=m.name) for m in FAST),
-        *(pytest.param(m, id=m.name, marks=pytest.mark.slow) for m in SLOW),
-    ],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("mutation", [pytest.param(m, id=m.name) for m in MUTATIONS])
 def test_broken_kernel_is_noticed(mutation: Mutation, tmp_path: Path) -> None:
     reason = interpreter_reason()
     if reason:

@@ -1,6 +1,7 @@
 """What PyTorch asks of an operator: opcheck, torch.compile, autocast, FakeTensor, second order."""
 
 import importlib
+import math
 from dataclasses import replace
 from typing import Any
 
@@ -205,3 +206,32 @@ def test_state_gradient_flows_through_either_output() -> None:
         dk, dv = torch.autograd.grad(S.sum(), [k, v])
         assert dk.abs().sum() > 0
         assert dv.abs().sum() > 0
+
+
+@pytest.mark.parametrize(
+    ("op", "backend"),
+    [pair for pair in op_backend_pairs(*CASES) if pair.values[1] in KERNEL_BACKENDS],
+)
+def test_work_is_counted(op: str, backend: str) -> None:
+    """FlopCounterMode sees the least work that SPEC has: forward, and twice that backward (two and
+    five products of softmax attention)."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    case: Any = CASES[op]
+    inputs = case.inputs()
+    if op in RIPPLE:
+        tokens = case.pooled() if op == "ripple_pool" else inputs[1].shape
+        forward = math.prod(tokens) * (18 if op == "ripple_pool" else 20)
+    else:
+        rows = case.batch * case.heads * case.queries
+        if op.startswith("softmax"):
+            forward = 4 * rows * case.keys * case.head_dim
+        else:
+            keys = case.batch * case.kv_heads * case.keys
+            forward = 4 * (rows + keys) * case.head_dim**2
+    for grad, expected in ((False, 1.0), (True, 3.5 if op.startswith("softmax") else 3.0)):
+        with FlopCounterMode(display=False) as counter:
+            out = case.run(backend, inputs)
+            if grad:
+                torch.autograd.grad(out, inputs, case.gradient())
+        assert counter.get_total_flops() == forward * expected

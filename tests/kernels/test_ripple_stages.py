@@ -342,3 +342,20 @@ def test_bad_arguments(
     function = ripple_pool_stages if len(arguments) == 2 else ripple_expand_stages
     with pytest.raises(error, match=message):
         function(*arguments, axes=axes)
+
+
+@pytest.mark.parametrize("backend", backends())
+@pytest.mark.parametrize("grid", [(1, 0, 3), (1, 3, 0), (2, 0, 0), (0, 2, 3)])
+def test_empty_grid(backend: str, grid: tuple[int, int, int]) -> None:
+    """A side of 0, or no image, gives empty grids, and gradients of 0."""
+    x, up = torch.randn(*grid, 4, device=DEVICE), torch.ones(2, 4, device=DEVICE)
+    weight = torch.randn(4, 3, 3, device=DEVICE)
+    inputs = [t.requires_grad_() for t in (x, weight, up)]
+    levels = ripple_pool_stages(x, [weight] * 2, axes=(0, 1), backend=backend)
+    assert [tuple(x.shape) for x in levels] == stages.level_shapes(x.shape, (0, 1))[1:]
+    out = ripple_expand_stages(
+        levels[-1], [x, levels[0]], [up] * 2, [weight] * 2, axes=(0, 1), backend=backend
+    )
+    assert out.shape == x.shape
+    gradients = torch.autograd.grad(out.sum() + levels[-1].sum(), inputs)
+    assert all((gradient == 0).all() for gradient in gradients)
