@@ -46,7 +46,7 @@ def linear_attention_apply(q: Tensor, state: Tensor, normaliser: Tensor, eps: fl
     # A query that meets no key comes out 0, not 0/0, and has no gradient, whatever eps is. So does
     # one whose denominator is below the normal numbers.
     least = max(0.0, torch.finfo(met.dtype).tiny - eps)
-    out = numerator / torch.where(met > least, met + eps, math.inf)
+    out = numerator / torch.where(met.abs() > least, met + eps, math.inf)
     return in_order_of(q, out.to(q.dtype))
 
 

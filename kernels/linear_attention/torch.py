@@ -61,5 +61,5 @@ def _apply(q: Tensor, state: Tensor, normaliser: Tensor, eps: float) -> Tensor:
     # A query that meets no key comes out 0, not 0/0, and has no gradient, whatever eps is. So does
     # one whose denominator is below the normal numbers.
     least = max(0.0, torch.finfo(met.dtype).tiny - eps)
-    out = (numerator / torch.where(met > least, met + eps, math.inf)).to(q.dtype)
+    out = (numerator / torch.where(met.abs() > least, met + eps, math.inf)).to(q.dtype)
     return out.flatten(1, 2) if heads != kv_heads else out
