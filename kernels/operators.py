@@ -59,14 +59,32 @@ def register(
     _uncounted[getattr(operators, name)] = flops
     _uncounted[getattr(operators, f"{name}_backward")] = flops_backward
 
-    def missing(what: str) -> NotImplementedError:
+    calls = (
+        _calling(getattr(operators, name), pack),
+        _calling(getattr(operators, f"{name}_backward"), pack_backward),
+    )
+    return _differentiable(
+        f"the {backend} kernels of {op}", *calls, setup_context, backward, batch_first
+    )
+
+
+def _differentiable(
+    what: str,
+    call: Callable[..., Any],
+    call_backward: Callable[..., Any],
+    save: Callable[..., None],
+    differentiate: Callable[..., Any],
+    batch_first: bool,
+) -> Callable[..., Any]:
+    """An operator, and the one that is its gradient, as a function of :func:`register`."""
+
+    def missing(kind: str) -> NotImplementedError:
         return NotImplementedError(
-            f"{what} through the {backend} kernels of {op} is not available: use "
-            "backend='reference' or backend='torch'"
+            f"{kind} through {what} is not available: use backend='reference' or backend='torch'"
         )
 
     class Backward(Function):
-        forward = staticmethod(_calling(getattr(operators, f"{name}_backward"), pack_backward))
+        forward = staticmethod(call_backward)
 
         @staticmethod
         def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
@@ -89,19 +107,19 @@ def register(
     def kernel(*inputs: Any) -> Any:
         # Dynamo takes no Function in the backward of another.
         compiling = torch.compiler.is_compiling()
-        return (Backward.forward if compiling else differentiable_kernel)(*inputs)
+        return (call_backward if compiling else differentiable_kernel)(*inputs)
 
     class Forward(Function):
-        forward = staticmethod(_calling(getattr(operators, name), pack))
+        forward = staticmethod(call)
         jvp = Backward.jvp
 
         @staticmethod
         def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-            setup_context(ctx, inputs, output)
+            save(ctx, inputs, output)
 
         @staticmethod
         def backward(ctx: Any, *gradients: Tensor) -> Any:
-            return backward(kernel, ctx, *gradients)
+            return differentiate(kernel, ctx, *gradients)
 
         @staticmethod
         def vmap(info: Any, in_dims: tuple[int | None, ...], *inputs: Any) -> Any:
