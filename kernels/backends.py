@@ -75,8 +75,14 @@ def default_backend(
     """The backend that ``backend=None`` takes: the first in order of speed that runs here.
 
     It is loaded by then, and built if need be: one that does not build is not what runs.
+
+    Raises:
+        ValueError: an unknown operation, or none runs here, and why.
     """
-    return _choose(op, None, torch.device(device), dtype, head_dim, registry.state())
+    where = torch.device(device)
+    if missing := _no_such_device(where):
+        raise ValueError(f"no backend can run {op} on {where}: {missing}")
+    return _choose(op, None, where, dtype, head_dim, registry.state())
 
 
 def is_timeable(backend: str, device: torch.device | str) -> bool:

@@ -405,8 +405,11 @@ def benchmark(folder: Path, name: str, machine: dict[str, Any], when: str) -> No
     saved.save(folder / name, document)
 
 
-def test_the_exponents_beside_a_table_are_those_of_its_own_run(tmp_path: Path, capsys) -> None:
+def test_the_exponents_beside_a_table_are_those_of_its_own_run(
+    tmp_path: Path, capsys, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """As make demo lays them out; a newer run of another machine does not count."""
+    monkeypatch.setenv("COLUMNS", "400")
     for number, record in enumerate(three_seeds()):
         saved.save(tmp_path / "runs" / str(number) / "run.json", record)
     benchmark(tmp_path, "benchmark.json", MACHINE, "2026-01-01T00:00:00+00:00")
