@@ -13,6 +13,8 @@ from torch import Tensor
 from linear_vit.kernels.layout import gradients_in_order, in_order_of, unpack_qkv
 from linear_vit.kernels.precision import product
 
+_LEAST_EPS = 1e-15  # of which a half-precision gradient over it is a float32
+
 
 def linear_attention(q: Tensor, k: Tensor, v: Tensor, eps: float) -> Tensor:
     q_in, k, v = gradients_in_order(q, k, v)
@@ -58,8 +60,11 @@ def _apply(q: Tensor, state: Tensor, normaliser: Tensor, eps: float) -> Tensor:
         state, normaliser = state.unsqueeze(2), normaliser.unsqueeze(2)
     numerator = product(phi_q, state)
     met = product(phi_q, normaliser.unsqueeze(-1))
-    # A query that meets no key comes out 0, not 0/0, and has no gradient, whatever eps is. So does
-    # one whose denominator is below the normal numbers.
-    least = max(0.0, torch.finfo(met.dtype).tiny - eps)
-    out = (numerator / torch.where(met.abs() <= least, math.inf, met + eps)).to(q.dtype)
+    denominator = met + eps
+    if eps < _LEAST_EPS:
+        # A query that meets no key comes out 0, not 0/0, and has no gradient. So does one whose
+        # denominator is below the normal numbers. With a larger eps both are so by themselves.
+        least = max(0.0, torch.finfo(met.dtype).tiny - eps)
+        denominator = torch.where(met.abs() <= least, math.inf, denominator)
+    out = (numerator / denominator).to(q.dtype)
     return out.flatten(1, 2) if heads != kv_heads else out
