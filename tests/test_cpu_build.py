@@ -144,6 +144,7 @@ SANITIZED = """
 import os, sys
 import torch
 from linear_vit.kernels import build
+from tests.kernels import tiles
 
 flags = ("-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-g1", "-O1")
 for family in ("linear_attention", "ripple"):
@@ -191,7 +192,8 @@ print(ran)
 
 @needs_toolchain
 @pytest.mark.slow
-def test_sanitizers_find_nothing(tmp_path: Path) -> None:
+@pytest.mark.parametrize("amx", ["real", "emulated"])  # tiles: the sanitizers see no instruction's
+def test_sanitizers_find_nothing(amx: str, tmp_path: Path) -> None:
     gcc = shutil.which("g++")
     if gcc is None:
         pytest.skip("the sanitizers' libraries are found by asking g++, which is not here")
@@ -202,6 +204,7 @@ def test_sanitizers_find_nothing(tmp_path: Path) -> None:
     done = python(
         SANITIZED,
         TORCH_EXTENSIONS_DIR=str(tmp_path),
+        KERNEL_TESTS_TILES=amx,
         CXX="g++",
         LD_PRELOAD=library,
         # Leaks are Python's own; 0xff bytes are NaNs of every type.

@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -163,6 +164,11 @@ def test_no_worse_than_composition(amx: None, scale: float, mean: float, kv_head
         assert comparison.rms_error <= limit, f"{name}: {comparison}, composition {bounds[name]}"
 
 
+def test_a_large_eps(amx: None) -> None:
+    case = Attention(dtype=torch.bfloat16, eps=30.0, mean=2.0, queries=90, keys=60)
+    assert_accurate(case, "cpu")
+
+
 def test_state_and_apply_are_the_whole(amx: None) -> None:
     """Forward and backward in two halves, whose gradients cancel between them (v has a mean)."""
     case = Attention(dtype=torch.bfloat16, mean=1.0, heads=4, queries=90, keys=300, head_dim=40)
@@ -251,3 +257,85 @@ def test_emulated_results_are_the_real_ones(tmp_path: Path) -> None:
         found[kind] = torch.load(file)
     for emulated, real in zip(found["emulated"], found["real"], strict=True):
         assert torch.equal(emulated, real)
+
+
+# ---- broken on purpose ---------------------------------------------------------------------------
+
+
+class Mutation(NamedTuple):
+    name: str
+    file: str  # kernels/linear_attention/cpu_amx<file>
+    old: str
+    new: str
+    tests: str  # a pytest -k expression: what must notice
+
+
+MUTATIONS = [
+    Mutation(
+        "a copied block lacks its last row",
+        ".h",
+        "n < wanted && n < there; ++n",
+        "n < wanted && n + 1 < there; ++n",
+        "test_head_dims and 7-dtype2",
+    ),
+    Mutation(
+        "partial states are left out",
+        ".cpp",
+        "if (*other.empty != 0) continue;",
+        "if (*other.empty == 0) continue;",
+        "test_sizes and 1500",
+    ),
+    Mutation(
+        "S is not centred",
+        "_gradients.h",
+        "if (kCentred) x -= z[f] * load_wide(mean), y -= z[f] * load_wide(mean + 16);",
+        "",
+        "test_no_worse",
+    ),
+    Mutation(
+        "g/E has one term",
+        "_gradients.h",
+        "round_two(rest[0], rest[1])",
+        "Halves{}",
+        "test_no_worse",
+    ),
+    Mutation(
+        "eps is forgotten where S is centred",
+        "_gradients.h",
+        "(sum_of(total) - eps * mean_g)",
+        "sum_of(total)",
+        "test_a_large_eps",
+    ),
+    Mutation(
+        "what the unit takes for zero is not noticed in queries",
+        "_apply.h",
+        "if (low != 0 && any_in(low, head_dim, q, last_row, tokens)) fine = false;",
+        "",
+        "test_tiny_queries",
+    ),
+    Mutation(
+        "nor in keys and values",
+        ".cpp",
+        "if (most >= (127 - 40) << 7) return true;",
+        "return true;",
+        "test_tiny_and_large",
+    ),
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mutation", MUTATIONS, ids=lambda mutation: mutation.name)
+def test_broken_emulated_kernel_is_noticed(
+    mutation: Mutation, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for folder in ("kernels", "attention", "linear_vit", "tests/kernels"):
+        shutil.copytree(ROOT / folder, tmp_path / folder, symlinks=True)
+    shutil.copy(ROOT / "pyproject.toml", tmp_path)
+    file = tmp_path / f"kernels/linear_attention/cpu_amx{mutation.file}"
+    source = file.read_text()
+    assert source.count(mutation.old) == 1, f"{file.name} no longer has {mutation.old!r} once"
+    file.write_text(source.replace(mutation.old, mutation.new))
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path / "extensions"))
+    done = pytest_on_emulated_tiles(mutation.tests, root=tmp_path)
+    assert done.returncode == 1, f"not noticed:\n{done.stdout[-2000:]}{done.stderr[-2000:]}"
+    assert re.search(r"AssertionError|^E +assert", done.stdout, re.MULTILINE), done.stdout

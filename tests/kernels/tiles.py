@@ -26,6 +26,8 @@ def emulate(kind: str) -> None:
         f"-DTILES_ARE={zlib.crc32(EMULATED.read_bytes())}",  # a library of this header
     )
     own = () if kind == "plain" or not has_vectors() else flags
+    for name, (file, others) in toolchains.INSTRUCTION_SETS.items():
+        toolchains.INSTRUCTION_SETS[name] = (file, (*others, "-O1"))  # not what is asked about
     toolchains.INSTRUCTION_SETS["amx"] = (source, (*own, *tiles))
 
 
