@@ -128,6 +128,7 @@ def test_wrong_result_fails_its_case_and_goes_into_the_file(tmp_path: Path) -> N
     assert all(reason.startswith("wrong result: ") for reason in failed.values())
 
 
+@pytest.mark.slow
 def test_a_run_of_disturbed_cases_ends_with_a_message(tmp_path: Path) -> None:
     (tmp_path / "storm.py").write_text(
         "from types import SimpleNamespace\n"

@@ -91,9 +91,8 @@ def test_a_case_that_kills_the_process_twice_is_left_alone(tmp_path: Path) -> No
     assert all("N128" in name for name in cases(tmp_path))
 
 
-@pytest.mark.parametrize(
-    "how", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM])
 def test_ctrl_c_leaves_a_valid_file_and_the_way_on(tmp_path: Path, how: signal.Signals) -> None:
     flag = tmp_path / "reached"
     sabotage(

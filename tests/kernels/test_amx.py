@@ -217,7 +217,7 @@ ALL = "not dtype0 and not dtype1 and not ripple and not one_nan_token"
 @pytest.mark.parametrize(
     ("expression", "kind", "least"),
     [
-        pytest.param(QUICK, "emulated", 8, id="quick"),
+        pytest.param(QUICK, "emulated", 8, id="quick", marks=pytest.mark.slow),
         pytest.param(ALL, "emulated", 80, id="all", marks=pytest.mark.slow),
         pytest.param(QUICK, "plain", 8, id="plain", marks=pytest.mark.slow),
     ],

@@ -21,7 +21,11 @@ def pair(folder: Path, before: dict, after: dict) -> tuple[Path, Path]:
 
 @pytest.mark.parametrize(
     ("noise", "turns"),
-    [(noise, True) for noise in synthetic.NOISES] + [("independent", False), ("machine", False)],
+    [
+        pytest.param(noise, True, marks=() if noise == "process" else pytest.mark.slow)
+        for noise in synthetic.NOISES
+    ]
+    + [("independent", False), pytest.param("machine", False, marks=pytest.mark.slow)],
 )
 def test_two_draws_of_the_same_give_no_alarm(tmp_path: Path, noise: str, turns: bool) -> None:
     """No case and no pool of a comparison is called changed, in 95 % of comparisons."""
