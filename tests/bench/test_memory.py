@@ -8,6 +8,7 @@ import pytest
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="--keep-memory sets glibc's malloc")
+@pytest.mark.slow
 def test_memory_that_is_kept_is_not_cleared_again() -> None:
     """Page faults of the last of ten tensors of 64 MB, one after the other, in another process.
 

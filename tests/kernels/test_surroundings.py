@@ -90,6 +90,7 @@ class _Embedded(Dataset[Tensor]):
             return _model().cpu()(_images().cpu() * index)
 
 
+@pytest.mark.slow
 def test_workers_of_a_loader() -> None:
     loader = DataLoader(_Embedded(), num_workers=2, multiprocessing_context="spawn")
     for index, batch in enumerate(loader):
