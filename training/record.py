@@ -8,6 +8,7 @@
     model         key of training.config.MODELS;  parameters: their number
     model_title, dataset_title  their names in full (in records since these fields are)
     dataset_subset  true where not all classes of the data set were there; its title says which part
+    backend       of the attention's kernels: what runs, asked for or not (not in older ones)
     environment   as bench.instruments.machine describes it, with device ("cpu" or the GPU's
                   name), processes and revision (older: cores of all the machine, platform)
     started       ISO time, UTC;  resumed: how often the run was taken up again
@@ -38,6 +39,7 @@ from typing import Any
 
 import torch
 
+from linear_vit import kernels
 from linear_vit.bench.instruments import machine
 from linear_vit.training import distributed
 from linear_vit.training.config import DATASETS, MODELS, RECIPES, Config, DatasetInfo
@@ -157,7 +159,7 @@ def new_record(
 ) -> dict[str, Any]:
     """The record of a run that begins; ``info`` is of the data as they are there."""
     whole = DATASETS[config.dataset]
-    info = info or whole
+    info, operation = info or whole, MODELS[config.model].operation
     return {
         "schema": SCHEMA,
         "status": "running",
@@ -166,6 +168,7 @@ def new_record(
         "model_title": MODELS[config.model].title,
         "dataset_title": info.title,
         "dataset_subset": info.classes < whole.classes,
+        "backend": config.backend or kernels.default_backend(operation, device),
         "parameters": parameters,
         "environment": environment(device),
         "started": datetime.now(UTC).isoformat(timespec="seconds"),

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from linear_vit import train_minimal
+from linear_vit import kernels, train_minimal
 from linear_vit.training import board, experiments
 from linear_vit.training.checkpoints import load_checkpoint
 from linear_vit.training.config import DATASETS, MODELS, Config
@@ -109,3 +109,7 @@ def test_a_new_record_has_all_that_one_of_before_had_and_titles() -> None:
         assert made[name] == run[name]
     assert made["model_title"] == MODELS["hydra"].title
     assert made["dataset_title"] == DATASETS["digits"].title
+    asked = run["config"]["backend"]
+    assert made["backend"] == (asked or kernels.default_backend("linear_attention", "cpu"))
+    default = new_record(Config(attention_type="baseline"), torch.device("cpu"), 1)
+    assert default["backend"] == "torch"  # SDPA: own softmax kernels for the CPU there are none
