@@ -79,7 +79,7 @@ def train(
     0. With ``resume``, a run goes on from it (and starts anew where there is none): however often
     it is killed, it ends, on a CPU, with the very weights of one that never was.
     """
-    if resume and (finished := finished_record(out, config)):
+    if resume and (finished := finished_record(out, config, data.info.title)):
         return finished
     model = build_model(config, data.info.classes).to(device)
     if config.compile:
@@ -207,9 +207,12 @@ def train_missing(
 ) -> list[Config]:
     """Trains what no finished record below --runs covers; all that was asked for."""
     folder, configs = Path(args.runs), [chosen_config(args, **more) for more in given]
-    for config in experiments.missing(configs, folder, device):
-        out = folder / config.run_name
-        data = datasets.load_once(config.dataset, args.data_dir)
+
+    def load(name: str) -> datasets.Dataset:
+        return datasets.load_once(name, args.data_dir)
+
+    for config in experiments.missing(configs, folder, device, lambda name: load(name).info.title):
+        out, data = folder / config.run_name, load(config.dataset)
         # A finished record of another machine is no state to go on from.
         resume = not finished_record(out, config)
         train(config, data, out, device, resume=resume, workers=args.workers)

@@ -131,8 +131,13 @@ def _checked_again(ready: Mapping[str, "_Ready"], device: torch.device) -> dict[
             continue
         if estimate.does_not_fit(need, estimate.available_bytes(device)):
             continue
-        other = _drawn(problem, device, seed=1)
-        expected = other.expected()
+        try:
+            first, other = (_drawn(problem, device, seed=seed) for seed in (0, 1))
+            expected = other.expected()
+        except (RuntimeError, MemoryError) as error:
+            if memory.is_out_of_memory(error):  # the estimate was too low: they are left out, too
+                continue
+            raise
         problem.take(other, expected.cotangents)
         for name, one in cases.items():
             try:
@@ -142,7 +147,6 @@ def _checked_again(ready: Mapping[str, "_Ready"], device: torch.device) -> dict[
                 found[name] = _failure(name, error)
             if _ended_badly(found[name]):
                 return found
-        first = _drawn(problem, device, seed=0)
         problem.take(first, first.cotangents)
     return found
 

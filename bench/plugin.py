@@ -202,6 +202,7 @@ class Benchmarks:
             self._try_again(session)
         except KeyboardInterrupt:
             self._store.interrupt()
+            session.exitstatus = pytest.ExitCode.INTERRUPTED
         result = yield  # pytest-benchmark writes its file
         self._progress.close()
         if self._session is not None:

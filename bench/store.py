@@ -119,7 +119,13 @@ class Store:
         self._write({"turns": True})
 
     def keep(self, result: Result) -> None:
-        """A case has ended: it is on disk when this returns."""
+        """A case has ended: it is on disk when this returns.
+
+        What could not be tried takes nothing away from what was measured before.
+        """
+        before = self.results.get(result.case)
+        if result.status in (LEFT_OUT, OUT_OF_MEMORY) and before and before.status == MEASURED:
+            return
         self.results[result.case] = result
         if result.status == MEASURED:
             self._write({"finished": result.case, "result": finite(asdict(result))})
@@ -267,6 +273,7 @@ class Store:
                 result = Result(**{**saved, "seconds": tuple(saved["seconds"])})
                 if result.info.get("sources") == self.head.get("sources"):
                     self.results[result.case] = result
+            self.results.pop(str(entry.get("failed")), None)
         self._count_death(running)
 
     def _count_death(self, running: str | None) -> None:

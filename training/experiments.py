@@ -1,8 +1,7 @@
 """Many runs: which are missing from a folder of records, and the speed of steps by turns."""
 
 import dataclasses
-import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +17,7 @@ from linear_vit.training.record import (
     lock,
     read_runs,
     same_machine,
+    unlock,
 )
 from linear_vit.training.steps import compared_backends, step_case, time_steps, were_timed
 
@@ -60,7 +60,7 @@ def _unfinished(folder: Path) -> dict[Path, dict[str, Any]]:
             continue
         try:
             config = Config(**run["config"]) if run else load_checkpoint(last)["config"]
-            os.close(lock(last.parent))
+            unlock(lock(last.parent))
             found[last.parent] = dataclasses.asdict(config)
         except (UserError, TypeError) as error:  # damaged, or being trained
             notice(f"skipped {last}: {error}")
@@ -94,9 +94,16 @@ def by_seed(seeds: int, settings: Sequence[dict[str, Any]]) -> list[dict[str, An
 
 
 def recorded(
-    configs: Sequence[Config], folder: Path, device: torch.device
+    configs: Sequence[Config],
+    folder: Path,
+    device: torch.device,
+    title_of: Callable[[str], str] | None = None,
 ) -> dict[Path, dict[str, Any]]:
-    """The finished records below ``folder`` of these configurations on this machine, in order."""
+    """The finished records below ``folder`` of these configurations on this machine, in order.
+
+    A record of a part of a data set is one of these where ``title_of`` gives that part's title for
+    the data set's name.
+    """
     here, wanted = environment(device), [dataclasses.asdict(config) for config in configs]
     runs, skipped = read_runs(folder)
     for line in skipped:
@@ -107,15 +114,25 @@ def recorded(
         if run["status"] == "finished"
         and run["config"] in wanted
         and same_machine(run["environment"], here)
+        and not (
+            run.get("dataset_subset")
+            and title_of is not None
+            and run["dataset_title"] != title_of(run["config"]["dataset"])
+        )
     }
     return dict(sorted(found.items(), key=lambda item: wanted.index(item[1]["config"])))
 
 
-def missing(configs: Sequence[Config], folder: Path, device: torch.device) -> Iterator[Config]:
+def missing(
+    configs: Sequence[Config],
+    folder: Path,
+    device: torch.device,
+    title_of: Callable[[str], str] | None = None,
+) -> Iterator[Config]:
     """The configurations that no finished record here covers, announced one by one."""
     for config in dict.fromkeys(dataclasses.replace(config, seed=0) for config in configs):
         check_usable(config, device)
-    done = [run["config"] for run in recorded(configs, folder, device).values()]
+    done = [run["config"] for run in recorded(configs, folder, device, title_of).values()]
     left = [config for config in configs if dataclasses.asdict(config) not in done]
     if len(left) < len(configs):
         print(f"{len(configs) - len(left)} of {len(configs)} runs are recorded in {folder}")

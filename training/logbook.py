@@ -1,7 +1,6 @@
 """What a training run keeps and shows: record, checkpoints, curves, progress, and the way back."""
 
 import math
-import os
 import time
 import weakref
 from collections.abc import Iterator
@@ -35,6 +34,7 @@ from linear_vit.training.record import (
     lock,
     new_record,
     remove_leftovers,
+    unlock,
     write_json,
 )
 
@@ -78,7 +78,7 @@ class Logbook:
         self.writes = distributed.rank() == 0
         if self.writes:
             check_writable(out)
-            self._unlock = weakref.finalize(self, os.close, lock(out))
+            self._unlock = weakref.finalize(self, unlock, lock(out))
             remove_leftovers(out)
         parameters = sum(p.numel() for p in model.parameters())
         self.record = new_record(config, self.device, parameters, data.info)

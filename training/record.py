@@ -91,16 +91,28 @@ def lock(folder: Path) -> int:
     """Keeps other processes from training in a folder, until this descriptor is closed or the
     process ends, however that happens; UserError where another process has it."""
     descriptor = os.open(folder, os.O_RDONLY)
+    _locks.add(descriptor)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
-        os.close(descriptor)
+        unlock(descriptor)
         raise UserError(
             f"another process is training in {folder}: wait for it, or choose another --out"
         ) from error
     except OSError:
         pass  # a file system without locks
     return descriptor
+
+
+def unlock(descriptor: int) -> None:
+    """Lets other processes train in the folder again."""
+    _locks.discard(descriptor)
+    os.close(descriptor)
+
+
+# A loader's workers, born by fork, would keep the folder for a while after its process was killed.
+_locks: set[int] = set()
+os.register_at_fork(after_in_child=lambda: list(map(unlock, tuple(_locks))))
 
 
 def remove_leftovers(folder: Path) -> None:
@@ -130,10 +142,15 @@ def read_runs(folder: Path) -> tuple[dict[Path, dict[str, Any]], list[str]]:
     return records, skipped
 
 
-def finished_record(out: Path, config: Config) -> dict[str, Any] | None:
-    """The record of a finished run of just this configuration, if ``out`` holds one."""
+def finished_record(out: Path, config: Config, title: str | None = None) -> dict[str, Any] | None:
+    """The record of a finished run of just this configuration, if ``out`` holds one.
+
+    With a ``title``, of that data set or part of one.
+    """
     for run in read_runs(out)[0].values():
-        if run["status"] == "finished" and run["config"] == dataclasses.asdict(config):
+        of = run.get("dataset_title", title)
+        same = run["config"] == dataclasses.asdict(config) and title in (None, of)
+        if run["status"] == "finished" and same:
             return run
     return None
 

@@ -22,6 +22,7 @@ _MOST_WAITED = 0.02
 # A thread that ran for this share of a turn takes part in it; others only look in.
 _TAKES_PART = 0.1
 _MOST_STOLEN = 0.02
+TICK_S = 1 / os.sysconf("SC_CLK_TCK")  # that /proc/stat counts in
 
 
 @dataclass(frozen=True)
@@ -31,7 +32,7 @@ class Sample:
     Attributes:
         at: of a clock that only runs forward.
         ran, waited: of each thread of this process, by its number.
-        stolen: of all cores together.
+        stolen: of our cores together.
         stopped: by a cgroup's quota.
     """
 
@@ -48,7 +49,8 @@ def disturbances(before: Sample, after: Sample, cores: int) -> tuple[list[str], 
     Threads that are more than the cores wait for one another: that is how the call runs.
     """
     took = max(after.at - before.at, 1e-9)
-    waited = sum(s - before.waited.get(thread, 0.0) for thread, s in after.waited.items())
+    # The others wait for the slowest.
+    waited = max((s - before.waited.get(t, 0.0) for t, s in after.waited.items()), default=0.0)
     running = [s - before.ran.get(thread, 0.0) for thread, s in after.ran.items()]
     taking_part = sum(s > _TAKES_PART * took for s in running)
     found, remarks = [], []
@@ -57,7 +59,9 @@ def disturbances(before: Sample, after: Sample, cores: int) -> tuple[list[str], 
             remarks.append(f"{taking_part} threads of this process on {cores} cores")
         else:
             found.append(WAITED)
-    if after.stolen - before.stolen > _MOST_STOLEN * took:
+    stolen = after.stolen - before.stolen
+    # Of one tick, or of none, it can't be told when it began.
+    if stolen > _MOST_STOLEN * took * cores and stolen > 1.5 * TICK_S:
         found.append(STOLEN)
     if after.stopped > before.stopped:
         found.append(QUOTA)
@@ -71,10 +75,9 @@ class Host:
         """``root``: where proc and sys are, for tests."""
         self.cores = machine.available_cores()
         self._threads = root / "proc/self/task"
-        self._stat = root / "proc/stat"
+        self._stat, self._ours = root / "proc/stat", sorted(os.sched_getaffinity(0))
         folders = machine.cgroup_folders(root)
         self._quotas = [path / "cpu.stat" for path in folders if (path / "cpu.stat").exists()]
-        self._ticks_per_s = os.sysconf("SC_CLK_TCK")
 
     def sample(self) -> Sample:
         ran, waited = {}, {}
@@ -83,8 +86,7 @@ class Host:
             words = machine.read(self._threads / thread / "schedstat").split()
             if len(words) >= 2:
                 ran[int(thread)], waited[int(thread)] = (int(word) * 1e-9 for word in words[:2])
-        ticks = ticks_of(self._stat)
-        stolen = ticks[7] / self._ticks_per_s if ticks else 0.0
+        stolen = sum(ticks_of(self._stat, f"cpu{core}")[7] for core in self._ours) * TICK_S
         return Sample(time.perf_counter(), ran, waited, stolen, self._stopped())
 
     def _stopped(self) -> float:
@@ -96,7 +98,8 @@ class Host:
         return total
 
 
-def ticks_of(stat: Path) -> list[int]:
-    """user nice system idle iowait irq softirq steal, of all cores; nothing where nobody says."""
-    first = machine.read(stat).partition("\n")[0].split()
-    return [int(word) for word in first[1:9]] if len(first) >= 9 else []
+def ticks_of(stat: Path, core: str = "cpu") -> list[int]:
+    """user nice system idle iowait irq softirq steal, of one core or all; zeros where none says."""
+    lines = (line.split() for line in machine.read(stat).splitlines())
+    words = next((words for words in lines if words[:1] == [core] and len(words) >= 9), ["0"] * 9)
+    return [int(word) for word in words[1:9]]

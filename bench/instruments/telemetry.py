@@ -173,7 +173,7 @@ class Nvml:
 
     def __init__(self, nvml: Any, handle: Any) -> None:
         """``nvml``: the module pynvml, or one like it; ``handle``: its own of the GPU."""
-        self._nvml, self._handle, self._seen = nvml, handle, 0
+        self._nvml, self._handle, self._seen, self._busy = nvml, handle, 0, False
         self._others()  # what there was before
 
     def read(self) -> Reading:
@@ -198,16 +198,20 @@ class Nvml:
         return Reading(values, (*_words(bits, _THROTTLED), *others), _words(bits, _POWER_CAP))
 
     def _others(self) -> bool:
-        """Whether a process that is none of ours has used the GPU since the last look."""
+        """Whether a process that is none of ours used the GPU when NVML last looked.
+
+        It looks a few times a second: until it has looked again, what it saw stands.
+        """
         n = self._nvml
         try:
             samples = n.nvmlDeviceGetProcessUtilization(self._handle, self._seen)
-        except n.NVMLError:  # nobody has, or this card does not tell
-            return False
+        except n.NVMLError:  # it has not looked since, or this card does not tell
+            return self._busy
         self._seen = max((one.timeStamp for one in samples), default=self._seen)
         used, ours = {one.pid for one in samples if one.smUtil}, {os.getpid(), os.getppid()}
         # A container may number processes otherwise than NVML: then none of them is ours.
-        return bool(used & ours and used - ours)
+        self._busy = bool(used & ours and used - ours)
+        return self._busy
 
 
 class Linux:

@@ -47,8 +47,9 @@ def after(seconds: float, ran: dict[int, float], waited: dict[int, float], **mor
         (after(0.0036, {1: 0.0036, 2: 0.0034}, {1: 0.00005, 2: 0.0}), []),
         (after(0.1, {1: 0.1, 3: 0.05}, {1: 0.0, 3: 0.01}), [WAITED]),  # a thread that is new
         (after(0.1, {1: 0.1}, {1: 0.0}), []),  # and one that has ended
-        (after(0.1, {1: 0.1}, {1: 0.0}, stolen=0.01), [STOLEN]),
-        (after(1.0, {1: 1.0}, {1: 0.0}, stolen=0.01), []),
+        (after(0.1, {1: 0.1}, {1: 0.0}, stolen=0.02), [STOLEN]),
+        (after(0.1, {1: 0.1}, {1: 0.0}, stolen=0.01), []),  # one tick
+        (after(1.0, {1: 1.0}, {1: 0.0}, stolen=0.03), []),
         (after(0.1, {1: 0.05}, {1: 0.0}, stopped=0.05), [QUOTA]),
     ],
 )
@@ -66,6 +67,15 @@ def test_waits_that_our_own_threads_cause_one_another_are_told_apart() -> None:
     assert disturbances(START, idle, cores=2) == ([WAITED], [])
 
 
+def test_many_threads_wait_no_longer_than_the_slowest() -> None:
+    """A few µs for each of 64 threads to wake are no neighbour."""
+    threads = range(64)
+    end = after(1e-3, dict.fromkeys(threads, 9e-4), dict.fromkeys(threads, 5e-6))
+    assert disturbances(START, end, cores=64) == ([], [])
+    one = after(1e-3, dict.fromkeys(threads, 9e-4), {**dict.fromkeys(threads, 5e-6), 7: 1e-4})
+    assert disturbances(START, one, cores=64) == ([WAITED], [])
+
+
 def write(root: Path, files: dict[str, str]) -> None:
     for name, text in files.items():
         (root / name).parent.mkdir(parents=True, exist_ok=True)
@@ -73,12 +83,15 @@ def write(root: Path, files: dict[str, str]) -> None:
 
 
 def test_linux_keeps_the_accounts(tmp_path: Path) -> None:
+    ours = f"cpu{min(os.sched_getaffinity(0))}"
     write(
         tmp_path,
         {
             "proc/self/task/11/schedstat": "2000000000 5000000 17\n",
             "proc/self/task/12/schedstat": "1000000 0 3\n",
-            "proc/stat": f"cpu  1 0 1 9 0 0 0 {3 * os.sysconf('SC_CLK_TCK')} 0 0\n",
+            # Of the cores that are ours; another one's are none of our business.
+            "proc/stat": "cpu  1 0 1 9 0 0 0 9999 0 0\ncpu9999 1 0 1 9 0 0 0 9999 0 0\n"
+            f"{ours} 1 0 1 9 0 0 0 {3 * os.sysconf('SC_CLK_TCK')} 0 0\n",
             "proc/self/cgroup": "0::/box/inner\n",
             "sys/fs/cgroup/box/cpu.stat": "usage_usec 9\nnr_throttled 2\nthrottled_usec 250000\n",
             "sys/fs/cgroup/box/inner/cpu.stat": "usage_usec 9\n",

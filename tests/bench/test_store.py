@@ -167,3 +167,15 @@ def test_what_was_left_out_is_not_complete(tmp_path: Path) -> None:
     assert run.complete
     run.keep(Result("d", LEFT_OUT, "no time left"))
     assert not run.complete
+
+
+def test_what_could_not_be_tried_again_takes_nothing_away(tmp_path: Path) -> None:
+    store = Store(tmp_path / "run.json", HEAD)
+    store.keep(measured("a"))
+    for status in (LEFT_OUT, OUT_OF_MEMORY):
+        store.keep(Result("a", status, "no time left"))
+        assert store.results["a"].status == MEASURED
+    store.keep(Result("a", FAILED, "wrong result"))
+    assert store.results["a"].status == FAILED
+    # Nor does a resumed run bring back what has failed since.
+    assert "a" not in Store(tmp_path / "run.json", HEAD, resume=True).results

@@ -179,7 +179,10 @@ def test_another_process_on_the_gpu_is_seen_and_our_own_are_not() -> None:
 
     def answer(handle: str, since: int) -> list[SimpleNamespace]:
         seen.append(since)
-        return answers.pop(0)
+        found = answers.pop(0)
+        if found is None:
+            raise NVMLError("not found")
+        return found
 
     nvml.nvmlDeviceGetProcessUtilization = answer
     answers = [
@@ -187,8 +190,9 @@ def test_another_process_on_the_gpu_is_seen_and_our_own_are_not() -> None:
         used((9, mine, 80), (9, parent, 3)),
         used((12, mine, 80), (12, other, 0)),
         used((14, mine, 80), (15, other, 40)),
+        None,  # it has not looked since: what it saw stands, for all turns between two looks
         used((16, other, 40)),  # no number of ours: NVML's are of another namespace
     ]
     gpu = Nvml(nvml, "a GPU")
-    assert [gpu.read().disturbed for _ in range(4)] == [(), (), (OTHERS,), ()]
-    assert seen == [0, 5, 9, 12, 15]
+    assert [gpu.read().disturbed for _ in range(5)] == [(), (), (OTHERS,), (OTHERS,), ()]
+    assert seen == [0, 5, 9, 12, 15, 15]

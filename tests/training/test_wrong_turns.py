@@ -12,8 +12,9 @@ import pytest
 import torch
 
 from linear_vit import train_minimal
-from linear_vit.training import board
+from linear_vit.training import board, experiments
 from linear_vit.training.checkpoints import load_checkpoint
+from linear_vit.training.config import Config
 from linear_vit.training.data import datasets
 from tests.training.test_datasets import tiny
 
@@ -61,7 +62,11 @@ def test_a_part_of_a_data_set_is_trained_and_recorded_as_one(
     (part / "wnids.txt").write_text("n01\nn02\n")
     assert main(*evaluate) == 2
     assert "was trained on 3 classes, and the data here have 2" in capsys.readouterr().err
-    (tmp_path / "run" / "run.json").unlink()  # or else the run is finished
+    # A finished run of the other part is none of this one.
+    config, device = Config(**run["config"]), torch.device("cpu")
+    there = {name: lambda _, name=name: f"Tiny ImageNet, {name} of 200 classes" for name in (2, 3)}
+    assert not experiments.recorded([config], tmp_path, device, there[2])
+    assert experiments.recorded([config], tmp_path, device, there[3])
     assert main(*options, f"--data_dir={part}", "--resume") == 2
     assert "was trained on 3 classes, and the data here have 2" in capsys.readouterr().err
 
