@@ -7,6 +7,7 @@ these ``torch.compile``, ``opcheck``, autocast, FakeTensor and the transforms of
 treat them like PyTorch's own. What they lack, a tangent and a second derivative, raises.
 """
 
+import contextlib
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -138,8 +139,11 @@ def _tell_flop_counter() -> None:
     module = sys.modules.get("torch.utils.flop_counter")
     if module is None or not _uncounted:
         return
-    new = {operator: _ignoring_result(work) for operator, work in _uncounted.items()}
-    _uncounted.clear()
+    new = {}
+    while _uncounted:
+        with contextlib.suppress(KeyError):  # another thread took the last one
+            operator, work = _uncounted.popitem()
+            new[operator] = _ignoring_result(work)
     for operator, work in new.items():
         module.register_flop_formula(operator, get_raw=True)(work)
     for mode in _get_current_dispatch_mode_stack():  # who counts already has a table of his own

@@ -35,11 +35,11 @@ def full_precision(device_type: str) -> contextlib.AbstractContextManager[None]:
 def _full_precision(device_type: str) -> Iterator[None]:
     global _inside
     with without_autocast(device_type):
-        with _lock:
-            _inside += 1
-            if _inside == 1:
-                _make_exact()
         try:
+            with _lock:
+                _inside += 1
+                if _inside == 1:
+                    _make_exact()
             yield
         finally:
             with _lock:
@@ -152,6 +152,9 @@ def _make_exact() -> None:
     By the functions that set the older settings too: PyTorch refuses the two in contradiction.
     """
     with contextlib.suppress(RuntimeError):  # they contradict one another already
+        tf32 = torch.backends.cudnn.allow_tf32
+        _before.append(lambda: setattr(torch.backends.cudnn, "allow_tf32", tf32))
+    with contextlib.suppress(RuntimeError):
         matmul = torch.get_float32_matmul_precision()
         _before.append(lambda: torch.set_float32_matmul_precision(matmul))
     for kind in _KINDS:
@@ -162,6 +165,8 @@ def _make_exact() -> None:
 
 
 def _put_back() -> None:
-    for undo in _before:
-        undo()
+    undone = _before[:]
     _before.clear()
+    for undo in undone:
+        with contextlib.suppress(RuntimeError):  # one that fails keeps no other from being put back
+            undo()

@@ -11,12 +11,14 @@
 
 namespace {
 
-// AMX multiplies bfloat16 only: for others its name stands for AVX-512.
-const LinearAttentionKernels& kernels([[maybe_unused]] bool bfloat16) {
+// AMX multiplies bfloat16 only, and of narrow heads half of each tile would be padding, and the rounding
+// of S not averaged out: for others its name stands for AVX-512.
+const LinearAttentionKernels& kernels([[maybe_unused]] bool bfloat16,
+                                      [[maybe_unused]] int64_t head_dim) {
   return choose<LinearAttentionKernels>({
 #if defined(LINEAR_VIT_AMX)
-      {"amx", linear_attention_amx_allowed(),
-       bfloat16 ? &linear_attention_amx : &linear_attention_avx512},
+      {"amx", has_avx512() && linear_attention_amx_allowed(),
+       bfloat16 && head_dim >= 16 ? &linear_attention_amx : &linear_attention_avx512},
 #endif
 #if defined(LINEAR_VIT_X86)
       {"avx512", has_avx512(), &linear_attention_avx512},
@@ -88,7 +90,7 @@ struct Call {
 
   // Of x's dtype, batch and head dim.
   Call(const View& x, int64_t kv_heads_, int64_t group_, int64_t key_tokens, int64_t query_tokens)
-      : kernel(kernels(x.element == kBFloat16)), element(x.element), batch(x.size[0]), kv_heads(kv_heads_),
+      : kernel(kernels(x.element == kBFloat16, x.size[3])), element(x.element), batch(x.size[0]), kv_heads(kv_heads_),
         group(group_), head_dim(x.size[3]), heads(batch * kv_heads), keys(heads, 1, key_tokens),
         queries(heads, group, query_tokens),
         state_floats((kernel.state_floats(head_dim) + 15) / 16 * 16),
@@ -364,7 +366,9 @@ Triple apply_backward(const Tensor& dout_any, const Tensor& q, const Tensor& S_a
   return {dq, dS, dz};
 }
 
-std::string instruction_set(bool bfloat16) { return kernels(bfloat16).name; }
+std::string instruction_set(bool bfloat16, int64_t head_dim) {
+  return kernels(bfloat16, head_dim).name;
+}
 
 // FLOP of the roofline's probe, which ran on every thread.
 double probe(int64_t kind, int64_t repeats) {
@@ -373,8 +377,9 @@ double probe(int64_t kind, int64_t repeats) {
   }
   const int64_t threads = torch::stable::get_num_threads();
   std::vector<double> flop(threads);
-  parallel(threads, kernels(false).scratch_floats(64), [&](int64_t item, float* scratch) {
-    flop[item] = kernels(false).probe(static_cast<Probe>(kind), repeats, scratch);
+  const LinearAttentionKernels& kernel = kernels(false, 64);
+  parallel(threads, kernel.scratch_floats(64), [&](int64_t item, float* scratch) {
+    flop[item] = kernel.probe(static_cast<Probe>(kind), repeats, scratch);
   });
   return std::accumulate(flop.begin(), flop.end(), 0.0);
 }
@@ -402,7 +407,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(linear_vit, m) {
   m.def(
       "cpu_linear_attention_apply_backward(Tensor dout, Tensor q, Tensor S, Tensor z, float eps)"
       " -> (Tensor, Tensor, Tensor)");
-  m.def("cpu_linear_attention_instruction_set(bool bfloat16) -> str");
+  m.def("cpu_linear_attention_instruction_set(bool bfloat16, int head_dim=64) -> str");
   m.def("cpu_linear_attention_probe(int kind, int repeats) -> float");
 }
 

@@ -24,6 +24,6 @@ build.load("cpu", "linear_attention")
 
 def implementation(op: str, *arguments: Any) -> str:
     """The instruction set and the threads that a call would use now."""
-    bfloat16 = not arguments or arguments[0].dtype == torch.bfloat16
-    instruction_set = torch.ops.linear_vit.cpu_linear_attention_instruction_set(bfloat16)
+    of = (arguments[0].dtype == torch.bfloat16, arguments[0].shape[-1]) if arguments else (True, 64)
+    instruction_set = torch.ops.linear_vit.cpu_linear_attention_instruction_set(*of)
     return f"{op} in C++ for {instruction_set}, {torch.get_num_threads()} threads"

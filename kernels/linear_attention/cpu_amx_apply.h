@@ -79,7 +79,7 @@ INLINE uint32_t invert(const float* e, float eps, float* inverse) {
   uint32_t low = 0;
   const Wide sums = sums_of_terms(e);
   const float least = least_met(eps);
-  store_wide(inverse, (sums <= least) & (sums >= -least) ? Wide{} : 1.0f / (sums + eps));
+  store_wide(inverse, ((sums <= least) & (sums >= -least)) ? Wide{} : 1.0f / (sums + eps));
   const SignedQuads unsafe = sums < kSafe;
 #if defined(LINEAR_VIT_AVX512)
   low = _mm512_movepi32_mask((__m512i)unsafe);

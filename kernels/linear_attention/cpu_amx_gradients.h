@@ -52,9 +52,11 @@ void exchanged_tiles(const D& d, const State<D>& state, const float* m, float wh
 // m = Σ S / Σ z, by column, in the order of tiles.
 template <class D>
 void mean_of_state(const D& d, const State<D>& state, float* m) {
-  float z = 0.0f;
-  for (int f = 0; f < 2 * d.padded(); ++f) z += state.z[f];
-  const float inverse = z == 0.0f ? 0.0f : 1.0f / z;
+  float z = 0.0f, size = 0.0f;
+  for (int f = 0; f < 2 * d.padded(); ++f) z += state.z[f], size += __builtin_fabsf(state.z[f]);
+  // Any m is right. Of a state whose z is of both signs, which no keys give, this one may be so large
+  // that S - z m has nothing left of S.
+  const float inverse = z <= 0.5f * size || z < FLT_MIN ? 0.0f : 1.0f / z;
   for (int column = 0; column < d.chunks(); ++column) {
     Wide sum = {};
     for (int row = 0; row < 2 * d.padded(); ++row) {

@@ -314,7 +314,7 @@ void invert_normalisers(const Shape& s, int64_t tokens, const float* x, const fl
         }
         return total;
       });
-      store(inverse + n, (met <= least) & (met >= -least) ? Floats{} : 1.0f / (met + eps));
+      store(inverse + n, ((met <= least) & (met >= -least)) ? Floats{} : 1.0f / (met + eps));
     }
   });
 }

@@ -3,6 +3,7 @@
 import contextlib
 import threading
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -74,9 +75,16 @@ def _bfloat16_everywhere() -> None:
     torch.backends.mkldnn.conv.fp32_precision = "bf16"
 
 
-def _settings() -> list[str]:
+def _settings() -> list[Any]:
+    """Of the older functions too, which raise where the two kinds contradict one another."""
     kinds = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul, torch.backends.mkldnn.conv)
-    return [kind.fp32_precision for kind in (*kinds, torch.backends.cudnn.conv)]
+    found: list[Any] = [kind.fp32_precision for kind in (*kinds, torch.backends.cudnn.conv)]
+    for older in (torch.get_float32_matmul_precision, lambda: torch.backends.cudnn.allow_tf32):
+        try:
+            found.append(older())
+        except RuntimeError:
+            found.append("contradicted")
+    return found
 
 
 @pytest.fixture
