@@ -45,6 +45,8 @@ def _fastest(group: Group, *, name_machine: bool) -> str:
     what += f", {group.dtype}, one sequence a call"
     if name_machine:
         what += f", on {group.machine}"
+    if not any(len({case["operation"] for case in at}) > 1 for at in by(able, "N").values()):
+        return f"{capital(what)}: no length was measured undisturbed for more than one of them."
     who = [_known_as(group, case) for case, _, _ in ranges]
     (_, first, last), *later = ranges
     if not later:

@@ -193,7 +193,7 @@ def test_a_backend_that_was_timed_is_not_said_to_be_left_out(tmp_path: Path) -> 
     assert not any("backend cpu" in note for note in notes)
 
 
-def rivals(folder: Path, softmax: dict[int, float], jitter: float = 0.0) -> list[str]:
+def rivals(folder: Path, softmax: dict[int, float], disturbed: str = "") -> list[str]:
     """Linear attention takes N µs, softmax attention so much more, by length."""
     made = saved.run() | {"benchmarks": []}
     for operation, factors in (("linear_attention", dict.fromkeys(softmax, 1.0)),
@@ -201,6 +201,7 @@ def rivals(folder: Path, softmax: dict[int, float], jitter: float = 0.0) -> list
         for length, factor in factors.items():
             case = saved.case(operation, "torch", "forward", length)
             case["stats"] = saved.stats(1e-6 * length * factor)
+            case["extra_info"]["disturbed"] = "waiting" if operation == disturbed else None
             made["benchmarks"].append(case)
     found = documents.Documents(load([saved.save(folder / "run.json", made)]))
     assert found.runs is not None
@@ -225,6 +226,12 @@ def test_the_page_answers_what_is_fastest_from_which_length(
     (text,) = rivals(tmp_path, softmax)
     assert text.startswith("Linear attention and softmax attention, forward, float32, one sequence")
     assert expected in text
+
+
+def test_there_is_no_fastest_of_one(tmp_path: Path) -> None:
+    """Beside a busy neighbour all cases of the other operation may have been disturbed."""
+    (text,) = rivals(tmp_path, {64: 2.0, 128: 2.0}, disturbed="linear_attention")
+    assert text.endswith(": no length was measured undisturbed for more than one of them.")
 
 
 def test_the_answer_says_what_each_model_reaches(tmp_path: Path) -> None:
