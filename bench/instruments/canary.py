@@ -14,7 +14,7 @@ ARITHMETIC, MEMORY = "slow arithmetic", "slow memory"
 _LEAST_S = 40e-6  # shorter operations are all overhead
 _BEST_OF = 3
 _READINGS = 20  # before it judges
-# Times the usual reading, which a quarter are faster than. On a quiet machine few are so slow.
+# Times the usual reading, which a quarter are faster than.
 _MOST = 1.3
 # 64 MiB: each reading goes on where the last one ended, so it is of no core's own cache.
 _FLOATS = 2**24

@@ -1,8 +1,8 @@
 """What a turn's threads had of the machine: waits for a core, stolen time, the cgroup's quota.
 
-Spread can't see a neighbour: rounds of 75.7, 78.3, 80.8 and 74.9 ms agree, and are a hundred times
-too long. The kernel's own accounts do: how long each thread of ours was ready to run and had no
-core (``/proc/self/task/*/schedstat``).
+Spread can't see a neighbour: rounds may agree with one another and all be too long. The kernel's
+own accounts do: how long each thread of ours was ready to run and had no core
+(``/proc/self/task/*/schedstat``).
 """
 
 import os
@@ -16,8 +16,7 @@ from linear_vit.bench.instruments import machine
 WAITED = "waiting for a core"
 STOLEN = "time stolen by the hypervisor"
 QUOTA = "the cgroup's quota of CPU time"
-# Of a turn's time. Beside a busy neighbour, rounds with less had the same time as on a quiet
-# machine, and those with more up to a hundred times as long.
+# Of a turn's time: what a median that is known to 2 % may lose.
 _MOST_WAITED = 0.02
 # A thread that ran for this share of a turn takes part in it; others only look in.
 _TAKES_PART = 0.1
