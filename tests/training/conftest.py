@@ -1,7 +1,11 @@
 """A tenth of the digits, for tests of anything but how well they are learned."""
 
+from collections.abc import Callable
+from typing import Any
+
 import pytest
 
+from linear_vit import train_minimal
 from linear_vit.training import board
 from linear_vit.training.data import datasets
 from linear_vit.training.data.datasets import Dataset, Split
@@ -22,6 +26,25 @@ def take_few(patch: pytest.MonkeyPatch) -> None:
     original = datasets.load_once
     patch.setattr(datasets, "load_once", lambda name, folder: few(original(name, folder)))
     patch.setattr(board, "open_board", lambda _out, **_: None)
+
+
+@pytest.fixture
+def stop_at(monkeypatch: pytest.MonkeyPatch) -> Callable[[int, BaseException], None]:
+    """Call it with a number, from 1 on: that training step raises the exception."""
+
+    def install(step: int, error: BaseException) -> None:
+        original, count = train_minimal.training_step, 0
+
+        def stopping(*arguments: Any, **options: Any) -> Any:
+            nonlocal count
+            count += 1
+            if count == step:
+                raise error
+            return original(*arguments, **options)
+
+        monkeypatch.setattr(train_minimal, "training_step", stopping)
+
+    return install
 
 
 @pytest.fixture

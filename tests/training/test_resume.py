@@ -10,6 +10,7 @@ import subprocess
 import sys
 import textwrap
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -249,19 +250,10 @@ def test_stopping_leaves_a_valid_record(
     status: str,
     words: str,
     tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
+    stop_at: Callable[[int, BaseException], None],
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    original, count = train_minimal.training_step, 0
-
-    def failing(*arguments: Any, **options: Any) -> Any:
-        nonlocal count
-        count += 1
-        if count == 8:
-            raise error
-        return original(*arguments, **options)
-
-    monkeypatch.setattr(train_minimal, "training_step", failing)
+    stop_at(8, error)
     assert main(tmp_path) == code
     assert words in capsys.readouterr().err
     run = json.loads((tmp_path / "run.json").read_text())

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -106,19 +107,10 @@ def test_damaged_ones_are_skipped(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_killed_and_found_again(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    stop_at: Callable[[int, BaseException], None], capsys: pytest.CaptureFixture[str]
 ) -> None:
     """From the command line, with the options of the run left out."""
-    original, count = train_minimal.training_step, 0
-
-    def stopping(*arguments: Any, **options: Any) -> Any:
-        nonlocal count
-        count += 1
-        if count == 4:
-            raise KeyboardInterrupt
-        return original(*arguments, **options)
-
-    monkeypatch.setattr(train_minimal, "training_step", stopping)
+    stop_at(4, KeyboardInterrupt())
     assert train_minimal.main([*TINY, "--checkpoint_every=2", "--attention_type=hydra"]) == 130
     assert train_minimal.main(["--resume", "--lr=0.5"]) == 2
     assert "lr 0.005 (asked for: 0.5)" in capsys.readouterr().err
