@@ -148,8 +148,8 @@ def test_a_quota_counts_as_cores(
 
 def test_the_canary_tells_what_is_slow() -> None:
     readings = [{ARITHMETIC: 50e-6 + i % 5 * 1e-6, MEMORY: 48e-6} for i in range(20)]
-    readings += [{ARITHMETIC: 52e-6, MEMORY: 50e-6}, {ARITHMETIC: 51e-6, MEMORY: 90e-6}]
-    readings += [{ARITHMETIC: 75e-6, MEMORY: 90e-6}, {ARITHMETIC: 53e-6, MEMORY: 49e-6}]
+    readings += [{ARITHMETIC: 52e-6, MEMORY: 50e-6}, {ARITHMETIC: 75e-6, MEMORY: 120e-6}]
+    readings += [{ARITHMETIC: 110e-6, MEMORY: 120e-6}, {ARITHMETIC: 53e-6, MEMORY: 49e-6}]
     canary = Canary(iter(readings).__next__)
     assert [canary.slow() for _ in range(4)] == [[], [MEMORY], [ARITHMETIC, MEMORY], []]
 
