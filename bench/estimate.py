@@ -1,6 +1,5 @@
 """What a case will need before it runs: memory from its tensors, time from the machine's limits."""
 
-import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -8,7 +7,6 @@ import torch
 
 from linear_vit import kernels
 from linear_vit.bench.instruments.limits import Limits
-from linear_vit.bench.instruments.machine import read
 from linear_vit.bench.problems import (
     DTYPES,
     FORWARD_BACKWARD,
@@ -66,15 +64,6 @@ def memory_bytes(case: Case) -> int:
     return total + of.working_set(case.mode, case.backend, case.shape)
 
 
-def available_bytes(device: torch.device) -> int | None:
-    """Memory that can still be had; None where nobody says."""
-    if device.type == "cuda":
-        free, _ = torch.cuda.mem_get_info(device)
-        return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    known = [value for value in (_of_meminfo(), _of_cgroup()) if value is not None]
-    return min(known, default=None)
-
-
 def does_not_fit(need: int, available: int | None) -> str | None:
     """Why a case of this need is left out; None where it fits."""
     if available is None or need <= _SHARE * available:
@@ -99,14 +88,3 @@ def seconds(case: Case, plan: Plan) -> float:
     compiles = _COMPILES_S / 8 if row is not None and row.compiles else 0.0
     energy = _ENERGY_S if plan.device.type == "cuda" and plan.measures_energy(case) else 0.0
     return _OVERHEAD_S + check + max(rounds, 4 * call_s) + compiles + energy
-
-
-def _of_meminfo() -> int | None:
-    found = re.search(r"MemAvailable:\s*(\d+) kB", read(Path("/proc/meminfo")))
-    return int(found[1]) * 1024 if found else None
-
-
-def _of_cgroup(root: Path = Path("/sys/fs/cgroup")) -> int | None:
-    """A container's limit less what it uses."""
-    limit, used = (read(root / f"memory.{name}").strip() for name in ("max", "current"))
-    return int(limit) - int(used) if limit.isdigit() and used.isdigit() else None

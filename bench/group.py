@@ -129,7 +129,7 @@ def _checked_again(ready: Mapping[str, "_Ready"], device: torch.device) -> dict[
         need = max(estimate.memory_bytes(one.case) for one in cases.values())
         if not problem.operation.has_reference:
             continue
-        if estimate.does_not_fit(need, estimate.available_bytes(device)):
+        if estimate.does_not_fit(need, memory.available_bytes(device)):
             continue
         try:
             first, other = (_drawn(problem, device, seed=seed) for seed in (0, 1))

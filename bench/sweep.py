@@ -13,6 +13,7 @@ import torch
 
 from linear_vit import kernels, options
 from linear_vit.bench import estimate, peers
+from linear_vit.bench.instruments import memory
 from linear_vit.bench.problems import (
     DTYPES,
     Case,
@@ -173,7 +174,7 @@ def _fitting(
     asked: Asked, wanted: Iterable[tuple[Operation, Wanted]], left_out: dict[str, str]
 ) -> Iterator[Case]:
     """The cases that a usable backend can do in reasonable time and memory."""
-    available = estimate.available_bytes(asked.on)
+    available = memory.available_bytes(asked.on)
     usable: dict[str, tuple[str, ...]] = {}
     unusable: dict[str, dict[str, str]] = {}
     seen = set()

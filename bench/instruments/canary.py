@@ -10,15 +10,18 @@ from collections.abc import Callable
 
 import torch
 
+from linear_vit.bench.instruments import machine, memory
+
 ARITHMETIC, MEMORY = "slow arithmetic", "slow memory"
 _LEAST_S = 40e-6  # shorter operations are all overhead
 _BEST_OF = 3
 _READINGS = 20  # before it judges
-# Times the usual reading, which a quarter are faster than. So short operations jitter by half of
-# their time on a machine that nobody else uses.
-_MOST = 2.0
-# 64 MiB: each reading goes on where the last one ended, so it is of no core's own cache.
-_FLOATS = 2**24
+_MOST = 1.3  # times the usual reading, which a quarter are faster than
+# So short operations jitter by half of their time on a machine that nobody else uses, but not often
+# in a row. Who really slows the machine does so for longer than these readings take.
+_IN_A_ROW = 4
+# Each reading goes on where the last one ended, so it is of no core's own cache.
+_LEAST_MEMORY = 2**26
 
 
 class Canary:
@@ -32,7 +35,16 @@ class Canary:
             self.slow()
 
     def slow(self) -> list[str]:
-        """Names of the operations that are slow now."""
+        """Names of the operations that are slow now, in several readings one after another."""
+        found = self._slow_once()
+        for _ in range(_IN_A_ROW - 1):
+            if not found:
+                break
+            again = self._slow_once()
+            found = [name for name in found if name in again]
+        return found
+
+    def _slow_once(self) -> list[str]:
         found = []
         for name, seconds in self._read().items():
             known = self._fastest_first.setdefault(name, [])
@@ -46,8 +58,12 @@ class _Operations:
     """A matrix product and a sum over fresh memory, each on all of PyTorch's threads."""
 
     def __init__(self) -> None:
-        self._memory, self._next, self._window = torch.ones(_FLOATS), 0, 2**16
-        while self._window < _FLOATS // 8 and _best(self._sum) < _LEAST_S:
+        # Twice what the last-level cache holds, if that is a small part of the memory.
+        free = memory.available_bytes(torch.device("cpu")) or 0
+        wanted = min(2 * max(machine.caches().values(), default=0), free // 16)
+        count = max(_LEAST_MEMORY, wanted) // torch.float32.itemsize
+        self._memory, self._next, self._window = torch.ones(count), 0, 2**16
+        while self._window < count // 8 and _best(self._sum) < _LEAST_S:
             self._window *= 2
         side = 64
         while True:
@@ -63,7 +79,7 @@ class _Operations:
         torch.mm(self._a, self._a, out=self._product)
 
     def _sum(self) -> None:
-        start = self._next if self._next + self._window <= _FLOATS else 0
+        start = self._next if self._next + self._window <= len(self._memory) else 0
         self._next = start + self._window
         self._memory[start : self._next].sum()
 

@@ -2,11 +2,15 @@
 
 import ctypes
 import os
+import re
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 from torch import Tensor
 from torch.autograd import profiler
+
+from linear_vit.bench.instruments.machine import read
 
 # The profiler's library talks on stderr about every session unless told not to.
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")
@@ -52,6 +56,15 @@ def peak_beyond_outputs(
     return max(0, peak - _bytes(outputs)), "torch.profiler allocation events"
 
 
+def available_bytes(device: torch.device) -> int | None:
+    """Memory that can still be had; None where nobody says."""
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    known = [value for value in (_of_meminfo(), _of_cgroup()) if value is not None]
+    return min(known, default=None)
+
+
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether an exception says that an allocation failed, on the device or on the host."""
     if isinstance(error, MemoryError | torch.OutOfMemoryError):
@@ -61,6 +74,17 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and (
         "DefaultCPUAllocator: " in text or "CUDA error: out of memory" in text
     )
+
+
+def _of_meminfo() -> int | None:
+    found = re.search(r"MemAvailable:\s*(\d+) kB", read(Path("/proc/meminfo")))
+    return int(found[1]) * 1024 if found else None
+
+
+def _of_cgroup(root: Path = Path("/sys/fs/cgroup")) -> int | None:
+    """A container's limit less what it uses."""
+    limit, used = (read(root / f"memory.{name}").strip() for name in ("max", "current"))
+    return int(limit) - int(used) if limit.isdigit() and used.isdigit() else None
 
 
 def _bytes(tensors: tuple[Tensor, ...]) -> int:

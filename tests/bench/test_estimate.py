@@ -7,7 +7,7 @@ import torch
 
 from linear_vit import kernels
 from linear_vit.bench import estimate
-from linear_vit.bench.instruments.memory import peak_beyond_outputs
+from linear_vit.bench.instruments import memory
 from linear_vit.bench.problems import (
     PASSES,
     AttentionShape,
@@ -35,7 +35,7 @@ def test_working_set_bounds_what_is_measured(operation: str, mode: str, backend:
     shape = operation_of(operation).shape(1024)
     call = make_problem(operation, shape, torch.float32, CPU).call(backend, mode)
     call()
-    peak, _ = peak_beyond_outputs(call, CPU)
+    peak, _ = memory.peak_beyond_outputs(call, CPU)
     assert peak is not None
     bound = operation_of(operation).working_set(mode, backend, shape)
     assert peak <= bound + MIB
@@ -66,14 +66,14 @@ def test_memory_that_is_free(tmp_path: Path) -> None:
     assert estimate.does_not_fit(90, 100) is None
     assert estimate.does_not_fit(91, 100)
     assert estimate.does_not_fit(10**18, None) is None
-    available = estimate.available_bytes(CPU)
+    available = memory.available_bytes(CPU)
     assert available is not None
     assert MIB < available < 2**45
     (tmp_path / "memory.max").write_text("1000\n")
     (tmp_path / "memory.current").write_text("400\n")
-    assert estimate._of_cgroup(tmp_path) == 600
+    assert memory._of_cgroup(tmp_path) == 600
     (tmp_path / "memory.max").write_text("max\n")
-    assert estimate._of_cgroup(tmp_path) is None
+    assert memory._of_cgroup(tmp_path) is None
 
 
 @pytest.mark.parametrize(
