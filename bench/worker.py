@@ -103,7 +103,9 @@ class Worker:
 
     def _started(self) -> Connection:
         if self._process is None or self._connection is None or not self._process.is_alive():
-            context = multiprocessing.get_context("spawn")
+            context = multiprocessing.get_context("forkserver")
+            # A fork of a process that has touched no device: no worker imports PyTorch anew.
+            context.set_forkserver_preload(["torch"])
             self._connection, theirs = context.Pipe()
             self._process = context.Process(
                 target=_serve, args=(theirs, self._measure), daemon=True

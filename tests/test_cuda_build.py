@@ -17,6 +17,7 @@ import torch
 
 from linear_vit.kernels import build, toolchains
 from linear_vit.kernels.__main__ import main
+from tests import processes
 
 ROOT = Path(__file__).resolve().parent.parent
 ROOMS = ("linear_attention", "softmax_attention", "ripple")
@@ -332,9 +333,7 @@ def test_another_word_for_an_architecture_is_an_error(capsys: pytest.CaptureFixt
 )
 def test_the_spellings(words: tuple[str, ...], status: int, said: str) -> None:
     """The old one names the new one, in one line."""
-    done = subprocess.run(
-        [sys.executable, "-m", *words], cwd=ROOT, capture_output=True, text=True, check=False
-    )
+    done = processes.python("-m", *words, fresh=status != 0)  # an error in one line is the real one's
     assert done.returncode == status
     assert said in done.stdout + done.stderr
     assert len((done.stdout + done.stderr).splitlines()) <= (24 if status == 0 else 1)

@@ -4,17 +4,14 @@
 """
 
 import json
-import os
-import subprocess
-import sys
 import textwrap
 from pathlib import Path
 
 import pytest
 
+from tests import processes
 from tests.bench.test_check import TOY
 
-ROOT = Path(__file__).resolve().parents[1]
 LENGTHS = "64,256,1024"
 
 
@@ -30,22 +27,12 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def run(folder: Path) -> Path:
     """A saved run of both, timed by a process that was told of them with ``-p``."""
-    options = ["-p", "toy_plugin", "-p", "tests.bench.calm", "-p", "no:cacheprovider"]
-    options += ["--device", "cpu", "--tokens", LENGTHS]
+    options = ["-p", "toy_plugin", "--device", "cpu", "--tokens", LENGTHS]
     options += ["--ops", "doubled,linear_attention", "-k", "torch or borrowed or thrice"]
-    command = [sys.executable, "-m", "pytest", "--benchmark-only", *options, f"--out={folder}"]
-    done = call(folder, *command)
+    done = processes.pytest("--benchmark-only", *options, f"--out={folder}", folder=folder)
     assert done.returncode == 1, done.stdout  # one of the backends is wrong on purpose
     assert "wrong result: out" in done.stdout
     return folder / "benchmark.json"
-
-
-def call(folder: Path, *command: str) -> subprocess.CompletedProcess[str]:
-    environment = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST_")}
-    environment |= {"PYTHONPATH": str(folder), "OMP_NUM_THREADS": "1"}
-    return subprocess.run(
-        command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300
-    )
 
 
 def test_they_are_timed_with_their_titles(run: Path) -> None:
@@ -65,10 +52,10 @@ def test_they_are_timed_with_their_titles(run: Path) -> None:
 
 def test_they_are_in_the_plots_and_on_the_page(run: Path) -> None:
     out = run.parent / "plots"
-    done = call(run.parent, sys.executable, "-m", "reports", "scaling", str(run), "--out", str(out))
+    done = processes.python("-m", "reports", "scaling", str(run), "--out", str(out))
     assert done.returncode == 0, done.stderr
     page = run.parent / "index.html"
-    done = call(run.parent, sys.executable, "-m", "reports", "page", str(run), "--out", str(page))
+    done = processes.python("-m", "reports", "page", str(run), "--out", str(page))
     assert done.returncode == 0, done.stderr
     pictures = [path.read_text() for path in out.glob("*.svg")]
     for shown in ("Doubling", "borrowed"):

@@ -1,15 +1,13 @@
 """Every slow test is in exactly one shard, and the shards are of about one length."""
 
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import cast
 
 import pytest
 
-from tests import conftest, shards
+from tests import conftest, processes, shards
 
 ROOT = Path(__file__).resolve().parent.parent
 TESTS = [f"tests/test_{file}.py::test_{i}[{j}]" for file in "ab" for i in range(3) for j in "xyz"]
@@ -64,8 +62,7 @@ def test_quick(): pass
 
 def toy(folder: Path, *options: str) -> list[str]:
     """The names of the tests that pytest runs of a project like this one."""
-    command = [sys.executable, "-m", "pytest", "-v", "-p", "no:cacheprovider", *options]
-    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
+    done = processes.python("-m", "pytest", "-v", "-p", "no:cacheprovider", *options, cwd=folder)
     assert done.returncode == 0, done.stdout + done.stderr
     return [line.split()[0] for line in done.stdout.splitlines() if "PASSED" in line]
 

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.bench.processes import run as run_pytest
+from tests.processes import pytest as run_pytest
 
 
 @pytest.fixture(scope="module")

@@ -16,6 +16,7 @@ from linear_vit.bench import check
 from linear_vit.bench.__main__ import COMMANDS
 from linear_vit.bench.__main__ import main as command
 from linear_vit.kernels import registry
+from tests import processes
 
 ROOT = Path(__file__).resolve().parents[2]
 CPU = torch.device("cpu")
@@ -25,8 +26,7 @@ TWO = {"ops": ["ripple_pool"], "backends": ["reference", "torch"], "dtypes": ["f
 def bench(*arguments: str, path: Path | None = None) -> subprocess.CompletedProcess[str]:
     search = f"import sys; sys.path.insert(0, {str(path)!r});" if path else "import sys;"
     code = f"{search} from linear_vit.bench.__main__ import main; sys.exit(main(sys.argv[1:]))"
-    command = [sys.executable, "-c", code, *arguments]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    return processes.python("-c", code, *arguments)
 
 
 # ---- results -------------------------------------------------------------------------------------
@@ -226,17 +226,13 @@ def test_an_interrupt_ends_it_in_a_line(
 
 @pytest.mark.parametrize("name", ["check", "static"])  # a module, and a folder
 def test_the_old_spelling_still_works(name: str) -> None:
-    done = subprocess.run(
-        [sys.executable, "-m", f"bench.{name}", "--help"], cwd=ROOT, capture_output=True, text=True
-    )
+    done = processes.python("-m", f"bench.{name}", "--help")
     assert done.returncode == 0, done.stderr
     assert f"python -m bench {name}" in done.stdout
 
 
 def test_what_is_gone_names_what_there_is() -> None:
-    done = subprocess.run(
-        [sys.executable, "-m", "bench.gpu"], cwd=ROOT, capture_output=True, text=True
-    )
+    done = processes.python("-m", "bench.gpu")
     assert done.returncode == 1
     assert "bench.gpu is gone: use pytest --benchmark-only --sweep gpu" in done.stderr
 

@@ -3,13 +3,14 @@
 import json
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.bench import processes
+from tests import processes
 
 OPTIONS = ("--benchmark-only", "--device", "cpu", "--tokens", "64,128", "--ops")
 FORWARD = "linear_attention-forward-float32-N{}-torch"
@@ -37,7 +38,7 @@ def sabotage(folder: Path, body: str) -> None:
 
 
 def run(folder: Path, *more: str) -> subprocess.CompletedProcess[str]:
-    return processes.run(*options(folder, *more), folder=folder)
+    return processes.pytest(*options(folder, *more), folder=folder)
 
 
 def cases(folder: Path) -> list[str]:
@@ -99,9 +100,9 @@ def test_ctrl_c_leaves_a_valid_file_and_the_way_on(tmp_path: Path, how: signal.S
         tmp_path, f"if n == 128: open({str(flag)!r}, 'w').close(); __import__('time').sleep(9)"
     )
     process = subprocess.Popen(
-        processes.command(*options(tmp_path)),
+        [sys.executable, "-m", "pytest", *processes.PLUGINS, *options(tmp_path)],
         cwd=processes.ROOT,
-        env=processes.environment(tmp_path),
+        env=processes.environment(PYTHONPATH=str(tmp_path)),
         stdout=subprocess.PIPE,
         text=True,
         # Processes in the background of a shell without job control are born deaf to Ctrl-C.
@@ -192,7 +193,7 @@ def test_what_measures_nothing_takes_nothing_away(tmp_path: Path, ways: list[lis
     small[small.index("64,128")] = "64"
 
     def go(*more: str) -> subprocess.CompletedProcess[str]:
-        return processes.run(*small, *more, folder=tmp_path)
+        return processes.pytest(*small, *more, folder=tmp_path)
 
     done = go()
     assert done.returncode == 0, done.stdout + done.stderr
@@ -216,7 +217,7 @@ def test_what_measures_nothing_takes_nothing_away(tmp_path: Path, ways: list[lis
 
 
 def test_resume_needs_a_file() -> None:
-    done = processes.run(*OPTIONS, "linear_attention", "--resume-bench")
+    done = processes.pytest(*OPTIONS, "linear_attention", "--resume-bench")
     assert done.returncode == 4
     assert "--resume-bench: name the run's file with --benchmark-json" in done.stderr
 

@@ -1,0 +1,94 @@
+"""Python and pytest in a process of their own, as a user starts them.
+
+Importing PyTorch takes two seconds of every process. So a server imports it once, and the
+processes are forks of that. What is about imports, or is read in them, needs a ``fresh`` one.
+"""
+
+import multiprocessing
+import os
+import runpy
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+_SERVER = multiprocessing.get_context("forkserver")
+_SERVER.set_forkserver_preload(["torch", "pytest"])
+_PREFIXES = (sys.prefix, sys.base_prefix)
+PLUGINS = ("-p", "no:cacheprovider", "-p", "tests.bench.calm")
+
+
+def environment(**more: str) -> dict[str, str]:
+    """Benchmarks refuse to run in a worker of pytest-xdist, which these tests may well be in."""
+    return {k: v for k, v in os.environ.items() if not k.startswith("PYTEST_")} | more
+
+
+def python(
+    *arguments: str, cwd: Path = ROOT, fresh: bool = False, timeout: float = 300, **more: str
+) -> subprocess.CompletedProcess[str]:
+    """What ``python ARGUMENTS`` says and ends with.
+
+    Args:
+        arguments: ``"-c", code``, ``"-m", module`` or a program's path, and what these are given.
+        fresh: a new interpreter, with nothing imported.
+        more: variables of its environment beside ours.
+
+    Raises:
+        subprocess.TimeoutExpired: after so many seconds; the process is gone.
+    """
+    if fresh:
+        return subprocess.run(
+            [sys.executable, *arguments],
+            cwd=cwd,
+            env=environment(**more),
+            capture_output=True,
+            text=True,
+            timeout=timeout,
+        )
+    with tempfile.TemporaryDirectory() as folder:
+        said = [Path(folder) / name for name in ("out", "err")]
+        process = _SERVER.Process(
+            target=_run, args=(arguments, str(cwd), environment(**more), said)
+        )
+        process.start()
+        process.join(timeout)
+        if process.exitcode is None:
+            process.kill()
+            process.join()
+            raise subprocess.TimeoutExpired(arguments, timeout)
+        out, err = (path.read_text() for path in said)
+        return subprocess.CompletedProcess(arguments, process.exitcode, out, err)
+
+
+def pytest(*options: str, folder: Path | None = None) -> subprocess.CompletedProcess[str]:
+    """``folder``: of modules for ``-p``. What else runs on this machine disturbs nothing (see
+    ``calm``)."""
+    found = {"PYTHONPATH": str(folder)} if folder else {}
+    return python("-m", "pytest", *PLUGINS, *options, **found)
+
+
+def _run(
+    arguments: Sequence[str], cwd: str, environment: Mapping[str, str], said: Sequence[Path]
+) -> None:
+    for number, path in enumerate(said, 1):
+        os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT), number)
+    os.environ.clear()
+    os.environ.update(environment)
+    os.chdir(cwd)
+    installed = [entry for entry in sys.path if entry.startswith(_PREFIXES)]
+    given = [entry for entry in environment.get("PYTHONPATH", "").split(os.pathsep) if entry]
+    kind, *rest = arguments
+    if kind == "-c":
+        sys.path[:] = ["", *given, *installed]
+        sys.argv[:] = ["-c", *rest[1:]]
+        exec(compile(rest[0], "<string>", "exec"), {"__name__": "__main__"})
+    elif kind == "-m":
+        sys.path[:] = [cwd, *given, *installed]
+        sys.argv[:] = rest
+        runpy.run_module(rest[0], run_name="__main__", alter_sys=True)
+    else:
+        sys.path[:] = [str(Path(kind).parent), *given, *installed]
+        sys.argv[:] = list(arguments)
+        runpy.run_path(kind, run_name="__main__")
