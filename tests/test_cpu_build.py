@@ -4,7 +4,6 @@ import os
 import re
 import shutil
 import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -12,6 +11,7 @@ import pytest
 import torch
 
 from linear_vit.kernels import build, toolchains
+from tests import processes
 
 ROOT = Path(__file__).resolve().parent.parent
 CPU = torch.device("cpu")
@@ -21,14 +21,7 @@ needs_toolchain = pytest.mark.skipif(
 
 
 def python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-c", code],
-        cwd=ROOT,
-        env=os.environ | environment,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    return processes.python("-c", code, **environment)
 
 
 def test_a_missing_compiler_is_a_reason_and_the_others_go_on(tmp_path: Path) -> None:

@@ -333,7 +333,9 @@ def test_another_word_for_an_architecture_is_an_error(capsys: pytest.CaptureFixt
 )
 def test_the_spellings(words: tuple[str, ...], status: int, said: str) -> None:
     """The old one names the new one, in one line."""
-    done = processes.python("-m", *words, fresh=status != 0)  # an error in one line is the real one's
+    done = processes.python(
+        "-m", *words, fresh=status != 0
+    )  # an error in one line is the real one's
     assert done.returncode == status
     assert said in done.stdout + done.stderr
     assert len((done.stdout + done.stderr).splitlines()) <= (24 if status == 0 else 1)

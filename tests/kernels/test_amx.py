@@ -8,7 +8,6 @@ import os
 import re
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 from typing import NamedTuple
 
@@ -17,6 +16,7 @@ import torch
 from torch import Tensor
 
 from linear_vit import kernels
+from tests import processes
 from tests.kernels.cases import Attention, assert_accurate, comparisons, results
 from tests.kernels.tiles import EMULATED, REASON, has_vectors
 
@@ -43,16 +43,8 @@ def amx(monkeypatch: pytest.MonkeyPatch) -> None:
 def on_emulated_tiles(
     *arguments: str, kind: str = "emulated", root: Path = ROOT
 ) -> subprocess.CompletedProcess[str]:
-    environment = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST_")}
-    environment |= {"KERNEL_TESTS_TILES": kind, "LINEAR_VIT_CPU": "amx", "OMP_NUM_THREADS": "1"}
-    return subprocess.run(
-        [sys.executable, *arguments],
-        cwd=root,
-        env=environment,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    world = {"KERNEL_TESTS_TILES": kind, "LINEAR_VIT_CPU": "amx", "OMP_NUM_THREADS": "1"}
+    return processes.python(*arguments, cwd=root, timeout=3000, **world)
 
 
 def pytest_on_emulated_tiles(

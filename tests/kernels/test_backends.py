@@ -1,6 +1,5 @@
 """Which backend can run what, why not, and what importing and choosing must not do."""
 
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +10,7 @@ import torch
 from linear_vit import kernels
 from linear_vit.kernels import BACKENDS, OPERATIONS
 from linear_vit.kernels.rows import HEAD_DIMS
+from tests import processes
 from tests.kernels.cases import Attention
 
 ROOT = Path(__file__).parents[2]
@@ -18,15 +18,7 @@ NO_GPU = not torch.cuda.is_available()
 
 
 def python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    inherited = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    return subprocess.run(
-        [sys.executable, "-c", code],
-        cwd=ROOT,
-        env=inherited | environment,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    return processes.python("-c", code, **environment)
 
 
 @pytest.mark.parametrize("op", OPERATIONS)

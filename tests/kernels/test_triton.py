@@ -4,13 +4,13 @@ It has to be set before Triton is imported, and no kernel compiles in such a pro
 """
 
 import importlib.util
-import os
 import re
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+
+from tests import processes
 
 ROOT = Path(__file__).parents[2]
 pytestmark = pytest.mark.skipif(
@@ -20,30 +20,15 @@ pytestmark = pytest.mark.skipif(
 
 def run_interpreted(*arguments: str, root: Path = ROOT) -> subprocess.CompletedProcess[str]:
     """pytest over the kernel tests of ``root`` for the interpreted Triton backend alone."""
-    environment = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST_")}
-    environment |= {"TRITON_INTERPRET": "1", "KERNEL_TESTS_BACKEND": "triton"}
-    command = [sys.executable, "-m", "pytest", "-q", "-m", ""]
-    command += ["-p", "no:cacheprovider", "--no-header"]
-    return subprocess.run(
-        [*command, "--tb=short", "--color=no", *arguments],
-        cwd=root,
-        env=environment,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    given = ["-q", "-m", "", "-p", "no:cacheprovider", "--no-header", "--tb=short", "--color=no"]
+    world = {"TRITON_INTERPRET": "1", "KERNEL_TESTS_BACKEND": "triton"}
+    return processes.python("-m", "pytest", *given, *arguments, cwd=root, timeout=3000, **world)
 
 
 def interpreter_reason() -> str | None:
     code = "import kernels; print(kernels.backends('linear_attention', 'cpu')['triton'])"
-    done = subprocess.run(
-        [sys.executable, "-c", code],
-        cwd=ROOT,
-        env=os.environ | {"TRITON_INTERPRET": "1"},
-        capture_output=True,
-        text=True,
-        check=True,
-    )
+    done = processes.python("-c", code, TRITON_INTERPRET="1")
+    assert done.returncode == 0, done.stderr
     said = done.stdout.strip()
     return None if said == "None" else said
 

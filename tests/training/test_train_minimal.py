@@ -18,6 +18,7 @@ from linear_vit.training.config import build_model
 from linear_vit.training.data import datasets
 from linear_vit.training.errors import UserError
 from linear_vit.training.options import chosen_config, make_parser
+from tests import processes
 
 open_board = board.open_board
 ROOT = Path(__file__).parents[2]
@@ -27,7 +28,6 @@ TINY = [
     "--recipe=light",
     *(f"--{name}={value}" for name, value in TINY_SIZES.items()),
 ]
-
 
 pytestmark = pytest.mark.usefixtures("few_digits")
 
@@ -493,15 +493,9 @@ def test_as_a_program(tmp_path: Path) -> None:
     """Started from another folder, with tensorboard and rich hidden: no traceback, exit code 2."""
     for name in ("tensorboard", "rich"):
         (tmp_path / f"{name}.py").write_text(f"raise ImportError('no {name} here')")
-    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
-    result = subprocess.run(
-        [sys.executable, str(ROOT / "train_minimal.py"), *TINY, "--epochs", "1"],
-        cwd=tmp_path,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
+    program = str(ROOT / "train_minimal.py")
+    found = {"PYTHONPATH": str(tmp_path)}
+    result = processes.python(program, *TINY, "--epochs", "1", cwd=tmp_path, **found)
     assert result.returncode == 0, result.stderr
     assert result.stderr.count("no TensorBoard logs") == 1
     assert len(list(tmp_path.glob("runs/digits-ripple-seed0-*/run.json"))) == 1
