@@ -29,10 +29,16 @@ def test_the_longer_time_binds(work: Work, dtype: str, binding: str, seconds: fl
     assert least == pytest.approx(seconds)
 
 
-def test_rates_are_those_of_the_machine() -> None:
+@pytest.fixture(scope="module")
+def found() -> Limits:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(limits, "_BUDGET_S", 0.02)
+        probes = {"adds": lambda: torch.ones(1000).sum().item()}
+        return limits.measure(torch.device("cpu"), ("float32",), probes)
+
+
+def test_rates_are_those_of_the_machine(found: Limits) -> None:
     """Of the order of magnitude that a plain round here shows, and a copy is not free."""
-    device = torch.device("cpu")
-    found = limits.measure(device, ("float32",))
     a = torch.randn(512, 512)
     rounds = []
     for _ in range(5):
@@ -45,9 +51,7 @@ def test_rates_are_those_of_the_machine() -> None:
     assert 0 < found.launch_s < 1e-3
 
 
-def test_what_kernels_need_is_told_by_their_probes() -> None:
-    device = torch.device("cpu")
-    found = limits.measure(device, (), {"adds": lambda: torch.ones(1000).sum().item()})
+def test_what_kernels_need_is_told_by_their_probes(found: Limits) -> None:
     assert set(found.probes) == {"adds"}
     assert found.fresh_bytes_per_s is not None
     assert found.fresh_large_bytes_per_s is not None

@@ -2,10 +2,8 @@
 
 import csv
 import json
-import os
 import re
 import subprocess
-import sys
 from fractions import Fraction
 from functools import cache
 from pathlib import Path
@@ -21,7 +19,8 @@ from linear_vit.bench.problems import (
     least_work,
     operation,
 )
-from tests.kernels.test_triton import ROOT, interpreter_reason, pytestmark
+from tests import processes
+from tests.kernels.test_triton import interpreter_reason, pytestmark
 
 __all__ = ["pytestmark"]
 
@@ -31,14 +30,7 @@ AGAIN = {"k": 2, "v": 2, "qkv": Fraction(5, 3)}
 
 
 def run(*arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "bench", "traffic", *arguments],
-        cwd=ROOT,
-        env={k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    return processes.python("-m", "bench", "traffic", *arguments, timeout=3000)
 
 
 @cache

@@ -87,7 +87,13 @@ def die_at_step(monkeypatch: pytest.MonkeyPatch, last: int) -> None:
     monkeypatch.setattr(train_minimal, "training_step", counted)
 
 
-@pytest.mark.parametrize("steps", [[0], [1, 1], [3, 2, 7], [5], [6, 6], [14]])
+@pytest.mark.parametrize(
+    "steps",
+    [
+        [3, 2, 7],
+        *(pytest.param(s, marks=pytest.mark.slow) for s in ([0], [1, 1], [5], [6, 6], [14])),
+    ],
+)
 def test_stopped_and_resumed_is_as_if_never_stopped(
     steps: list[int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, whole: dict[str, Any]
 ) -> None:
