@@ -43,7 +43,7 @@ def test_working_set_bounds_what_is_measured(operation: str, mode: str, backend:
 
 
 def test_cases_that_do_not_fit_are_left_out_with_the_estimate(monkeypatch) -> None:
-    monkeypatch.setattr(estimate, "available_bytes", lambda device: 400 * MIB)
+    monkeypatch.setattr(memory, "available_bytes", lambda device: 400 * MIB)
     sweep = make_sweep(
         Asked(device="cpu", operations=["linear_attention"], backends=["torch"], tokens=[64, 2**18])
     )

@@ -11,6 +11,7 @@ import torch
 from linear_vit import bench, kernels
 from linear_vit.bench import runner
 from linear_vit.bench.group import claim
+from linear_vit.bench.instruments import memory
 from linear_vit.bench.instruments.limits import Limits
 from linear_vit.bench.problems import AttentionShape, Case, case_name
 from linear_vit.bench.runner import Plan
@@ -215,7 +216,7 @@ def test_what_is_timed_is_given_its_inputs_back() -> None:
 
 
 def test_without_memory_nothing_is_checked_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(runner.estimate, "available_bytes", lambda device: 1)
+    monkeypatch.setattr(memory, "available_bytes", lambda device: 1)
     (found,) = run(CASES[:1]).values()
     assert (found.status, found.info["checked_again"]) == (MEASURED, False)
 
