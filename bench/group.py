@@ -14,7 +14,15 @@ import torch
 from linear_vit import kernels, options
 from linear_vit.bench import estimate, peers
 from linear_vit.bench.estimate import Plan
-from linear_vit.bench.instruments import clock, energy, memory, profiles, proof, telemetry
+from linear_vit.bench.instruments import (
+    clock,
+    energy,
+    memory,
+    profiles,
+    proof,
+    second_clock,
+    telemetry,
+)
 from linear_vit.bench.instruments.clock import Timing
 from linear_vit.bench.problems import (
     BACKWARD,
@@ -303,6 +311,7 @@ def _result(ready: _Ready, timing: Timing, watch: telemetry.Watch, plan: Plan) -
     joules, joules_how = None, "not asked for"
     if plan.measures_energy(case):
         joules, joules_how = energy.per_call(ready.call, plan.device, timing.median)
+    second = second_clock.is_asked_for(name)
     traced = None
     if plan.profiles is not None:
         child: tuple[str, ...] = ()
@@ -323,6 +332,9 @@ def _result(ready: _Ready, timing: Timing, watch: telemetry.Watch, plan: Plan) -
         **of.facts(case, timing.median),
         "energy_per_call_j": joules,
         "energy_how": joules_how,
+        "second_clock": second_clock.compare(ready.call, plan.device, timing.median)
+        if second
+        else None,
         "profile": traced,
         "checked_again": False,
         "device": plan.device.type,

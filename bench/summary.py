@@ -1,5 +1,6 @@
 """The table a benchmark run ends with: backends side by side, one block per operation and pass."""
 
+import statistics
 from dataclasses import dataclass
 from typing import Any
 
@@ -78,6 +79,13 @@ def render(rows: list[Row], width: int, colour: bool) -> str:
     for row in rows:
         if row.info.get("disturbed"):
             by_reason.setdefault(row.info["disturbed"], []).append(row.name)
+    differences = [r.info["second_clock"]["difference"] for r in rows if r.info.get("second_clock")]
+    if differences:
+        notes.append(
+            f"By a second clock (CUPTI) of {len(differences)} of the cases: events show "
+            f"{statistics.median(differences):+.1%} in the median, {min(differences):+.1%} to "
+            f"{max(differences):+.1%}."
+        )
     for why, names in by_reason.items():
         more = f" and {len(names) - 1} more" if names[1:] else ""
         notes.append(f"‡ disturbed, so compared with nothing: {names[0]}{more}: {why}")

@@ -281,10 +281,7 @@ class _CudaRounds(_Rounds):
 
     def __init__(self, *arguments: Any) -> None:
         super().__init__(*arguments)
-        properties = torch.cuda.get_device_properties(self.device)
-        self._flush = torch.empty(
-            2 * properties.L2_cache_size, dtype=torch.int8, device=self.device
-        )
+        self._flush = flush_of(self.device)
         self._spin = _spin_cycles(self.call, self.device)
         self._events: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
 
@@ -297,7 +294,7 @@ class _CudaRounds(_Rounds):
                 start = torch.cuda.Event(enable_timing=True)
                 stop = torch.cuda.Event(enable_timing=True)
                 torch.cuda._sleep(self._spin)
-                self._flush.zero_()
+                self._flush()
                 start.record()
                 self.call()
                 stop.record()
@@ -307,6 +304,12 @@ class _CudaRounds(_Rounds):
     def finish(self) -> None:
         self._of_turn = [start.elapsed_time(stop) * 1e-3 for start, stop in self._events]
         self._events.clear()
+
+
+def flush_of(device: torch.device) -> Callable[[], object]:
+    """What overwrites a GPU's L2 cache: twice its size."""
+    size = 2 * torch.cuda.get_device_properties(device).L2_cache_size
+    return torch.empty(size, dtype=torch.int8, device=device).zero_
 
 
 def _spin_cycles(call: Callable[[], object], device: torch.device) -> int:

@@ -69,6 +69,8 @@ def _lines(info: dict[str, Any]) -> Iterable[str]:
             yield f"{name.replace('_', ' ')}: {value}"
     if info.get("energy_per_call_j") is not None:
         yield f"{info['energy_per_call_j']:.4g} J a call"
+    if second := info.get("second_clock"):
+        yield f"{second['difference']:+.1%} against a second clock: {second['clock']}"
     if info.get("cache"):
         yield f"{info['cache']} cache"
     if info.get("other_function"):

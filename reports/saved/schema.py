@@ -94,6 +94,7 @@ Count = Annotated[int, Field(ge=0, le=10**15)]
 Size = Annotated[int, Field(ge=1, le=10**15)]
 Seconds = Annotated[float, Field(gt=0, le=1e9)]
 Amount = Annotated[float, Field(ge=0, le=1e24)]
+Gain = Annotated[float, Field(gt=-1, le=1e24)]
 Rate = Annotated[float, Field(gt=0, le=1e24)]
 
 
@@ -173,6 +174,7 @@ Info = of(
     device=free(Name), clock=free(Name), turns=free(Name), captured=(bool, False),
     peak_memory_bytes=free(Count), ran=free(list[str]), cache=free(Name),
     median_interval_s=free(Annotated[list[Seconds], Field(min_length=2, max_length=2)]),
+    second_clock=free(of(seconds=Seconds, difference=Gain, clock=Name)),
     ratios=free(dict[str, Rate]), energy_per_call_j=free(Amount), disturbed=free(Name),
 )  # fmt: skip
 # Fields of the shapes that this project's operations have; others may have others.

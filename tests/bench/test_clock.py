@@ -4,12 +4,13 @@ import itertools
 import statistics
 import time
 from collections.abc import Callable
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
-from linear_vit.bench.instruments import clock
+from linear_vit.bench.instruments import clock, second_clock
 from linear_vit.bench.instruments.memory import is_out_of_memory, peak_beyond_outputs
 
 CPU = torch.device("cpu")
@@ -174,3 +175,42 @@ def test_launch_gaps_are_no_device_time() -> None:
 
     timing = clock.measure(hesitant, torch.device("cuda"), budget_s=0.2)
     assert timing.median < 2e-4
+
+
+# ---- a second clock ------------------------------------------------------------------------------
+
+
+def test_a_second_clock_counts_what_runs_on_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Five calls of 90 to 110 µs in two kernels, with the operators around them left out."""
+    cuda, cpu = torch.autograd.DeviceType.CUDA, torch.autograd.DeviceType.CPU
+
+    def event(device: object, elapsed: float) -> SimpleNamespace:
+        time_range = SimpleNamespace(elapsed_us=lambda: elapsed)
+        return SimpleNamespace(device_type=device, time_range=time_range)
+
+    done: list[str] = []
+    calls = iter([100.0, 90.0, 110.0, 101.0, 99.0])
+
+    def trace(call: Callable[[], object], device: torch.device) -> SimpleNamespace:
+        call()
+        of_call = next(calls)
+        kernels = [event(cuda, of_call - 60), event(cuda, 60)]
+        return SimpleNamespace(function_events=[event(cpu, 500), *kernels])
+
+    monkeypatch.setattr(second_clock.profiles, "trace", trace)
+    monkeypatch.setattr(clock, "flush_of", lambda device: lambda: done.append("flush"))
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
+    call = lambda: done.append("call")  # noqa: E731
+    found = second_clock.compare(call, torch.device("cuda"), 102e-6)
+    assert found is not None
+    assert found["seconds"] == pytest.approx(100e-6)
+    assert found["difference"] == pytest.approx(0.02)
+    assert done == ["flush", "call"] * 5
+    assert second_clock.compare(call, torch.device("cpu"), 1.0) is None
+
+
+def test_the_second_clock_is_asked_about_a_sample() -> None:
+    names = [f"linear_attention-forward-float32-N{n}-torch" for n in range(64, 4096, 4)]
+    asked = [name for name in names if second_clock.is_asked_for(name)]
+    assert 0.08 < len(asked) / len(names) < 0.17
+    assert asked == [name for name in names if second_clock.is_asked_for(name)]

@@ -91,3 +91,11 @@ def test_no_share_of_a_limit_is_above_all_of_it_without_a_word() -> None:
     assert "§ in L2" in said
     unknown = row(64, "a", 1.0, share_of_limit=None, limit=None)
     assert "None" not in summary.render([unknown], 80, False)
+
+
+def test_how_far_apart_two_clocks_are() -> None:
+    told = ({"difference": d, "seconds": 1.0, "clock": "CUPTI"} for d in (0.01, -0.02, 0.03))
+    cases = [row(64 + n, "a", 1.0, second_clock=second) for n, second in enumerate(told)]
+    text = summary.render([*cases, row(32, "a", 1.0, second_clock=None)], 200, False)
+    said = "(CUPTI) of 3 of the cases: events show +1.0% in the median, -2.0% to +3.0%."
+    assert said in text

@@ -84,7 +84,7 @@ OPTIONAL = {
     "exponent", "pass", "dtype", "values", "half_width", "accuracy", "images_per_second", "speedup",
     "gain", "time_to_baseline", "hours_200_epochs", "claim", "parameters", "arithmetic",
     "exponents", "seconds", "reason", "tensors", "rms_error", "head_dim", "dynamic_shared",
-    "occupancy", "ratio", "peak_memory_gb", "B", "H", "Hk", "N", "M", "D",
+    "second_clock", "occupancy", "ratio", "peak_memory_gb", "B", "H", "Hk", "N", "M", "D",
 }  # fmt: skip
 # Dicts by name, of which any item may be missing.
 FREE = {"operations", "backends", "not_timed", "failed", "hours_200_epochs", "ratios", "error"}
@@ -108,6 +108,8 @@ def content(name: str) -> dict[str, Any]:
         kept += [b for b in benchmarks if "bounds_s" in b["extra_info"]][:1]
         document["benchmarks"] = kept + benchmarks[1:2]
         kept[0]["extra_info"]["disturbed"] = None
+        second = {"seconds": 1e-3, "difference": 0.02, "clock": "CUPTI"}
+        kept[0]["extra_info"]["second_clock"] = second
         for one in document["benchmarks"]:
             if one["stats"]["data"]:
                 one["stats"] |= {"data": one["stats"]["data"][:8], "rounds": 8}
