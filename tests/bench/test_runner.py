@@ -122,7 +122,8 @@ def test_what_is_finished_is_not_measured_again(monkeypatch: pytest.MonkeyPatch)
 def test_a_process_of_its_own_measures_the_same() -> None:
     shown: list[str] = []
     found = run(CASES[:1], isolate=True, progress=lambda result: shown.append(result.case))
-    assert shown == [case_name(CASES[0])]
+    # That process looks at this machine, which may be disturbed: then the case is tried again.
+    assert set(shown) == {case_name(CASES[0])}
     assert found[shown[0]].status == MEASURED
     assert found[shown[0]].info["shape"]["N"] == 32
 
