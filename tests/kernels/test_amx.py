@@ -348,6 +348,7 @@ def test_broken_emulated_kernel_is_noticed(
     for folder in ("kernels", "attention", "linear_vit", "tests/kernels"):
         shutil.copytree(ROOT / folder, tmp_path / folder, symlinks=True)
     shutil.copy(ROOT / "pyproject.toml", tmp_path)
+    shutil.copy(ROOT / "tests/processes.py", tmp_path / "tests")
     file = tmp_path / f"kernels/linear_attention/cpu_amx{mutation.file}"
     source = file.read_text()
     assert source.count(mutation.old) == 1, f"{file.name} no longer has {mutation.old!r} once"

@@ -11,6 +11,8 @@ from typing import NamedTuple
 
 import pytest
 
+from tests.cuda_host import test_linear_attention, test_ripple, test_softmax_attention
+from tests.kernels import test_amx
 from tests.kernels.test_triton import ALL, ROOT, interpreter_reason, pytestmark, run_interpreted
 
 __all__ = ["pytestmark"]
@@ -231,6 +233,19 @@ MUTATIONS = [
         "subnormal",
     ),
 ]
+
+
+def test_every_line_to_break_is_there_once() -> None:
+    """Of all mutations, those of other files too: else they fail where only slow tests see it."""
+    lines = [(ROOT / m.file, m) for m in MUTATIONS]
+    folder = ROOT / "kernels"
+    lines += [(folder / f"linear_attention/cpu_amx{m.file}", m) for m in test_amx.MUTATIONS]
+    for room in (test_linear_attention, test_softmax_attention, test_ripple):
+        names = [name for name in vars(room) if name.endswith("MUTATIONS")]
+        lines += [(folder / m.file, m) for name in names for m in getattr(room, name)]
+    assert len(lines) > 80
+    for path, mutation in lines:
+        assert path.read_text().count(mutation.old) == 1, (path, mutation.name)
 
 
 @pytest.mark.slow
