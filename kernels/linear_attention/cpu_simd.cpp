@@ -727,7 +727,7 @@ void query_gradient(ElementType element, int64_t head_dim, int64_t tokens, Rows 
   const float* z = state + s.s_floats();
   for_blocks(element, tokens, s, b, [&](int64_t n, int64_t count, auto example) {
     using Element = decltype(example);
-    float inverse[kBlock], weight[kBlock];
+    float inverse[kBlock], weight[kBlock], none_of_z[kBlock] = {};
     const float* x = load_signed<Element>(s, count, from_row(element, q, n), b);
     const float* rows = load_rows<Element>(s, count, from_row(element, dout, n), b.rows);
     invert_normalisers(s, count, x, z, eps, inverse);
@@ -736,7 +736,10 @@ void query_gradient(ElementType element, int64_t head_dim, int64_t tokens, Rows 
     const Ahead next_dout(element, head_dim, dout, n + count, tokens);
     dots_block<false>(s, count, b, x, b.rows, state, b.sums, next_q, next_dout);
     pull_to(s, count, x, b.dots, inverse, weight);
-    slopes<Element>(s, count, x, b.dots, z, weight, from_row(element, dq, n));
+    // Of one feature φ(q) z is E - eps: what the difference leaves is written out, or it would be noise.
+    const bool single = head_dim == 1;
+    for (int64_t i = 0; single && i < count; ++i) b.dots[i * s.piece()] *= eps * inverse[i];
+    slopes<Element>(s, count, x, b.dots, z, single ? none_of_z : weight, from_row(element, dq, n));
     const Ahead none(element, head_dim, q, 0, 0);  // dots_block has fetched it
     accumulate_block(s, count, b, x, b.rows, gradient, none, none);
     accumulate_z<true>(s, count, x, weight, gradient + s.s_floats());

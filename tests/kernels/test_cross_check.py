@@ -10,6 +10,7 @@ import pytest
 import torch
 from hypothesis import strategies as st
 
+from linear_vit import kernels
 from linear_vit.kernels.rows import HEAD_DIMS
 from tests.kernels.cases import (
     ATTENTION,
@@ -133,7 +134,28 @@ def test_no_worse_than_composition_where_gradients_cancel(
 ) -> None:
     """Off the unit-variance contract: at most 1.5× the error of the float32 composition."""
     case = Attention(op, dtype=dtype, scale=scale, mean=mean, queries=64, keys=96)
-    bounds = dict(comparisons(case, "torch"))
+    _assert_no_worse_than_composition(case, backend)
+
+
+@pytest.mark.parametrize(("op", "backend"), op_backend_pairs("linear_attention", compiled=False))
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("head_dim", [1, 16])
+def test_no_worse_than_composition_with_few_features(
+    op: str, backend: str, dtype: torch.dtype, head_dim: int
+) -> None:
+    """Roundings don't average out over few features, and of one nothing is left of dq but eps."""
+    reason = kernels.backends(op, DEVICE, dtype=dtype, head_dim=head_dim)[backend]
+    if reason is not None:
+        pytest.skip(reason)
+    for seed in range(2):
+        case = Attention(
+            op, dtype=dtype, mean=3.3, heads=4, kv_heads=4, head_dim=head_dim, seed=seed
+        )
+        _assert_no_worse_than_composition(case, backend)
+
+
+def _assert_no_worse_than_composition(case: Attention, backend: str) -> None:
+    dtype, bounds = case.dtype, dict(comparisons(case, "torch"))
     for name, comparison in comparisons(case, backend):
         # Both round their result once; below that, a float32 composition has noise of its own.
         floor = torch.finfo(dtype).eps / 4
@@ -163,8 +185,6 @@ def test_repeats_bit_for_bit(op: str, backend: str) -> None:
 @pytest.mark.parametrize(("op", "backend"), op_backend_pairs("linear_attention_state"))
 def test_state_and_apply(op: str, backend: str) -> None:
     """Float32 states against float64 ones; their gradients too, through arbitrary weights."""
-    from linear_vit import kernels
-
     case = Attention(heads=4, kv_heads=2, queries=50, keys=45, head_dim=32)
     q, k, v = case.inputs()
     state_inputs = [k, v]
@@ -208,7 +228,6 @@ def test_reference_is_held_to_itself() -> None:
 )
 def test_float32_sum_over_many_tokens(op: str, backend: str) -> None:
     """The state of many tokens is still float32-accurate: sums over tokens are not plain."""
-    from linear_vit import kernels
     from linear_vit.kernels.accuracy import compare
 
     k, v = torch.randn(2, 1, 1, 20_000, 16, generator=torch.Generator().manual_seed(0)).to(DEVICE)

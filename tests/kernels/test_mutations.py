@@ -87,9 +87,16 @@ MUTATIONS = [
     Mutation(
         "a float16 sum keeps its operand's scale",
         LINEAR,
-        "            dS_positive += dot(g, narrow(positive, operand), no_sum) * back",
-        "            dS_positive += dot(g, narrow(positive, operand), no_sum)",
+        "            dS_positive += _add_outer(g * scale, phi_positive, no_sum, D) * back",
+        "            dS_positive += _add_outer(g * scale, phi_positive, no_sum, D)",
         LINEAR_NAMED + " and float16",
+    ),
+    Mutation(
+        "g/E is rounded where few features don't average it out",
+        LINEAR,
+        "    if D < 64 and phi.dtype != tl.float32:",
+        "    if D < 0:",
+        "few_features",
     ),
     Mutation(
         "rows of the last tile are not stored",

@@ -41,6 +41,7 @@ QUICK = (
     "nan or no_gradient_at_zero or empty or memory_order and expanded",
     "zero_query_row_and and (1e-39 or float16 and 1e-06)",
     "fake",
+    "few_features and 16",
     "over_programs and bfloat16 or one_tile and float16 or streamed and float32",
     "choice or workspace",
     "test_pool and 5x6x20 or test_expand and 1x1x7x9",
