@@ -330,6 +330,7 @@ def _result(ready: _Ready, timing: Timing, watch: telemetry.Watch, plan: Plan) -
         "cache": timing.cache,
         "calls_per_round": timing.calls_per_round,
         "relative_iqr": timing.relative_iqr,
+        "host_s": timing.host_seconds,
         "median_interval_s": timing.interval,
         "stop": timing.stop,
         "disturbed": timing.disturbed,

@@ -91,3 +91,10 @@ def test_no_share_of_a_limit_is_above_all_of_it_without_a_word() -> None:
     assert "§ in L2" in said
     unknown = row(64, "a", 1.0, share_of_limit=None, limit=None)
     assert "None" not in summary.render([unknown], 80, False)
+
+
+def test_what_the_host_takes_has_a_column_where_the_device_was_timed() -> None:
+    text = summary.render([row(64, "a", 1e-5, host_s=4e-5), row(64, "b", 2e-5)], 120, False)
+    assert "host*" in text
+    assert "40.0 µs" in text
+    assert "host" not in summary.render([row(64, "a", 1.0)], 120, False)
