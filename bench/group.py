@@ -342,6 +342,7 @@ def _result(ready: _Ready, timing: Timing, watch: telemetry.Watch, plan: Plan) -
         "cache": timing.cache,
         "calls_per_round": timing.calls_per_round,
         "relative_iqr": timing.relative_iqr,
+        "host_s": timing.host_seconds,
         "median_interval_s": timing.interval,
         "stop": timing.stop,
         "disturbed": timing.disturbed,
@@ -385,7 +386,8 @@ def _against_limits(case: Case, problem: Problem, timing: Timing, plan: Plan) ->
 def _implementation(case: Case, problem: Problem) -> str:
     """What runs, with its tiles where it tells."""
     if case.backend in peers.PEERS:
-        return peers.other_function(case.backend) or f"peer: {case.backend}"
+        peer = peers.PEERS[case.backend]
+        return peer.other_function or peer.emulation or f"peer: {case.backend}"
     forward = case.mode == FORWARD
     arguments = [x.detach() if forward else x for x in problem.inputs.values()]
     return kernels.implementation(case.operation, case.backend, *arguments)

@@ -6,6 +6,7 @@
 #include <ATen/ops/empty_like.h>
 
 #include <algorithm>
+#include <cstdint>
 #include <numeric>
 #include <vector>
 
@@ -28,6 +29,12 @@ inline ElementType element_type(const at::Tensor& x) {
 // x with a contiguous last axis: an incoming gradient may be expanded or transposed.
 inline at::Tensor readable(const at::Tensor& x) {
   return x.stride(-1) == 1 || x.size(-1) == 1 ? x : x.contiguous();
+}
+
+// Contiguous, and where 16-byte accesses reach it: a state or a weight may be a view of anything.
+inline at::Tensor contiguous_and_aligned(const at::Tensor& x) {
+  const at::Tensor there = x.contiguous();
+  return reinterpret_cast<uintptr_t>(there.const_data_ptr()) % 16 == 0 ? there : there.clone();
 }
 
 inline at::Tensor empty_floats(const at::Tensor& x, at::IntArrayRef sizes) {

@@ -111,6 +111,13 @@ __global__ void shuffle(Arguments p) {{
   p.out[64 + lane] = __shfl_down_sync(kFullWarp, static_cast<float>(lane), 4u);
 }}
 
+__global__ void nothing(Arguments) {{}}
+extern "C" int with_shared_memory(int bytes, int device) {{
+  cuda_host_configure(0);
+  cuda_host_set_device(device);
+  return launch(nothing, 1, bytes, nullptr, Arguments{{}}, 32);
+}}
+
 extern "C" int run(const char* name, const void* a, const void* b, float* out, int order) {{
   cuda_host_configure(order);
   const std::pair<const char*, void (*)(Arguments)> kernels[] = {{
@@ -198,6 +205,26 @@ def test_what_a_gpu_would_do_wrong_is_an_error(
     failure = run(library, name, x, x, aligned(64, 4))
     assert failure is not None
     assert reason in failure
+
+
+def test_an_access_has_to_lie_on_a_multiple_of_its_size(library: ctypes.CDLL) -> None:
+    a, out = aligned(33, 4), aligned(32)
+    assert run(library, "move", a, a, out) is None
+    for first in (1, 2):
+        failure = run(library, "move", a.flatten()[first:], a, out)
+        assert failure is not None
+        assert "not a multiple of its size" in failure
+
+
+def test_the_limit_of_shared_memory_is_raised_once_a_device_to_the_most(
+    library: ctypes.CDLL,
+) -> None:
+    """The host refuses to set it again, since another thread may launch in between."""
+    most = 99 * 1024
+    for device in (0, 1, 0):
+        for size in (1024, 60_000, 50_000, most):
+            assert library.with_shared_memory(size, device) == 0, library.cuda_host_failure()
+    assert library.with_shared_memory(most + 16, 0) != 0
 
 
 def test_shuffles(library: ctypes.CDLL) -> None:

@@ -44,10 +44,11 @@ class Timing:
     calls_per_round: int
     clock: str
     stop: str = "asked for"  # why there are no more rounds: see measure_interleaved
-    cache: str = "hot"  # or "cold": overwritten before every round
+    cache: str = "hot"  # or "cold": other data are in it before every round
     dropped: int = 0  # rounds of disturbed turns, thrown away
     turns: str | None = None  # alike for timings whose i-th rounds were of one turn
     disturbed: str | None = None  # by what, where too few turns were not: the rounds are of all
+    host_seconds: float | None = None  # CUDA: median of what the host takes to enqueue a call
 
     @functools.cached_property
     def interval(self) -> tuple[float, float]:
@@ -200,6 +201,7 @@ class _Rounds(ABC):
         self.seconds: list[float] = []
         self.disturbed: list[float] = []
         self._of_turn: list[float] = []
+        self.host_seconds: list[float] = []
         self.spent = 0.0
         self.stop = ""
         self._judge_at = 2 * min_rounds  # of fewer rounds the interval is luck
@@ -247,6 +249,7 @@ class _Rounds(ABC):
             0 if marked else len(self.disturbed),
             turns,
             watch.sentence() if marked else None,
+            statistics.median(self.host_seconds) if self.host_seconds else None,
         )
 
 
@@ -271,9 +274,11 @@ class _CpuRounds(_Rounds):
 class _CudaRounds(_Rounds):
     """Device time between two events around the call, with a cold L2.
 
-    Each round enqueues, without waiting: a spin, a write over twice the L2, start event, call, stop
-    event. The spin outlasts the host's enqueueing of the round, so the device finds the whole call
-    in its queue and no launch gap is inside the interval.
+    Each round enqueues, without waiting: a spin, a read of twice the L2, start event, call, stop
+    event. A write would flush it too, but leave it full of lines that the call then waits for to be
+    written back. The spin outlasts the host's enqueueing of the round, so the device finds the
+    whole call in its queue and no launch gap is inside the interval; what the host takes is kept
+    apart.
     """
 
     clock = "device time (CUDA events, L2 flushed)"
@@ -296,7 +301,9 @@ class _CudaRounds(_Rounds):
                 torch.cuda._sleep(self._spin)
                 self._flush()
                 start.record()
+                called = time.perf_counter()
                 self.call()
+                self.host_seconds.append(time.perf_counter() - called)
                 stop.record()
                 self._events.append((start, stop))
         self.overhead_s = time.perf_counter() - before
@@ -307,9 +314,10 @@ class _CudaRounds(_Rounds):
 
 
 def flush_of(device: torch.device) -> Callable[[], object]:
-    """What overwrites a GPU's L2 cache: twice its size."""
-    size = 2 * torch.cuda.get_device_properties(device).L2_cache_size
-    return torch.empty(size, dtype=torch.int8, device=device).zero_
+    """What empties a GPU's L2 cache, by reading twice its size: nothing has to be written back."""
+    floats = torch.cuda.get_device_properties(device).L2_cache_size // 2
+    memory, largest = torch.zeros(floats, device=device), torch.zeros((), device=device)
+    return lambda: torch.amax(memory, 0, out=largest)
 
 
 def _spin_cycles(call: Callable[[], object], device: torch.device) -> int:

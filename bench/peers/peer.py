@@ -23,6 +23,7 @@ class Peer:
         other_function: what it computes instead, in words; None where it is the same function.
         flop_share: the least work of what it computes, over the operation's.
         expected: the definition of its other function, for float64 tensors.
+        emulation: where the library has no such operation: what its user makes it of, in words.
     """
 
     name: str
@@ -34,6 +35,7 @@ class Peer:
     other_function: str | None = None
     flop_share: float = 1.0
     expected: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None
+    emulation: str | None = None
 
 
 def gpu_only(module: str, missing: str) -> Callable[[torch.device, torch.dtype | None], str | None]:

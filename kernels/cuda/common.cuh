@@ -18,6 +18,8 @@
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
+#include <mutex>
+#include <set>
 #include <type_traits>
 #include <utility>
 
@@ -247,15 +249,32 @@ cudaError_t for_element_type_and_head_dim(int32_t element, int32_t head_dim, Fun
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// Runs a kernel of one argument on `blocks` blocks of `threads`; none for an empty problem.
+// More than 48 KB of shared memory a kernel gets only if it asks: once on a device, for the most there
+// is. With a limit of each launch's own size, one host thread would lower what another just raised.
+inline cudaError_t allow_most_shared_memory(const void* kernel) {
+  static std::mutex mutex;
+  static std::set<std::pair<const void*, int>> asked;
+  int device = 0, most = 0;
+  cudaError_t error = cudaGetDevice(&device);
+  if (error != cudaSuccess) return error;
+  const std::lock_guard<std::mutex> lock(mutex);
+  if (asked.count({kernel, device}) > 0) return cudaSuccess;
+  error = cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+  if (error != cudaSuccess) return error;
+  error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, most);
+  if (error == cudaSuccess) asked.insert({kernel, device});
+  return error;
+}
+
+// Runs a kernel of one argument on `blocks` blocks of `threads`; none for an empty problem. Its shared
+// memory is dynamic, all of it.
 template <typename Arguments>
 cudaError_t launch(void (*kernel)(Arguments), int64_t blocks, size_t shared_bytes,
                    cudaStream_t stream, Arguments arguments, int threads = kThreads) {
   if (blocks == 0) return cudaSuccess;
   if (blocks > INT32_MAX) return cudaErrorInvalidConfiguration;
-  if (shared_bytes > 48 * 1024) {  // more than that a kernel gets only if it asks
-    const cudaError_t error = cudaFuncSetAttribute(
-        kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes));
+  if (shared_bytes > 48 * 1024) {
+    const cudaError_t error = allow_most_shared_memory(reinterpret_cast<const void*>(kernel));
     if (error != cudaSuccess) return error;
   }
   void* pointers[] = {&arguments};

@@ -62,7 +62,7 @@ std::tuple<Tensor, Tensor> forward(const Tensor& q, const Tensor& k, const Tenso
 void backward(const Tensor& dout, const Tensor& q, const Tensor& k, const Tensor& v,
               const Tensor& S_any, const Tensor& z_any, double eps, const Tensor& dq,
               const Tensor& dk, const Tensor& dv) {
-  const Tensor S = S_any.contiguous(), z = z_any.contiguous();
+  const Tensor S = contiguous_and_aligned(S_any), z = z_any.contiguous();
   Arguments arguments = arguments_of(q, k, eps);
   arguments.v = view(v);
   arguments.dout = view(dout);
@@ -130,7 +130,7 @@ std::tuple<Tensor, Tensor> state(const Tensor& k, const Tensor& v) {
 std::tuple<Tensor, Tensor> state_backward(const Tensor& dS_any, const Tensor& dz_any,
                                           const Tensor& k, const Tensor& v) {
   const c10::cuda::CUDAGuard guard(k.device());
-  const Tensor dS = dS_any.contiguous(), dz = dz_any.contiguous();
+  const Tensor dS = contiguous_and_aligned(dS_any), dz = dz_any.contiguous();
   Tensor dk = empty_in_order(k), dv = empty_in_order(v);
   Arguments arguments = arguments_of(k, k, 0.0);
   arguments.v = view(v);
@@ -155,7 +155,7 @@ Arguments apply_arguments(const Tensor& q, const Tensor& S, const Tensor& z, dou
 
 Tensor apply(const Tensor& q, const Tensor& S_any, const Tensor& z_any, double eps) {
   const c10::cuda::CUDAGuard guard(q.device());
-  const Tensor S = S_any.contiguous(), z = z_any.contiguous();
+  const Tensor S = contiguous_and_aligned(S_any), z = z_any.contiguous();
   Tensor out = empty_in_order(q);
   Arguments arguments = apply_arguments(q, S, z, eps);
   arguments.out = view(out);
@@ -167,7 +167,8 @@ std::tuple<Tensor, Tensor, Tensor> apply_backward(const Tensor& dout_any, const 
                                                   const Tensor& S_any, const Tensor& z_any,
                                                   double eps) {
   const c10::cuda::CUDAGuard guard(q.device());
-  const Tensor dout = readable(dout_any), S = S_any.contiguous(), z = z_any.contiguous();
+  const Tensor dout = readable(dout_any);
+  const Tensor S = contiguous_and_aligned(S_any), z = z_any.contiguous();
   Tensor dq = empty_in_order(q);
   auto [dS, dz] = empty_state(q, S.size(1));
   Arguments arguments = apply_arguments(q, S, z, eps);

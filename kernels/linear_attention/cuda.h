@@ -12,7 +12,7 @@ struct LinearAttentionArguments {
   float eps;
   TensorView q, k, v, out, dout, dq, dk, dv;
   // Contiguous float32: S and its gradient (batch, kv_heads, 2 head_dim, head_dim), z and its gradient
-  // (batch, kv_heads, 2 head_dim). Null S and z: forward, not to be kept; backward, to be made again.
+  // (batch, kv_heads, 2 head_dim); S, dS and the workspace begin on a 16-byte boundary. Null S and z: forward, not to be kept; backward, to be made again.
   float* S;
   float* z;
   float* dS;

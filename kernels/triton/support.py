@@ -1,5 +1,7 @@
 """What the Triton kernels share: defining operators, choosing splits, exact half-precision dots."""
 
+import contextlib
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -12,8 +14,28 @@ from linear_vit.kernels.triton import tuning
 
 
 def operator(op: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Decorator: define ``linear_vit::triton_<op>`` from a typed launcher that mutates nothing."""
-    return torch.library.custom_op(f"{NAMESPACE}::triton_{op}", mutates_args=())
+    """Decorator: define ``linear_vit::triton_<op>`` from a typed launcher that mutates nothing.
+
+    Triton launches on the current device, whatever the tensors are on: the launcher runs with
+    theirs current.
+    """
+
+    def define(launcher: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(launcher)
+        def guarded(*args: Any) -> Any:
+            with _device_of(args):
+                return launcher(*args)
+
+        return torch.library.custom_op(f"{NAMESPACE}::triton_{op}", guarded, mutates_args=())
+
+    return define
+
+
+def _device_of(args: tuple[Any, ...]) -> contextlib.AbstractContextManager[Any]:
+    """Makes the device of the first tensor, in lists too, the current one, if it is CUDA's."""
+    flat = (x for one in args for x in (one if isinstance(one, list | tuple) else (one,)))
+    device = next(x.device for x in flat if isinstance(x, torch.Tensor))
+    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
 
 
 def launch_options(

@@ -52,6 +52,8 @@ def details(info: dict[str, Any]) -> str:
 def _lines(info: dict[str, Any]) -> Iterable[str]:
     if info.get("share_of_limit") is not None:
         yield f"{info['share_of_limit']:.0%} of the {info.get('limit')} limit"
+    if info.get("host_s") is not None:
+        yield f"{info['host_s'] * 1e6:.3g} µs of the host to enqueue it, beside its time"
     worst = [error.get("rms") for error in (info.get("error") or {}).values()]
     if worst and None not in worst:
         yield f"rms error {max(worst):.1e} against float64"

@@ -145,6 +145,25 @@ def test_every_operation_and_backend_is_asked_about(monkeypatch: pytest.MonkeyPa
     assert asked == [(op, b) for op in kernels.OPERATIONS for b in kernels.BACKENDS]
 
 
+def test_what_a_compiler_makes_wrong_is_shown_and_no_verdict_on_us(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Somebody else's failure must not look like ours, nor hide one of ours."""
+    failing = {"compiled"}
+
+    def one(operation: Any, backend: str, *rest: Any) -> dict[str, Any]:
+        if backend in failing:
+            return {"status": "failed", "reason": "BackendCompilerFailed: timed out"}
+        return {"status": "passed", "reason": None, "worst_rms_error": 0.0}
+
+    monkeypatch.setattr(check, "_check", one)
+    asked = ["check", "--ops", "ripple_pool", "--backends", "compiled,torch", "--device", "cpu"]
+    assert command(asked) == 0
+    assert "FAILED ripple_pool float32 compiled (not ours)" in capsys.readouterr().out
+    failing.add("torch")
+    assert command(asked) == 1
+
+
 # ---- interpreters --------------------------------------------------------------------------------
 
 

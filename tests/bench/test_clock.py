@@ -4,14 +4,17 @@ import itertools
 import statistics
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from linear_vit.bench.instruments import clock, second_clock
 from linear_vit.bench.instruments.memory import is_out_of_memory, peak_beyond_outputs
+from linear_vit.bench.instruments.telemetry import Watch
 
 CPU = torch.device("cpu")
 
@@ -214,3 +217,45 @@ def test_the_second_clock_is_asked_about_a_sample() -> None:
     asked = [name for name in names if second_clock.is_asked_for(name)]
     assert 0.08 < len(asked) / len(names) < 0.17
     assert asked == [name for name in names if second_clock.is_asked_for(name)]
+
+
+def test_a_round_on_cuda_ends_its_flush_by_reading_and_keeps_the_hosts_time(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """On a device of paper: a flush that wrote would leave the call to wait for its write-back."""
+    order: list[str] = []
+
+    class Event:
+        def __init__(self, **_: object) -> None:
+            pass
+
+        def record(self) -> None:
+            order.append("event")
+
+        def elapsed_time(self, other: object) -> float:
+            return 1.0  # ms
+
+    class Ops(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+            order.append(func.overloadpacket.__name__)
+            read.append(args[0].nbytes)
+            return func(*args, **(kwargs or {}))
+
+    properties, read = SimpleNamespace(L2_cache_size=1 << 20), list[int]()
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "_sleep", lambda cycles: order.append("spin"))
+    monkeypatch.setattr(clock, "_spin_cycles", lambda call, device: 1)
+    rounds = clock._CudaRounds(lambda: (order.append("call"), spin(2e-3)), CPU, 1.0, 5)
+    with Ops():
+        rounds.start()
+    assert order == ["spin", "amax", "event", "call", "event"]
+    assert read == [2 * properties.L2_cache_size]
+    rounds.finish()
+    rounds.end_turn(disturbed=False)
+    timing = rounds.timing(None, Watch.of(CPU))
+    assert timing.seconds == (1e-3,)
+    assert timing.host_seconds is not None
+    assert timing.host_seconds >= 2e-3
+    assert clock.measure(lambda: None, CPU, budget_s=0).host_seconds is None

@@ -2,12 +2,13 @@
 
 import importlib.util
 import sys
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
 
 from linear_vit.bench import peers
+from linear_vit.bench.peers import flash_bla
 from linear_vit.bench.peers.features import phi
 from linear_vit.bench.problems import (
     FORWARD_BACKWARD,
@@ -20,6 +21,7 @@ from linear_vit.bench.sweep import Asked, make_sweep
 from linear_vit.kernels.accuracy import compare
 
 CPU = torch.device("cpu")
+FLASH_BLA = "flash_bla.ops.linear_attn.fused"
 SHAPE = AttentionShape(B=2, H=3, Hk=3, N=37, M=37, D=16)
 
 
@@ -48,26 +50,84 @@ def bidirectional_stand_in(q, k, v):
     ("name", "module", "attribute", "function"),
     [
         ("fla", "fla.ops.linear_attn", "chunk_linear_attn", causal_stand_in),
-        (
-            "flash_bla",
-            "flash_bla.ops.linear_attn.fused",
-            "linear_attention",
-            bidirectional_stand_in,
-        ),
+        ("flash_bla", FLASH_BLA, "linear_attention", bidirectional_stand_in),
+        ("flash_bla_given", FLASH_BLA, "linear_attention", bidirectional_stand_in),
     ],
 )
 def test_adapters_make_our_function_of_theirs(
     monkeypatch, name: str, module: str, attribute: str, function
 ) -> None:
+    setattr(stand_in_for(monkeypatch, module), attribute, function)
+    monkeypatch.setattr(flash_bla, "compiled", lambda function, *_: function)
+    problem = make_problem("linear_attention", SHAPE, torch.float32, CPU)
+    other = peers.other_function(name) is not None
+    expected = expected_of_peer(problem, name) if other else problem.expected()
+    for verdict in check(problem, name, FORWARD_BACKWARD, expected).values():
+        assert verdict.passed, verdict
+
+
+def stand_in_for(monkeypatch, module: str) -> ModuleType:
+    """An empty module of this name, that can be imported."""
     parts = module.split(".")
     for i in range(1, len(parts) + 1):
         made = ModuleType(".".join(parts[:i]))
         made.__path__ = []  # type: ignore[attr-defined]
         monkeypatch.setitem(sys.modules, ".".join(parts[:i]), made)
-    setattr(sys.modules[module], attribute, function)
-    problem = make_problem("linear_attention", SHAPE, torch.float32, CPU)
-    for verdict in check(problem, name, FORWARD_BACKWARD, problem.expected()).values():
-        assert verdict.passed, verdict
+        if i > 1:
+            setattr(sys.modules[".".join(parts[: i - 1])], parts[i - 1], made)
+    return sys.modules[module]
+
+
+def test_features_that_are_given_are_made_once_and_anew_for_other_values(monkeypatch) -> None:
+    taken: list[torch.Tensor] = []
+
+    def attend(q, k, v):
+        taken.append(q)
+        return bidirectional_stand_in(q, k, v)
+
+    stand_in_for(monkeypatch, FLASH_BLA).linear_attention = attend  # type: ignore[attr-defined]
+    made: list[int] = []
+    monkeypatch.setattr(flash_bla, "phi", lambda x: (made.append(1), phi(x))[1])
+    q, k, v = (torch.randn(1, 2, 8, 4) for _ in range(3))
+    run = peers.PEERS["flash_bla_given"].run
+    assert torch.equal(run(q, k, v), run(q, k, v))
+    assert len(made) == 2  # of q and of k
+    q.copy_(-q)
+    run(q, k, v)
+    assert len(made) == 3
+    assert torch.equal(taken[-1], phi(q))
+
+
+def test_autotuning_is_pruned_to_what_takes_all_features_at_once(monkeypatch) -> None:
+    pytest.importorskip("triton")
+
+    class Autotuner:
+        def __init__(self) -> None:
+            self.configs = [SimpleNamespace(kwargs={"BL": 32, "BK": 32, "BV": 32})] * 144
+            self.cache = {"L": "found"}
+
+    kernel = Autotuner()
+    module = stand_in_for(monkeypatch, FLASH_BLA)
+    module.linear_attention = bidirectional_stand_in  # type: ignore[attr-defined]
+    module.fused_fwd_kernel_o = kernel  # type: ignore[attr-defined]
+    monkeypatch.setattr(flash_bla, "compiled", lambda function, *_: function)
+    x = torch.randn(1, 1, 8, 48)
+    run = peers.PEERS["flash_bla"].run
+    run(x, x, x)
+    assert len(kernel.configs) == 12
+    assert {config.kwargs["BK"] for config in kernel.configs} == {128}
+    assert not kernel.cache
+    kernel.cache["L"] = "of these"
+    run(x, x, x)
+    assert kernel.cache == {"L": "of these"}
+    run(*[x[..., :16]] * 3)
+    assert {config.kwargs["BK"] for config in kernel.configs} == {32}
+    assert not kernel.cache
+
+
+def test_an_emulation_is_called_one() -> None:
+    assert "causal kernel" in str(peers.PEERS["fla"].emulation)
+    assert peers.PEERS["flash_bla"].emulation is None
 
 
 def test_litemla_is_checked_against_its_own_function_and_marked(monkeypatch) -> None:

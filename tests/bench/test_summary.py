@@ -99,3 +99,10 @@ def test_how_far_apart_two_clocks_are() -> None:
     text = summary.render([*cases, row(32, "a", 1.0, second_clock=None)], 200, False)
     said = "(CUPTI) of 3 of the cases: events show +1.0% in the median, -2.0% to +3.0%."
     assert said in text
+
+
+def test_what_the_host_takes_has_a_column_where_the_device_was_timed() -> None:
+    text = summary.render([row(64, "a", 1e-5, host_s=4e-5), row(64, "b", 2e-5)], 120, False)
+    assert "host*" in text
+    assert "40.0 µs" in text
+    assert "host" not in summary.render([row(64, "a", 1.0)], 120, False)

@@ -32,7 +32,9 @@
 #include <cstdlib>
 #include <cstring>
 #include <limits>
+#include <map>
 #include <memory>
+#include <utility>
 #include <vector>
 
 #include "cuda_runtime_api.h"
@@ -147,7 +149,9 @@ struct Scheduler {
 inline Scheduler scheduler;
 // 0 forward, 1 reverse, each warp as far ahead of the others as it gets, 2 a stride through the block
 inline int thread_order = 0;
-inline size_t granted_bytes = 0;  // by cudaFuncSetAttribute, for the launch that follows
+inline int device = 0;  // the current one
+// Shared memory that cudaFuncSetAttribute granted, by kernel and device.
+inline std::map<std::pair<const void*, int>, size_t> granted;
 inline const char* failure = nullptr;
 
 inline void fail(const char* what) {
@@ -175,8 +179,21 @@ inline void count(const void* pointer, size_t bytes, int kind) {
   watched[last].bytes[kind + (bytes == 16 ? 0 : 1)] += static_cast<int64_t>(bytes);
 }
 
-inline void count_load(const void* pointer, size_t bytes) { count(pointer, bytes, 0); }
-inline void count_store(const void* pointer, size_t bytes) { count(pointer, bytes, 2); }
+// A GPU takes no access whose address is not a multiple of its size.
+inline void check_global(const void* pointer, size_t bytes) {
+  if (reinterpret_cast<uintptr_t>(pointer) % bytes != 0) {
+    fail("an access to global memory whose address is not a multiple of its size");
+  }
+}
+
+inline void count_load(const void* pointer, size_t bytes) {
+  check_global(pointer, bytes);
+  count(pointer, bytes, 0);
+}
+inline void count_store(const void* pointer, size_t bytes) {
+  check_global(pointer, bytes);
+  count(pointer, bytes, 2);
+}
 
 #ifdef CUDA_HOST_SANITIZE
 // AddressSanitizer follows swapcontext; it does not follow longjmp between stacks.
@@ -356,18 +373,22 @@ Value __shfl_down_sync(unsigned, Value value, unsigned delta) {
   return cuda_host::value_of(value, lane < cuda_host::kWarpSize ? lane : cuda_host::lane());
 }
 
-template <typename Kernel>
-cudaError_t cudaFuncSetAttribute(Kernel*, cudaFuncAttribute, int value) {
+// Once a kernel and device: another host thread's launch may be between two of them.
+inline cudaError_t cudaFuncSetAttribute(const void* kernel, cudaFuncAttribute, int value) {
   if (static_cast<size_t>(value) > kMostSharedBytes) return cudaErrorInvalidValue;
-  cuda_host::granted_bytes = static_cast<size_t>(value);
+  if (!cuda_host::granted.try_emplace({kernel, cuda_host::device}, value).second) {
+    cuda_host::fail("a kernel's limit of shared memory is set again");
+    return cudaErrorInvalidValue;
+  }
   return cudaSuccess;
 }
 
 template <typename Argument>
 cudaError_t cudaLaunchKernel(void (*kernel)(Argument), dim3 grid, dim3 block, void** arguments,
                              size_t shared_bytes, cudaStream_t) {
-  const size_t most = cuda_host::granted_bytes > 48 * 1024 ? cuda_host::granted_bytes : 48 * 1024;
-  cuda_host::granted_bytes = 0;
+  const auto granted =
+      cuda_host::granted.find({reinterpret_cast<const void*>(kernel), cuda_host::device});
+  const size_t most = granted == cuda_host::granted.end() ? 48 * 1024 : granted->second;
   if (grid.x == 0 || block.x * block.y * block.z % cuda_host::kWarpSize != 0) {
     return cudaErrorInvalidConfiguration;
   }
@@ -387,6 +408,20 @@ cudaError_t cudaLaunchKernel(void (*kernel)(Argument), dim3 grid, dim3 block, vo
 }
 
 extern "C" {
+inline __attribute__((used)) cudaError_t cudaGetDevice(int* device) {
+  *device = cuda_host::device;
+  return cudaSuccess;
+}
+inline __attribute__((used)) cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute,
+                                                                int) {
+  *value = attribute == cudaDevAttrMultiProcessorCount ? 1 : static_cast<int>(kMostSharedBytes);
+  return cudaSuccess;
+}
+inline __attribute__((used)) const char* cudaGetErrorString(cudaError_t error) {
+  return error == cudaSuccess ? "no error" : cuda_host::failure ? cuda_host::failure : "an error";
+}
+inline __attribute__((used)) void cuda_host_set_device(int device) { cuda_host::device = device; }
+
 inline __attribute__((used)) void cuda_host_configure(int thread_order) {
   cuda_host::thread_order = thread_order;
   cuda_host::failure = nullptr;

@@ -10,3 +10,12 @@ enum cudaError_t {
   cudaErrorLaunchFailure = 719,
 };
 using cudaStream_t = void*;
+enum cudaDeviceAttr {
+  cudaDevAttrMultiProcessorCount = 16,
+  cudaDevAttrMaxSharedMemoryPerBlockOptin = 97,
+};
+extern "C" {
+cudaError_t cudaGetDevice(int* device);
+cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int device);
+const char* cudaGetErrorString(cudaError_t error);
+}

@@ -120,16 +120,12 @@ void cp_async_wait() {
 }
 
 inline void store_16(void* global, const unsigned (&words)[4]) {
-  if (reinterpret_cast<uintptr_t>(global) % 16 != 0) {
-    cuda_host::fail("a 16-byte store to an address that is not 16-byte aligned");
-  }
+  cuda_host::check_global(global, 16);
   std::memcpy(global, words, 16);
 }
 
 inline void store_8(void* global, const unsigned (&words)[2]) {
-  if (reinterpret_cast<uintptr_t>(global) % 8 != 0) {
-    cuda_host::fail("an 8-byte store to an address that is not 8-byte aligned");
-  }
+  cuda_host::check_global(global, 8);
   std::memcpy(global, words, 8);
 }
 

@@ -3,12 +3,17 @@
 It has to be set before Triton is imported, and no kernel compiles in such a process.
 """
 
+import contextlib
 import importlib.util
 import re
 import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
+from torch import Tensor
+from torch._subclasses import FakeTensorMode
 
 from tests import processes
 
@@ -71,3 +76,27 @@ def test_interpreted(files: tuple[str, ...], selection: tuple[str, ...], least: 
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
     assert passed, done.stdout
     assert int(passed.group(1)) >= least, done.stdout
+
+
+def test_launchers_run_with_their_tensors_device_current(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Triton launches on the current device: of tensors on cuda:1, that has to be cuda:1."""
+    from linear_vit.kernels.triton import support
+
+    current = ["cuda:0"]
+
+    @contextlib.contextmanager
+    def device(chosen: torch.device) -> Iterator[None]:
+        current.append(str(chosen))
+        yield
+        current.pop()
+
+    def launcher(eps: float, levels: list[Tensor], q: Tensor) -> str:
+        return current[-1]
+
+    monkeypatch.setattr(torch.cuda, "device", device)
+    monkeypatch.setattr(torch.library, "custom_op", lambda name, function, mutates_args: function)
+    guarded = support.operator("any")(launcher)
+    with FakeTensorMode():
+        x = torch.empty(2, device="cuda:1")
+        assert guarded(1e-6, [x], x) == guarded(1e-6, [], x) == "cuda:1"
+    assert guarded(1e-6, [], torch.empty(2)) == "cuda:0"

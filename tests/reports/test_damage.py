@@ -57,6 +57,7 @@ UNREAD = {
     "python", "platform", "cpu_capability", "triton", "system", "driver", "kernels", "kind",
     "out_of_memory", "interrupted", "resumed", "sources", "energy_how", "profile",
     "peak_memory_how", "rms_tolerance", "max_tolerance", "calls_per_round", "relative_iqr", "stop",
+    "host_s",
     "telemetry", "matmul_s", "flop_done",
     # of a training run and a table
     "ripple_stages", "hydra_branches", "dropout", "drop_path", "accumulate", "weight_decay",
