@@ -117,22 +117,28 @@ def run(op: str, backend: str | None, *arguments: Any) -> Any:
         ValueError: the backend is unknown, or can't run this; the message lists the others.
         TypeError: ``backend`` is neither a string nor None.
     """
+    if backend is not None and not isinstance(backend, str):
+        raise TypeError(f"backend must be a name or None, got {type(backend).__name__}")
     first = arguments[0]
+    device = first.device
     # The choice is a constant of a compiled graph: index makes one of a head dim that varies, too.
     head_dim = operator.index(first.shape[-1]) if operation(op).has_head_dim else None
-    chosen = _resolve(op, backend, str(first.device), first.dtype, head_dim)
-    with full_precision(first.device.type):
-        return getattr(functions, chosen)(*arguments)
+    if torch.compiler.is_compiling():
+        chosen = _resolve(op, backend, str(device), first.dtype, head_dim)
+        with full_precision(device.type):
+            return getattr(functions, f"{op}__{chosen}")(*arguments)
+    chosen = _choose(op, backend, device, first.dtype, head_dim, registry.state())
+    function = getattr(functions, f"{op}__{chosen}")
+    if registry.is_own(op, chosen):  # in it there is no operator that the settings change
+        return function(*arguments)
+    with full_precision(device.type):
+        return function(*arguments)
 
 
 def _resolve(
     op: str, backend: str | None, device: str, dtype: torch.dtype, head_dim: int | None
 ) -> str:
-    """The name in ``functions`` of the function to run, which is loaded by then."""
-    if backend is not None and not isinstance(backend, str):
-        raise TypeError(f"backend must be a name or None, got {type(backend).__name__}")
-    name = _choose(op, backend, torch.device(device), dtype, head_dim, registry.state())
-    return f"{op}__{name}"
+    return _choose(op, backend, torch.device(device), dtype, head_dim, registry.state())
 
 
 # torch.compile takes the choice as a constant of the graph. This is what

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch.autograd import Function
+from torch.autograd import Function, forward_ad
 
 
 def transformable(function: type[Function]) -> Callable[..., Any]:
@@ -38,6 +38,15 @@ def transformable(function: type[Function]) -> Callable[..., Any]:
         # What Function.apply asks, too; there is no public name for it.
         if torch._C._are_functorch_transforms_active():
             return function.apply(*inputs)
+        if not _is_differentiated(inputs):
+            return function.forward(*inputs)
         return eager.apply(*inputs)
 
     return apply
+
+
+def _is_differentiated(inputs: tuple[Any, ...]) -> bool:
+    """Whether there may be a derivative to take: where there is none, a Function is lost time."""
+    if forward_ad._current_level >= 0:  # inside forward_ad.dual_level
+        return True
+    return torch.is_grad_enabled() and torch._C._any_requires_grad(*inputs)

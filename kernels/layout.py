@@ -109,6 +109,9 @@ def autocast_inputs(*inputs: Any) -> tuple[Any, ...]:
 
     What is not a floating-point tensor is returned as it is, for the validation to name.
     """
+    # Whether any is on, before the one that counts: a device's type takes a while to read.
+    if not torch.compiler.is_compiling() and not torch._C._is_any_autocast_enabled():
+        return inputs
     device_type = next((x.device.type for x in inputs if isinstance(x, Tensor)), "cpu")
     if not autocast_enabled(device_type):
         return inputs

@@ -61,8 +61,8 @@ def register(
     _uncounted[getattr(operators, f"{name}_backward")] = flops_backward
 
     calls = (
-        _calling(getattr(operators, name), pack),
-        _calling(getattr(operators, f"{name}_backward"), pack_backward),
+        _calling(getattr(operators, name).default, pack),
+        _calling(getattr(operators, f"{name}_backward").default, pack_backward),
     )
     return _differentiable(
         f"the {backend} kernels of {op}", *calls, setup_context, backward, batch_first

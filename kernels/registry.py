@@ -82,6 +82,11 @@ def registered(op: str, backend: str) -> Registered | None:
     return _registered.get((op, backend))
 
 
+def is_own(op: str, backend: str) -> bool:
+    """Whether a kernel of this project runs: none that a user registered under its name."""
+    return _backends[backend].own and (op, backend) not in _registered
+
+
 def backends_of(op: str) -> list[Backend]:
     """The rows of an operation's backends: all built-in ones, and those registered for it."""
     return [row for row in _backends.values() if row.name in BACKENDS or registered(op, row.name)]

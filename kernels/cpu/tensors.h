@@ -14,6 +14,7 @@
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
+#include <functional>
 #include <initializer_list>
 #include <memory>
 #include <numeric>
@@ -75,8 +76,16 @@ inline Tensor readable(const Tensor& x) {
   return x.stride(last) == 1 || x.size(last) == 1 ? x : torch::stable::contiguous(x);
 }
 
-// Uninitialised, its axes nested in this order: the last one of `order` is contiguous. (Not through
-// the stable headers' new_empty, which takes the dispatcher's slow way, some µs.)
+// Uninitialised. (Not through the stable headers' new_empty, which takes the dispatcher's slow way.)
+inline Tensor empty_strided(const Sizes& sizes, const Sizes& strides, int32_t dtype) {
+  AtenTensorHandle out = nullptr;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.data(),
+                                                  strides.data(), dtype,
+                                                  aoti_torch_device_type_cpu(), 0, &out));
+  return Tensor(out);
+}
+
+// Its axes nested in this order: the last one of `order` is contiguous.
 inline Tensor empty_nested(const Sizes& sizes, const Sizes& order, int32_t dtype) {
   const auto axes = static_cast<int64_t>(sizes.size());
   Sizes strides(axes);
@@ -85,10 +94,7 @@ inline Tensor empty_nested(const Sizes& sizes, const Sizes& order, int32_t dtype
     strides[order[i]] = stride;
     stride *= std::max<int64_t>(sizes[order[i]], 1);
   }
-  AtenTensorHandle out = nullptr;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(axes, sizes.data(), strides.data(), dtype,
-                                                  aoti_torch_device_type_cpu(), 0, &out));
-  return Tensor(out);
+  return empty_strided(sizes, strides, dtype);
 }
 
 inline Tensor empty_contiguous(const Sizes& sizes, int32_t dtype) {
@@ -127,8 +133,25 @@ inline Tensor in_large_pages(const Tensor& x) {
   return x;
 }
 
+// Whether x's axes, in some order, fill memory without gaps: its strides are those of a copy then.
+inline bool is_dense(int64_t axes, const int64_t* sizes, const int64_t* strides) {
+  int64_t filled = 1;
+  for (int64_t found = 0; found < axes; ++found) {
+    int64_t next = 0;
+    while (next < axes && (sizes[next] < 2 || strides[next] != filled)) ++next;
+    if (next == axes) break;
+    filled *= sizes[next];
+  }
+  return filled == std::accumulate(sizes, sizes + axes, int64_t{1}, std::multiplies<>());
+}
+
 // What a kernel writes: uninitialised, in x's memory order; the last axis is always contiguous.
 inline Tensor output_like(const Tensor& x) {
+  const Sizes sizes = x.sizes().vec(), strides = x.strides().vec();
+  if (strides.back() == 1 && is_dense(x.dim(), sizes.data(), strides.data())) {
+    // Not through the dispatcher, which takes longer than the allocation.
+    return in_large_pages(empty_strided(sizes, strides, dtype_of(x)));
+  }
   const Tensor out = torch::stable::empty_like(x);
   return in_large_pages(out.stride(out.dim() - 1) == 1 ? out : empty_contiguous(x));
 }
@@ -195,12 +218,17 @@ const Kernels& choose(std::initializer_list<InstructionSet<Kernels>> sets) {
                            "lets it use (" + names + "): unset it");
 }
 
-// function(item, scratch) for every item, on PyTorch's threads, in any order: an item writes where
-// no other does, so that results do not depend on the number of threads. Threads take the next item
-// when they are free: one that another program's work delays holds up one item and not a share.
+// A call of fewer floating-point operations stays on its thread: another takes longer to wake than to do
+// its share.
+constexpr int64_t kWakingFlop = 1'100'000;
+
+// function(item, scratch) for every item of a call of `flop`, on PyTorch's threads, in any order: an item
+// writes where no other does, so that results do not depend on the number of threads. Threads take the
+// next item when they are free: one that another program's work delays holds up one item and not a share.
 template <typename Function>
-void parallel(int64_t items, int64_t scratch_floats, const Function& function) {
-  const int64_t threads = std::min<int64_t>(torch::stable::get_num_threads(), items);
+void parallel(int64_t items, int64_t scratch_floats, int64_t flop, const Function& function) {
+  const int64_t most = flop < kWakingFlop ? 1 : torch::stable::get_num_threads();
+  const int64_t threads = std::min<int64_t>(most, items);
   std::atomic<int64_t> next{0};
   torch::stable::parallel_for(0, threads, 1, [&](int64_t, int64_t) {
     const Memory scratch = memory(scratch_floats);  // a thread's cache lines are its own

@@ -96,6 +96,10 @@ struct Call {
         state_floats((kernel.state_floats(head_dim) + 15) / 16 * 16),
         scratch_floats((kernel.scratch_floats(head_dim) + 15) / 16 * 16) {}
 
+  int64_t flop() const {  // of the forward pass, or of its half
+    return 4 * head_dim * head_dim * heads * (keys.tokens + group * queries.tokens);
+  }
+
   bool whole_heads() const { return keys.parts == 1 && queries.parts == 1; }
 
   States states(int64_t parts) const {
@@ -166,7 +170,7 @@ struct Call {
   template <typename Function>
   void for_parts(const States& states, const Function& function) const {
     const int64_t parts = states.parts;
-    parallel(heads * parts, scratch_floats, [&](int64_t item, float* scratch) {
+    parallel(heads * parts, scratch_floats, flop(), [&](int64_t item, float* scratch) {
       function(item / parts, item % parts, states.of(item / parts, item % parts), scratch);
     });
   }
@@ -188,16 +192,16 @@ struct Call {
   }
 
   void finish_all(const States& all) const {
-    parallel(heads, 0, [&](int64_t head, float*) { finish(all.parts, all.of(head)); });
+    parallel(heads, 0, flop(), [&](int64_t head, float*) { finish(all.parts, all.of(head)); });
   }
 
   void store_all(const States& all, const Dense& to) const {
-    parallel(heads, 0, [&](int64_t head, float*) { store(all.of(head), head, to); });
+    parallel(heads, 0, flop(), [&](int64_t head, float*) { store(all.of(head), head, to); });
   }
 
   // out, for all heads and parts, of each head's first state.
   void apply_all(const View& q, const View& out, const States& all, float eps) const {
-    parallel(heads * queries.parts, scratch_floats, [&](int64_t item, float* scratch) {
+    parallel(heads * queries.parts, scratch_floats, flop(), [&](int64_t item, float* scratch) {
       const int64_t head = item / queries.parts;
       apply(q, out, head, item % queries.parts, all.of(head), eps, scratch);
     });
@@ -216,7 +220,7 @@ struct Call {
 
   void key_gradients(const View& k, const View& v, const View& dk, const View& dv,
                      const States& gradients) const {
-    parallel(heads * keys.parts, scratch_floats, [&](int64_t item, float* scratch) {
+    parallel(heads * keys.parts, scratch_floats, flop(), [&](int64_t item, float* scratch) {
       const int64_t head = item / keys.parts;
       key_gradient(k, v, dk, dv, head, item % keys.parts, gradients.of(head), scratch);
     });
@@ -238,7 +242,8 @@ void forward_into(const Call& call, const View& q, const View& k, const View& v,
     if (saved.S != nullptr) call.store_all(all, saved);
     return call.apply_all(q, out, all, eps);
   }
-  parallel(call.heads, call.state_floats + call.scratch_floats, [&](int64_t head, float* scratch) {
+  const int64_t floats = call.state_floats + call.scratch_floats;
+  parallel(call.heads, floats, call.flop(), [&](int64_t head, float* scratch) {
     float* const state = scratch + call.scratch_floats;
     call.accumulate(k, v, head, 0, call.clear(state), scratch);
     call.finish(1, state);
@@ -254,7 +259,7 @@ void backward_into(const Call& call, const View& dout, const View& q, const View
     return call.key_gradients(k, v, dk, dv, call.query_gradients(dout, q, dq, all, eps));
   }
   const int64_t floats = 2 * call.state_floats + call.scratch_floats;
-  parallel(call.heads, floats, [&](int64_t head, float* scratch) {
+  parallel(call.heads, floats, call.flop(), [&](int64_t head, float* scratch) {
     float* const state = scratch + call.scratch_floats;
     float* const gradient = state + call.state_floats;
     if (saved.S != nullptr) {
@@ -378,7 +383,7 @@ double probe(int64_t kind, int64_t repeats) {
   const int64_t threads = torch::stable::get_num_threads();
   std::vector<double> flop(threads);
   const LinearAttentionKernels& kernel = kernels(false, 64);
-  parallel(threads, kernel.scratch_floats(64), [&](int64_t item, float* scratch) {
+  parallel(threads, kernel.scratch_floats(64), INT64_MAX, [&](int64_t item, float* scratch) {
     flop[item] = kernel.probe(static_cast<Probe>(kind), repeats, scratch);
   });
   return std::accumulate(flop.begin(), flop.end(), 0.0);

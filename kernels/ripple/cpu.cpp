@@ -26,8 +26,12 @@ const RippleKernels& kernels() {
 // Runs of the lines of all images: at most 32, each of a few at least.
 struct Runs {
   int64_t lines, runs;
+  int64_t flop;  // of nine products and sums, over all elements of the lines
 
-  explicit Runs(int64_t lines_) : lines(lines_), runs(std::min<int64_t>(lines_, 32)) {}
+  explicit Runs(const View& grid)
+      : lines(grid.bytes() == 0 ? 0 : grid.size[0] * grid.size[1]),
+        runs(std::min<int64_t>(lines, 32)),
+        flop(18 * lines * grid.size[2] * grid.size[3]) {}
 
   // function(line) for those of a run, where there are `of` lines in all.
   template <typename Function>
@@ -133,8 +137,8 @@ Tensor pool(const Tensor& x_all, const Tensor& weight, int64_t axis) {
   const View out(out_all);
   const Taps taps(kernel, weight, false);
   const int64_t channels = x.size[3], cols = x.size[2];
-  const Runs runs(sizes[0] * sizes[1]);
-  parallel(runs.runs, 0, [&](int64_t run, float*) {
+  const Runs runs(out);
+  parallel(runs.runs, 0, runs.flop, [&](int64_t run, float*) {
     runs.each(run, runs.lines, [&](int64_t line) {
       const int64_t image = line / sizes[1], row = line % sizes[1];
       const Window w = window(x, image, (axis == 0 ? 2 * row : row) - 1, taps.first, taps);
@@ -156,9 +160,9 @@ std::tuple<Tensor, Tensor> pool_backward(const Tensor& dout_any, const Tensor& x
   const View dout(dout_all), x(x_all), dx(dx_all);
   const Taps taps(kernel, weight, true);
   const int64_t channels = x.size[3], cols = x.size[2];
-  const Runs runs(x_all.numel() == 0 ? 0 : x.size[0] * x.size[1]);
+  const Runs runs(x);
   const Sums sums(taps.pad, runs.runs);
-  parallel(runs.runs, 0, [&](int64_t run, float*) {
+  parallel(runs.runs, 0, runs.flop, [&](int64_t run, float*) {
     float* const gradient = sums.zeroed(run);
     runs.each(run, dout.size[0] * dout.size[1], [&](int64_t line) {
       const int64_t image = line / dout.size[1], row = line % dout.size[1];
@@ -188,8 +192,8 @@ Tensor expand(const Tensor& z_all, const Tensor& x_all, const Tensor& weight,
   const View z(z_all), x(x_all), out(out_all);
   const Taps taps(kernel, lateral_weight, false);
   const Memory pair = load_pair(kernel, weight);
-  const Runs runs(x.size[0] * x.size[1]);
-  parallel(runs.runs, 0, [&](int64_t run, float*) {
+  const Runs runs(x);
+  parallel(runs.runs, 0, runs.flop, [&](int64_t run, float*) {
     runs.each(run, runs.lines, [&](int64_t line) {
       const int64_t image = line / x.size[1], row = line % x.size[1];
       const Window w = window(x, image, row - 1, taps.first, taps);
@@ -215,9 +219,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> expand_backward(const Tensor& dout_an
   const Taps taps(kernel, lateral_weight, true);
   const Memory pair = load_pair(kernel, weight);
   const int64_t channels = x.size[3], cols = x.size[2], pad = taps.pad;
-  const Runs runs(x_all.numel() == 0 ? 0 : x.size[0] * x.size[1]);
+  const Runs runs(x);
   const Sums sums(pad, runs.runs);
-  parallel(runs.runs, 0, [&](int64_t run, float*) {
+  parallel(runs.runs, 0, runs.flop, [&](int64_t run, float*) {
     float* const gradient = sums.zeroed(run);
     float* const dpair[2] = {gradient + 9 * pad, gradient + 10 * pad};
     runs.each(run, runs.lines, [&](int64_t line) {

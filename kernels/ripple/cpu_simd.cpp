@@ -289,26 +289,20 @@ void coarse_gradient(ElementType element, int64_t channels, int64_t fine_cols, i
 
 // ---- weights -------------------------------------------------------------------------------------
 
-template <typename Element>
-INLINE float to_float(Element x) {
-  Element all[kLanes] = {x};
-  return load(all)[0];
-}
-template <typename Element>
-INLINE Element from_float(float x) {
-  Element all[kLanes];
-  store(all, Floats{} + x);
-  return all[0];
-}
+// Converted a vector at a time, and then transposed: one element at a time takes longer than a small grid.
 
 void load_weight(ElementType element, int64_t channels, const void* weight, bool reversed,
                  float* taps) {
   const int64_t pad = padded(channels);
   with_element(element, [&](auto example) {
-    for (int tap = 0; tap < 9; ++tap) {
-      const auto* from = (const decltype(example)*)weight + (reversed ? 8 - tap : tap);
-      float* to = taps + tap * pad;
-      for (int64_t c = 0; c < pad; ++c) to[c] = c < channels ? to_float(from[9 * c]) : 0.0f;
+    for (int64_t c = 0; c < pad; c += kLanes) {
+      const int64_t there = channels - c, count = there < 0 ? 0 : there < kLanes ? there : kLanes;
+      float some[9 * kLanes];
+      load_row((const decltype(example)*)weight + 9 * c, 9 * count, some, 9 * kLanes);
+      for (int tap = 0; tap < 9; ++tap) {
+        float* to = taps + (reversed ? 8 - tap : tap) * pad + c;
+        for (int i = 0; i < kLanes; ++i) to[i] = some[9 * i + tap];
+      }
     }
   });
 }
@@ -332,10 +326,13 @@ void store_gradients(ElementType element, int64_t channels, int64_t parts, float
   }
   with_element(element, [&](auto example) {
     using Element = decltype(example);
-    for (int64_t c = 0; c < channels; ++c) {
+    for (int64_t c = 0; c < channels; c += kLanes) {
+      float some[9 * kLanes];
       for (int tap = 0; tap < 9; ++tap) {
-        ((Element*)weight)[9 * c + tap] = from_float<Element>(sums[tap * pad + c]);
+        for (int i = 0; i < kLanes; ++i) some[9 * i + tap] = sums[tap * pad + c + i];
       }
+      const int64_t count = channels - c < kLanes ? channels - c : kLanes;
+      store_row((Element*)weight + 9 * c, 9 * count, some);
     }
     for (int64_t p = 0; pair != nullptr && p < 2; ++p) {
       store_row((Element*)pair + p * channels, channels, sums + (9 + p) * pad);

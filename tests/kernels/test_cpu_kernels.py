@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from linear_vit import kernels
+from linear_vit.kernels.layout import empty_like
 from tests.kernels.cases import (
     DTYPES,
     Attention,
@@ -113,6 +114,28 @@ def test_packed_is_the_same_in_place(instruction_set: str) -> None:
     (expected,) = torch.autograd.grad(views, qkv, gradient)
     assert torch.equal(dqkv, expected)
     assert dqkv.stride() == qkv.stride()
+
+
+@pytest.mark.parametrize(
+    ("sizes", "strides"),
+    [
+        ((2, 3, 4, 8), (96, 8, 24, 1)),
+        ((1, 3, 4, 8), (7, 32, 8, 1)),
+        ((2, 3, 4, 8), (200, 64, 16, 1)),
+        ((2, 3, 4, 8), (0, 32, 8, 1)),
+        ((2, 3, 4, 1), (12, 4, 1, 5)),
+        ((2, 3, 0, 8), (100, 8, 24, 1)),
+        ((2, 2, 4, 4), (16, 16, 4, 1)),
+    ],
+    ids=["heads last", "one", "gaps", "expanded", "narrow", "empty", "overlapping"],
+)
+def test_memory_order_is_what_pytorch_is_told(
+    sizes: tuple[int, ...], strides: tuple[int, ...]
+) -> None:
+    q = torch.zeros(1000).as_strided(sizes, strides)
+    k = torch.randn(sizes)
+    out, *_ = torch.ops.linear_vit.cpu_linear_attention(q, k, k, 1e-6, False)
+    assert out.stride() == empty_like(q).stride()
 
 
 @pytest.mark.parametrize("head_dim", [16, 32, 48, 64])
