@@ -1,4 +1,4 @@
-"""Train, evaluate and compare the three vision transformers. Commands to copy:
+"""Train, evaluate and compare the vision transformers. Commands to copy:
 
     python train_minimal.py --dataset digits --preset small --attention_type hydra
     python train_minimal.py --attention_type ripple --dataset cifar100 --batch_size 128 \\

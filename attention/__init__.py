@@ -1,4 +1,4 @@
-"""The modules a vision transformer is made of: three kinds of attention and the model around them.
+"""The modules a vision transformer is made of: four kinds of attention and the model around them.
 
 Every attention module takes and returns tokens (B, N, C) and is told the token grid at call,
 ``module(x, grid=(rows, cols))`` with N = rows * cols. What is computed in them comes from
@@ -12,6 +12,7 @@ et al.'s *Ripple Attention* (attention weighted by spatial distance) is not this
 
 from linear_vit.attention.baseline import BaselineAttention
 from linear_vit.attention.hydra import HydraAttention
+from linear_vit.attention.linear import LinearAttention
 from linear_vit.attention.ripple import RippleAttention
 from linear_vit.attention.vit import ATTENTION_TYPES, VisionTransformer
 
@@ -19,6 +20,7 @@ __all__ = [
     "ATTENTION_TYPES",
     "BaselineAttention",
     "HydraAttention",
+    "LinearAttention",
     "RippleAttention",
     "VisionTransformer",
 ]

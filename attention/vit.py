@@ -9,10 +9,11 @@ from torch import Tensor, nn
 from linear_vit.attention.baseline import BaselineAttention
 from linear_vit.attention.hydra import HydraAttention
 from linear_vit.attention.layers import Grid, LocalBranch
+from linear_vit.attention.linear import LinearAttention
 from linear_vit.attention.ripple import RippleAttention, RippleStage
 from linear_vit.kernels.ripple.stages import halving_axes
 
-ATTENTION_TYPES = ("baseline", "ripple", "hydra")
+ATTENTION_TYPES = ("baseline", "linear", "ripple", "hydra")
 
 
 class PatchEmbedding(nn.Module):
@@ -155,6 +156,8 @@ class VisionTransformer(nn.Module):
             shared: dict[str, Any] = {"local_branch": local_branch, "backend": backend}
             if attention_type == "baseline":
                 return BaselineAttention(dim, heads=heads, **shared)
+            if attention_type == "linear":
+                return LinearAttention(dim, heads=heads, **shared)
             if attention_type == "ripple":
                 return RippleAttention(dim, heads=heads, ripple_stages=ripple_stages, **shared)
             if attention_type == "hydra":

@@ -83,6 +83,7 @@ def _models() -> dict[str, Model]:
     ripple = ("ripple_pool", "ripple_expand")
     attention = {
         BASELINE: Model("Baseline ViT", "O(N²)", "softmax_attention", ("softmax_attention",)),
+        "linear": Model("Linear ViT", *linear, ("linear_attention",)),
         "ripple": Model("RippleViT", *linear, ripple),
         "hydra": Model("HydraViT", *linear, ("linear_attention",)),
     }

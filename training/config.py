@@ -66,9 +66,12 @@ class Model:
 
 
 _SOFTMAX, _LINEAR = "softmax_attention_packed", "linear_attention"
+_LINEAR_PACKED = "linear_attention_packed"
 MODELS: dict[str, Model] = {
     "baseline": Model("Baseline ViT", "baseline", False, _SOFTMAX),
     "baseline-local": Model("Baseline ViT + local branch", "baseline", True, _SOFTMAX),
+    "linear": Model("Linear ViT", "linear", False, _LINEAR_PACKED),
+    "linear-local": Model("Linear ViT + local branch", "linear", True, _LINEAR_PACKED),
     "ripple": Model("RippleViT", "ripple", False, _LINEAR),
     "ripple-local": Model("RippleViT + local branch", "ripple", True, _LINEAR),
     "hydra": Model("HydraViT", "hydra", False, _LINEAR),
@@ -76,7 +79,7 @@ MODELS: dict[str, Model] = {
 }
 
 # The rows of a results table, where nothing else is asked for.
-COMPARED = ("baseline", "baseline-local", "ripple", "hydra", "hydra-local")
+COMPARED = ("baseline", "baseline-local", "linear", "ripple", "hydra", "hydra-local")
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ from linear_vit.attention import (
     ATTENTION_TYPES,
     BaselineAttention,
     HydraAttention,
+    LinearAttention,
     RippleAttention,
     VisionTransformer,
 )
@@ -59,6 +60,26 @@ def test_baseline_is_softmax_attention(local: bool) -> None:
         scores = q[..., part] @ k[..., part].transpose(1, 2) / math.sqrt(16)
         heads.append(scores.softmax(dim=-1) @ v[..., part])
     expected = torch.cat(heads, dim=-1)
+    if local:
+        expected = expected + torch.stack([depthwise(u, module.local.weight, (3, 5)) for u in v])
+    torch.testing.assert_close(module(x, (3, 5)), module.projection(expected))
+
+
+@pytest.mark.parametrize("local", [False, True])
+def test_linear_is_the_baseline_with_another_function(local: bool) -> None:
+    module = LinearAttention(32, heads=2, local_branch=local)
+    module.load_state_dict(BaselineAttention(32, heads=2, local_branch=local).state_dict())
+    x = tokens(2, 15, 32)
+    q, k, v = module.qkv(x).chunk(3, dim=-1)
+    halves = (slice(0, 16), slice(16, 32))
+    expected = torch.stack(
+        [
+            torch.cat(
+                [linear_attention_by_matrix(q[b, :, h], k[b, :, h], v[b, :, h]) for h in halves], 1
+            )
+            for b in range(2)
+        ]
+    )
     if local:
         expected = expected + torch.stack([depthwise(u, module.local.weight, (3, 5)) for u in v])
     torch.testing.assert_close(module(x, (3, 5)), module.projection(expected))
@@ -333,7 +354,7 @@ def test_patches_keep_their_place() -> None:
     ("changes", "message"),
     [
         ({"patch_size": 3}, "img_size 8x8 and patch_size 3"),
-        ({"attention_type": "linear"}, "one of baseline, ripple, hydra, got 'linear'"),
+        ({"attention_type": "cosine"}, "one of baseline, linear, ripple, hydra, got 'cosine'"),
         ({"dim": 33}, "dim 33 and heads 2"),
         ({"attention_type": "hydra", "hydra_branches": 5}, "dim 32 and hydra_branches 5"),
         ({"attention_type": "ripple", "ripple_stages": 5}, "4x4 can be halved at most 4 times"),

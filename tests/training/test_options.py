@@ -28,7 +28,7 @@ EXPECTED: dict[str, tuple[str, dict[str, Any]]] = {
         f"{SETTINGS} seeds models run no_run runs out exponents ablations seconds data_dir workers",
         {
             "seeds": 5,
-            "models": ["baseline", "baseline-local", "ripple", "hydra", "hydra-local"],
+            "models": ["baseline", "baseline-local", "linear", "ripple", "hydra", "hydra-local"],
             "run": True,
             "runs": "runs",
             "out": "reports/out/training",

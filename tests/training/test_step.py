@@ -261,7 +261,7 @@ def test_what_follows_from_what() -> None:
         ({"lr": 0.0}, "lr must be above 0"),
         ({"lr": float("nan")}, "lr must be above 0, got nan"),
         ({"dropout": 1.0}, "dropout must be at least 0 and below 1, got 1"),
-        ({"attention_type": "linear"}, "one of baseline, ripple, hydra, got 'linear'"),
+        ({"attention_type": "cosine"}, "one of baseline, linear, ripple, hydra, got 'cosine'"),
         ({"dataset": "imagenet"}, "one of digits, fashion-mnist, cifar100, tiny-imagenet"),
         ({"preset": "huge"}, "one of full, small"),
         ({"recipe": "weak"}, "one of light, seed, strong, got 'weak'"),

