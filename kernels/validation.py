@@ -11,6 +11,8 @@ from numbers import Integral, Real
 import torch
 from torch import Tensor
 
+from linear_vit.screen import counted
+
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 _DTYPE_NAMES = "float32, float16, bfloat16, or float64 with backend='reference'"
 
@@ -81,8 +83,8 @@ def check_grouping(q: Tensor, heads: int, name: str) -> None:
     """q's heads are a positive multiple of ``heads``, the key/value heads of argument ``name``."""
     if q.shape[1] == 0 or q.shape[1] % heads != 0:
         raise ValueError(
-            f"q's heads must be a positive multiple of {name}'s {heads} heads, got {q.shape[1]}: "
-            f"query head h reads key/value head h // (H // Hk)"
+            f"q's heads must be a positive multiple of {name}'s {counted(heads, 'head')}, "
+            f"got {q.shape[1]}: query head h reads key/value head h // (H // Hk)"
         )
 
 

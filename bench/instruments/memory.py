@@ -2,7 +2,9 @@
 
 import ctypes
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -10,6 +12,7 @@ from torch.autograd import profiler
 
 # The profiler's library talks on stderr about every session unless told not to.
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")
+_ERROR = 2  # of c10's levels
 
 
 def peak_beyond_outputs(
@@ -35,7 +38,7 @@ def peak_beyond_outputs(
     if device.type != "cpu":
         return None, f"not measured on {device.type}"
 
-    with profiler.profile(use_kineto=True, profile_memory=True) as profile:
+    with _without_remarks(), profiler.profile(use_kineto=True, profile_memory=True) as profile:
         outputs = call()
     kineto = profile.kineto_results
     if kineto is None:
@@ -50,6 +53,25 @@ def peak_beyond_outputs(
         held += change
         peak = max(peak, held)
     return max(0, peak - _bytes(outputs)), "torch.profiler allocation events"
+
+
+@contextmanager
+def _without_remarks() -> Iterator[None]:
+    """PyTorch's C++ code logs errors alone meanwhile.
+
+    It would remark that memory which is older than the profile is freed in it.
+    """
+    try:
+        library = ctypes.CDLL(str(Path(torch.__file__).parent / "lib/libc10.so"))
+        level = ctypes.c_int.in_dll(library, "FLAGS_caffe2_log_level")
+    except (OSError, ValueError):  # a build of another kind remarks
+        yield
+        return
+    before, level.value = level.value, max(level.value, _ERROR)
+    try:
+        yield
+    finally:
+        level.value = before
 
 
 def is_out_of_memory(error: BaseException) -> bool:
