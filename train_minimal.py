@@ -30,9 +30,10 @@ from typing import Any
 
 import torch
 
+from linear_vit import screen
 from linear_vit.bench.instruments.memory import is_out_of_memory
 from linear_vit.bench.store import StoreError
-from linear_vit.options import OptionError, spell_out
+from linear_vit.options import OptionError
 from linear_vit.reports import tables
 from linear_vit.reports.saved.runs import NoRuns
 from linear_vit.training import breakdown, distributed, evaluation, experiments
@@ -146,7 +147,7 @@ def train_command(args: argparse.Namespace) -> None:
         how = {"resume": args.resume, "checkpoint_every": args.checkpoint_every}
         record = train(config, data, out, device, workers=args.workers, **how)
         if main:
-            print(
+            screen.say(
                 f"{data.info.title} {config.model}: test accuracy {record['test_accuracy']:.1%} "
                 f"(weights of epoch {record['best_epoch']}, the best on validation images), "
                 f"{record['images_per_second']:,.0f} images/s, {record['seconds']:.0f} s; see {out}"
@@ -159,14 +160,16 @@ def evaluate_command(args: argparse.Namespace) -> None:
         out = Path(args.out) / path.parent.name if args.out else path.parent
         try:
             result = evaluation.evaluate(path, args.dataset, args.data_dir, out, device)
-            print(evaluation.describe(result))
+            screen.say(evaluation.describe(result))
         except UserError as error:
             if len(paths) == 1:
                 raise
             notice(f"skipped: {error}")
             failed += 1
     if failed:
-        raise UserError(f"{failed} of {len(paths)} checkpoints could not be tested")
+        raise UserError(
+            f"{failed} of {screen.counted(len(paths), 'checkpoint')} could not be tested"
+        )
 
 
 def table_command(args: argparse.Namespace) -> None:
@@ -182,7 +185,7 @@ def table_command(args: argparse.Namespace) -> None:
         raise UserError(f"no folder {folder} of run records; leave out --no-run to train them")
     exponents = Path(args.exponents) if args.exponents else None
     ablations = Path(args.ablations)
-    print(tables.write_results(folder, out, exponents=exponents, ablations=ablations))
+    screen.say(tables.write_results(folder, out, exponents=exponents, ablations=ablations))
 
 
 def ablate_command(args: argparse.Namespace) -> None:
@@ -199,7 +202,7 @@ def ablate_command(args: argparse.Namespace) -> None:
         speeds = [experiments.time_values(setting, configs, folder, device, seconds=args.seconds)]
     found = [asdict(config) for config in configs]
     where = environment(device)
-    print(tables.write_ablation(setting, found, folder, out, environment=where, speeds=speeds))
+    screen.say(tables.write_ablation(setting, found, folder, out, environment=where, speeds=speeds))
 
 
 def train_missing(
@@ -224,7 +227,7 @@ def bench_command(args: argparse.Namespace) -> None:
     check_writable(out)
     configs = [chosen_config(args, **model_settings(name)) for name in args.models]
     saved = experiments.time_backends(configs, args.backends, out, device, seconds=args.seconds)
-    print(tables.write_steps(saved, out))
+    screen.say(tables.write_steps(saved, out))
 
 
 def profile_command(args: argparse.Namespace) -> None:
@@ -232,11 +235,11 @@ def profile_command(args: argparse.Namespace) -> None:
     check_writable(out)
     configs = [chosen_config(args, **model_settings(name)) for name in args.models]
     saved = breakdown.write(configs, out, device, steps=args.steps, workers=args.workers)
-    print(tables.write_breakdown(saved, out))
+    screen.say(tables.write_breakdown(saved, out))
 
 
+@screen.command
 def main(arguments: Sequence[str] | None = None) -> int:
-    spell_out()
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     if not arguments or (arguments[0].startswith("-") and arguments[0] not in ("-h", "--help")):
         arguments.insert(0, "train")
@@ -253,16 +256,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if args.command != "train" and distributed.local_rank() is not None:
             raise UserError(f"torchrun is for train; {args.command} runs in one process")
         commands[args.command](args)
+    except BrokenPipeError:
+        raise
     except (UserError, NoRuns, OptionError, StoreError, OSError) as error:  # a full disk, say
-        print(f"train_minimal.py: error: {error}", file=sys.stderr)
+        screen.say(f"train_minimal.py: error: {error}", sys.stderr)
         return 2
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
-        print(f"train_minimal.py: error: out of memory: {first_line(error)}", file=sys.stderr)
+        text = f"train_minimal.py: error: out of memory: {first_line(error)}"
+        screen.say(text, sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("stopped; what is finished is recorded, and --resume goes on", file=sys.stderr)
+        screen.say("stopped; what is finished is recorded, and --resume goes on", sys.stderr)
         return 130
     return 0
 

@@ -7,7 +7,8 @@ import importlib
 import sys
 from collections.abc import Sequence
 
-from linear_vit.options import OptionError, load_plugins, spell_out
+from linear_vit import screen
+from linear_vit.options import OptionError, load_plugins
 
 COMMANDS = {
     "check": ("linear_vit.bench.check", "every backend against the float64 reference"),
@@ -31,8 +32,8 @@ USAGE = "\n".join(
 )
 
 
+@screen.command
 def main(argv: Sequence[str] | None = None) -> int:
-    spell_out()
     given = list(sys.argv[1:] if argv is None else argv)
     plugins = []
     while given[:1] == ["-p"] and len(given) > 1:
@@ -50,11 +51,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         module, _ = COMMANDS[name]
         return int(importlib.import_module(module).main(given[1:]))
     except OptionError as error:
-        print(error, file=sys.stderr)
+        screen.say(error, sys.stderr)
         return 2
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return 130
 
 
 if __name__ == "__main__":

@@ -44,6 +44,7 @@ from linear_vit.bench.problems import (
     worst,
 )
 from linear_vit.bench.store import finite, titles
+from linear_vit.screen import say
 
 SCHEMA = 1
 # One head dim: what compiles does so anew for each, and the tests go through all of them.
@@ -256,7 +257,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if given.out:
         given.out.parent.mkdir(parents=True, exist_ok=True)
         given.out.write_text(json.dumps(document(results, device), indent=1) + "\n")
-    print(matrix(results))
+    say(matrix(results))
     return 1 if any(r["status"] == "failed" and _is_ours(r["backend"]) for r in results) else 0
 
 
@@ -289,7 +290,7 @@ def _progress(plain: bool) -> Iterator[Callable[[str], None]]:
             with Console().status("checking") as status:
                 yield lambda text: status.update(f"checking {text}")
             return
-    yield lambda text: print(f"checking {text}", flush=True)
+    yield lambda text: say(f"checking {text}")
 
 
 def matrix(results: list[Result]) -> str:

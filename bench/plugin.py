@@ -33,6 +33,7 @@ from linear_vit.bench.store import (
 )
 from linear_vit.bench.sweep import SPECIAL, Asked, Sweep, make_sweep
 from linear_vit.options import OptionError
+from linear_vit.screen import counted, folded, width
 
 _BUDGET_S = {"quick": 0.25, "full": 2.0, "gpu": 0.25, "cpu": 1.0}
 _REHEARSAL_BUDGET_S = 0.01
@@ -68,6 +69,7 @@ class Benchmarks:
         self._config = config
         # A process that measures for this one has to know what -p added.
         options.load_plugins(name for name in config.option.plugins if name in sys.modules)
+        options.spell_out()
         self._rehearses = bool(config.getoption("rehearse"))
         self._lists = bool(config.getoption("dry_run"))
         self._began = self._written = False
@@ -234,19 +236,24 @@ class Benchmarks:
     def _terminal(self) -> Any:
         return self._config.pluginmanager.get_plugin("terminalreporter")
 
+    def _say(self, text: str, *, red: bool = False) -> None:
+        """A line that is folded to the terminal."""
+        self._terminal.write_line(folded(text, width(elsewhere=0)), red=red)
+
     def _show_plan(self, cases: Sequence[Case], seconds: dict[str, float]) -> None:
         for case in cases:
             need = estimate.memory_bytes(case)
             name = case_name(case)
-            self._terminal.write_line(f"{name:72} {seconds[name]:6.1f} s {need / 2**20:,.0f} MiB")
+            self._say(f"{name:72} {seconds[name]:6.1f} s {need / 2**20:,.0f} MiB")
         total = clock(sum(seconds.values()))
-        self._terminal.write_line(f"{len(cases)} cases, estimated to take {total}; none was timed")
+        self._say(f"{counted(len(cases), 'case')}, estimated to take {total}; none was timed")
 
     def pytest_report_header(self) -> list[str]:
         facts = self._store.head["machine"]
+        threads = f"{counted(facts['threads'], 'thread')} on {counted(facts['cores'], 'core')}"
         lines = [
             f"benchmarks: {self.sweep.extent} sweep on {facts['device_name']} "
-            f"({facts['threads']} threads on {facts['cores']} cores), torch {facts['torch']}"
+            f"({threads}), torch {facts['torch']}"
         ]
         if self._rehearses:
             lines.append("rehearsal: every case at a tiny size; no number is kept")
@@ -255,8 +262,8 @@ class Benchmarks:
             aside = self._store.set_aside
             lines.append(f"an unfinished run is set aside as {aside} (--resume-bench goes on)")
         if self._store.resumed:
-            lines.append(f"resumed: {self._store.resumed} finished cases are kept")
-        return lines
+            lines.append(f"resumed: {counted(self._store.resumed, 'finished case')} kept")
+        return [folded(line, width(elsewhere=0)) for line in lines]
 
     def pytest_report_teststatus(
         self, report: pytest.CollectReport | pytest.TestReport
@@ -288,12 +295,10 @@ class Benchmarks:
         if self._store.measured and not self._rehearses:
             self._show_measured(terminalreporter)
         if self._rehearses:
-            terminalreporter.write_line("rehearsal: the times mean nothing, and none was kept")
+            self._say("rehearsal: the times mean nothing, and none was kept")
         unfinished = not self._progress.finished or not self._store.complete
         if unfinished and self._path is not None:
-            terminalreporter.write_line(
-                "not finished: the same command with --resume-bench goes on"
-            )
+            self._say("not finished: the same command with --resume-bench goes on")
 
     def _show_measured(self, terminalreporter: Any) -> None:
         terminalreporter.section("measured", sep="=")
@@ -303,16 +308,16 @@ class Benchmarks:
             screen = terminalreporter._tw
             terminalreporter.write(summary.render(rows, screen.fullwidth, screen.hasmarkup))
         else:
-            terminalreporter.write_line(_ALL_DISTURBED, red=True)
+            self._say(_ALL_DISTURBED, red=True)
         for what, why in self.sweep.left_out.items():
-            terminalreporter.write_line(f"not timed: {what}: {why}")
+            self._say(f"not timed: {what}: {why}")
         for name, result in self._store.results.items():
             if result.status != MEASURED:
-                terminalreporter.write_line(f"{result.status}: {name}: {result.reason}", red=True)
+                self._say(f"{result.status}: {name}: {result.reason}", red=True)
         if (limits_now := self._plan.limits) is not None and limits_now.disturbed:
-            terminalreporter.write_line(f"disturbed: the limits: {limits_now.disturbed}", red=True)
+            self._say(f"disturbed: the limits: {limits_now.disturbed}", red=True)
         for name, by in disturbed.items():
-            terminalreporter.write_line(f"disturbed: {name}: {by}", red=True)
+            self._say(f"disturbed: {name}: {by}", red=True)
 
     def pytest_benchmark_update_json(self, output_json: dict[str, Any]) -> None:
         self._describe()

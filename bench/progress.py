@@ -5,6 +5,8 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TextIO
 
+from linear_vit.screen import folded, say, width
+
 
 class Progress:
     """A bar with lines above it on a terminal, lines alone elsewhere.
@@ -29,7 +31,7 @@ class Progress:
         shows nothing: one process of several is enough to watch.
         """
         self._file = file or sys.stdout
-        self._write = write or (lambda text, _bad: print(text, file=self._file, flush=True))
+        self._write = write or (lambda text, _bad: say(text, self._file))
         self._silent = silent
         self._bar = None if silent else _bar(self._file, title, total, done)
         self._total, self._from, self._started = total, done, time.monotonic()
@@ -42,6 +44,7 @@ class Progress:
             self._write(text, red)
         else:
             style = "red" if red else None
+            text = folded(text, self._bar.console.width)
             self._bar.console.print(text, style=style, markup=False, highlight=False)
 
     def move(self, done: int, note: str = "") -> None:
@@ -78,7 +81,7 @@ class Countdown:
 
         def write(text: str, red: bool) -> None:
             writer.ensure_newline()
-            writer.write_line(text, red=red)
+            writer.write_line(folded(text, width(elsewhere=0)), red=red)
 
         silent = writer is None
         self._progress = Progress("timing", self._total, file=terminal, write=write, silent=silent)

@@ -16,6 +16,7 @@ import pytest
 from linear_vit.bench.instruments import machine
 from linear_vit.bench.store import Store, sources
 from linear_vit.options import device as where
+from linear_vit.screen import say
 
 
 def run(config: pytest.Config, count: int, path: Path | None) -> int:
@@ -35,9 +36,9 @@ def run(config: pytest.Config, count: int, path: Path | None) -> int:
     for number in range(1, count + 1):
         one = path.with_name(f"{path.stem}.{number}{path.suffix}")
         if config.getoption("resume_bench") and _stands(one, config.getoption("device")):
-            print(f"repeat {number} of {count}: {one} is there already", flush=True)
+            say(f"repeat {number} of {count}: {one} is there already")
             continue
-        print(f"repeat {number} of {count}: {one}", flush=True)
+        say(f"repeat {number} of {count}: {one}")
         # What is given last counts.
         given = [*config.invocation_params.args, "--repeats=1", f"--benchmark-json={one}"]
         command = [sys.executable, "-m", "pytest", *map(str, given)]

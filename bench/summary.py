@@ -96,7 +96,7 @@ def render(rows: list[Row], width: int, colour: bool) -> str:
 def _title(info: dict[str, Any]) -> str:
     title = f"{info['operation']}, {info['pass']}, {info['dtype']}"
     total = info.get("total_tokens")
-    return f"{title}, {total:,} tokens a call" if total else title
+    return f"{title}, {screen.counted(total, 'token')} a call" if total else title
 
 
 def _setting(info: dict[str, Any]) -> str:

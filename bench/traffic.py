@@ -35,6 +35,7 @@ from linear_vit.bench.problems import operation as operation_of
 from linear_vit.bench.static import launches
 from linear_vit.kernels.rows import HEAD_DIMS
 from linear_vit.kernels.triton import tuning
+from linear_vit.screen import counted, say
 
 if TYPE_CHECKING:
     import numpy as np
@@ -260,21 +261,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     os.environ[str(kernels.backend_rows()[BACKEND].interpreter)] = "1"
     reason = kernels.backends(operations[0], "cpu")[BACKEND]
     if reason:
-        print(f"nothing to count: {reason}", file=sys.stderr)
+        say(f"nothing to count: {reason}", sys.stderr)
         return 2
 
     rows: list[Row] = []
     failed = False
     for architecture in given.arch or ("sm_90",):
         for operation, shape, dtype in _cases(operations, dtypes, head_dims):
-            print(f"{architecture} {operation} {shape} {dtype}", file=sys.stderr, flush=True)
+            say(f"{architecture} {operation} {shape} {dtype}", sys.stderr)
             try:
                 rows += count(operation, shape, DTYPES[dtype], architecture)
             except Exception as error:  # one kernel that fails must not hide the others
                 failed = True
-                print(f"  failed: {type(error).__name__}: {error}", file=sys.stderr)
+                say(f"  failed: {type(error).__name__}: {error}", sys.stderr)
     tables.write(document(rows), COLUMNS, given)
-    print(render(rows), end="")
+    say(render(rows).removesuffix("\n"))
     return 1 if failed else 0
 
 
@@ -323,7 +324,7 @@ def render(rows: list[Row]) -> str:
         case = " ".join(row[name] for name in ("operation", "pass", "dtype", "architecture"))
         times = row["loaded"] / row["distinct"]
         text += f"READ AGAIN {case} {row['shape']}: {row['tensor']} {times:.2f} times\n"
-    return f"{text}{len(rows)} tensors counted, {len(again)} read more than once\n"
+    return f"{text}{counted(len(rows), 'tensor')} counted, {len(again)} read more than once\n"
 
 
 def read_again(row: Row) -> bool:

@@ -22,6 +22,7 @@ from linear_vit.bench.problems import DTYPES, Expected, Problem, check, make_pro
 from linear_vit.bench.static.machine_code import LIMITS
 from linear_vit.kernels.triton import tuning
 from linear_vit.options import OptionError, add, known, numbers, option, words
+from linear_vit.screen import counted, say
 
 # A candidate has to win by this much: less is noise.
 _GAIN = 0.02
@@ -80,7 +81,7 @@ def tune(kernel: str, dim: int, dtype: torch.dtype, device: torch.device) -> Opt
         key = tuple(sorted(options.items()))
         if key not in times:
             times[key] = _time(kernel, options, problem, workload.mode, expected, device)
-            print(f"  {_words(options)}: {1e6 * times[key]:.1f} µs", flush=True)
+            say(f"  {_words(options)}: {1e6 * times[key]:.1f} µs")
         return times[key]
 
     while seconds(best) < float("inf"):
@@ -115,7 +116,7 @@ def _time(
             timing = clock.measure(call, device, budget_s=_BUDGET_S)
             if timing.disturbed is None:
                 return timing.median
-        print(f"  {_words(options)}: {timing.disturbed}", flush=True)
+        say(f"  {_words(options)}: {timing.disturbed}")
         return float("inf")
 
 
@@ -187,7 +188,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             _dry_run(cases, architecture, compile_them=not given.list)
         return 0
     if not torch.cuda.is_available():
-        print("no GPU here: --dry-run lists and compiles the candidates", file=sys.stderr)
+        say("no GPU here: --dry-run lists and compiles the candidates", sys.stderr)
         return 2
     _tune_all(cases, given.out or Path("tuning.json"))
     return 0
@@ -195,7 +196,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _dry_run(cases: Sequence[_Case], architecture: str, *, compile_them: bool) -> None:
     for kernel, dim, dtype in cases:
-        print(f"{kernel} {dim} {dtype} {architecture}")
+        say(f"{kernel} {dim} {dtype} {architecture}")
         with tuning.assume(architecture, LIMITS[architecture].multiprocessors):
             asked = dtype_of(kernel, DTYPES[dtype])
             start = tuning.options(kernel, dim, asked, torch.device("cpu"))
@@ -203,14 +204,14 @@ def _dry_run(cases: Sequence[_Case], architecture: str, *, compile_them: bool) -
             verdict = ""
             if compile_them:
                 verdict = compiles_well(kernel, candidate, architecture, dim, DTYPES[dtype])
-            print(f"  {_words(candidate)}  {verdict}".rstrip(), flush=True)
+            say(f"  {_words(candidate)}  {verdict}".rstrip())
 
 
 def _tune_all(cases: Sequence[_Case], out: Path) -> None:
     device = torch.device("cuda", torch.cuda.current_device())
     rules = []
     for kernel, dim, dtype in cases:
-        print(f"{kernel} {dim} {dtype}", flush=True)
+        say(f"{kernel} {dim} {dtype}")
         found = tune(kernel, dim, DTYPES[dtype], device)
         if found is not None:
             rules.append(
@@ -224,7 +225,7 @@ def _tune_all(cases: Sequence[_Case], out: Path) -> None:
             )
         out.parent.mkdir(parents=True, exist_ok=True)
         out.write_text(json.dumps({"schema": 1, "rules": rules}, indent=1) + "\n")
-    print(f"{len(rules)} rules in {out}: export {tuning.OVERRIDES}={out}")
+    say(f"{counted(len(rules), 'rule')} in {out}: export {tuning.OVERRIDES}={out}")
 
 
 if __name__ == "__main__":  # the old spelling

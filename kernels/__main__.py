@@ -11,12 +11,12 @@ from collections.abc import Sequence
 
 import torch
 
-from linear_vit import options
+from linear_vit import screen
 from linear_vit.kernels import build, toolchains
 
 
+@screen.command
 def main(arguments: Sequence[str] | None = None) -> int:
-    options.spell_out()
     parser = argparse.ArgumentParser(prog="python -m kernels", description="The kernels' sources.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     ahead = commands.add_parser(
@@ -38,16 +38,16 @@ def _build(architectures: tuple[str, ...] | None) -> int:
     """Build and load; the exit status."""
     reason = toolchains.no_cuda_toolchain()
     if reason is not None:
-        print(reason, file=sys.stderr)
+        screen.say(reason, sys.stderr)
         return 1
     if architectures is None and torch.cuda.is_available():
         architectures = (toolchains.architecture(torch.device("cuda")),)
     elif architectures is None:
         architectures = ("9.0a",)
-        print("no CUDA device here: building for 9.0a (choose with --arch)")
+        screen.say("no CUDA device here: building for 9.0a (choose with --arch)")
     version = toolchains.nvcc_version()
     assert version is not None
-    print(
+    screen.say(
         f"nvcc {version[0]}.{version[1]} in {toolchains.cuda_root()}, PyTorch {torch.__version__}"
     )
     try:
@@ -56,7 +56,7 @@ def _build(architectures: tuple[str, ...] | None) -> int:
         print(error, file=sys.stderr)
         return 1
     for family in toolchains.CUDA.families():
-        print(f"built and loaded {build.folder_of('cuda', family, architectures)}")
+        screen.say(f"built and loaded {build.folder_of('cuda', family, architectures)}")
     return 0
 
 

@@ -62,7 +62,7 @@ def _no_such_device(device: torch.device) -> str | None:
     count = torch.cuda.device_count()
     if device.type != "cuda" or (device.index or 0) < count:
         return None
-    return f"there is no {device} here: {count} CUDA devices are to be seen"
+    return f"there is no {device} here: CUDA devices to be seen: {count}"
 
 
 def default_backend(

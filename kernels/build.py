@@ -21,6 +21,7 @@ from pathlib import Path
 import torch
 
 from linear_vit.kernels.toolchains import EXTENSIONS, Extension, fingerprint
+from linear_vit.screen import say
 
 RETRY_S = 3600.0  # after which a build that failed is tried again
 _KERNELS = Path(__file__).resolve().parent
@@ -205,7 +206,7 @@ def _library(folder: Path) -> Path:
 
 
 def _say(message: str) -> None:
-    print(message, file=sys.stderr, flush=True)
+    say(message, sys.stderr)
 
 
 def _describe_failure(folder: Path, message: str) -> str:

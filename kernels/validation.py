@@ -11,6 +11,8 @@ from numbers import Integral, Real
 import torch
 from torch import Tensor
 
+from linear_vit.screen import counted
+
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 _DTYPE_NAMES = "float32, float16, bfloat16, or float64 with backend='reference'"
 
@@ -83,8 +85,8 @@ def check_grouping(q: Tensor, heads: int, name: str) -> None:
     of_q = q.shape[1]
     if of_q == 0 or of_q % heads != 0:
         raise ValueError(
-            f"q's heads must be a positive multiple of {name}'s {heads} heads, got {of_q}: "
-            f"query head h reads key/value head h // (H // Hk)"
+            f"q's heads must be a positive multiple of {name}'s {counted(heads, 'head')}, "
+            f"got {of_q}: query head h reads key/value head h // (H // Hk)"
         )
 
 

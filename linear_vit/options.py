@@ -9,6 +9,7 @@ parsers and for pytest's groups of options::
 """
 
 import argparse
+import codecs
 import importlib
 import io
 import math
@@ -140,14 +141,44 @@ def _plain(word: object) -> str:
     return str(word).replace("-", "_")
 
 
+# What stands for a character that an encoding lacks; others are spelled \u03bb.
+_PLAIN = {
+    **dict.fromkeys("–—−─", "-"),
+    **{"│": "|", "×": "x", "µ": "u", "±": "+-", "≈": "~", "≤": "<=", "≥": ">=", "²": "^2"},
+    **{"→": "->", "…": "...", "·": "*", "∞": "inf", "†": "#", "‡": "!", "§": "&", "⌈": "ceil("},
+    **{"⌉": ")", "‘": "'", "’": "'", "“": '"', "”": '"', "\N{NO-BREAK SPACE}": " "},
+}
+
+
+def _plainly(error: UnicodeError) -> tuple[str | bytes, int]:
+    if not isinstance(error, UnicodeEncodeError):
+        raise error
+    of_one = error.object[error.start]
+    spelled = of_one.encode("ascii", "backslashreplace").decode()
+    return _PLAIN.get(of_one, spelled), error.start + 1
+
+
+codecs.register_error("linear-vit-plainly", _plainly)
+
+
 def spell_out() -> None:
-    """From now on standard output takes any character: what its encoding lacks is spelled \\u03bb.
+    """From now on standard output takes any character: what its encoding lacks is put plainly.
 
     For a command to call as it starts: hours of work are not to die of a λ or ± in their last line.
     """
     for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper) and stream.errors in ("strict", "surrogateescape"):
-            stream.reconfigure(errors="backslashreplace")
+        if isinstance(stream, io.TextIOWrapper) and stream.errors in (
+            "strict",
+            "surrogateescape",
+            "backslashreplace",  # Python's own for stderr
+        ):
+            stream.reconfigure(errors="linear-vit-plainly")
+
+
+def as_printed(text: str) -> str:
+    """The text in the characters that standard output has, so that a table's columns line up."""
+    encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
+    return text.encode(encoding, "linear-vit-plainly").decode(encoding)
 
 
 def device(name: str | None) -> Any:

@@ -1,19 +1,29 @@
-"""Tables for a terminal of any width: what does not fit is folded, and nothing is ever cut.
+"""Text and tables for a terminal of any width: what does not fit is folded, and nothing is cut.
 
 A cell is folded between words, never within a number and its unit or an interval. Columns that
 still don't fit go into a block below, beside the columns that say what a row is about.
 """
 
+import contextlib
+import functools
+import os
 import re
+import select
 import shutil
+import sys
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any, TextIO
+
+from linear_vit import options
 
 _GAP = 2
 _NO_BREAK = "\u00a0"
 _SHORT = 12  # characters of a cell that is not folded at all
 # 371 µs, 80.2 ± 0.6 %, N ≈ 279, 96 – 168, and what stands in short brackets.
-_TOGETHER = re.compile(r"(?<=\d) (?=[^\W\d]|%)|(?<=[±≈–]) (?=\w)|(?<=\w) (?=[±≈–])|(?<=±) +")
+_TOGETHER = re.compile(
+    r"(?<=\d) (?=[^\W\d]|%)|(?<=[±≈–≥≤=~]) (?=\w)|(?<=\w) (?=[±≈–≥≤=~])|(?<=±) +"
+)
 _INTERVAL = re.compile(r"[(\[][^)\]]{1,18}[)\]]")
 
 Row = Sequence[str]
@@ -27,6 +37,96 @@ def width(elsewhere: int = 200) -> int:
 def prose(text: str, columns: int) -> str:
     """A paragraph in lines of at most so many columns, and at most 100."""
     return textwrap.fill(text, min(columns, 100), break_long_words=False, break_on_hyphens=False)
+
+
+def counted(count: int, noun: str) -> str:
+    """``1 case``, ``2,000 cases``."""
+    return f"{count:,} {noun}{'' if count == 1 else 's'}"
+
+
+def say(text: object, file: TextIO | None = None) -> None:
+    """Print lines, each folded where it is wider than the terminal; as they are where none is."""
+    to = file or sys.stdout
+    columns = width(elsewhere=0) if to.isatty() or "COLUMNS" in os.environ else 0
+    print(folded(options.as_printed(str(text)), columns), file=to, flush=True)
+
+
+def folded(text: str, columns: int) -> str:
+    """The text with every line that is wider folded between words, with its rest indented.
+
+    Args:
+        columns: at most so many, unless a word is longer; 0 leaves the lines as they are.
+    """
+    lines = text.splitlines()
+    return "\n".join(_folded(line, columns) if 0 < columns < len(line) else line for line in lines)
+
+
+def _folded(line: str, columns: int) -> str:
+    """Folded at a gap if that will do; what is below stands where the first gap ends."""
+    found = re.match(r" *(\S+( \S+)? {2,})?", line)
+    begin = found[0] if found else ""
+    rest, indent = line[len(begin) :], len(begin)
+    if not begin.strip() or indent > columns // 3:
+        begin = line[: len(line) - len(line.lstrip())]
+        rest, indent = line.strip(), min(len(begin) + 4, columns // 3)
+    lines = [begin]
+    for part in re.split(r" {2,}", glued(rest.strip())):
+        gap = "" if lines[-1].endswith(" ") or not lines[-1] else "  "
+        if gap and len(lines[-1] + gap + part) > columns >= indent + len(part):
+            lines.append(" " * indent + part)
+            continue
+        lines[-1:] = textwrap.wrap(
+            (lines[-1] + gap + part).replace("  ", _NO_BREAK + " "),
+            columns,
+            subsequent_indent=" " * indent,
+            break_long_words=False,
+            break_on_hyphens=False,
+        )
+    return "\n".join(line.replace(_NO_BREAK, " ").rstrip() for line in lines)
+
+
+Main = Callable[..., int]
+
+
+def command(main: Main) -> Main:
+    """A command's main, which prints any character, and ends quietly where nobody reads on.
+
+    ``... | head -1`` closes the pipe. The status is then 141, as of whatever SIGPIPE ends, and 130
+    after Ctrl-C.
+    """
+
+    @functools.wraps(main)
+    def run(*args: Any, **given: Any) -> int:
+        options.spell_out()
+        try:
+            try:
+                return main(*args, **given)
+            finally:
+                sys.stdout.flush()
+        except BrokenPipeError:
+            if not _unread():
+                raise
+            return 141
+        except KeyboardInterrupt:
+            print("interrupted", file=sys.stderr)
+            return 130
+
+    return run
+
+
+def _unread() -> bool:
+    """Whether nobody reads standard output or error; what is left for them goes nowhere."""
+    found = False
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):  # no file of the system's
+            there = select.poll()
+            there.register(stream.fileno(), 0)
+            if any(state & select.POLLERR for _, state in there.poll(0)):
+                found = True
+                nowhere = os.open(os.devnull, os.O_WRONLY)
+                os.dup2(nowhere, stream.fileno())
+                os.close(nowhere)
+    return found
 
 
 def draw(
@@ -49,9 +149,10 @@ def draw(
         colour: whether names may be set in bold.
     """
     at_most = width() if at_most is None else at_most
+    printed = [list(map(options.as_printed, row)) for row in (columns, *rows)]
     cells = [
         [glued(name), *(glued(cell, whole=_SHORT) for cell in column)]
-        for name, *column in zip(columns, *rows, strict=True)
+        for name, *column in zip(*printed, strict=True)
     ]
     left = [*words, *[False] * (len(cells) - len(words))]
     least = [max(len(piece) for cell in column for piece in _pieces(cell)) for column in cells]

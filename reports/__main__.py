@@ -6,15 +6,15 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from linear_vit import options
+from linear_vit import options, screen
 from linear_vit.reports.saved import runs
 from linear_vit.reports.saved.files import write_json, write_text
 
 Parser = argparse.ArgumentParser
 
 
+@screen.command
 def main(argv: list[str] | None = None) -> int:
-    options.spell_out()
     parser = _parser()
     arguments = parser.parse_args(argv)
     if arguments.command is None:
@@ -23,10 +23,12 @@ def main(argv: list[str] | None = None) -> int:
     try:
         return int(arguments.run(arguments))
     except (runs.NoRuns, runs.Damaged, options.OptionError) as error:
-        print(error, file=sys.stderr)
+        screen.say(error, sys.stderr)
         return 2
+    except BrokenPipeError:
+        raise
     except OSError as error:
-        print(f"cannot write {error.filename}: {error.strerror}", file=sys.stderr)
+        screen.say(f"cannot write {error.filename}: {error.strerror}", sys.stderr)
         return 2
 
 
@@ -161,8 +163,8 @@ def _scaling(arguments: argparse.Namespace) -> int:
             f"{runs.HOW_TO_MEASURE}"
         )
     written = scaling.write(found, out)
-    print(scaling.summary(found))
-    print(f"{len(written)} files in {out}")
+    screen.say(scaling.summary(found))
+    screen.say(f"{screen.counted(len(written), 'file')} in {out}")
     return 0
 
 
@@ -198,7 +200,7 @@ def _compare(arguments: argparse.Namespace) -> int:
         )
     if arguments.csv:
         cases.to_csv(arguments.csv, index=False)
-    print(text)
+    screen.say(text)
     return int(failed)
 
 
@@ -209,10 +211,10 @@ def _targets(arguments: argparse.Namespace) -> int:
     loaded = _load(arguments.paths)
     chosen = targets.LISTS.get(arguments.targets) or targets.of_device(loaded)
     found = targets.verdicts(loaded, chosen)
-    print("\n".join(map(str, found)))
+    screen.say("\n".join(map(str, found)))
     if arguments.out:
         write_text(arguments.out, documents.of_targets(loaded, found))
-        print(f"written to {arguments.out}")
+        screen.say(f"written to {arguments.out}")
     return int(any(verdict.holds is False for verdict in found))
 
 
@@ -220,7 +222,7 @@ def _table(arguments: argparse.Namespace) -> int:
     from linear_vit.reports import tables
 
     asked = {name: getattr(arguments, name) for name in ("speeds", "exponents", "ablations")}
-    print(tables.write_results(arguments.runs, arguments.out, **asked))
+    screen.say(tables.write_results(arguments.runs, arguments.out, **asked))
     return 0
 
 
@@ -228,7 +230,7 @@ def _page(arguments: argparse.Namespace) -> int:
     from linear_vit.reports.page import page
 
     size = page.write(arguments.paths, arguments.results, arguments.out)
-    print(f"{arguments.out} ({size / 2**20:.2f} MiB)")
+    screen.say(f"{arguments.out} ({size / 2**20:.2f} MiB)")
     return 0
 
 
@@ -236,7 +238,7 @@ def _results(arguments: argparse.Namespace) -> int:
     from linear_vit.reports.tables import documents
 
     write_text(arguments.out, documents.of_measurements(runs.MEASUREMENTS))
-    print(arguments.out)
+    screen.say(arguments.out)
     return 0
 
 
@@ -254,7 +256,7 @@ def _convert(arguments: argparse.Namespace) -> int:
             if not old.is_dir():
                 raise runs.NoRuns(f"{path}: {error}") from error
             continue
-        print(write_json(new / path.relative_to(old), document))
+        screen.say(write_json(new / path.relative_to(old), document))
         converted += 1
     return 0 if converted else 2
 
@@ -263,16 +265,16 @@ def _default_paths() -> list[Path]:
     paths = runs.default_paths()
     if paths == runs.measured():
         text = f"no run in {runs.DEFAULT_OUT}: these are the repository's own measurements"
-        print(text, file=sys.stderr)
+        screen.say(text, sys.stderr)
     return paths
 
 
 def _load(paths: Sequence[Path], *, every: bool = False) -> runs.Runs:
     loaded = runs.load(paths, every=every)
     for line in loaded.skipped:
-        print(f"skipped {line}", file=sys.stderr)
+        screen.say(f"skipped {line}", sys.stderr)
     for line in loaded.disturbed():
-        print(f"left out of fits, means and verdicts: {line}", file=sys.stderr)
+        screen.say(f"left out of fits, means and verdicts: {line}", sys.stderr)
     return loaded
 
 

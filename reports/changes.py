@@ -20,6 +20,7 @@ from linear_vit.reports import units
 from linear_vit.reports.saved.runs import PLACE, Asked, Runs, only
 from linear_vit.reports.saved.versions import DEFAULT_CONTROL, Versions, pair_up
 from linear_vit.reports.statistics import pair, pools, repeats, turns
+from linear_vit.screen import counted
 
 SLOWER, FASTER, SAME, UNDECIDED = "slower", "faster", "same", "undecided"
 MISSING = "missing"  # in the later run
@@ -96,7 +97,9 @@ def changes(
             notes.append("too few cases to see how much runs of the same code differ")
     judged = found.cases[~is_control]
     if once := int(judged["verdict"].isna().sum()):
-        notes.append(f"{once} cases left out: of one run a side, where others are of several")
+        notes.append(
+            f"{counted(once, 'case')} left out: of one run a side, where others are of several"
+        )
     drift = (both["median_s_after"] / both["median_s_before"])[is_control].median()
     lost = versions.missing.assign(before_s=versions.missing["median_s"], verdict=MISSING)
     lost = lost[["case", *PLACE, "backend", "before_s", "verdict"]]
@@ -223,20 +226,21 @@ def render(found: Changes) -> str:
     lines = []
     for row in found.pools.to_dict("records"):
         what = f"{row['operation']} {row['pass']} {row['dtype']} {row['backend']}"
-        lines.append((row, f"{what:64} {row['cases']:4} cases together"))
+        lines.append((row, what, f"{counted(row['cases'], 'case')} together"))
     is_gone = found.cases["verdict"] == MISSING
     for row in found.cases[~is_gone].to_dict("records"):
         times = f"{units.duration(row['before_s']):>8} → {units.duration(row['after_s']):>8}"
-        lines.append((row, f"{row['case']:64} {times}"))
+        lines.append((row, row["case"], times))
     lines.sort(key=lambda line: VERDICTS.index(line[0]["verdict"]))
+    longest = max((len(what) for _, what, _ in lines), default=0)
     text = [
-        f"{MISSING:9}  {backend}: {len(part)} cases, as {part['case'].iloc[0]}"
+        f"{MISSING:9}  {backend}: {counted(len(part), 'case')}, as {part['case'].iloc[0]}"
         for backend, part in found.cases[is_gone].groupby("backend", sort=False)
     ]
     text += [
-        f"{row['verdict']:9}  {what}  {row['ratio']:.3f}× the time "
+        f"{row['verdict']:9}  {what:{longest}}  {times:>19}  {row['ratio']:.3f}× the time "
         f"({_bound(row['low'])} to {_bound(row['high'])})"
-        for row, what in lines
+        for row, what, times in lines
     ]
     if found.drift is not None:
         text.append(
@@ -249,8 +253,8 @@ def render(found: Changes) -> str:
         if not frame.empty:
             counts = frame["verdict"].value_counts()
             shown = [v for v in VERDICTS if v != MISSING or counts.get(v, 0)]
-            counted = ", ".join(f"{counts.get(verdict, 0)} {verdict}" for verdict in shown)
-            text.append(f"{words}: {counted}")
+            of_each = ", ".join(f"{counts.get(verdict, 0)} {verdict}" for verdict in shown)
+            text.append(f"{words}: {of_each}")
     return "\n".join(text)
 
 

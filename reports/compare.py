@@ -15,6 +15,7 @@ from linear_vit import options
 from linear_vit.reports import units
 from linear_vit.reports.saved.runs import NoRuns, Runs, Words
 from linear_vit.reports.statistics import turns
+from linear_vit.screen import counted
 
 _PLACE = ["machine", "sweep", "total_tokens", "operation", "pass", "dtype", "setting"]
 _GROUP = [*_PLACE, "backend"]
@@ -76,7 +77,11 @@ def render(cases: pd.DataFrame, baseline: str, words: Words) -> str:
     several = cases.groupby("operation")["setting"].nunique() > 1
     parts = dict(list(cases.groupby(_GROUP)))
     for summary in summarise(cases).to_dict("records"):
-        where = [f"{summary['total_tokens']:,} tokens a call"] if summary["total_tokens"] else []
+        where = (
+            [f"{counted(summary['total_tokens'], 'token')} a call"]
+            if summary["total_tokens"]
+            else []
+        )
         where += [summary["setting"]] if several[summary["operation"]] else []
         where += [f"{summary['sweep']} sweep"] if summary["sweep"] else []
         what = [words.operation(summary["operation"]), summary["pass"], summary["dtype"], *where]

@@ -11,6 +11,7 @@ from linear_vit.reports.claims import FAMILIES, PYTORCH, Family, family_of
 from linear_vit.reports.saved.runs import Runs, Words
 from linear_vit.reports.statistics import turns
 from linear_vit.reports.statistics.fits import Crossover, Fit, crossover, fit_scaling
+from linear_vit.screen import counted
 
 PASSES = ("forward", "backward", "forward+backward")
 # (operation, pass, backend) of one group.
@@ -53,7 +54,7 @@ class Group:
 
     @property
     def where(self) -> str:
-        total = f"{self.total_tokens:,} tokens a call, " if self.total_tokens else ""
+        total = f"{counted(self.total_tokens, 'token')} a call, " if self.total_tokens else ""
         sweep = f"{self.sweep} sweep, " if self.sweep else ""
         setting = f"{self.setting}, " if self.setting else ""
         return f"{self.dtype}, {total}{setting}{sweep}{self.machine}"

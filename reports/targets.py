@@ -17,6 +17,7 @@ from linear_vit.reports.saved.runs import LENGTHS, NoRuns, Runs
 from linear_vit.reports.statistics import turns
 from linear_vit.reports.statistics.fits import fit_scaling
 from linear_vit.reports.tables.table import Table, word
+from linear_vit.screen import counted
 
 Found = tuple[str, bool]  # what was measured, in words, and whether it keeps the bound
 Case = dict[Any, Any]  # a row of Runs.kernels
@@ -284,7 +285,7 @@ def _all_right(run: Runs) -> Found | None:
     own = tuple(name for name in run.words.backends if run.words.own(name))
     failed = [item for head in run.heads for item in head["failed"].items()]
     wrong = [f"; {case}: {why}" for case, why in failed if case.endswith(own)]
-    found = f"{len(run.kernels)} cases done, {len(wrong)} wrong"
+    found = f"{counted(len(run.kernels), 'case')} done, {len(wrong)} wrong"
     return found + "".join(wrong[:1]), not wrong
 
 

@@ -34,7 +34,9 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 @pytest.fixture(autouse=True)
 def calm_machine(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What else runs here disturbs no turn: tests of the measuring bring disturbances of theirs."""
+    """What else runs here disturbs no turn: tests of the measuring bring disturbances of theirs.
+    And lines are as wide as they are: pytest-xdist says how wide a terminal is that isn't there."""
+    monkeypatch.delenv("COLUMNS", raising=False)
     telemetry = sys.modules.get("linear_vit.bench.instruments.telemetry")
     if telemetry is not None:
         calm = lambda device: telemetry.Watch(telemetry.source_for(device))  # noqa: E731

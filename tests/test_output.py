@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from linear_vit import options
+from linear_vit import options, screen
 
 ROOT = Path(__file__).parents[1]
 SAVED = ROOT / "reports/measurements/xeon-2.5ghz-2-cores/benchmark.json"
@@ -58,6 +58,25 @@ def test_what_an_encoding_lacks_is_spelled(encoding: str) -> None:
     assert chosen.errors == "replace"
 
 
+def test_a_table_is_plain_where_there_is_ascii_alone() -> None:
+    """What stands for a character is in line, too."""
+    stream = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    with contextlib.redirect_stdout(stream):
+        options.spell_out()
+        print(screen.draw(["N", "time"], [["64", "371 µs ±3%"], ["128", "2 × 3 – 4"]], at_most=40))
+        screen.say("‡ disturbed → 1.00× …")
+        stream.flush()
+    assert isinstance(stream.buffer, io.BytesIO)
+    assert stream.buffer.getvalue().decode("ascii").splitlines() == [
+        "N           time",
+        "---  -----------",
+        "64   371 us +-3%",
+        "128    2 x 3 - 4",
+        "",
+        "! disturbed -> 1.00x ...",
+    ]
+
+
 @pytest.mark.parametrize("command", HELP)
 def test_every_command_shows_its_help(command: str) -> None:
     code, said = run(f"{command} --help", "ascii")
@@ -87,6 +106,7 @@ def test_a_small_run_of_every_command(
     code, said = run(command, encoding)
     assert code in (0, 1)  # 1: a target is broken
     assert words in said
+    assert "\\" not in said  # nothing that a reader would have to decode
 
 
 @pytest.mark.slow

@@ -1,5 +1,8 @@
-"""Tables of a terminal: they fit any width, and every cell can be read off them whole."""
+"""What a terminal shows: it fits any width, and every cell can be read off whole."""
 
+import contextlib
+import io
+import os
 import re
 
 import pytest
@@ -88,3 +91,68 @@ def test_short_cells_fold_last() -> None:
     rows = [["linear_attention_state", *["ok 3e-07"] * 6]]
     text = screen.draw(columns, rows, at_most=50)
     assert text.count("ok 3e-07") == 6
+
+
+LINES = """\
+undecided  linear_attention forward float32 compiled                  9 cases together  1.000× (0.96 to 1.04)
+  N =        64   93.6 ms against   514 ms    6.84× (its rounds were not kept)
+FAIL          forward, float32, N ≥ 1,024, over the matmul's rate: mean 0.74×, worst 0.72×
+note: one run a side does not show the luck of a process; several do (--with)
+"""  # noqa: E501
+
+
+@pytest.mark.parametrize("width", [20, 40, 60, 80, 120])
+def test_lines_are_folded_between_words(width: int) -> None:
+    text = screen.folded(LINES, width)
+    assert max(map(len, text.splitlines())) <= width
+    assert text.split() == LINES.split()
+    for whole in ("1,024", "93.6 ms", "514 ms", "9 cases"):
+        assert whole in text
+    # What goes on is indented, so that each line's begin is seen.
+    begins = [line for line in text.splitlines() if not line.startswith("    ")]
+    assert len(begins) == 4
+
+
+def test_a_line_is_folded_at_its_gaps_below_its_first_one() -> None:
+    assert screen.folded(LINES, 75).splitlines()[:2] == [
+        "undecided  linear_attention forward float32 compiled  9 cases together",
+        "           1.000× (0.96 to 1.04)",
+    ]
+    assert screen.folded(LINES, 0) == LINES.rstrip()
+    assert screen.folded("", 40) == ""
+
+
+def test_what_is_counted() -> None:
+    assert [screen.counted(n, "case") for n in (0, 1, 2000)] == ["0 cases", "1 case", "2,000 cases"]
+
+
+@pytest.mark.parametrize("stream", ["stdout", "stderr"])
+def test_a_command_that_nobody_reads_on_ends_quietly(stream: str) -> None:
+    """As in ``python -m reports targets RUN | head -1``."""
+    read, write = os.pipe()
+    redirect = getattr(contextlib, f"redirect_{stream}")
+    os.close(read)
+    by_line = stream == "stderr"
+    with io.TextIOWrapper(os.fdopen(write, "wb"), line_buffering=by_line) as pipe, redirect(pipe):
+
+        @screen.command
+        def main(text: str) -> int:
+            print(text, file=pipe)
+            return 0
+
+        assert main("small: it is noticed at the end") == 141
+        assert main("here nobody is told of") == 0  # now it goes nowhere
+    with redirect(io.StringIO()):
+
+        @screen.command
+        def stopped() -> int:
+            raise KeyboardInterrupt
+
+        assert stopped() == 130
+
+        @screen.command
+        def broken() -> int:
+            raise BrokenPipeError("of a process of ours")
+
+        with pytest.raises(BrokenPipeError):
+            broken()

@@ -2,6 +2,8 @@
 
 import sys
 
+from linear_vit.screen import say
+
 _notices: set[str] = set()
 
 
@@ -16,7 +18,7 @@ def notice(text: str) -> None:
     """Prints a line to stderr, once a process."""
     if text not in _notices:
         _notices.add(text)
-        print(text, file=sys.stderr)
+        say(text, sys.stderr)
 
 
 def first_line(error: BaseException) -> str:

@@ -10,6 +10,7 @@ import pandas as pd
 import torch
 from torch import nn
 
+from linear_vit.screen import counted
 from linear_vit.training.checkpoints import check_classes, load_checkpoint, load_weights
 from linear_vit.training.config import DATASETS, RECIPES, Config, build_model
 from linear_vit.training.data import datasets
@@ -112,7 +113,7 @@ def evaluate(
 def _not_finite(model: nn.Module) -> str:
     """Which weights are to blame, for a message."""
     bad = [name for name, weight in model.named_parameters() if not weight.isfinite().all()]
-    others = f" and {len(bad) - 1} others" if len(bad) > 1 else ""
+    others = f" and {counted(len(bad) - 1, 'other')}" if len(bad) > 1 else ""
     return f": its weights hold NaN or infinity ({bad[0]}{others})" if bad else ""
 
 
@@ -120,7 +121,7 @@ def describe(result: dict[str, Any]) -> str:
     """A few lines: the overall accuracy, and each class's (the ten worst of many)."""
     lines = [
         f"{result['checkpoint']}: {result['model']} on {result['dataset_title']}: "
-        f"{result['accuracy']:.2%} of {result['images']} test images"
+        f"{result['accuracy']:.2%} of {counted(result['images'], 'test image')}"
     ]
     known = [(value, name) for name, value in result["per_class"].items() if value is not None]
     worst = sorted(known)[:10]

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from linear_vit.screen import counted, say
 from linear_vit.training.checkpoints import differences, load_checkpoint
 from linear_vit.training.config import OPTIONS, Config, digest, ignored
 from linear_vit.training.errors import UserError, notice
@@ -36,7 +37,7 @@ def to_resume(given: Mapping[str, Any], config: Config, folder: Path) -> tuple[C
     agree = {path: run for path, run in left.items() if not differences(run, given)}
     exact = [path for path, run in agree.items() if given and run == asked]
     for path in [*exact, *agree][:1]:
-        others = f"; {len(agree) - 1} more are named with --out" if len(agree) > 1 else ""
+        others = f"; {len(agree) - 1} more with --out" if len(agree) > 1 else ""
         notice(f"going on with {path}, the newest unfinished run of these settings{others}")
         return Config(**agree[path]), path
     if finished_record(here, config):
@@ -135,9 +136,10 @@ def missing(
     done = [run["config"] for run in recorded(configs, folder, device, title_of).values()]
     left = [config for config in configs if dataclasses.asdict(config) not in done]
     if len(left) < len(configs):
-        print(f"{len(configs) - len(left)} of {len(configs)} runs are recorded in {folder}")
+        done_of = f"{len(configs) - len(left)} of {counted(len(configs), 'run')}"
+        say(f"{done_of} recorded in {folder}")
     for number, config in enumerate(left, 1):
-        print(f"run {number} of {len(left)}: {config.dataset} {config.model} seed {config.seed}")
+        say(f"run {number} of {len(left)}: {config.dataset} {config.model} seed {config.seed}")
         yield config
 
 
@@ -152,7 +154,7 @@ def time_models(
     cases = [step_case(config) for config in dict.fromkeys(configs)]
     path = folder / f"steps-{digest(configs[0].setting)}.json"
     if not were_timed(cases, path, device):
-        print(f"training steps of {', '.join(config.model for config in configs)}, by turns")
+        say(f"training steps of {', '.join(config.model for config in configs)}, by turns")
         time_steps(cases, path, device, seconds=seconds)
 
 
@@ -165,7 +167,7 @@ def time_values(
         for config in configs
         for value in [getattr(config, setting)]
     }
-    print(f"training steps of {setting} {', '.join(map(str, cases))}, by turns")
+    say(f"training steps of {setting} {', '.join(map(str, cases))}, by turns")
     path = folder / f"steps-{setting}.json"
     return time_steps(list(cases.values()), path, device, seconds=seconds)
 

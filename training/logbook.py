@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from linear_vit.bench.instruments.memory import is_out_of_memory
 from linear_vit.bench.progress import Progress, clock
+from linear_vit.screen import counted
 from linear_vit.training import board, distributed
 from linear_vit.training.checkpoints import (
     check_classes,
@@ -292,8 +293,8 @@ def out_of_memory(error: BaseException, config: Config) -> UserError | None:
     size = DATASETS[config.dataset].image_size
     smaller = max(1, config.batch_size // 2)
     return UserError(
-        f"out of memory: a batch of {config.batch_size} images of {size}x{size} did not fit with "
-        f"the {config.model} model of dim {config.dim}, depth {config.depth} and {config.heads} "
-        f"heads ({first_line(error):.120}); try --batch_size {smaller}, or "
-        f"--accumulate {2 * config.accumulate}, which keeps the batch and its result"
+        f"out of memory: a batch of {counted(config.batch_size, 'image')} of {size}x{size} did not "
+        f"fit with the {config.model} model of dim {config.dim}, depth {config.depth} and "
+        f"{counted(config.heads, 'head')} ({first_line(error):.120}); try --batch_size {smaller}, "
+        f"or --accumulate {2 * config.accumulate}, which keeps the batch and its result"
     )

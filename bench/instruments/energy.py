@@ -6,6 +6,7 @@ from collections.abc import Callable
 import torch
 
 from linear_vit.bench.instruments import machine
+from linear_vit.screen import counted
 
 _LEAST_S = 0.5  # of calls back to back: the counter is refreshed a few dozen times a second
 
@@ -35,4 +36,7 @@ def per_call(
     torch.cuda.synchronize(device)
     spent = pynvml.nvmlDeviceGetTotalEnergyConsumption(handle) - before
     seconds = time.perf_counter() - started
-    return spent * 1e-3 / calls, f"NVML board energy over {calls} calls in {seconds:.2f} s"
+    return (
+        spent * 1e-3 / calls,
+        f"NVML board energy over {counted(calls, 'call')} in {seconds:.2f} s",
+    )

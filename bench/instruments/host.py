@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from linear_vit.bench.instruments import machine
+from linear_vit.screen import counted
 
 WAITED = "waiting for a core"
 STOLEN = "time stolen by the hypervisor"
@@ -55,7 +56,8 @@ def disturbances(before: Sample, after: Sample, cores: int) -> tuple[list[str], 
     found, remarks = [], []
     if waited > _MOST_WAITED * took:
         if taking_part > cores:
-            remarks.append(f"{taking_part} threads of this process on {cores} cores")
+            threads = counted(taking_part, "thread")
+            remarks.append(f"{threads} of this process on {counted(cores, 'core')}")
         else:
             found.append(WAITED)
     stolen = after.stolen - before.stolen

@@ -3,7 +3,8 @@
 import ctypes
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -14,6 +15,7 @@ from linear_vit.bench.instruments.machine import read
 
 # The profiler's library talks on stderr about every session unless told not to.
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")
+_ERROR = 2  # of c10's levels
 
 
 def peak_beyond_outputs(
@@ -39,7 +41,7 @@ def peak_beyond_outputs(
     if device.type != "cpu":
         return None, f"not measured on {device.type}"
 
-    with profiler.profile(use_kineto=True, profile_memory=True) as profile:
+    with _without_remarks(), profiler.profile(use_kineto=True, profile_memory=True) as profile:
         outputs = call()
     kineto = profile.kineto_results
     if kineto is None:
@@ -63,6 +65,25 @@ def available_bytes(device: torch.device) -> int | None:
         return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     known = [value for value in (_of_meminfo(), _of_cgroup()) if value is not None]
     return min(known, default=None)
+
+
+@contextmanager
+def _without_remarks() -> Iterator[None]:
+    """PyTorch's C++ code logs errors alone meanwhile.
+
+    It would remark that memory which is older than the profile is freed in it.
+    """
+    try:
+        library = ctypes.CDLL(str(Path(torch.__file__).parent / "lib/libc10.so"))
+        level = ctypes.c_int.in_dll(library, "FLAGS_caffe2_log_level")
+    except (OSError, ValueError):  # a build of another kind remarks
+        yield
+        return
+    before, level.value = level.value, max(level.value, _ERROR)
+    try:
+        yield
+    finally:
+        level.value = before
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -20,6 +20,7 @@ from linear_vit.bench.instruments import machine
 from linear_vit.bench.instruments.canary import Canary
 from linear_vit.bench.instruments.host import Host, Sample, disturbances, ticks_of
 from linear_vit.bench.instruments.machine import read
+from linear_vit.screen import counted
 
 # NVML's reasons for a clock below the one asked for (nvml.h, nvmlClocksEventReason*). The power cap
 # is no fault: a card at its cap runs as fast as its owner lets it, and always will.
@@ -125,7 +126,7 @@ class Watch:
     def sentence(self) -> str:
         """What disturbed the turns, in words."""
         told = ", ".join(f"{what} ({n})" for what, n in self.reasons.most_common())
-        return f"{self.dropped} of {self.turns} turns disturbed: {told}"
+        return f"{self.dropped} of {counted(self.turns, 'turn')} disturbed: {told}"
 
     def summary(self, dropped: int, *, gave_up: bool = False) -> dict[str, Any]:
         """What goes into the file: ``[least, median, greatest]`` of each value.

@@ -3,6 +3,7 @@
 from typing import Any
 
 from linear_vit.bench.static import launches, machine_code
+from linear_vit.screen import counted
 
 # A half-precision kernel with more multiply-adds than this, and no tensor core, multiplies matrices
 # by hand: what remains beside products (scaling, row sums) is a few per element a thread holds.
@@ -28,7 +29,7 @@ def faults(row: Row) -> list[str]:
     """What is wrong with a kernel, in words; empty where nothing is."""
     found = []
     if row["spill_stores"] or row["spill_loads"]:
-        found.append(f"spills {row['spill_stores'] + row['spill_loads']} bytes")
+        found.append(f"spills {counted(row['spill_stores'] + row['spill_loads'], 'byte')}")
     if row["occupancy"] == 0:
         found.append("does not fit a multiprocessor")
     if row["float_atomics"]:
@@ -38,7 +39,7 @@ def faults(row: Row) -> list[str]:
     half = row["dtype"] in ("float16", "bfloat16")
     by_hand = row["fma"] > _MOST_FMA and launches.has_head_dims(row["room"])
     if half and not row["tensor_core"] and (row["products"] or by_hand):
-        found.append(f"{row['fma']} multiply-adds and no tensor core")
+        found.append(f"{counted(row['fma'], 'multiply-add')} and no tensor core")
     # A few narrow accesses are a row's statistics, or a sum of partials; more are a tile.
     # A CUDA kernel without template arguments knows no element type: it adds up float32 states.
     if half and "aligned" in row["layout"] and row["configuration"]:

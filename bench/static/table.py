@@ -33,6 +33,7 @@ from linear_vit.bench.static.units import (
     toolchain,
 )
 from linear_vit.kernels.rows import HEAD_DIMS
+from linear_vit.screen import counted, say
 
 COLUMNS = (
     "backend", "room", "kernel", "head_dim", "dtype", "architecture", "layout", "configuration",
@@ -79,14 +80,14 @@ def main(argv: Sequence[str] | None = None) -> int:
             dtypes=dtypes,
             head_dims=head_dims,
             jobs=given.jobs,
-            progress=lambda line: print(line, file=sys.stderr, flush=True),
+            progress=lambda line: say(line, sys.stderr),
         )
     except Incomplete as error:
         rows, failure = error.rows, str(error)
     tables.write(document(rows), COLUMNS, given)
-    print(render(rows, every=given.all), end="")
+    say(render(rows, every=given.all).removesuffix("\n"))
     if failure:
-        print(f"does not compile:\n{failure}", file=sys.stderr)
+        say(f"does not compile:\n{failure}", sys.stderr)
     return 1 if failure or any(row["faults"] for row in rows) else 0
 
 
@@ -129,7 +130,7 @@ def render(rows: list[Row], *, every: bool = False, width: int | None = None) ->
         what = f"{row['backend']} {row['room']} {row['kernel']} {row['architecture']}"
         text += f"FAULT {what} D={row['head_dim']} {row['dtype']} {row['layout']}: {fault}"
         text += f" ({row['configuration']})\n"
-    return f"{text}{len(rows)} kernels compiled, {len(wrong)} faults\n"
+    return f"{text}{counted(len(rows), 'kernel')} compiled, {counted(len(wrong), 'fault')}\n"
 
 
 def _line(group: list[Row], every: bool) -> list[str]:

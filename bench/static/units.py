@@ -24,6 +24,7 @@ from linear_vit.bench.static import launches, machine_code
 from linear_vit.bench.static.faults import Row, finished
 from linear_vit.kernels import build, toolchains
 from linear_vit.kernels.rows import HEAD_DIMS
+from linear_vit.screen import counted
 
 SCHEMA = 1
 ARCHITECTURES = tuple(machine_code.LIMITS)
@@ -99,7 +100,7 @@ def compile_all(
                     progress(f"[{done}/{len(asked)}] {what}: failed, {type(error).__name__}")
                     continue
                 found[unit] = future.result()
-                progress(f"[{done}/{len(asked)}] {what}: {len(found[unit])} kernels")
+                progress(f"[{done}/{len(asked)}] {what}: {counted(len(found[unit]), 'kernel')}")
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             raise

@@ -11,6 +11,7 @@ import torch
 
 from linear_vit.kernels import build
 from linear_vit.kernels.linear_attention.operators import attach
+from linear_vit.screen import counted
 
 build.load("cpu", "linear_attention")
 
@@ -26,4 +27,4 @@ def implementation(op: str, *arguments: Any) -> str:
     """The instruction set and the threads that a call would use now."""
     of = (arguments[0].dtype == torch.bfloat16, arguments[0].shape[-1]) if arguments else (True, 64)
     instruction_set = torch.ops.linear_vit.cpu_linear_attention_instruction_set(*of)
-    return f"{op} in C++ for {instruction_set}, {torch.get_num_threads()} threads"
+    return f"{op} in C++ for {instruction_set}, {counted(torch.get_num_threads(), 'thread')}"

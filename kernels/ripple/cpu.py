@@ -12,6 +12,7 @@ import torch
 from linear_vit.kernels import build
 from linear_vit.kernels.ripple.operators import attach
 from linear_vit.kernels.ripple.stages import compose
+from linear_vit.screen import counted
 
 build.load("cpu", "ripple")
 
@@ -22,4 +23,4 @@ ripple_pool_stages, ripple_expand_stages = compose(ripple_pool, ripple_expand)
 def implementation(op: str, *arguments: Any) -> str:
     """The instruction set and the threads that a call would use now."""
     instruction_set = torch.ops.linear_vit.cpu_ripple_instruction_set()
-    return f"{op} in C++ for {instruction_set}, {torch.get_num_threads()} threads"
+    return f"{op} in C++ for {instruction_set}, {counted(torch.get_num_threads(), 'thread')}"

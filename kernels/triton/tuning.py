@@ -22,6 +22,8 @@ from pathlib import Path
 
 import torch
 
+from linear_vit.screen import counted
+
 HALF = (torch.float16, torch.bfloat16)
 FLOAT32 = (torch.float32,)
 OVERRIDES = "LINEAR_VIT_TUNING"
@@ -351,4 +353,4 @@ def describe(kernel: str, dim: int, dtype: torch.dtype, of: torch.device) -> str
     chosen = options(kernel, dim, dtype, of)
     warps, stages = chosen.pop("num_warps"), chosen.pop("num_stages")
     tile = "".join(f" {name}={value}" for name, value in chosen.items())
-    return f"{kernel.partition('.')[2]}{tile}, {warps} warps, {stages} stages"
+    return f"{kernel.partition('.')[2]}{tile}, {counted(warps, 'warp')}, {counted(stages, 'stage')}"

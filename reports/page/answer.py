@@ -9,10 +9,10 @@ from linear_vit.reports.page.captions import faster, some
 from linear_vit.reports.page.cases import Case, by, cases, competing
 from linear_vit.reports.page.parts import Seen
 from linear_vit.reports.page.proofs import checked
-from linear_vit.reports.saved import machines
 from linear_vit.reports.saved.documents import Saved
 from linear_vit.reports.statistics.seeds import percent_text
 from linear_vit.reports.units import capital
+from linear_vit.screen import counted
 
 Fact = tuple[str, str]
 _PASS = "forward"
@@ -93,7 +93,7 @@ def _reached(saved: Saved) -> Iterator[str]:
         reached = [f"{row['title']} {percent_text(row['accuracy'])}" for row in rows]
         if reached:
             s, seeds = dataset["setting"], max(len(row["seeds"]) for row in rows)
-            how = f"preset {s['preset']}, {s['epochs']} epochs, {machines.count(seeds, 'seed')}"
+            how = f"preset {s['preset']}, {counted(s['epochs'], 'epoch')}, {counted(seeds, 'seed')}"
             yield f"Test accuracy on {dataset['title']} ({how}): {some(reached)}."
 
 
@@ -122,4 +122,4 @@ def _scaling(group: Group) -> Iterator[Fact]:
     if answers:
         backend, answer = min(answers, key=lambda item: item[1].estimate)
         said = f"crossover with {group.family.incumbent} ({backend}, {_PASS}, {group.dtype}"
-        yield answer.brief, f"{said}: {answer.text})"
+        yield answer.brief, f"{said}): {answer.text}"

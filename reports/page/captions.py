@@ -13,6 +13,7 @@ from linear_vit.reports.page.cases import Case, by, cases, competing
 from linear_vit.reports.statistics import turns
 from linear_vit.reports.statistics.seeds import percent_text, points_text, t_interval
 from linear_vit.reports.units import capital, duration, mebibytes
+from linear_vit.screen import counted
 
 _NORMAL_95 = 1.96
 Row = Mapping[str, Any]
@@ -48,7 +49,7 @@ def _time(group: Group, mode: str, operation: str, curves: list[Case]) -> str:
     longest = max(case["N"] for case in able)
     at = {case["backend"]: case for case in able if case["N"] == longest}
     best = min(at, key=lambda backend: at[backend]["median_s"])
-    text = f"{capital(group.words.operation(operation))} of {longest:,} tokens takes "
+    text = f"{capital(group.words.operation(operation))} of {counted(longest, 'token')} takes "
     text += f"{duration(at[best]['median_s'])}"
     over = {name: faster(at[best], case) for name, case in at.items() if name != best}
     alike = [name for name, (_, apart) in over.items() if not apart]
@@ -76,7 +77,7 @@ def _memory(group: Group, operation: str, every: list[Case]) -> str:
         return ""
     longest = max(case["N"] for case in known)
     needs = {case["backend"]: _bytes(case) or 0.0 for case in known if case["N"] == longest}
-    text = f"{capital(group.words.operation(operation))} of {longest:,} tokens: "
+    text = f"{capital(group.words.operation(operation))} of {counted(longest, 'token')}: "
     least, most = min(needs.values()), max(needs.values())
     if least == most:
         return f"{text}{_amount(most)} with {some(list(needs))}."
@@ -114,7 +115,7 @@ def of_heat(part: list[Case]) -> str:
     verdicts = [_over_base(case) for case in able]
     counts = {word: verdicts.count(word) for word in ("faster", "slower", "not told apart")}
     said = [f"{word} in {count}" for word, count in counts.items() if count]
-    sentences = [f"Of {len(able)} cases over {PYTORCH}: {some(said)}."] if able else []
+    sentences = [f"Of {counted(len(able), 'case')} over {PYTORCH}: {some(said)}."] if able else []
     for (backend,), curve in by(able, "backend").items():
         worst = min(curve, key=lambda case: case["value"])
         mean = math.exp(sum(math.log(case["value"]) for case in curve) / len(curve))

@@ -7,6 +7,7 @@ import pandas as pd
 
 from linear_vit.reports.tables.table import disturbance
 from linear_vit.reports.units import exact
+from linear_vit.screen import counted
 
 Case = dict[str, Any]  # a row of Runs.kernels, or of a picture's data
 
@@ -34,7 +35,7 @@ def by(found: Iterable[Case], *names: str) -> dict[tuple[Any, ...], list[Case]]:
 
 def time_tip(case: Case) -> str:
     """The exact time, and what it is known from."""
-    rounds = f"{case['rounds']:,} rounds" if case["rounds"] else "its rounds were not kept"
+    rounds = counted(case["rounds"], "round") if case["rounds"] else "its rounds were not kept"
     return (
         f"{exact(case['median_s'] * 1e3, 'ms')} (quartiles {exact(case['q1_s'] * 1e3)} to "
         f"{exact(case['q3_s'] * 1e3)}; {rounds})"

@@ -32,6 +32,7 @@ from linear_vit.reports.saved.runs import NoRuns, Words
 from linear_vit.reports.styles import page_style
 from linear_vit.reports.tables import ablation, breakdown, results_text
 from linear_vit.reports.tables.table import facets_of
+from linear_vit.screen import counted
 
 _MOST_BYTES = 3_000_000
 _LONG = 16  # characters of a cell that may be folded
@@ -83,7 +84,7 @@ def _targets(seen: Seen) -> Iterator[Part]:
         read = sum(verdict.holds is not None for verdict in verdicts)
         if 2 * read >= len(verdicts):
             kept = sum(verdict.holds is True for verdict in verdicts)
-            title = f"{kept} of {read} targets met; {run.heads[0]['machine']}"
+            title = f"{kept} of {counted(read, 'target')} met; {run.heads[0]['machine']}"
             yield replace(targets.as_table(verdicts), title=title)
 
 

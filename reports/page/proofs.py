@@ -10,6 +10,7 @@ from linear_vit.reports.saved import machines
 from linear_vit.reports.saved.documents import Saved
 from linear_vit.reports.saved.runs import Words
 from linear_vit.reports.tables.table import NOTHING, Cell, Column, Line, Table, count, number, word
+from linear_vit.screen import counted
 
 # Checked.
 
@@ -70,7 +71,7 @@ def _worst(r: dict[str, Any]) -> str:
         return f"relative rms error {r['worst_rms_error']:.3e}" if r.get("worst_rms_error") else ""
     t = max(tensors, key=lambda t: t["rms_error"] / t["rms_tolerance"])
     return (
-        f"{len(tensors)} tensors checked; nearest to its tolerance: {t['tensor']}, rms "
+        f"{counted(len(tensors), 'tensor')} checked; nearest to its tolerance: {t['tensor']}, rms "
         f"{t['rms_error']:.3e} of {t['rms_tolerance']:.0e} allowed, {t['shape']}"
     )
 
@@ -92,7 +93,7 @@ def _compiled(known: Iterable[str], saved: Saved) -> Iterator[Part]:
         )
     parts = pd.DataFrame(rows).groupby(["backend", "room", "kernel", "architecture"], sort=False)
     lines = [_of_kernel(known, part, *map(str, key)) for key, part in parts]
-    yield Table(f"{len(rows):,} kernels compiled, {len(wrong)} at fault", lines)
+    yield Table(f"{counted(len(rows), 'kernel')} compiled, {len(wrong)} at fault", lines)
 
 
 def _of_kernel(
@@ -141,7 +142,9 @@ def traffic(seen: Seen) -> Iterator[Part]:
 
 def _counted(words: Words, saved: Saved) -> Table:
     rows = saved.content["rows"]
-    return Table(f"{len(rows):,} tensors counted", [_traffic_line(words, row) for row in rows])
+    return Table(
+        f"{counted(len(rows), 'tensor')} counted", [_traffic_line(words, row) for row in rows]
+    )
 
 
 def _traffic_line(words: Words, row: dict[str, Any]) -> Line:
@@ -169,5 +172,5 @@ def _times_least(row: dict[str, Any]) -> Cell:
 
 def machine(facts: Mapping[str, Any]) -> str:
     """A machine's label, and its cores where they are known."""
-    cores = f", {machines.count(facts['cores'], 'core')}" if facts.get("cores") else ""
+    cores = f", {counted(facts['cores'], 'core')}" if facts.get("cores") else ""
     return machines.label(facts) + cores

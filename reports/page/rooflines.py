@@ -11,6 +11,7 @@ from linear_vit.reports.page.parts import Figure, Part, Seen
 from linear_vit.reports.saved.runs import Runs
 from linear_vit.reports.tables import cpu
 from linear_vit.reports.units import capital
+from linear_vit.screen import counted
 
 Point = dict[str, Any]
 
@@ -59,8 +60,9 @@ def _roofline(group: Group, part: list[Case], copy: float, peak: float, when: st
     best = max(able, key=lambda case: case["share"])
     under = sum(case["x"] < ridge for case in part)
     caption = (
-        f"{under} of {len(part)} cases lie left of the ridge at {ridge:.3g} FLOP/byte, where "
-        f"memory binds. Highest beside its roof: {group.words.operation(best['operation'])} "
+        f"{under} of {counted(len(part), 'case')} {'lies' if under == 1 else 'lie'} left of the "
+        f"ridge at {ridge:.3g} FLOP/byte, where memory binds. Highest beside its roof: "
+        f"{group.words.operation(best['operation'])} "
         f"({best['backend']}, {best['pass']}) at N = {best['N']:,}, {best['share']:.0%}. Larger "
         "marks are longer sequences; a case above the roof reads from a cache, or does less than "
         "the dense work that is counted."

@@ -10,6 +10,7 @@ from linear_vit.reports.page.proofs import checked, machine
 from linear_vit.reports.saved.documents import Documents, Saved
 from linear_vit.reports.saved.runs import MEASUREMENTS, ROOT
 from linear_vit.reports.tables.table import Line, Table, disturbance, word
+from linear_vit.screen import counted
 
 
 def section(seen: Seen) -> Iterator[Part]:
@@ -37,7 +38,7 @@ def _of_document(saved: Saved) -> list[Line]:
     content, when = saved.content, saved.content.get("created")
     if "datasets" in content:
         return [
-            _line(saved.path, f"{_runs(part)} training runs on {part['title']}", where, when)
+            _line(saved.path, f"{_runs(part)} on {part['title']}", where, when)
             for part in content["datasets"]
             if (where := part["environment"])
         ]
@@ -45,14 +46,15 @@ def _of_document(saved: Saved) -> list[Line]:
     if "setting" in content and "best" in content:
         what = "ablation"
     elif content.get("kind") == "check":
-        what, facts = f"{checked(content)[1]} checks", content["machine"]
+        what, facts = counted(checked(content)[1], "check"), content["machine"]
     elif "kind" in content:
-        what, facts = f"{len(content['rows']):,} rows ({content['kind']})", content.get("machine")
+        rows = counted(len(content["rows"]), "row")
+        what, facts = f"{rows} ({content['kind']})", content.get("machine")
     return [_line(saved.path, what, facts or {}, when)]
 
 
-def _runs(dataset: Mapping[str, Any]) -> int:
-    return sum(len(row["seeds"]) for row in dataset["rows"])
+def _runs(dataset: Mapping[str, Any]) -> str:
+    return counted(sum(len(row["seeds"]) for row in dataset["rows"]), "training run")
 
 
 def _line(file: Path | str, what: str, facts: Mapping[str, Any], when: Any) -> Line:

@@ -3,6 +3,8 @@
 from collections.abc import Mapping
 from typing import Any
 
+from linear_vit.screen import counted
+
 Facts = Mapping[str, Any]
 
 # Where one of these differs, so does what was measured.
@@ -32,7 +34,7 @@ def label(facts: Facts) -> str:
     if on_cpu(facts):
         memory = f", freed memory {facts['memory']}" if facts.get("memory") else ""
         return (
-            f"{facts['cpu']}, {count(facts['threads'], 'thread')}, torch {facts['torch']}{memory}"
+            f"{facts['cpu']}, {counted(facts['threads'], 'thread')}, torch {facts['torch']}{memory}"
         )
     return f"{device(facts)}, torch {facts['torch']}"
 
@@ -65,8 +67,3 @@ def same(one: Facts, other: Facts) -> bool:
     """
     both = (one.keys() & other.keys() & _FINGERPRINT.keys()) - _OF_OLD
     return label(one) == label(other) and all(one[key] == other[key] for key in both)
-
-
-def count(number: int, noun: str) -> str:
-    """1 thread, 2 threads."""
-    return f"{number} {noun}{'' if number == 1 else 's'}"

@@ -13,6 +13,7 @@ from linear_vit.reports.saved import convert, machines, schema
 from linear_vit.reports.saved.files import read_json
 from linear_vit.reports.saved.schema import Damaged
 from linear_vit.reports.statistics import turns
+from linear_vit.screen import counted
 
 ROOT = Path(__file__).resolve().parents[1]
 DEFAULT_OUT = Path("reports/out")
@@ -108,7 +109,9 @@ class Runs:
             if len(frame) and len(lost := frame[frame["disturbed"].notna()]):
                 for (file, why), part in lost.groupby(["file", "disturbed"], sort=False):
                     first = part["name"].iloc[0]
-                    lines.append(f"{file}: {len(part)} cases disturbed ({why}), as {first}")
+                    lines.append(
+                        f"{file}: {counted(len(part), 'case')} disturbed ({why}), as {first}"
+                    )
         return lines
 
     def only(self, *asked: Asked) -> "Runs":
@@ -296,7 +299,7 @@ def _cases(path: Path, document: Content) -> tuple[list[Content], list[str]]:
             found.append((benchmark, case))
     settings = _settings(case.extra_info for _, case in found)
     rows = [alike | _row(raw, case, suite["machine"], settings) for raw, case in found]
-    complaints = [f"{text} ({count} cases left out)" for text, count in bad.values()]
+    complaints = [f"{text} ({counted(count, 'case')} left out)" for text, count in bad.values()]
     return rows, complaints or ([] if rows else ["an empty run"])
 
 

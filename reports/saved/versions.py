@@ -9,6 +9,7 @@ import pandas as pd
 from linear_vit.reports.claims import PYTORCH
 from linear_vit.reports.saved import machines
 from linear_vit.reports.saved.runs import PLACE, TRAINING_STEP, NoRuns, Runs
+from linear_vit.screen import counted
 
 DEFAULT_CONTROL = PYTORCH
 _OF_A_MEDIAN = ["median_s", "error", "independent_rounds", "seconds", "turns"]
@@ -73,7 +74,7 @@ def pair_up(before: Runs, after: Runs, control: str | None, anyway: bool) -> Ver
         notes.append("compared although they differ in " + "; ".join(why))
         kept = {head["file"] for head in heads}
     elif len(kept) < len({head["file"] for head in heads}):
-        notes.append(f"of {len(heads)} runs, the {len(kept)} of the same environment")
+        notes.append(f"of {counted(len(heads), 'run')}, the {len(kept)} of the same environment")
     # Whether length and backend alone do not tell the cases of an operation apart.
     place = [name for name in (*PLACE, "backend", "file") if name != "setting"]
     kernels = [run.kernels for run in (before, after) if not run.kernels.empty]
@@ -83,7 +84,7 @@ def pair_up(before: Runs, after: Runs, control: str | None, anyway: bool) -> Ver
     new = _newest(other[~other["case"].isin(one["case"])])
     for frame, where in ((lost, "earlier"), (new, "later")):
         if len(frame):
-            notes.append(f"{len(frame)} cases only in the {where} run")
+            notes.append(f"{counted(len(frame), 'case')} only in the {where} run")
     one, other = _undisturbed(one, notes), _undisturbed(other, notes)
     both = _same_method(_newest(one).merge(_newest(other), on="case", suffixes=SUFFIXES), notes)
     if both.empty:
@@ -129,7 +130,7 @@ def _cases(runs: Runs, files: set[str], *, with_setting: bool) -> pd.DataFrame:
 def _kernel(row: dict[Any, Any], with_setting: bool) -> dict[Any, Any]:
     words = [row["operation"], row["pass"], row["dtype"]]
     words += [f"{row['sweep']} sweep"] if row["sweep"] else []
-    words += [f"{row['total_tokens']:,} tokens"] if row["total_tokens"] else []
+    words += [counted(row["total_tokens"], "token")] if row["total_tokens"] else []
     words += [f"{row['setting']},"] if with_setting else []
     return row | {"case": " ".join([*words, f"N = {row['N']:,}", row["backend"]])}
 
@@ -154,7 +155,7 @@ def _undisturbed(side: pd.DataFrame, notes: list[str]) -> pd.DataFrame:
     lost = side[side["disturbed"].notna()]
     if len(lost):
         first = f"as {lost['case'].iloc[0]} ({lost['disturbed'].iloc[0]})"
-        notes.append(f"{len(lost)} disturbed cases left out, {first}")
+        notes.append(f"{counted(len(lost), 'disturbed case')} left out, {first}")
     return side[side["disturbed"].isna()]
 
 
@@ -164,11 +165,11 @@ def _same_method(both: pd.DataFrame, notes: list[str]) -> pd.DataFrame:
         one, other = (both[column + when] for when in SUFFIXES)
         alike = (one == other) | (one.isna() & other.isna())
         if not alike.all():
-            notes.append(f"{int((~alike).sum())} cases left out: {words}")
+            notes.append(f"{counted(int((~alike).sum()), 'case')} left out: {words}")
         both = both[alike]
     known = both[["error_before", "error_after"]].notna().all(axis=1)
     if not known.all():
-        notes.append(f"{int((~known).sum())} cases left out: their rounds were not kept")
+        notes.append(f"{counted(int((~known).sum()), 'case')} left out: their rounds were not kept")
     renamed = {f"{name}_after": name for name in (*PLACE, "backend")}
     return both[known].reset_index(drop=True).rename(columns=renamed)
 

@@ -11,6 +11,8 @@ import numpy as np
 from numpy.typing import ArrayLike
 from scipy import interpolate, stats
 
+from linear_vit.screen import counted
+
 # An exponent less certain than ±0.25 does not tell linear from N^1.5.
 _WIDEST_INTERVAL = 0.5
 _FEWEST_LENGTHS = 5
@@ -66,7 +68,7 @@ def fit_scaling(lengths: ArrayLike, seconds: ArrayLike) -> Fit:
     count = len(n)
     nan = float("nan")
     if count < _FEWEST_LENGTHS:
-        few = f"{count} lengths, at least {_FEWEST_LENGTHS} are needed"
+        few = f"{counted(count, 'length')}, at least {_FEWEST_LENGTHS} are needed"
         return Fit(nan, nan, nan, nan, nan, nan, nan, count, few)
     slope = float((y[-1] - y[-2]) / np.log(n[-1] / n[-2]))
 

@@ -28,6 +28,7 @@ from linear_vit.reports.statistics.seeds import t_interval
 from linear_vit.reports.tables import pairs, table
 from linear_vit.reports.tables.table import Line, Table, count, number, word
 from linear_vit.reports.units import capital
+from linear_vit.screen import counted
 
 SCHEMA = "linear-vit-ablation/1"
 
@@ -112,7 +113,7 @@ def as_table(found: Record) -> Table:
     }[first["images_per_second"]["how"]]
     title = (
         f"{capital(found['setting'].replace('_', ' '))} of {_model(found)} on {_dataset(found)}: "
-        f"dim {config['dim']}, depth {config['depth']}, {config['epochs']} epochs; "
+        f"dim {config['dim']}, depth {config['depth']}, {counted(config['epochs'], 'epoch')}; "
         f"{machines.label(found['environment'])}"
     )
     note = f"{describe(found)} Speed: images/s over those of {first['value']}: {how}."

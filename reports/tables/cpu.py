@@ -13,6 +13,7 @@ from linear_vit.reports.tables import table
 from linear_vit.reports.tables.table import Cell, Line, Table, count, number, word
 from linear_vit.reports.targets import Case
 from linear_vit.reports.units import duration, exact, rate
+from linear_vit.screen import counted
 
 WHAT_LIMITS = """\
 What keeps the kernels from the matmul's rate. They do half of the dense work, but a row that a
@@ -205,6 +206,7 @@ def _heading(run: Runs) -> str:
     kernels = facts.get("kernels") or next(iter(own), "C++ kernels")
     kept = " Freed memory stays with the process (`--keep-memory`)." if facts.get("memory") else ""
     return (
-        f"{facts['cpu']}, {facts['threads']} threads, PyTorch {facts['torch']}, {kernels}. Medians "
-        f"of interleaved runs in one process; ratios turn by turn. From `{file}`.{kept}"
+        f"{facts['cpu']}, {counted(facts['threads'], 'thread')}, PyTorch {facts['torch']}, "
+        f"{kernels}. Medians of interleaved runs in one process; ratios turn by turn. "
+        f"From `{file}`.{kept}"
     )

@@ -8,6 +8,7 @@ from linear_vit.reports.statistics.seeds import points_text, ratio_text
 from linear_vit.reports.tables import pairs, table
 from linear_vit.reports.tables.table import NOTHING, Cell, Line, Table, count, number, word
 from linear_vit.reports.units import exact
+from linear_vit.screen import counted
 
 _VERDICTS = {"reproduced": "best", "not reproduced": "failed"}
 _NOTES = (
@@ -82,9 +83,9 @@ def _where(dataset: dict[str, Any]) -> str:
     seeds = {seed for row in dataset["rows"] for seed in row["seeds"]}
     return (
         f"Preset {s['preset']}, recipe {s['recipe']}: dim {s['dim']}, depth {s['depth']}, "
-        f"{machines.count(s['heads'], 'head')}, MLP {s['mlp_dim']}, patch {s['patch_size']}, batch "
-        f"{s['batch_size']}, {s['epochs']} epochs, lr {s['lr']:g}, amp {s['amp']}"
-        f"{', compiled' if s['compile'] else ''}; {machines.count(len(seeds), 'seed')}; "
+        f"{counted(s['heads'], 'head')}, MLP {s['mlp_dim']}, patch {s['patch_size']}, batch "
+        f"{s['batch_size']}, {counted(s['epochs'], 'epoch')}, lr {s['lr']:g}, amp {s['amp']}"
+        f"{', compiled' if s['compile'] else ''}; {counted(len(seeds), 'seed')}; "
         f"on {machines.label(dataset['environment'])}."
     )
 
@@ -139,7 +140,8 @@ def _time_to(found: dict[str, Any] | None) -> Cell:
     if found is None:
         return Cell(NOTHING)
     share = f"{found['reached']} of {found['seeds']}"
-    tip = f"to {exact(found['target_percent'])} % validation accuracy, reached by {share} seeds"
+    tip = f"to {exact(found['target_percent'])} % validation accuracy, reached by "
+    tip += f"{found['reached']} of {counted(found['seeds'], 'seed')}"
     if found["seconds"] is None:
         return Cell("not reached", tip=tip)
     text = f"{found['seconds']:,.3g} s"

@@ -10,6 +10,7 @@ from linear_vit.reports.groups import Group, crossovers
 from linear_vit.reports.statistics.fits import Fit
 from linear_vit.reports.tables.table import Cell, Line, Table, number, word
 from linear_vit.reports.units import exact
+from linear_vit.screen import counted
 
 _RESIDUAL = (
     "Residual: rms of log time about the fit. Last slope: the local exponent between the two "
@@ -103,6 +104,7 @@ def _exponent(fit: Fit) -> Cell:
         return Cell(str(fit.reason))
     if fit.reason:
         return Cell(f"no fit: {fit.reason}")
-    tip = f"a = {exact(fit.floor * 1e6, 'µs')}, b = {fit.scale:.3g} s, {fit.lengths} lengths"
+    tip = f"a = {exact(fit.floor * 1e6, 'µs')}, b = {fit.scale:.3g} s, "
+    tip += counted(fit.lengths, "length")
     text = f"{fit.exponent:.2f} ({fit.low:.2f} to {fit.high:.2f})"
     return Cell(text, fit.exponent, tip)

@@ -64,7 +64,7 @@ def test_killed_run_goes_on_and_keeps_what_was_finished(tmp_path: Path) -> None:
     sabotage(tmp_path, "assert n != 64, 'timed again'")
     done = run(tmp_path, "--resume-bench")
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "resumed: 2 finished cases are kept" in done.stdout
+    assert "resumed: 2 finished cases kept" in done.stdout
     assert "4 passed" in done.stdout
     assert len(cases(tmp_path)) == 4
     assert suite(tmp_path)["resumed"] == 2

@@ -253,7 +253,7 @@ def test_table_shows_ranges_worst_cases_and_faults(rows: list[Row]) -> None:
     assert "100–200" in one
     assert "0–64" in one
     assert "FAULT cuda linear_attention two sm_90a D=64 bfloat16 aligned: spills 4 bytes" in text
-    assert text.endswith("4 kernels compiled, 1 faults\n")
+    assert text.endswith("4 kernels compiled, 1 fault\n")
     assert static.render(rows, every=True, width=160).count("one") == 2
 
 

@@ -193,7 +193,7 @@ def test_a_backend_that_was_timed_is_not_said_to_be_left_out(tmp_path: Path) -> 
     assert not any("backend cpu" in note for note in notes)
 
 
-def rivals(folder: Path, softmax: dict[int, float], disturbed: str = "") -> list[str]:
+def rivals(folder: Path, softmax: dict[int, float], disturbed: str = "") -> Seen:
     """Linear attention takes N µs, softmax attention so much more, by length."""
     made = saved.run() | {"benchmarks": []}
     for operation, factors in (("linear_attention", dict.fromkeys(softmax, 1.0)),
@@ -205,7 +205,7 @@ def rivals(folder: Path, softmax: dict[int, float], disturbed: str = "") -> list
             made["benchmarks"].append(case)
     found = documents.Documents(load([saved.save(folder / "run.json", made)]))
     assert found.runs is not None
-    return answer.sentences(Seen(found, groups(found.runs)))
+    return Seen(found, groups(found.runs))
 
 
 @pytest.mark.parametrize(
@@ -223,14 +223,23 @@ def rivals(folder: Path, softmax: dict[int, float], disturbed: str = "") -> list
 def test_the_page_answers_what_is_fastest_from_which_length(
     tmp_path: Path, softmax: dict[int, float], expected: str
 ) -> None:
-    (text,) = rivals(tmp_path, softmax)
+    (text,) = answer.sentences(rivals(tmp_path, softmax))
     assert text.startswith("Linear attention and softmax attention, forward, float32, one sequence")
     assert expected in text
 
 
+def test_what_is_beside_a_figure_closes_what_it_opens(tmp_path: Path) -> None:
+    seen = rivals(tmp_path, {64: 0.5, 128: 0.8, 256: 2.0, 512: 4.0})
+    told = [text for fact in answer.facts(seen) for text in fact]
+    assert any(
+        text.startswith("crossover with SDPA (torch, forward, float32): N ") for text in told
+    )
+    assert not [text for text in told if "))" in text or text.count("(") != text.count(")")]
+
+
 def test_there_is_no_fastest_of_one(tmp_path: Path) -> None:
     """Beside a busy neighbour all cases of the other operation may have been disturbed."""
-    (text,) = rivals(tmp_path, {64: 2.0, 128: 2.0}, disturbed="linear_attention")
+    (text,) = answer.sentences(rivals(tmp_path, {64: 2.0, 128: 2.0}, disturbed="linear_attention"))
     assert text.endswith(": no length was measured undisturbed for more than one of them.")
 
 

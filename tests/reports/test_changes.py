@@ -176,10 +176,10 @@ def test_what_is_not_the_same_thing_is_left_out(tmp_path: Path) -> None:
     loaded = [load([path]) for path in pair(tmp_path, saved.run(), after)]
     found = changes(*loaded)
     words = "; ".join(found.notes)
-    assert "1 cases left out: timed by different clocks" in words
-    assert "1 cases left out: of different shapes" in words
-    assert "1 cases left out: of different settings" in words
-    assert "1 cases only in the earlier run" in words
+    assert "1 case left out: timed by different clocks" in words
+    assert "1 case left out: of different shapes" in words
+    assert "1 case left out: of different settings" in words
+    assert "1 case only in the earlier run" in words
     lost = found.cases["verdict"] == MISSING
     assert found.cases["case"][lost].tolist() == [
         "linear_attention forward float32 N = 256 compiled"

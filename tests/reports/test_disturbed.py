@@ -49,7 +49,7 @@ def test_means_are_without_it_and_the_case_says_why(run: Path, capsys) -> None:
     (line,) = [line for line in shown.out.splitlines() if "disturbed" in line]
     assert line.startswith("  N =       512")
     assert line.endswith(f", disturbed: {WHY}")
-    assert f"{run}: 1 cases disturbed ({WHY}), as test_kernel[linear_attention-f" in shown.err
+    assert f"{run}: 1 case disturbed ({WHY}), as test_kernel[linear_attention-f" in shown.err
 
 
 def test_a_ratio_to_a_disturbed_case_is_disturbed(tmp_path: Path) -> None:
@@ -64,7 +64,7 @@ def test_verdicts_are_without_it(tmp_path: Path, run: Path) -> None:
     before = load([saved.save(tmp_path / "before.json", saved.run())])
     for one, other in ((before, load([run])), (load([run]), before)):
         found = changes(one, other)
-        assert "1 disturbed cases left out, as linear_attention forward float32 N = 512 " in (
+        assert "1 disturbed case left out, as linear_attention forward float32 N = 512 " in (
             " ".join(found.notes)
         )
         assert found.verdicts <= {"same", "undecided"}  # and it is not missing

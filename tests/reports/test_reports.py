@@ -124,7 +124,7 @@ def test_damaged_and_foreign_files_are_named_and_left_out(tmp_path: Path, capsys
         "binary.json",
     }
     field = "benchmarks[0].stats.median: missing"
-    assert f"{field} (and 3 more) (1 cases left out)" in named["good.json"]
+    assert f"{field} (and 3 more) (1 case left out)" in named["good.json"]
     assert "benchmarks[0].extra_info.schema: should be 2, not 99" in named["newer.json"]
     assert "benchmarks[0].extra_info.schema: missing" in named["other-suite.json"]
     assert "no valid JSON" in named["truncated.json"]

@@ -7,12 +7,13 @@ from pathlib import Path
 
 import pytest
 
-from linear_vit.reports import tables
+from linear_vit.reports import scaling, tables
 from linear_vit.reports.__main__ import main
 from linear_vit.reports.saved import records
 from linear_vit.reports.saved.runs import MEASUREMENTS
 from linear_vit.reports.tables import results_text
 from linear_vit.reports.tables.table import on_screen
+from tests.reports import saved
 
 (MACHINE,) = MEASUREMENTS.glob("xeon*")
 TRAINING = MACHINE / "training"
@@ -76,7 +77,63 @@ def test_reports_table_is_drawn_too(
 ) -> None:
     monkeypatch.setenv("COLUMNS", "60")
     assert main(["table", str(TRAINING), "--out", str(tmp_path)]) == 0
-    shown = re.split(r"\n(?:skipped|written to) ", capsys.readouterr().out)[0]
+    shown = re.split(r"\n(?:skipped|written to)\s", capsys.readouterr().out)[0]
     assert max(map(len, shown.splitlines())) <= 60
     assert "28,490" not in shown  # those records are of another model
     assert "27,980" in shown
+
+
+_RUN, _CPU = str(MACHINE / "benchmark.json"), str(MACHINE / "cpu.json")
+_PROSE = {
+    "compare": ["compare", _RUN, _RUN],
+    "compare --baseline": ["compare", _CPU, "--baseline", "compiled"],
+    "compare, without runs": ["compare"],
+    "targets": ["targets", _CPU],
+    "targets, of none": ["targets", str(MACHINE / "check.json")],
+    "scaling": ["scaling", _RUN, "--ops", "linear_attention,softmax_attention"],
+    "scaling, of no operation": ["scaling", _RUN, "--ops", "convolution"],
+}
+
+
+@pytest.mark.parametrize("width", [40, 80])
+@pytest.mark.parametrize("command", _PROSE)
+def test_lines_fit_too(monkeypatch: pytest.MonkeyPatch, capsys, command: str, width: int) -> None:
+    monkeypatch.setenv("COLUMNS", str(width))
+    monkeypatch.setattr(scaling, "write", lambda *_: [])  # pictures have tests of their own
+    main(_PROSE[command])
+    shown = capsys.readouterr()
+    lines = (shown.out + shown.err).splitlines()
+    assert lines
+    # A word that is longer than the screen is not cut: the name of a file, say.
+    assert not [line for line in lines if len(line) > width and len(line.split()) > 1]
+
+
+_ONE_OF_SEVERAL = re.compile(r"(?<![\d.,])1 (?!is\b|was\b|has\b|takes\b|lies\b)[a-z]+s\b(?! of)")
+
+
+def test_one_is_no_plural(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    """A run of one length, by every command and on the page; another with two lengths."""
+    monkeypatch.setattr(scaling, "write", lambda *_: [tmp_path])
+    paths = []
+    for name, lengths in (("one", {64}), ("two", {64, 128})):
+        run = saved.run()
+        run["kernel_suite"]["machine"] |= {"threads": 1, "cores": 1}
+        run["benchmarks"] = [
+            case
+            for case in run["benchmarks"]
+            if case["extra_info"].get("N") in lengths and case["extra_info"]["pass"] == "forward"
+        ]
+        paths.append(str(saved.save(tmp_path / f"{name}.json", run)))
+    page = tmp_path / "page.html"
+    for command in (
+        ["scaling", paths[0], "--out", str(tmp_path)],
+        ["compare", *paths],
+        ["compare", paths[1], paths[0]],
+        ["compare", paths[0], "--baseline", "torch"],
+        ["page", paths[0], "--results", str(tmp_path), "--out", str(page)],
+    ):
+        assert main(command) == 0
+    shown = capsys.readouterr()
+    assert "no fit: 1 length, at least 5 are needed" in shown.out
+    for text in (shown.out, shown.err, page.read_text()):
+        assert not [text[m.start() - 30 : m.end()] for m in _ONE_OF_SEVERAL.finditer(text)]

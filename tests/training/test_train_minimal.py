@@ -119,7 +119,7 @@ def test_table_trains_what_is_missing_once(
     capsys.readouterr()
     assert main(*command, "--seeds", 2) == 0
     text = capsys.readouterr().out
-    assert "2 of 4 runs are recorded" in text
+    assert "2 of 4 runs recorded" in text
     assert "± " in text
     assert len(list((tmp_path / "runs").rglob("run.json"))) == 4
     assert all(path.stat().st_mtime_ns == before for path, before in times.items())
@@ -284,7 +284,7 @@ def test_ablate(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert {f"ablation-ripple_stages.{kind}" for kind in ("md", "csv", "svg")} <= names
     capsys.readouterr()
     assert main("ablate", *options, "--seeds", 1) == 0  # nothing is trained twice
-    assert "2 of 2 runs are recorded" in capsys.readouterr().out
+    assert "2 of 2 runs recorded" in capsys.readouterr().out
     assert main("ablate", *options, "--seeds", 1, "--hydra_branches", "1,2") == 2
     assert main("ablate", *TINY) == 2
     assert "varies one setting" in capsys.readouterr().err

@@ -9,6 +9,7 @@ import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
+from linear_vit.screen import say
 from linear_vit.training.errors import UserError, first_line
 from linear_vit.training.record import check_writable, writing
 
@@ -38,7 +39,7 @@ def fetch(archive: Archive, folder: Path) -> Path:
         check(path.read_bytes(), archive, path)
         return path
     check_writable(folder)  # before it is all there and can't be kept
-    print(f"downloading {archive.url} to {path} ...", file=sys.stderr)
+    say(f"downloading {archive.url} to {path} ...", sys.stderr)
     with urllib.request.urlopen(archive.url, timeout=_SILENCE_S) as answer:
         content = answer.read()
     check(content, archive, path)

@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from linear_vit.screen import say
 from linear_vit.training.config import DATASETS, DatasetInfo
 from linear_vit.training.data.archives import Archive, fetch, unpack
 from linear_vit.training.errors import UserError, first_line
@@ -204,7 +205,7 @@ def _load_tiny_imagenet(data_dir: Path) -> Dataset:
         test = _annotated(val, wnids, 10_000 if whole else None)
     how = "by class" if grouped else "as val_annotations.txt has it"
     what = f"{len(train) + len(test)} images of {info.title} (val {how})"
-    print(f"reading {what} from {folder} ...", file=sys.stderr)
+    say(f"reading {what} from {folder} ...", sys.stderr)
     names = [titles.get(wnid, wnid).split(",")[0] for wnid in wnids]
     return _with_held_out("tiny-imagenet", *_decode(train), _split(*_decode(test)), names, info)
 
