@@ -14,10 +14,10 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from linear_vit import kernels
-from tests.kernels.cases import DEVICE, DTYPES, Attention, Case, Ripple, op_backend_pairs
+from tests.kernels.cases import DEVICE, DTYPES, Attention, Case, op_backend_pairs
 
 OWN = [name for name, row in kernels.backend_rows().items() if row.own]
-ATTENTION = ("linear_attention",)
+ATTENTION = ("linear_attention", "softmax_attention")
 RIPPLE = ("ripple_pool", "ripple_expand")
 
 
@@ -91,6 +91,7 @@ def test_state_and_apply(_: str, backend: str, dtype: torch.dtype) -> None:
 
 SMALL: dict[str, Case] = {
     "linear_attention": Attention(queries=9, keys=12, head_dim=16),
+    "softmax_attention": Attention("softmax_attention", queries=9, keys=12, head_dim=16),
 }
 
 

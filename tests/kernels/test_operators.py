@@ -58,9 +58,10 @@ def _operators(op: str, backend: str) -> list[tuple[Any, tuple[Any, ...]]]:
         ]
     if op in ("softmax_attention", "softmax_attention_packed"):
         out, lse = named(op)(*plain, 0.25)
+        mask = () if len(plain) == 1 else (0b101,)
         return [
             (named(op), (*plain, 0.25)),
-            (named(f"{op}_backward"), (gradient, *plain, out, lse, 0.25)),
+            (named(f"{op}_backward"), (gradient, *plain, out, lse, 0.25, *mask)),
         ]
     assert isinstance(case, Ripple)
     return [
