@@ -9,7 +9,7 @@ treat them like PyTorch's own. What they lack, a tangent and a second derivative
 
 import contextlib
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -18,6 +18,7 @@ from torch.autograd import Function
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 from linear_vit.kernels.functions import transformable
+from linear_vit.kernels.layout import empty_like
 
 NAMESPACE = "linear_vit"
 
@@ -43,6 +44,7 @@ def register(
         fake, fake_backward: outputs' metadata from inputs' metadata.
         setup_context: as that of an ``autograd.Function``, saving what backward reads.
         backward: ``backward(kernel, ctx, *gradients)``, where ``kernel`` is the backward operator.
+            What it returns for an input that needs no gradient is dropped.
         flops, flops_backward: the least work, from each operator's arguments, for FlopCounterMode.
         batch_first: whether every tensor's first axis counts sequences, none of which reads
             another: ``vmap`` is then a larger batch, and else a loop.
@@ -120,7 +122,9 @@ def _differentiable(
 
         @staticmethod
         def backward(ctx: Any, *gradients: Tensor) -> Any:
-            return differentiate(kernel, ctx, *gradients)
+            found = differentiate(kernel, ctx, *gradients)
+            pairs = zip(found, ctx.needs_input_grad, strict=True)
+            return tuple([x if needed else None for x, needed in pairs])
 
         @staticmethod
         def vmap(info: Any, in_dims: tuple[int | None, ...], *inputs: Any) -> Any:
@@ -196,6 +200,34 @@ def _vmap(
 
 def _as_tuple(output: Any) -> tuple[Tensor, ...]:
     return output if isinstance(output, tuple) else (output,)
+
+
+def wanted(needs: Sequence[bool]) -> int:
+    """What a backward operator takes for which gradients are asked for: bit i is the i-th input's.
+
+    Args:
+        needs: of ``ctx.needs_input_grad`` those of the operator's tensors, in order.
+    """
+    mask = 0
+    for index, needed in enumerate(needs):
+        if needed:
+            mask |= 1 << index
+    return mask
+
+
+def is_wanted(mask: int, index: int) -> bool:
+    """Whether :func:`wanted` has the index-th tensor's gradient."""
+    return mask >> index & 1 == 1
+
+
+def empty_gradients(mask: int, *inputs: Tensor) -> tuple[Tensor, ...]:
+    """Memory for a backward operator's results, in the inputs' order and their memory orders.
+
+    A gradient that is not asked for comes out empty, of shape (0,): an operator can't return None.
+    """
+    return tuple(
+        [empty_like(x) if is_wanted(mask, i) else x.new_empty((0,)) for i, x in enumerate(inputs)]
+    )
 
 
 def readable(x: Tensor) -> Tensor:

@@ -18,6 +18,11 @@ inline TensorView view(const at::Tensor& x) {
   return {x.data_ptr(), {x.stride(0), x.stride(1), x.stride(2)}};
 }
 
+// What an operator returns for its i-th gradient: of shape (0,), unless bit i of `wanted` asks for it.
+inline at::Tensor if_wanted(const at::Tensor& gradient, int64_t wanted, int64_t i) {
+  return (wanted >> i & 1) != 0 ? gradient : at::empty({0}, gradient.options());
+}
+
 inline int64_t multiprocessors() {
   int device = 0, count = 0;
   cudaError_t error = cudaGetDevice(&device);

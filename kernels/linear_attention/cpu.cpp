@@ -68,6 +68,11 @@ struct States {
   }
 };
 
+// A gradient's rows, if it is asked for.
+Rows rows_of(const View& gradient, int64_t i, int64_t j, int64_t k) {
+  return gradient.data == nullptr ? Rows{} : gradient.rows(i, j, k);
+}
+
 // S (B, Hk, 2D, D) and z (B, Hk, 2D) of all heads as the operators take and give them, or null.
 struct Dense {
   float *S, *z;
@@ -131,12 +136,13 @@ struct Call {
   }
 
   void query_gradient(const View& dout, const View& q, const View& dq, int64_t head, int64_t part,
-                      const float* state, float eps, float* gradient, float* scratch) const {
+                      const float* state, float eps, float* gradient, Sums sums,
+                      float* scratch) const {
     const int64_t i = head / kv_heads, h = head % kv_heads * group;
     queries.ranges(part, [&](int64_t g, int64_t first, int64_t count) {
       kernel.query_gradient(element, head_dim, count, dout.rows(i, h + g, first),
-                            q.rows(i, h + g, first), dq.rows(i, h + g, first), state, eps,
-                            gradient, scratch);
+                            q.rows(i, h + g, first), rows_of(dq, i, h + g, first), state, eps,
+                            gradient, sums, scratch);
     });
   }
 
@@ -145,7 +151,7 @@ struct Call {
     const int64_t i = head / kv_heads, h = head % kv_heads;
     keys.ranges(part, [&](int64_t, int64_t first, int64_t count) {
       kernel.key_gradient(element, head_dim, count, k.rows(i, h, first), v.rows(i, h, first),
-                          dk.rows(i, h, first), dv.rows(i, h, first), gradient, scratch);
+                          rows_of(dk, i, h, first), rows_of(dv, i, h, first), gradient, scratch);
     });
   }
 
@@ -207,14 +213,17 @@ struct Call {
     });
   }
 
-  // dq, and the states' gradients, each head's in its first part.
+  // dq, and the states' gradients, each head's in its first part, as far as they are asked for.
   States query_gradients(const View& dout, const View& q, const View& dq, const States& all,
-                         float eps) const {
-    States gradients = states(queries.parts);
-    for_parts(gradients, [&](int64_t head, int64_t part, float* gradient, float* scratch) {
-      query_gradient(dout, q, dq, head, part, all.of(head), eps, clear(gradient), scratch);
+                         float eps, Sums sums) const {
+    const int64_t parts = queries.parts;
+    States gradients = states(sums.any() ? parts : 0);
+    parallel(heads * parts, scratch_floats, [&](int64_t item, float* scratch) {
+      const int64_t head = item / parts, part = item % parts;
+      float* const gradient = sums.any() ? clear(gradients.of(head, part)) : nullptr;
+      query_gradient(dout, q, dq, head, part, all.of(head), eps, gradient, sums, scratch);
     });
-    finish_all(gradients);
+    if (sums.any()) finish_all(gradients);
     return gradients;
   }
 
@@ -254,9 +263,12 @@ void forward_into(const Call& call, const View& q, const View& k, const View& v,
 
 void backward_into(const Call& call, const View& dout, const View& q, const View& k, const View& v,
                    const Dense& saved, float eps, const View& dq, const View& dk, const View& dv) {
+  const Sums sums{dk.data != nullptr || dv.data != nullptr, dk.data != nullptr};
   if (!call.whole_heads()) {
     const States all = saved.S != nullptr ? call.loaded_states(saved) : call.key_states(k, v);
-    return call.key_gradients(k, v, dk, dv, call.query_gradients(dout, q, dq, all, eps));
+    const States gradients = call.query_gradients(dout, q, dq, all, eps, sums);
+    if (sums.any()) call.key_gradients(k, v, dk, dv, gradients);
+    return;
   }
   const int64_t floats = 2 * call.state_floats + call.scratch_floats;
   parallel(call.heads, floats, call.flop(), [&](int64_t head, float* scratch) {
@@ -268,7 +280,8 @@ void backward_into(const Call& call, const View& dout, const View& q, const View
       call.accumulate(k, v, head, 0, call.clear(state), scratch);
       call.finish(1, state);
     }
-    call.query_gradient(dout, q, dq, head, 0, state, eps, call.clear(gradient), scratch);
+    call.query_gradient(dout, q, dq, head, 0, state, eps, call.clear(gradient), sums, scratch);
+    if (!sums.any()) return;
     call.finish(1, gradient);
     call.key_gradient(k, v, dk, dv, head, 0, gradient, scratch);
   });
@@ -293,14 +306,27 @@ Triple forward(const Tensor& q, const Tensor& k, const Tensor& v, double eps, bo
   return {out, S, z};
 }
 
+// The gradient of the i-th tensor: of shape (0,), and nowhere to write it, unless bit i of `wanted`
+// asks for it.
+struct Gradient {
+  Tensor tensor;
+  View view;
+
+  Gradient(const Tensor& x, int64_t wanted, int64_t i)
+      : tensor((wanted >> i & 1) != 0 ? output_like(x) : empty_contiguous({0}, dtype_of(x))),
+        view((wanted >> i & 1) != 0 ? tensor : x) {
+    if ((wanted >> i & 1) == 0) view.data = nullptr;
+  }
+};
+
 Triple backward(const Tensor& dout_any, const Tensor& q, const Tensor& k, const Tensor& v,
-                const Tensor& S_any, const Tensor& z_any, double eps) {
+                const Tensor& S_any, const Tensor& z_any, double eps, int64_t wanted) {
   const Tensor dout = readable(dout_any), S = contiguous(S_any), z = contiguous(z_any);
-  const Tensor dq = output_like(q), dk = output_like(k), dv = output_like(v);
+  const Gradient dq(q, wanted, 0), dk(k, wanted, 1), dv(v, wanted, 2);
   const View queries(q), keys(k);
   backward_into(call_on(queries, keys), View(dout), queries, keys, View(v), Dense(S, z),
-                static_cast<float>(eps), View(dq), View(dk), View(dv));
-  return {dq, dk, dv};
+                static_cast<float>(eps), dq.view, dk.view, dv.view);
+  return {dq.tensor, dk.tensor, dv.tensor};
 }
 
 // Part `i` of (B, N, 3, H, D), as (B, H, N, D).
@@ -342,13 +368,14 @@ Pair state(const Tensor& k, const Tensor& v) {
   return {S, z};
 }
 
-Pair state_backward(const Tensor& dS_any, const Tensor& dz_any, const Tensor& k, const Tensor& v) {
+Pair state_backward(const Tensor& dS_any, const Tensor& dz_any, const Tensor& k, const Tensor& v,
+                    int64_t wanted) {
   const Tensor dS = contiguous(dS_any), dz = contiguous(dz_any);
-  const Tensor dk = output_like(k), dv = output_like(v);
+  const Gradient dk(k, wanted, 0), dv(v, wanted, 1);
   const View keys(k);
   const Call call = call_on_keys(keys);
-  call.key_gradients(keys, View(v), View(dk), View(dv), call.loaded_states(Dense(dS, dz)));
-  return {dk, dv};
+  call.key_gradients(keys, View(v), dk.view, dv.view, call.loaded_states(Dense(dS, dz)));
+  return {dk.tensor, dv.tensor};
 }
 
 Tensor apply(const Tensor& q, const Tensor& S_any, const Tensor& z_any, double eps) {
@@ -360,15 +387,20 @@ Tensor apply(const Tensor& q, const Tensor& S_any, const Tensor& z_any, double e
 }
 
 Triple apply_backward(const Tensor& dout_any, const Tensor& q, const Tensor& S_any,
-                      const Tensor& z_any, double eps) {
+                      const Tensor& z_any, double eps, int64_t wanted) {
   const Tensor dout = readable(dout_any), S = contiguous(S_any), z = contiguous(z_any);
-  const Tensor dq = output_like(q), dS = empty_contiguous(S), dz = empty_contiguous(z);
+  const Gradient dq(q, wanted, 0);
+  const Sums sums{(wanted >> 1 & 1) != 0, (wanted >> 2 & 1) != 0};
   const View queries(q);
   const Call call = call_on_queries(queries, S);
-  call.store_all(call.query_gradients(View(dout), queries, View(dq),
-                                      call.loaded_states(Dense(S, z)), static_cast<float>(eps)),
-                 Dense(dS, dz));
-  return {dq, dS, dz};
+  const States gradients =
+      call.query_gradients(View(dout), queries, dq.view, call.loaded_states(Dense(S, z)),
+                           static_cast<float>(eps), sums);
+  const Tensor nothing = empty_floats({0});
+  if (!sums.any()) return {dq.tensor, nothing, nothing};
+  const Tensor dS = empty_contiguous(S), dz = empty_contiguous(z);
+  call.store_all(gradients, Dense(dS, dz));  // what is not asked for is unset in them
+  return {dq.tensor, sums.S ? dS : nothing, sums.z ? dz : nothing};
 }
 
 std::string instruction_set(bool bfloat16, int64_t head_dim) {
@@ -397,7 +429,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(linear_vit, m) {
       " -> (Tensor, Tensor, Tensor)");
   m.def(
       "cpu_linear_attention_backward(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor S, Tensor z,"
-      " float eps) -> (Tensor, Tensor, Tensor)");
+      " float eps, int wanted) -> (Tensor, Tensor, Tensor)");
   m.def(
       "cpu_linear_attention_packed(Tensor qkv, float eps, bool save_state)"
       " -> (Tensor, Tensor, Tensor)");
@@ -406,11 +438,12 @@ STABLE_TORCH_LIBRARY_FRAGMENT(linear_vit, m) {
       " -> Tensor");
   m.def("cpu_linear_attention_state(Tensor k, Tensor v) -> (Tensor, Tensor)");
   m.def(
-      "cpu_linear_attention_state_backward(Tensor dS, Tensor dz, Tensor k, Tensor v)"
+      "cpu_linear_attention_state_backward(Tensor dS, Tensor dz, Tensor k, Tensor v, int wanted)"
       " -> (Tensor, Tensor)");
   m.def("cpu_linear_attention_apply(Tensor q, Tensor S, Tensor z, float eps) -> Tensor");
   m.def(
-      "cpu_linear_attention_apply_backward(Tensor dout, Tensor q, Tensor S, Tensor z, float eps)"
+      "cpu_linear_attention_apply_backward(Tensor dout, Tensor q, Tensor S, Tensor z, float eps,"
+      " int wanted)"
       " -> (Tensor, Tensor, Tensor)");
   m.def("cpu_linear_attention_instruction_set(bool bfloat16, int head_dim=64) -> str");
   m.def("cpu_linear_attention_probe(int kind, int repeats) -> float");

@@ -11,6 +11,12 @@
 
 enum Probe { kRegisters, kLoads, kInstructions };
 
+// Which of dS and dz are asked for.
+struct Sums {
+  bool S, z;
+  bool any() const { return S || z; }
+};
+
 struct LinearAttentionKernels {
   const char* name;
 
@@ -34,10 +40,11 @@ struct LinearAttentionKernels {
   // outₙ = φ(qₙ)ᵀ S / (φ(qₙ)·z + eps), 0 as least_met says; `stream`: past the caches.
   void (*apply)(ElementType, int64_t head_dim, int64_t tokens, Rows q, Rows out,
                 const float* state, float eps, float* scratch, bool stream);
-  // dq, and dS, dz += this range's share.
+  // dq, and dS, dz += this range's share; what is not asked for may be left out: dq's and gradient's
+  // addresses are null then.
   void (*query_gradient)(ElementType, int64_t head_dim, int64_t tokens, Rows dout, Rows q, Rows dq,
-                         const float* state, float eps, float* gradient, float* scratch);
-  // dk and dv from dS and dz.
+                         const float* state, float eps, float* gradient, Sums, float* scratch);
+  // dk and dv from dS and dz; dk from both, dv from dS alone. One's address may be null.
   void (*key_gradient)(ElementType, int64_t head_dim, int64_t tokens, Rows k, Rows v, Rows dk,
                        Rows dv, const float* gradient, float* scratch);
 

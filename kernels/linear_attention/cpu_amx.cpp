@@ -248,17 +248,24 @@ void apply(ElementType element, int64_t head_dim, int64_t tokens, Rows q, Rows o
 }
 
 void query_gradient(ElementType element, int64_t head_dim, int64_t tokens, Rows dout, Rows q,
-                    Rows dq, const float* data, float eps, float* gradient, float* scratch) {
+                    Rows dq, const float* data, float eps, float* gradient, Sums wanted,
+                    float* scratch) {
   const bool done = with_dim(head_dim, [&](auto d) {
-    const State state(d, const_cast<float*>(data)), sum(d, gradient);
+    const State state(d, const_cast<float*>(data));
     const Scratch s(d, scratch);
     if (!sizeable(state) || !sizeable(head_dim, tokens, dout)) return false;
+    if (!wanted.any()) {
+      const Tiles tiles;
+      return query_slopes(d, head_dim, tokens, dout, q, dq, state, eps, s.gradient);
+    }
+    const State sum(d, gradient);
     const int64_t floats = state_floats(head_dim);
     const bool first = *sum.empty != 0;
     const FloatArray before(first ? 1 : floats);  // for the case that this has to be done again
     if (!first) __builtin_memcpy(before.p, gradient, floats * sizeof(float));
     const Tiles tiles;
-    if (query_gradients(d, head_dim, tokens, dout, q, dq, state, eps, sum, s.gradient, s.sums)) {
+    if (query_gradients(d, head_dim, tokens, dout, q, dq, state, eps, sum, wanted, s.gradient,
+                        s.sums)) {
       return true;
     }
     if (!first) __builtin_memcpy(gradient, before.p, floats * sizeof(float));
@@ -269,8 +276,8 @@ void query_gradient(ElementType element, int64_t head_dim, int64_t tokens, Rows 
   const Exact values(head_dim), sums(head_dim);
   values.load(data);
   exact.query_gradient(element, head_dim, tokens, dout, q, dq, values.state.p, eps, sums.state.p,
-                       values.aligned());
-  sums.add_to(gradient);
+                       wanted, values.aligned());
+  if (wanted.any()) sums.add_to(gradient);
 }
 
 void key_gradient(ElementType element, int64_t head_dim, int64_t tokens, Rows k, Rows v, Rows dk,

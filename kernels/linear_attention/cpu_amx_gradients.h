@@ -154,8 +154,8 @@ struct Shares {
 // ---- queries -------------------------------------------------------------------------------------
 
 // A query's dq, its row of g/E in two terms; returns its weight in dz. `sums` are those
-// of its row: S'g.
-template <class D>
+// of its row: S'g. Where not kAll, dq and `high` may be null, for what is not asked for.
+template <bool kAll, class D>
 INLINE float finish_query(const D& d, const float* sums, float inverse, float eps, const BF16* q,
                           const BF16* g, const float* z, const float* m, bool centred, BF16* dq,
                           BF16* high) {
@@ -179,7 +179,8 @@ INLINE float finish_query(const D& d, const float* sums, float inverse, float ep
       a[j] = unless_zero(x[j], f * (a[j] - weight * picked));
       y[j] *= f;
     }
-    store_halves(dq + 16 * i, round_two(a[i], a[i + 1]));
+    if (kAll || dq != nullptr) store_halves(dq + 16 * i, round_two(a[i], a[i + 1]));
+    if (!kAll && high == nullptr) continue;
     const Halves rounded = round_two(y[i], y[i + 1]);
     for (int j = 0; j < 2; ++j) rest[j] = y[i + j] - float_of(half_of(rounded, j));
     store_halves(high + 16 * i, rounded);
@@ -188,11 +189,29 @@ INLINE float finish_query(const D& d, const float* sums, float inverse, float ep
   return -(centred ? weight : weight + mean_g) * inverse;
 }
 
-// dq, g/E and weights of one block of 32 * groups tokens from n on. Returns whether all rows are safe.
+// A query's row of g/E in two terms, where nothing else is asked for.
+template <class D>
+INLINE void scale_query(const D& d, float inverse, const BF16* g, BF16* high) {
+#pragma GCC unroll 2
+  for (int i = 0; i < d.chunks(); i += 2) {
+    Wide y[2];
+#pragma GCC unroll 2
+    for (int j = 0; j < 2; ++j) y[j] = load_bfloat16(g + 16 * (i + j)) * wide(inverse);
+    const Halves rounded = round_two(y[0], y[1]);
+    for (int j = 0; j < 2; ++j) y[j] -= float_of(half_of(rounded, j));
+    store_halves(high + 16 * i, rounded);
+    store_halves(high + kTokens * d.padded() + 16 * i, round_two(y[0], y[1]));
+  }
+}
+
+// dq, g/E and weights of one block of 32 * groups tokens from n on, as far as they are asked for.
+// Returns whether all rows are safe.
 template <class D>
 bool query_block(const D& d, int64_t head_dim, int64_t tokens, int64_t n, int groups, Rows dout,
-                 Rows q, Rows dq, const State<D>& state, float eps, bool centred,
+                 Rows q, Rows dq, const State<D>& state, float eps, bool centred, Sums wanted,
                  const GradientScratch& s, char* weights) {
+  const bool pulled = dq.data != nullptr || wanted.z;
+  const bool all = dq.data != nullptr && wanted.any();
   const int steps = 2 * groups, bytes = d.padded() * (int)sizeof(BF16);
   alignas(64) float inverse[16], weight[16];
   bool fine = true;
@@ -200,20 +219,26 @@ bool query_block(const D& d, int64_t head_dim, int64_t tokens, int64_t n, int gr
     const int64_t here = n + 16 * i, last = here - 16;
     const bool finish = i > 0;
     const float* sums = s.c[(i + 1) & 1];
-    BF16* high = s.scaled + 16 * (i - 1) * d.padded();
+    BF16* high = wanted.any() ? s.scaled + 16 * (i - 1) * d.padded() : nullptr;
     Source x, y;
     Result to = {};
     if (finish) {
       x = padded_rows(d, head_dim, q, last, tokens - last, 16, s.x + 16 * d.padded());
       y = padded_rows(d, head_dim, dout, last, tokens - last, 16, s.y + 16 * d.padded());
-      to = padded_target(d, head_dim, dq, last, tokens, s.to);
+      if (dq.data != nullptr) to = padded_target(d, head_dim, dq, last, tokens, s.to);
       const uint32_t low = invert(s.e[(i + 1) & 1], eps, inverse);
       if (low != 0 && any_in(low, head_dim, q, last, tokens)) fine = false;
     }
     const auto row = [&](int r) INLINE_LAMBDA {
       if (!finish) return;
-      weight[r] = finish_query(d, sums + 16 * r, inverse[r], eps, x.row(r), y.row(r), state.z, s.m,
-                               centred, to.to.row(r), high + r * d.padded());
+      if (!pulled) return scale_query(d, inverse[r], y.row(r), high + r * d.padded());
+      const float *c = sums + 16 * r, f = inverse[r];
+      BF16* const row_to = dq.data == nullptr ? nullptr : to.to.row(r);
+      BF16* const terms = high == nullptr ? nullptr : high + r * d.padded();
+      weight[r] = all ? finish_query<true>(d, c, f, eps, x.row(r), y.row(r), state.z, s.m, centred,
+                                           row_to, terms)
+                      : finish_query<false>(d, c, f, eps, x.row(r), y.row(r), state.z, s.m, centred,
+                                            row_to, terms);
     };
     Shares<decltype(row)> rows = {d.w() * d.w(), 0, row};
     if (i < steps) {
@@ -225,23 +250,22 @@ bool query_block(const D& d, int64_t head_dim, int64_t tokens, int64_t n, int gr
         fetch_row(from(q, here + kTokens + r).p, bytes);
         fetch_row(from(dout, here + kTokens + r).p, bytes);
       }
-      multiply_features(d, g_here, s.exchanged, s.c[i & 1], [&](int) INLINE_LAMBDA { rows(0); });
+      if (pulled) {
+        multiply_features(d, g_here, s.exchanged, s.c[i & 1], [&](int) INLINE_LAMBDA { rows(0); });
+      }
       const Factors by_z = {s.phi, 1024, 64, s.tiles, 1024, d.chunks()};
       multiply<0, true>(by_z, s.tiles, nullptr, s.e[i & 1], Nothing());
-    } else {
-      while (rows.call < rows.calls) rows(0);
     }
-    if (finish) three_terms(load_wide(weight), weights + (i - 1) * 512);
+    while (rows.call < rows.calls) rows(0);
+    if (finish && wanted.z) three_terms(load_wide(weight), weights + (i - 1) * 512);
     deliver(to, head_dim);
   }
   return fine;
 }
 
-// dq, and dS and dz += these queries' share. False: some rows are too small for tiles.
+// S' as tiles, and m.
 template <class D>
-bool query_gradients(const D& d, int64_t head_dim, int64_t tokens, Rows dout, Rows q, Rows dq,
-                     const State<D>& state, float eps, const State<D>& gradient,
-                     const GradientScratch& s, const SumScratch& sums) {
+void centre(const D& d, const State<D>& state, const GradientScratch& s) {
   mean_of_state(d, state, s.m_tiles);
   for (int i = 0; i < d.padded(); i += 32) {
     Wide a, b;
@@ -249,7 +273,31 @@ bool query_gradients(const D& d, int64_t head_dim, int64_t tokens, Rows dout, Ro
     store_wide(s.m + i, a), store_wide(s.m + i + 16, b);
   }
   exchanged_tiles<true>(d, state, s.m_tiles, 1.0f, nullptr, s.exchanged);
-  if (*gradient.empty != 0) {
+}
+
+// dq of queries of whose sums nothing is asked for. False: some rows are too small for tiles.
+template <class D>
+bool query_slopes(const D& d, int64_t head_dim, int64_t tokens, Rows dout, Rows q, Rows dq,
+                  const State<D>& state, float eps, const GradientScratch& s) {
+  centre(d, state, s);
+  z_tiles(d, state, s.tiles, 1024);
+  bool fine = true;
+  for (int64_t n = 0; n < tokens; n += kTokens) {
+    const int64_t left = tokens - n < kTokens ? tokens - n : kTokens;
+    fine &= query_block(d, head_dim, tokens, n, (int)(left + 31) / 32, dout, q, dq, state, eps,
+                        false, Sums{false, false}, s, nullptr);
+  }
+  return fine;
+}
+
+// dq, and dS and dz += these queries' share. False: some rows are too small for tiles.
+template <class D>
+bool query_gradients(const D& d, int64_t head_dim, int64_t tokens, Rows dout, Rows q, Rows dq,
+                     const State<D>& state, float eps, const State<D>& gradient, Sums wanted,
+                     const GradientScratch& s, const SumScratch& sums) {
+  const bool pulled = dq.data != nullptr || wanted.z;
+  if (pulled) centre(d, state, s);
+  if (pulled && *gradient.empty != 0) {
     __builtin_memcpy(gradient.m, s.m_tiles, d.padded() * sizeof(float));
     *gradient.centred = 1;
   }
@@ -258,8 +306,8 @@ bool query_gradients(const D& d, int64_t head_dim, int64_t tokens, Rows dout, Ro
   __builtin_memset(sums.weights, 0, kGroups * 1024);
   bool fine = true;
   sum_rows<2>(d, head_dim, tokens, q, gradient, sums, [&](int64_t n, int64_t, Block<2>& b) {
-    fine &= query_block(d, head_dim, tokens, n, b.groups, dout, q, dq, state, eps, centred, s,
-                        sums.weights);
+    fine &= query_block(d, head_dim, tokens, n, b.groups, dout, q, dq, state, eps, centred, wanted,
+                        s, sums.weights);
     b.y[0] = {s.scaled, d.padded()};
     b.y[1] = {s.scaled + kTokens * d.padded(), d.padded()};
   });
@@ -286,17 +334,20 @@ INLINE void finish_key(const D& d, const float* sums, const float* bias, const B
   }
 }
 
+// dk, dv or both.
 template <class D>
 void key_gradients(const D& d, int64_t head_dim, int64_t tokens, Rows k, Rows v, Rows dk, Rows dv,
                    const State<D>& gradient, const GradientScratch& s) {
-  const bool centred = *gradient.centred != 0;
-  if (!centred) mean_of_rows(d, head_dim, tokens, k, v, s.y, s.m_tiles);
-  exchanged_tiles<false>(d, gradient, centred ? gradient.m : s.m_tiles, centred ? 0.0f : 1.0f,
-                         s.bias, s.exchanged);
-  for (int f = 0; f < 2 * d.padded(); f += 16) {
-    store_wide(s.bias + f, load_wide(s.bias + f) + load_wide(gradient.z + f));
+  if (dk.data != nullptr) {
+    const bool centred = *gradient.centred != 0;
+    if (!centred) mean_of_rows(d, head_dim, tokens, k, v, s.y, s.m_tiles);
+    exchanged_tiles<false>(d, gradient, centred ? gradient.m : s.m_tiles, centred ? 0.0f : 1.0f,
+                           s.bias, s.exchanged);
+    for (int f = 0; f < 2 * d.padded(); f += 16) {
+      store_wide(s.bias + f, load_wide(s.bias + f) + load_wide(gradient.z + f));
+    }
   }
-  state_tiles(d, gradient, s.tiles);
+  if (dv.data != nullptr) state_tiles(d, gradient, s.tiles);
   const int bytes = d.padded() * (int)sizeof(BF16);
   const int64_t steps = (tokens + 15) / 16;
   for (int64_t i = 0; i <= steps; ++i) {  // multiply step i, finish step i - 1
@@ -307,13 +358,13 @@ void key_gradients(const D& d, int64_t head_dim, int64_t tokens, Rows k, Rows v,
     Result to_dk = {}, to_dv = {};
     if (finish) {
       x = padded_rows(d, head_dim, k, last, tokens - last, 16, s.x + 16 * d.padded());
-      to_dk = padded_target(d, head_dim, dk, last, tokens, s.to);
-      to_dv = padded_target(d, head_dim, dv, last, tokens, s.to_too);
+      if (dk.data != nullptr) to_dk = padded_target(d, head_dim, dk, last, tokens, s.to);
+      if (dv.data != nullptr) to_dv = padded_target(d, head_dim, dv, last, tokens, s.to_too);
     }
     const auto row = [&](int r) INLINE_LAMBDA {
       if (!finish) return;
-      finish_key(d, sums + 16 * r, s.bias, x.row(r), to_dk.to.row(r));
-      finish_row(d, values, 1.0f, r, to_dv.to.row(r), false);
+      if (dk.data != nullptr) finish_key(d, sums + 16 * r, s.bias, x.row(r), to_dk.to.row(r));
+      if (dv.data != nullptr) finish_row(d, values, 1.0f, r, to_dv.to.row(r), false);
     };
     Shares<decltype(row)> rows = {d.w() * d.w(), 0, row};
     if (i < steps) {
@@ -325,12 +376,15 @@ void key_gradients(const D& d, int64_t head_dim, int64_t tokens, Rows k, Rows v,
         fetch_row(from(k, here + kTokens + r).p, bytes);
         fetch_row(from(v, here + kTokens + r).p, bytes);
       }
-      multiply_features(d, v_here, s.exchanged, s.c[i & 1], [&](int) INLINE_LAMBDA { rows(0); });
-      multiply_all<false>(by_state(d, s.phi, s.tiles), d.chunks(), nullptr, s.e[i & 1], nullptr,
-                          Nothing());
-    } else {
-      while (rows.call < rows.calls) rows(0);
+      if (dk.data != nullptr) {
+        multiply_features(d, v_here, s.exchanged, s.c[i & 1], [&](int) INLINE_LAMBDA { rows(0); });
+      }
+      if (dv.data != nullptr) {
+        multiply_all<false>(by_state(d, s.phi, s.tiles), d.chunks(), nullptr, s.e[i & 1], nullptr,
+                            Nothing());
+      }
     }
+    while (rows.call < rows.calls) rows(0);
     deliver(to_dk, head_dim);
     deliver(to_dv, head_dim);
   }

@@ -515,8 +515,8 @@ void gather_block(const Shape& s, int64_t tokens, const Block& b, const float* x
   });
 }
 
-// dots_nf = S[f][sign] · rows_n; and where kGather, sums_n = Σ_f x_nf S[f][sign] on the way.
-template <bool kGather>
+// Where kDots, dots_nf = S[f][sign] · rows_n; where kGather, sums_n = Σ_f x_nf S[f][sign] on the way.
+template <bool kDots, bool kGather>
 void dots_block(const Shape& s, int64_t tokens, const Block& b, const float* x_all,
                 const float* rows_all, const float* S_all, float* sums_all, const Ahead& ahead,
                 const Ahead& ahead_too) {
@@ -538,7 +538,7 @@ void dots_block(const Shape& s, int64_t tokens, const Block& b, const float* x_a
           float* sums = sums_all + (c * kBlock + n) * kPiece;
           Floats value[kWidth], total[kSums][kWidth] = {};
           for (int w = 0; w < kWidth; ++w) {
-            value[w] = load(values + w * kLanes);
+            if (kDots) value[w] = load(values + w * kLanes);
             if (kGather && first != 0) total[0][w] = load(sums + w * kLanes);
           }
           for (int64_t f = 0; f < kFeatures<kWidth>; f += kLanes) {
@@ -552,12 +552,12 @@ void dots_block(const Shape& s, int64_t tokens, const Block& b, const float* x_a
               for (int w = 0; w < kWidth; ++w) {
                 Floats part = load(row + w * kLanes);
                 if (kGather) keep(part);
-                lanes = w == 0 ? part * value[w] : lanes + part * value[w];
+                if (kDots) lanes = w == 0 ? part * value[w] : lanes + part * value[w];
                 if (kGather) total[j % kSums][w] += x_j * part;
               }
               return lanes;
             });
-            store(dots + f, c == 0 ? dot : load(dots + f) + dot);
+            if (kDots) store(dots + f, c == 0 ? dot : load(dots + f) + dot);
           }
           for (int w = 0; kGather && w < kWidth; ++w) {
             store(sums + w * kLanes, total[0][w] + total[kSums - 1][w]);
@@ -721,8 +721,10 @@ void slopes(const Shape& s, int64_t tokens, const float* x, const float* dots, c
 }
 
 void query_gradient(ElementType element, int64_t head_dim, int64_t tokens, Rows dout, Rows q,
-                    Rows dq, const float* state, float eps, float* gradient, float* scratch) {
+                    Rows dq, const float* state, float eps, float* gradient, Sums sums,
+                    float* scratch) {
   const Shape s(head_dim);
+  const bool pulled = dq.data != nullptr || sums.z;
   const Block b(s, scratch);
   const float* z = state + s.s_floats();
   for_blocks(element, tokens, s, b, [&](int64_t n, int64_t count, auto example) {
@@ -734,15 +736,23 @@ void query_gradient(ElementType element, int64_t head_dim, int64_t tokens, Rows 
     scale_rows(s, count, inverse, rows, b.rows);
     const Ahead next_q(element, head_dim, q, n + count, tokens);
     const Ahead next_dout(element, head_dim, dout, n + count, tokens);
-    dots_block<false>(s, count, b, x, b.rows, state, b.sums, next_q, next_dout);
-    pull_to(s, count, x, b.dots, inverse, weight);
-    // Of one feature φ(q) z is E - eps: what the difference leaves is written out, or it would be noise.
-    const bool single = head_dim == 1;
-    for (int64_t i = 0; single && i < count; ++i) b.dots[i * s.piece()] *= eps * inverse[i];
-    slopes<Element>(s, count, x, b.dots, z, single ? none_of_z : weight, from_row(element, dq, n));
+    if (pulled) {
+      dots_block<true, false>(s, count, b, x, b.rows, state, b.sums, next_q, next_dout);
+      pull_to(s, count, x, b.dots, inverse, weight);
+    }
+    if (dq.data != nullptr) {
+      // Of one feature φ(q) z is E - eps: what the difference leaves is written out, not rounded away.
+      const bool single = head_dim == 1;
+      for (int64_t i = 0; single && i < count; ++i) b.dots[i * s.piece()] *= eps * inverse[i];
+      slopes<Element>(s, count, x, b.dots, z, single ? none_of_z : weight,
+                      from_row(element, dq, n));
+    }
     const Ahead none(element, head_dim, q, 0, 0);  // dots_block has fetched it
-    accumulate_block(s, count, b, x, b.rows, gradient, none, none);
-    accumulate_z<true>(s, count, x, weight, gradient + s.s_floats());
+    if (sums.S) {
+      accumulate_block(s, count, b, x, b.rows, gradient, pulled ? none : next_q,
+                       pulled ? none : next_dout);
+    }
+    if (sums.z) accumulate_z<true>(s, count, x, weight, gradient + s.s_floats());
   });
 }
 
@@ -753,15 +763,25 @@ void key_gradient(ElementType element, int64_t head_dim, int64_t tokens, Rows k,
   const float* dz = gradient + s.s_floats();
   for_blocks(element, tokens, s, b, [&](int64_t n, int64_t count, auto example) {
     using Element = decltype(example);
-    const Rows to = from_row(element, dv, n);
-    float* sums = rows_for<Element>(s, count, to, b.sums);
+    const Rows to = dv.data == nullptr ? Rows{} : from_row(element, dv, n);
+    float* sums = dv.data == nullptr ? b.sums : rows_for<Element>(s, count, to, b.sums);
     const float* x = load_signed<Element>(s, count, from_row(element, k, n), b);
-    const float* rows = load_rows<Element>(s, count, from_row(element, v, n), b.rows);
+    const float* rows =
+        dk.data == nullptr ? b.rows
+                           : load_rows<Element>(s, count, from_row(element, v, n), b.rows);
     const Ahead next_k(element, head_dim, k, n + count, tokens);
     const Ahead next_v(element, head_dim, v, n + count, tokens);
-    dots_block<true>(s, count, b, x, rows, gradient, sums, next_k, next_v);
-    slopes<Element>(s, count, x, b.dots, dz, nullptr, from_row(element, dk, n));
-    store_rows<Element>(s, count, sums, to);
+    if (dk.data == nullptr) {
+      dots_block<false, true>(s, count, b, x, rows, gradient, sums, next_k, next_k);
+    } else if (dv.data == nullptr) {
+      dots_block<true, false>(s, count, b, x, rows, gradient, sums, next_k, next_v);
+    } else {
+      dots_block<true, true>(s, count, b, x, rows, gradient, sums, next_k, next_v);
+    }
+    if (dk.data != nullptr) {
+      slopes<Element>(s, count, x, b.dots, dz, nullptr, from_row(element, dk, n));
+    }
+    if (dv.data != nullptr) store_rows<Element>(s, count, sums, to);
   });
 }
 

@@ -59,9 +59,10 @@ std::tuple<Tensor, Tensor> forward(const Tensor& q, const Tensor& k, const Tenso
   return {S, z};
 }
 
+// dq, dk and dv have to be there: a launch that makes one of them may make them all.
 void backward(const Tensor& dout, const Tensor& q, const Tensor& k, const Tensor& v,
               const Tensor& S_any, const Tensor& z_any, double eps, const Tensor& dq,
-              const Tensor& dk, const Tensor& dv) {
+              const Tensor& dk, const Tensor& dv, bool only_dq) {
   const Tensor S = contiguous_and_aligned(S_any), z = z_any.contiguous();
   Arguments arguments = arguments_of(q, k, eps);
   arguments.v = view(v);
@@ -71,6 +72,7 @@ void backward(const Tensor& dout, const Tensor& q, const Tensor& k, const Tensor
   arguments.dv = view(dv);
   arguments.S = floats(S);
   arguments.z = floats(z);
+  arguments.only_dq = only_dq;
   run_pass("linear_attention_backward", linear_attention_backward, kBackward, arguments, q);
 }
 
@@ -85,11 +87,11 @@ std::tuple<Tensor, Tensor, Tensor> attention(const Tensor& q, const Tensor& k, c
 std::tuple<Tensor, Tensor, Tensor> attention_backward(const Tensor& dout, const Tensor& q,
                                                       const Tensor& k, const Tensor& v,
                                                       const Tensor& S, const Tensor& z,
-                                                      double eps) {
+                                                      double eps, int64_t wanted) {
   const c10::cuda::CUDAGuard guard(q.device());
   Tensor dq = empty_in_order(q), dk = empty_in_order(k), dv = empty_in_order(v);
-  backward(readable(dout), q, k, v, S, z, eps, dq, dk, dv);
-  return {dq, dk, dv};
+  backward(readable(dout), q, k, v, S, z, eps, dq, dk, dv, wanted == 1);
+  return {if_wanted(dq, wanted, 0), if_wanted(dk, wanted, 1), if_wanted(dv, wanted, 2)};
 }
 
 // ---- packed: qkv (B, N, 3, H, D) read in place, one dqkv written -----------------------------------
@@ -110,7 +112,7 @@ Tensor attention_packed_backward(const Tensor& dout, const Tensor& qkv, const Te
   const c10::cuda::CUDAGuard guard(qkv.device());
   Tensor dqkv = empty_in_order(qkv);
   backward(readable(dout).transpose(1, 2), unpacked(qkv, 0), unpacked(qkv, 1), unpacked(qkv, 2), S,
-           z, eps, unpacked(dqkv, 0), unpacked(dqkv, 1), unpacked(dqkv, 2));
+           z, eps, unpacked(dqkv, 0), unpacked(dqkv, 1), unpacked(dqkv, 2), false);
   return dqkv;
 }
 
@@ -128,7 +130,7 @@ std::tuple<Tensor, Tensor> state(const Tensor& k, const Tensor& v) {
 }
 
 std::tuple<Tensor, Tensor> state_backward(const Tensor& dS_any, const Tensor& dz_any,
-                                          const Tensor& k, const Tensor& v) {
+                                          const Tensor& k, const Tensor& v, int64_t wanted) {
   const c10::cuda::CUDAGuard guard(k.device());
   const Tensor dS = contiguous_and_aligned(dS_any), dz = dz_any.contiguous();
   Tensor dk = empty_in_order(k), dv = empty_in_order(v);
@@ -140,7 +142,7 @@ std::tuple<Tensor, Tensor> state_backward(const Tensor& dS_any, const Tensor& dz
   arguments.dz = floats(dz);
   run_pass("linear_attention_state_backward", linear_attention_state_backward, kStateBackward,
            arguments, k);
-  return {dk, dv};
+  return {if_wanted(dk, wanted, 0), if_wanted(dv, wanted, 1)};
 }
 
 Arguments apply_arguments(const Tensor& q, const Tensor& S, const Tensor& z, double eps) {
@@ -165,7 +167,7 @@ Tensor apply(const Tensor& q, const Tensor& S_any, const Tensor& z_any, double e
 
 std::tuple<Tensor, Tensor, Tensor> apply_backward(const Tensor& dout_any, const Tensor& q,
                                                   const Tensor& S_any, const Tensor& z_any,
-                                                  double eps) {
+                                                  double eps, int64_t wanted) {
   const c10::cuda::CUDAGuard guard(q.device());
   const Tensor dout = readable(dout_any);
   const Tensor S = contiguous_and_aligned(S_any), z = z_any.contiguous();
@@ -176,9 +178,10 @@ std::tuple<Tensor, Tensor, Tensor> apply_backward(const Tensor& dout_any, const 
   arguments.dq = view(dq);
   arguments.dS = floats(dS);
   arguments.dz = floats(dz);
+  arguments.only_dq = wanted == 1;
   run_pass("linear_attention_apply_backward", linear_attention_apply_backward, kApplyBackward,
            arguments, q);
-  return {dq, dS, dz};
+  return {if_wanted(dq, wanted, 0), if_wanted(dS, wanted, 1), if_wanted(dz, wanted, 2)};
 }
 
 std::string describe(const Tensor& q) {
@@ -195,7 +198,7 @@ TORCH_LIBRARY_FRAGMENT(linear_vit, m) {
       tags);
   m.def(
       "cuda_linear_attention_backward(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor S, Tensor z,"
-      " float eps) -> (Tensor, Tensor, Tensor)",
+      " float eps, int wanted) -> (Tensor, Tensor, Tensor)",
       tags);
   m.def(
       "cuda_linear_attention_packed(Tensor qkv, float eps, bool save_state)"
@@ -207,12 +210,13 @@ TORCH_LIBRARY_FRAGMENT(linear_vit, m) {
       tags);
   m.def("cuda_linear_attention_state(Tensor k, Tensor v) -> (Tensor, Tensor)", tags);
   m.def(
-      "cuda_linear_attention_state_backward(Tensor dS, Tensor dz, Tensor k, Tensor v)"
+      "cuda_linear_attention_state_backward(Tensor dS, Tensor dz, Tensor k, Tensor v, int wanted)"
       " -> (Tensor, Tensor)",
       tags);
   m.def("cuda_linear_attention_apply(Tensor q, Tensor S, Tensor z, float eps) -> Tensor", tags);
   m.def(
-      "cuda_linear_attention_apply_backward(Tensor dout, Tensor q, Tensor S, Tensor z, float eps)"
+      "cuda_linear_attention_apply_backward(Tensor dout, Tensor q, Tensor S, Tensor z, float eps,"
+      " int wanted)"
       " -> (Tensor, Tensor, Tensor)",
       tags);
   m.def("cuda_linear_attention_describe(Tensor q) -> str", tags);

@@ -123,14 +123,15 @@ Problem<T> problem_of(const Arguments& p) {
   return problem;
 }
 
-// Runs sum(S, z) for the `splits` parts of a sum over tokens, then their reduction.
+// Runs sum(S, z) for the `splits` parts of a sum over tokens, then their reduction, unless nobody reads
+// it.
 template <typename Sum>
 cudaError_t sum_splits(const Plan& plan, int64_t splits, float* S, float* z, float* partials,
-                       cudaStream_t stream, Sum sum) {
+                       cudaStream_t stream, Sum sum, bool unread = false) {
   if (splits == 1) return sum(S, z);
   float* const z_partials = partials + splits * plan.S_size;
   const cudaError_t error = sum(partials, z_partials);
-  if (error != cudaSuccess) return error;
+  if (error != cudaSuccess || unread) return error;
   return launch(reduce_kernel, ceil_div(plan.state_size(), 4 * kThreads), 0, stream,
                 Reduce{partials, z_partials, S, z, plan.S_size, plan.z_size, splits});
 }
@@ -189,7 +190,7 @@ cudaError_t run_query_gradient(const Arguments& p, const Plan& plan, const float
         sizeof(FloatQueryGradientShared<D>), stream,
         FloatQueryGradient{problem.dout, problem.q, problem.dq, heads, p.group, p.queries, S, z,
                            p.eps, scale, weight});
-    if (error != cudaSuccess) return error;
+    if (error != cudaSuccess || p.only_dq) return error;
     return sum_splits(plan, plan.query_gradient, dS, dz, partials, stream,
                       [&](float* S_out, float* z_out) {
                         return launch_float_sum<D>(p.q, p.dout, p.kv_heads, p.group, p.queries,
@@ -209,7 +210,8 @@ cudaError_t run_query_gradient(const Arguments& p, const Plan& plan, const float
                                         plan.states * plan.query_gradient,
                                         sizeof(GradientShared<T, D>), stream, problem);
                         }
-                      });
+                      },
+                      p.only_dq != 0);
   }
 }
 
@@ -286,7 +288,8 @@ cudaError_t run_backward(const Arguments& p, cudaStream_t stream) {
   }
   const cudaError_t error =
       run_query_gradient<D, T>(p, plan, S, z, dS, dz, mean, workspace, stream);
-  return error == cudaSuccess ? run_key_value_gradient<D, T>(p, plan, dS, dz, mean, stream) : error;
+  if (error != cudaSuccess || p.only_dq) return error;
+  return run_key_value_gradient<D, T>(p, plan, dS, dz, mean, stream);
 }
 
 template <int D, typename T>
@@ -296,7 +299,7 @@ cudaError_t run_apply_backward(const Arguments& p, cudaStream_t stream) {
   float* const mean = plan.half ? workspace.take(plan.mean_size) : nullptr;
   const cudaError_t error =
       run_query_gradient<D, T>(p, plan, p.S, p.z, p.dS, p.dz, mean, workspace, stream);
-  if (error != cudaSuccess || !plan.half) return error;
+  if (error != cudaSuccess || !plan.half || p.only_dq) return error;
   return launch(uncentre_kernel, ceil_div(plan.z_size * 32, kThreads), 0, stream,
                 Uncentre{p.dS, mean, p.dz, plan.z_size, D});
 }
@@ -383,16 +386,17 @@ extern "C" int64_t linear_attention_launches(const Arguments* arguments,
   const Plan plan(*arguments, pass);
   if (plan.one_launch) return 1;
   const int64_t state = plan.state > 1 ? 2 : 1;
-  const int64_t queries = (plan.query_gradient > 1 ? 2 : 1) + plan.rows;
+  const int64_t sums = plan.query_gradient > 1 ? 2 : 1;
+  const int64_t queries = arguments->only_dq ? 1 : sums + plan.rows;
   switch (pass) {
     case kForward:
       return state + 1;
     case kBackward:
-      return (arguments->S ? 0 : state) + queries + 1;
+      return (arguments->S ? 0 : state) + queries + !arguments->only_dq;
     case kState:
       return state;
     case kApplyBackward:
-      return queries + plan.half;
+      return queries + (plan.half && !arguments->only_dq);
     default:
       return 1;
   }

@@ -18,6 +18,9 @@ struct LinearAttentionArguments {
   float* dS;
   float* dz;
   float* workspace;  // so many floats as linear_attention_workspace says
+  // Backward and apply backward: whether nothing but dq is asked for. Launches for the others are left
+  // out; where one launch makes all, all are written.
+  int64_t only_dq;
 };
 
 enum LinearAttentionPass : int32_t {

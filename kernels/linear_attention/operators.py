@@ -5,17 +5,21 @@ A backend defines eight operators in the namespace ``linear_vit``::
     <backend>_linear_attention(Tensor q, Tensor k, Tensor v, float eps, bool save_state)
         -> (Tensor out, Tensor S, Tensor z)
     <backend>_linear_attention_backward(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor S,
-        Tensor z, float eps) -> (Tensor dq, Tensor dk, Tensor dv)
+        Tensor z, float eps, int wanted) -> (Tensor dq, Tensor dk, Tensor dv)
     <backend>_linear_attention_packed(Tensor qkv, float eps, bool save_state)
         -> (Tensor out, Tensor S, Tensor z)
     <backend>_linear_attention_packed_backward(Tensor dout, Tensor qkv, Tensor S, Tensor z,
         float eps) -> Tensor dqkv
     <backend>_linear_attention_state(Tensor k, Tensor v) -> (Tensor S, Tensor z)
-    <backend>_linear_attention_state_backward(Tensor dS, Tensor dz, Tensor k, Tensor v)
+    <backend>_linear_attention_state_backward(Tensor dS, Tensor dz, Tensor k, Tensor v, int wanted)
         -> (Tensor dk, Tensor dv)
     <backend>_linear_attention_apply(Tensor q, Tensor S, Tensor z, float eps) -> Tensor out
     <backend>_linear_attention_apply_backward(
-        Tensor dout, Tensor q, Tensor S, Tensor z, float eps) -> (Tensor dq, Tensor dS, Tensor dz)
+        Tensor dout, Tensor q, Tensor S, Tensor z, float eps, int wanted)
+        -> (Tensor dq, Tensor dS, Tensor dz)
+
+``wanted`` says which gradients are asked for (``kernels.operators.wanted``); the others come out
+empty, and nothing is done for them alone: dq needs no dS, and without dk nothing needs dz.
 
 qkv is (B, N, 3, H, D), out and dout of the packed form are (B, N, H, D), dqkv is one dense tensor
 in qkv's memory order.
@@ -32,7 +36,7 @@ import torch
 from torch import Tensor
 
 from linear_vit.kernels.layout import empty_like, needs_gradient, unpack_qkv
-from linear_vit.kernels.operators import register
+from linear_vit.kernels.operators import empty_gradients, is_wanted, register, wanted
 
 
 class LinearAttention(Protocol):
@@ -136,9 +140,9 @@ def _fake(
 
 
 def _fake_backward(
-    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, S: Tensor, z: Tensor, eps: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    return empty_like(q), empty_like(k), empty_like(v)
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, S: Tensor, z: Tensor, eps: float, wanted: int
+) -> tuple[Tensor, ...]:
+    return empty_gradients(wanted, q, k, v)
 
 
 def _fake_packed(qkv: Tensor, eps: float, save_state: bool) -> tuple[Tensor, Tensor, Tensor]:
@@ -161,7 +165,8 @@ def _save_inputs_and_state(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tens
 def _backward(
     kernel: Any, ctx: Any, dout: Tensor, dS: None, dz: None
 ) -> tuple[Tensor, Tensor, Tensor, None, None]:
-    return *kernel(dout, *ctx.saved_tensors, ctx.eps), None, None
+    mask = wanted(ctx.needs_input_grad[:3])
+    return *kernel(dout, *ctx.saved_tensors, ctx.eps, mask), None, None
 
 
 def _packed_backward(
@@ -170,15 +175,18 @@ def _packed_backward(
     return kernel(dout, *ctx.saved_tensors, ctx.eps), None, None
 
 
-# Per key token and head 4·D² for S, per query token as much to apply it; backward twice that.
+# Per key token and head 4·D² for S, per query token as much to apply it. Backward twice that: per
+# query token S g (of dq and dz) and dS, per key token dk and dv.
 
 
 def _work(q: Tensor, k: Tensor, *_: object) -> int:
     return 4 * k.shape[-1] * (q.numel() + k.numel())
 
 
-def _backward_work(dout: Tensor, q: Tensor, k: Tensor, *_: object) -> int:
-    return 2 * _work(q, k)
+def _backward_work(dout: Tensor, q: Tensor, k: Tensor, *rest: Any) -> int:
+    dq, dk, dv = (is_wanted(rest[-1], i) for i in range(3))
+    queries, keys = _apply_work(q), _state_work(k)
+    return queries * ((dq or dk) + (dk or dv)) + keys * (dk + dv)
 
 
 def _packed_work(qkv: Tensor, *_: object) -> int:
@@ -193,16 +201,17 @@ def _state_work(k: Tensor, *_: object) -> int:
     return 4 * k.shape[-1] * k.numel()
 
 
-def _state_backward_work(dS: Tensor, dz: Tensor, k: Tensor, v: Tensor) -> int:
-    return 2 * _state_work(k)
+def _state_backward_work(dS: Tensor, dz: Tensor, k: Tensor, v: Tensor, wanted: int) -> int:
+    return _state_work(k) * (is_wanted(wanted, 0) + is_wanted(wanted, 1))
 
 
 def _apply_work(q: Tensor, *_: object) -> int:
     return 4 * q.shape[-1] * q.numel()
 
 
-def _apply_backward_work(dout: Tensor, q: Tensor, *_: object) -> int:
-    return 2 * _apply_work(q)
+def _apply_backward_work(dout: Tensor, q: Tensor, *rest: Any) -> int:
+    dq, dS, dz = (is_wanted(rest[-1], i) for i in range(3))
+    return _apply_work(q) * ((dq or dz) + dS)
 
 
 # ---- its two halves ------------------------------------------------------------------------------
@@ -212,8 +221,10 @@ def _fake_state(k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     return empty_state(k, True)
 
 
-def _fake_state_backward(dS: Tensor, dz: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    return empty_like(k), empty_like(v)
+def _fake_state_backward(
+    dS: Tensor, dz: Tensor, k: Tensor, v: Tensor, wanted: int
+) -> tuple[Tensor, ...]:
+    return empty_gradients(wanted, k, v)
 
 
 def _save_state_inputs(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
@@ -222,7 +233,7 @@ def _save_state_inputs(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
 
 def _state_backward(kernel: Any, ctx: Any, dS: Tensor, dz: Tensor) -> tuple[Tensor, Tensor]:
     k, v = ctx.saved_tensors
-    return kernel(dS, dz, k, v)
+    return kernel(dS, dz, k, v, wanted(ctx.needs_input_grad))
 
 
 def _fake_apply(q: Tensor, S: Tensor, z: Tensor, eps: float) -> Tensor:
@@ -230,10 +241,10 @@ def _fake_apply(q: Tensor, S: Tensor, z: Tensor, eps: float) -> Tensor:
 
 
 def _fake_apply_backward(
-    dout: Tensor, q: Tensor, S: Tensor, z: Tensor, eps: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    dS = S.new_empty(S.shape)
-    return empty_like(q), dS, z.new_empty(z.shape)
+    dout: Tensor, q: Tensor, S: Tensor, z: Tensor, eps: float, wanted: int
+) -> tuple[Tensor, ...]:
+    # dS and dz are contiguous, whatever S and z are.
+    return empty_gradients(wanted, q, S.new_empty(S.shape), z.new_empty(z.shape))
 
 
 def _save_apply_inputs(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
@@ -244,4 +255,4 @@ def _save_apply_inputs(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
 
 def _apply_backward(kernel: Any, ctx: Any, dout: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
     q, S, z = ctx.saved_tensors
-    return *kernel(dout, q, S, z, ctx.eps), None
+    return *kernel(dout, q, S, z, ctx.eps, wanted(ctx.needs_input_grad[:3])), None

@@ -60,7 +60,7 @@ from torch import Tensor
 from linear_vit.kernels.layout import empty_like, unpack_qkv
 from linear_vit.kernels.linear_attention import triton_streamed as streamed
 from linear_vit.kernels.linear_attention.operators import attach, empty_state
-from linear_vit.kernels.operators import readable
+from linear_vit.kernels.operators import empty_gradients, is_wanted, readable
 from linear_vit.kernels.triton import tuning
 from linear_vit.kernels.triton.support import (
     balanced_splits,
@@ -237,12 +237,18 @@ def _differentiate_queries(
     m,
     unscale,
     eps,
+    DQ: tl.constexpr,
+    DS: tl.constexpr,
+    DZ: tl.constexpr,
     GROUP: tl.constexpr,
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """dq of the tokens given, of every query head of a group; their dS, transposed, and dz."""
+    """dq of the tokens given, of every query head of a group; their dS, transposed, and dz.
+
+    Where DS (and DZ) is false, zeros; DZ is only where DS is.
+    """
     columns = tl.arange(0, BLOCK_D)
     operand: tl.constexpr = q_kv_head.dtype.element_ty
     no_rows = tl.zeros((BLOCK_N, BLOCK_D), dtype=tl.float32)
@@ -261,38 +267,43 @@ def _differentiate_queries(
         dout_head = dout_kv_head + head * dout_stride_h
         q = load_rows(q_head, tokens, end, q_stride_n, columns, D).to(tl.float32)
         g = load_rows(dout_head, tokens, end, dout_stride_n, columns, D)
-        a_positive = dot(g, S_positive, no_rows)
-        a_negative = dot(g, S_negative, no_rows)
+        if DQ or DZ:
+            a_positive = dot(g, S_positive, no_rows)
+            a_negative = dot(g, S_negative, no_rows)
         # q's sign picks the half of φ that is not zero: φ(q)·a = Σ q a and φ(q)·z = Σ q z, with
         # the other half's signs turned.
         side = q > 0
-        a = tl.where(side, a_positive, -a_negative) * unscale
         z = tl.where(side, z_positive[None, :], -z_negative[None, :])
         inverse = inverse_normaliser(tl.sum(q * z, 1), eps)
         g = g.to(tl.float32)
-        w = (eps * tl.sum(g * m[None, :], 1) - tl.sum(q * a, 1)) * inverse * inverse
-        # Written so that a NaN in q passes.
-        dq = tl.where(q == 0, 0.0, a * inverse[:, None] + w[:, None] * z)
-        store_tile(dq_kv_head + head * dq_stride_h, tokens, end, dq_stride_n, columns, D, dq)
-
-        g *= inverse[:, None]
-        positive, negative = positive_part(q), negative_part(q)
-        if operand == tl.float16:
-            power = _row_power(inverse * z_size)
-            g *= (1.0 / power)[:, None]
-            scale, back = power_of_two(tl.max(tl.max(tl.abs(g), 1), 0))
-            phi_positive = _narrow_to_half(positive * power[:, None])
-            phi_negative = _narrow_to_half(negative * power[:, None])
-            no_sum = tl.zeros((BLOCK_D, BLOCK_D), dtype=tl.float32)
-            dS_positive += _add_outer(g * scale, phi_positive, no_sum, D) * back
-            dS_negative += _add_outer(g * scale, phi_negative, no_sum, D) * back
-        else:
-            dS_positive = _add_outer(g, narrow(positive, operand), dS_positive, D)
-            dS_negative = _add_outer(g, narrow(negative, operand), dS_negative, D)
-        dz_positive += tl.sum(positive * w[:, None], 0)
-        dz_negative += tl.sum(negative * w[:, None], 0)
-    dz_positive -= tl.sum(dS_positive * m[:, None], 0)
-    dz_negative -= tl.sum(dS_negative * m[:, None], 0)
+        if DQ or DZ:
+            a = tl.where(side, a_positive, -a_negative) * unscale
+            w = (eps * tl.sum(g * m[None, :], 1) - tl.sum(q * a, 1)) * inverse * inverse
+        if DQ:
+            # Written so that a NaN in q passes.
+            dq = tl.where(q == 0, 0.0, a * inverse[:, None] + w[:, None] * z)
+            store_tile(dq_kv_head + head * dq_stride_h, tokens, end, dq_stride_n, columns, D, dq)
+        if DS:
+            g *= inverse[:, None]
+            positive, negative = positive_part(q), negative_part(q)
+            if operand == tl.float16:
+                power = _row_power(inverse * z_size)
+                g *= (1.0 / power)[:, None]
+                scale, back = power_of_two(tl.max(tl.max(tl.abs(g), 1), 0))
+                phi_positive = _narrow_to_half(positive * power[:, None])
+                phi_negative = _narrow_to_half(negative * power[:, None])
+                no_sum = tl.zeros((BLOCK_D, BLOCK_D), dtype=tl.float32)
+                dS_positive += _add_outer(g * scale, phi_positive, no_sum, D) * back
+                dS_negative += _add_outer(g * scale, phi_negative, no_sum, D) * back
+            else:
+                dS_positive = _add_outer(g, narrow(positive, operand), dS_positive, D)
+                dS_negative = _add_outer(g, narrow(negative, operand), dS_negative, D)
+            if DZ:
+                dz_positive += tl.sum(positive * w[:, None], 0)
+                dz_negative += tl.sum(negative * w[:, None], 0)
+    if DZ:
+        dz_positive -= tl.sum(dS_positive * m[:, None], 0)
+        dz_negative -= tl.sum(dS_negative * m[:, None], 0)
     return dS_positive, dS_negative, dz_positive, dz_negative
 
 
@@ -328,27 +339,31 @@ def _differentiate_keys(
     unscale,
     dz_positive,
     dz_negative,
+    DK: tl.constexpr,
+    DV: tl.constexpr,
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """dk and dv of one tile."""
+    """dk and dv of one tile, or one of them."""
     columns = tl.arange(0, BLOCK_D)
-    operand: tl.constexpr = v.dtype
+    operand: tl.constexpr = k.dtype
     no_rows = tl.zeros((BLOCK_N, BLOCK_D), dtype=tl.float32)
-    d_positive = dot(v, high_positive_t, no_rows)
-    d_negative = dot(v, high_negative_t, no_rows)
-    if operand != tl.float32:  # float32 has no low half
-        d_positive = dot(v, low_positive_t, d_positive)
-        d_negative = dot(v, low_negative_t, d_negative)
-    d_positive = d_positive * unscale + dz_positive[None, :]
-    d_negative = d_negative * unscale + dz_negative[None, :]
     k = k.to(tl.float32)
-    dk = tl.where(k == 0, 0.0, tl.where(k > 0, d_positive, -d_negative))
-    store_tile(dk_head, tokens, end, dk_stride_n, columns, D, tl.where(k == k, dk, k))
-    dv = dot(narrow(positive_part(k), operand), high_positive, no_rows)
-    dv = dot(narrow(negative_part(k), operand), high_negative, dv) * unscale
-    store_tile(dv_head, tokens, end, dv_stride_n, columns, D, dv)
+    if DK:
+        d_positive = dot(v, high_positive_t, no_rows)
+        d_negative = dot(v, high_negative_t, no_rows)
+        if operand != tl.float32:  # float32 has no low half
+            d_positive = dot(v, low_positive_t, d_positive)
+            d_negative = dot(v, low_negative_t, d_negative)
+        d_positive = d_positive * unscale + dz_positive[None, :]
+        d_negative = d_negative * unscale + dz_negative[None, :]
+        dk = tl.where(k == 0, 0.0, tl.where(k > 0, d_positive, -d_negative))
+        store_tile(dk_head, tokens, end, dk_stride_n, columns, D, tl.where(k == k, dk, k))
+    if DV:
+        dv = dot(narrow(positive_part(k), operand), high_positive, no_rows)
+        dv = dot(narrow(negative_part(k), operand), high_negative, dv) * unscale
+        store_tile(dv_head, tokens, end, dv_stride_n, columns, D, dv)
 
 
 # ---- many tokens, forward ------------------------------------------------------------------------
@@ -494,6 +509,9 @@ def _query_gradient(
     dq_stride_h,
     dq_stride_n,
     eps,
+    DQ: tl.constexpr,
+    DS: tl.constexpr,
+    DZ: tl.constexpr,
     GROUP: tl.constexpr,
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -519,14 +537,15 @@ def _query_gradient(
         dq_pointer + b * dq_stride_b + h * dq_stride_h,
         dout_stride_h, dout_stride_n, q_stride_h, q_stride_n, dq_stride_h, dq_stride_n,
         begin, end, S_positive, S_negative, z_positive, z_negative, m, unscale, eps,
-        GROUP, D, BLOCK_D, BLOCK_N,
+        DQ, DS, DZ, GROUP, D, BLOCK_D, BLOCK_N,
     )  # fmt: skip
-    slot = split * batch_heads + head
-    matrix = matrix_pointer + slot * 2 * D * D
-    vector = vector_pointer + slot * 2 * D
-    _store_state(
-        matrix, vector, dS_positive, dS_negative, dz_positive, dz_negative, D, BLOCK_D
-    )  # fmt: skip
+    if DS:
+        slot = split * batch_heads + head
+        matrix = matrix_pointer + slot * 2 * D * D
+        vector = vector_pointer + slot * 2 * D
+        _store_state(
+            matrix, vector, dS_positive, dS_negative, dz_positive, dz_negative, D, BLOCK_D
+        )  # fmt: skip
 
 
 @triton.jit
@@ -553,6 +572,8 @@ def _key_value_gradient(
     dv_stride_b,
     dv_stride_h,
     dv_stride_n,
+    DK: tl.constexpr,
+    DV: tl.constexpr,
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -585,7 +606,7 @@ def _key_value_gradient(
             k, v, dk_head, dv_head, dk_stride_n, dv_stride_n, tokens, end,
             high_positive, high_negative, high_positive_t, low_positive_t,
             high_negative_t, low_negative_t, unscale, dz_positive, dz_negative,
-            D, BLOCK_D, BLOCK_N,
+            DK, DV, D, BLOCK_D, BLOCK_N,
         )  # fmt: skip
 
 
@@ -689,6 +710,9 @@ def _short_backward(
     dv_stride_h,
     dv_stride_n,
     eps,
+    DQ: tl.constexpr,
+    DK: tl.constexpr,
+    DV: tl.constexpr,
     SAVED: tl.constexpr,
     GROUP: tl.constexpr,
     D: tl.constexpr,
@@ -722,23 +746,24 @@ def _short_backward(
         dq_pointer + b * dq_stride_b + h * dq_stride_h,
         dout_stride_h, dout_stride_n, q_stride_h, q_stride_n, dq_stride_h, dq_stride_n,
         0, num_queries, S_positive, S_negative, z_positive, z_negative, m, unscale, eps,
-        GROUP, D, BLOCK_D, BLOCK_N,
+        DQ, DK or DV, DK, GROUP, D, BLOCK_D, BLOCK_N,
     )  # fmt: skip
-    # (column, feature), as summed: these are the transposed operands.
-    high_positive_t, low_positive_t, high_negative_t, low_negative_t, unscale = _split(
-        dS_positive, dS_negative, operand
-    )
-    high_positive, high_negative = tl.trans(high_positive_t), tl.trans(high_negative_t)
-    for start in range(0, num_keys, BLOCK_N):
-        tokens = start + tl.arange(0, BLOCK_N).to(tl.int64)
-        k = load_rows(k_head, tokens, num_keys, k_stride_n, columns, D)
-        v = load_rows(v_head, tokens, num_keys, v_stride_n, columns, D)
-        _differentiate_keys(
-            k, v, dk_head, dv_head, dk_stride_n, dv_stride_n, tokens, num_keys,
-            high_positive, high_negative, high_positive_t, low_positive_t,
-            high_negative_t, low_negative_t, unscale, dz_positive, dz_negative,
-            D, BLOCK_D, BLOCK_N,
-        )  # fmt: skip
+    if DK or DV:
+        # (column, feature), as summed: these are the transposed operands.
+        high_positive_t, low_positive_t, high_negative_t, low_negative_t, unscale = _split(
+            dS_positive, dS_negative, operand
+        )
+        high_positive, high_negative = tl.trans(high_positive_t), tl.trans(high_negative_t)
+        for start in range(0, num_keys, BLOCK_N):
+            tokens = start + tl.arange(0, BLOCK_N).to(tl.int64)
+            k = load_rows(k_head, tokens, num_keys, k_stride_n, columns, D)
+            v = load_rows(v_head, tokens, num_keys, v_stride_n, columns, D)
+            _differentiate_keys(
+                k, v, dk_head, dv_head, dk_stride_n, dv_stride_n, tokens, num_keys,
+                high_positive, high_negative, high_positive_t, low_positive_t,
+                high_negative_t, low_negative_t, unscale, dz_positive, dz_negative,
+                DK, DV, D, BLOCK_D, BLOCK_N,
+            )  # fmt: skip
 
 
 # ---- launchers -----------------------------------------------------------------------------------
@@ -765,6 +790,11 @@ def _takes_one_launch(kernel: str, q: Tensor, k: Tensor) -> bool:
     filled = batch * kv_heads >= multiprocessors(k.device)
     limits = tuning.SPLITS
     return tokens <= limits.short_alone or (filled and num_keys <= limits.short_keys)
+
+
+def _strides(x: Tensor) -> tuple[int, ...]:
+    """Of the first three axes; zeros for a gradient that is not wanted."""
+    return x.stride()[:3] if x.dim() > 1 else (0, 0, 0)
 
 
 def _partial_sums(
@@ -822,42 +852,54 @@ def _launch_apply_into(out: Tensor, q: Tensor, S: Tensor, z: Tensor, eps: float)
 
 
 def _launch_query_gradient_into(
-    dq: Tensor, dout: Tensor, q: Tensor, S: Tensor, z: Tensor, eps: float
+    dq: Tensor, dout: Tensor, q: Tensor, S: Tensor, z: Tensor, eps: float, wanted: int
 ) -> tuple[Tensor, Tensor]:
-    """Fills dq; returns dS and dz."""
+    """Fills dq; returns dS and dz: those of the three that are wanted, dz never alone."""
     batch, heads, tokens, head_dim = q.shape
     kv_heads = S.shape[1]
+    needs_dq, needs_dS, needs_dz = (is_wanted(wanted, i) for i in range(3))
     options = _options("query_gradient", q)
     if not options.pop("RESIDENT"):
-        rows = streamed.query_gradient(dout, q, S, z, dq, eps, options)
+        rows = streamed.query_gradient(dout, q, S, z, dq if needs_dq else None, eps, options)
+        if not needs_dS:
+            return empty_state(q, False)
         sums = _options("query_sums", q)
         sums.pop("RESIDENT")
         return _sum_partials(*streamed.outer(q, dout, kv_heads, rows, sums))
     splits, per_split = balanced_splits(tokens, batch * kv_heads, options["BLOCK_N"], q.device)
-    matrix, vector = _partial_sums(splits, batch, kv_heads, head_dim, q)
+    if needs_dS:
+        matrix, vector = _partial_sums(splits, batch, kv_heads, head_dim, q)
+    else:
+        matrix, vector = empty_state(q, False)
     if batch:
         _query_gradient[(splits * batch * kv_heads,)](
             dout, q, S, z, dq, matrix, vector, tokens, per_split, splits, kv_heads,
-            batch * kv_heads, *dout.stride()[:3], *q.stride()[:3], *dq.stride()[:3], eps,
+            batch * kv_heads, *dout.stride()[:3], *q.stride()[:3], *_strides(dq), eps,
+            # With dq, dz costs next to nothing: a variant less.
+            DQ=needs_dq, DS=needs_dS, DZ=needs_dS and (needs_dz or needs_dq),
             GROUP=heads // kv_heads, **options,
         )  # fmt: skip
-    return _sum_partials(matrix, vector)
+    return _sum_partials(matrix, vector) if needs_dS else (matrix, vector)
 
 
 def _launch_key_value_gradient_into(
-    dk: Tensor, dv: Tensor, dS: Tensor, dz: Tensor, k: Tensor, v: Tensor
+    dk: Tensor, dv: Tensor, dS: Tensor, dz: Tensor, k: Tensor, v: Tensor, wanted: int
 ) -> None:
+    """Fills dk and dv, those that are wanted."""
     batch, kv_heads, tokens, _ = k.shape
-    if not dk.numel():
+    if not wanted or not k.numel():
         return
+    needs_dk, needs_dv = is_wanted(wanted, 0), is_wanted(wanted, 1)
     options = _options("key_value_gradient", k)
     if not options.pop("RESIDENT"):
-        streamed.key_value_gradient(dS, dz, k, v, dk, dv, options)
+        given = dk if needs_dk else None, dv if needs_dv else None
+        streamed.key_value_gradient(dS, dz, k, v, *given, options)
         return
     splits, per_split = balanced_splits(tokens, batch * kv_heads, options["BLOCK_N"], k.device)
     _key_value_gradient[(splits * batch * kv_heads,)](
         dS, dz, k, v, dk, dv, tokens, per_split, splits, kv_heads, *k.stride()[:3],
-        *v.stride()[:3], *dk.stride()[:3], *dv.stride()[:3], **options,
+        *v.stride()[:3], *_strides(dk), *_strides(dv), DK=needs_dk, DV=needs_dv,
+        **options,
     )  # fmt: skip
 
 
@@ -884,23 +926,26 @@ def _forward_into(
 
 def _backward_into(
     dq: Tensor, dk: Tensor, dv: Tensor, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, S: Tensor,
-    z: Tensor, eps: float,
+    z: Tensor, eps: float, wanted: int,
 ) -> None:  # fmt: skip
-    """Fills dq, dk and dv; S and z of shape (0,) are worked out again."""
+    """Fills those of dq, dk and dv that are wanted; S and z of shape (0,) are worked out again."""
     batch, kv_heads, num_keys, _ = k.shape
     saved = S.dim() > 1
+    needs_dq, needs_dk, needs_dv = (is_wanted(wanted, i) for i in range(3))
     if not _takes_one_launch("short_backward", q, k):
         if not saved:
             S, z = _launch_state_sums(k, v)
-        dS, dz = _launch_query_gradient_into(dq, dout, q, S, z, eps)
-        _launch_key_value_gradient_into(dk, dv, dS, dz, k, v)
+        sums = needs_dq | (needs_dk or needs_dv) << 1 | needs_dk << 2
+        dS, dz = _launch_query_gradient_into(dq, dout, q, S, z, eps, sums)
+        _launch_key_value_gradient_into(dk, dv, dS, dz, k, v, wanted >> 1)
     elif batch:
         options = _options("short_backward", q)
         options.pop("RESIDENT")
         _short_backward[(batch * kv_heads,)](
             dout, q, k, v, S, z, dq, dk, dv, q.shape[2], num_keys, kv_heads,
             *dout.stride()[:3], *q.stride()[:3], *k.stride()[:3], *v.stride()[:3],
-            *dq.stride()[:3], *dk.stride()[:3], *dv.stride()[:3], eps, SAVED=saved,
+            *_strides(dq), *_strides(dk), *_strides(dv), eps,
+            DQ=needs_dq, DK=needs_dk, DV=needs_dv, SAVED=saved,
             GROUP=q.shape[1] // kv_heads, **options,
         )  # fmt: skip
 
@@ -915,10 +960,10 @@ def _launch(
 
 @operator("linear_attention_backward")
 def _launch_backward(
-    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, S: Tensor, z: Tensor, eps: float
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, S: Tensor, z: Tensor, eps: float, wanted: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    dq, dk, dv = empty_like(q), empty_like(k), empty_like(v)
-    _backward_into(dq, dk, dv, readable(dout), q, k, v, S, z, eps)
+    dq, dk, dv = empty_gradients(wanted, q, k, v)
+    _backward_into(dq, dk, dv, readable(dout), q, k, v, S, z, eps, wanted)
     return dq, dk, dv
 
 
@@ -932,7 +977,7 @@ def _launch_packed(qkv: Tensor, eps: float, save_state: bool) -> tuple[Tensor, T
 def _launch_packed_backward(dout: Tensor, qkv: Tensor, S: Tensor, z: Tensor, eps: float) -> Tensor:
     dqkv = empty_like(qkv)
     dout = readable(dout).transpose(1, 2)
-    _backward_into(*unpack_qkv(dqkv), dout, *unpack_qkv(qkv), S, z, eps)
+    _backward_into(*unpack_qkv(dqkv), dout, *unpack_qkv(qkv), S, z, eps, 0b111)
     return dqkv
 
 
@@ -942,9 +987,11 @@ def _launch_state(k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
 
 
 @operator("linear_attention_state_backward")
-def _launch_state_backward(dS: Tensor, dz: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    dk, dv = empty_like(k), empty_like(v)
-    _launch_key_value_gradient_into(dk, dv, dS.contiguous(), dz.contiguous(), k, v)
+def _launch_state_backward(
+    dS: Tensor, dz: Tensor, k: Tensor, v: Tensor, wanted: int
+) -> tuple[Tensor, Tensor]:
+    dk, dv = empty_gradients(wanted, k, v)
+    _launch_key_value_gradient_into(dk, dv, dS.contiguous(), dz.contiguous(), k, v, wanted)
     return dk, dv
 
 
@@ -957,11 +1004,16 @@ def _launch_apply(q: Tensor, S: Tensor, z: Tensor, eps: float) -> Tensor:
 
 @operator("linear_attention_apply_backward")
 def _launch_apply_backward(
-    dout: Tensor, q: Tensor, S: Tensor, z: Tensor, eps: float
+    dout: Tensor, q: Tensor, S: Tensor, z: Tensor, eps: float, wanted: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    dq = empty_like(q)
-    S, z = S.contiguous(), z.contiguous()
-    return dq, *_launch_query_gradient_into(dq, readable(dout), q, S, z, eps)
+    (dq,) = empty_gradients(wanted, q)
+    needs_dS, needs_dz = is_wanted(wanted, 1), is_wanted(wanted, 2)
+    with_dS = wanted | needs_dz << 1
+    dS, dz = _launch_query_gradient_into(
+        dq, readable(dout), q, S.contiguous(), z.contiguous(), eps, with_dS
+    )
+    nothing = S.new_empty((0,))
+    return dq, dS if needs_dS else nothing, dz if needs_dz else nothing.clone()
 
 
 def implementation(op: str, *tensors: Tensor) -> str:

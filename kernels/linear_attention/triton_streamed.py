@@ -228,6 +228,7 @@ def _query_gradient(
     dq_stride_h,
     dq_stride_n,
     eps,
+    DQ: tl.constexpr,
     GROUP: tl.constexpr,
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -238,7 +239,7 @@ def _query_gradient(
 
     φ(q)·a = (φ(q)ᵀ S)·dout comes first, from the numerator; then a, BLOCK_F features at a time. The
     row terms 1/E and −(φ(q)·a)/E² go to memory, 8 bytes a row, for the sum over tokens that makes
-    dS and dz.
+    dS and dz. Without DQ they are all there is.
     """
     program = tl.program_id(0).to(tl.int64)
     part, head = program % num_programs, program // num_programs
@@ -267,7 +268,7 @@ def _query_gradient(
 
         dout = narrow(dout, dout_pointer.dtype.element_ty)
         zeros = tl.zeros((BLOCK_N, BLOCK_F), dtype=tl.float32)
-        for first in range(0, D, BLOCK_F):
+        for first in range(0, D if DQ else 0, BLOCK_F):
             features = first + tl.arange(0, BLOCK_F)
             q = load_tile(q_head, tokens, end, q_stride_n, features, D)
             state_rows = load_tile(state, features, D, D, columns, D)
@@ -307,12 +308,14 @@ def _key_value_gradient(
     dv_stride_b,
     dv_stride_h,
     dv_stride_n,
+    DK: tl.constexpr,
+    DV: tl.constexpr,
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_F: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """dφ(k) = dS v + dz and dv = dSᵀ φ(k), for some tiles of one key/value head."""
+    """dφ(k) = dS v + dz and dv = dSᵀ φ(k), or one of them, for some tiles of one key/value head."""
     program = tl.program_id(0).to(tl.int64)
     part, head = program % num_programs, program // num_programs
     b, hk = head // kv_heads, head % kv_heads
@@ -342,12 +345,16 @@ def _key_value_gradient(
                 sign = 1.0 - 2.0 * half
                 dS = load_tile(dstate + half * D * D, features, D, D, columns, D)
                 dz = tl.load(dnormaliser + half * D + features, mask=features < D, other=0.0)
-                dv = exact_dot(narrow(positive_part(sign * k), operand), dS, dv)
-                dphi = exact_dot(v, tl.trans(dS), zeros + dz[None, :])
-                # Written so that a NaN in k passes both halves.
-                dk += tl.where(sign * k <= 0, 0.0, sign * dphi)
-            store_tile(dk_head, tokens, end, dk_stride_n, features, D, dk)
-        store_tile(dv_head, tokens, end, dv_stride_n, columns, D, dv)
+                if DV:
+                    dv = exact_dot(narrow(positive_part(sign * k), operand), dS, dv)
+                if DK:
+                    dphi = exact_dot(v, tl.trans(dS), zeros + dz[None, :])
+                    # Written so that a NaN in k passes both halves.
+                    dk += tl.where(sign * k <= 0, 0.0, sign * dphi)
+            if DK:
+                store_tile(dk_head, tokens, end, dk_stride_n, features, D, dk)
+        if DV:
+            store_tile(dv_head, tokens, end, dv_stride_n, columns, D, dv)
 
 
 # Tokens that one level of a sum over tokens adds up; a multiple of every BLOCK_N.
@@ -397,19 +404,21 @@ def query_gradient(
     q: Tensor,
     S: Tensor,
     z: Tensor,
-    dq: Tensor,
+    dq: Tensor | None,
     eps: float,
     options: dict[str, int],
 ) -> tuple[Tensor, Tensor]:
-    """Fills dq; returns what :func:`outer` wants: 1/E and −(φ(q)·a)/E², (B, H, N) float32."""
+    """Fills dq, if it is given; returns what :func:`outer` wants, (B, H, N) float32: 1/E and
+    −(φ(q)·a)/E²."""
     batch, heads, tokens, _ = q.shape
     inverse = q.new_empty((batch, heads, tokens), dtype=torch.float32)
     weight = torch.empty_like(inverse)
     parts, per_part = balanced_splits(tokens, batch * heads, options["BLOCK_N"], q.device)
-    if dq.numel():
+    if q.numel():
+        to = q if dq is None else dq
         _query_gradient[(parts * batch * heads,)](
-            dout, q, S, z, dq, inverse, weight, tokens, per_part, parts, heads,
-            *dout.stride()[:3], *q.stride()[:3], *dq.stride()[:3], eps,
+            dout, q, S, z, to, inverse, weight, tokens, per_part, parts, heads,
+            *dout.stride()[:3], *q.stride()[:3], *to.stride()[:3], eps, DQ=dq is not None,
             GROUP=heads // S.shape[1], **options,
         )  # fmt: skip
     return inverse, weight
@@ -420,14 +429,16 @@ def key_value_gradient(
     dz: Tensor,
     k: Tensor,
     v: Tensor,
-    dk: Tensor,
-    dv: Tensor,
+    dk: Tensor | None,
+    dv: Tensor | None,
     options: dict[str, int],
 ) -> None:
-    """Fills dk and dv, (B, Hk, M, D), which are not empty."""
+    """Fills dk and dv, (B, Hk, M, D), which are not empty, or the one that is given."""
     batch, heads, tokens, _ = k.shape
     parts, per_part = balanced_splits(tokens, batch * heads, options["BLOCK_N"], k.device)
+    to_dk, to_dv = k if dk is None else dk, v if dv is None else dv
     _key_value_gradient[(parts * batch * heads,)](
-        dS, dz, k, v, dk, dv, tokens, per_part, parts, heads, *k.stride()[:3], *v.stride()[:3],
-        *dk.stride()[:3], *dv.stride()[:3], **options,
+        dS, dz, k, v, to_dk, to_dv, tokens, per_part, parts, heads, *k.stride()[:3],
+        *v.stride()[:3], *to_dk.stride()[:3], *to_dv.stride()[:3], DK=dk is not None,
+        DV=dv is not None, **options,
     )  # fmt: skip

@@ -35,7 +35,8 @@ Tensor run_forward(const QueryKeyValue& in, const Tensor& out, double scale) {
 
 // Fills `gradients`.
 void run_backward(const Tensor& dout_any, const QueryKeyValue& in, const Tensor& out_any,
-                  const Tensor& lse_any, const QueryKeyValue& gradients, double scale) {
+                  const Tensor& lse_any, const QueryKeyValue& gradients, double scale,
+                  int64_t wanted) {
   const Tensor dout = readable(dout_any), out = readable(out_any), lse = lse_any.contiguous();
   const auto& [q, k, v] = in;
   const auto& [dq, dk, dv] = gradients;
@@ -45,7 +46,7 @@ void run_backward(const Tensor& dout_any, const QueryKeyValue& in, const Tensor&
                                q.size(1), q.size(1) / k.size(1), q.size(2), k.size(2), view(dout),
                                view(q), view(k), view(v), view(out), view(dq), view(dk), view(dv),
                                lse.data_ptr<float>(), delta.data_ptr<float>(),
-                               static_cast<float>(scale)});
+                               static_cast<float>(scale), static_cast<int32_t>(wanted)});
 }
 
 std::tuple<Tensor, Tensor> forward(const Tensor& q, const Tensor& k, const Tensor& v,
@@ -58,11 +59,11 @@ std::tuple<Tensor, Tensor> forward(const Tensor& q, const Tensor& k, const Tenso
 
 std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& dout, const Tensor& q, const Tensor& k,
                                             const Tensor& v, const Tensor& out, const Tensor& lse,
-                                            double scale) {
+                                            double scale, int64_t wanted) {
   const c10::cuda::CUDAGuard guard(q.device());
   const QueryKeyValue d{empty_in_order(q), empty_in_order(k), empty_in_order(v)};
-  run_backward(dout, {q, k, v}, out, lse, d, scale);
-  return {d.q, d.k, d.v};
+  run_backward(dout, {q, k, v}, out, lse, d, scale, wanted);
+  return {if_wanted(d.q, wanted, 0), if_wanted(d.k, wanted, 1), if_wanted(d.v, wanted, 2)};
 }
 
 std::tuple<Tensor, Tensor> packed_forward(const Tensor& qkv, double scale) {
@@ -76,7 +77,8 @@ Tensor packed_backward(const Tensor& dout, const Tensor& qkv, const Tensor& out,
                        double scale) {
   const c10::cuda::CUDAGuard guard(qkv.device());
   Tensor dqkv = empty_in_order(qkv);
-  run_backward(dout.transpose(1, 2), unpack(qkv), out.transpose(1, 2), lse, unpack(dqkv), scale);
+  run_backward(dout.transpose(1, 2), unpack(qkv), out.transpose(1, 2), lse, unpack(dqkv), scale,
+               0b111);
   return dqkv;
 }
 
@@ -95,7 +97,7 @@ TORCH_LIBRARY_FRAGMENT(linear_vit, m) {
       tags);
   m.def(
       "cuda_softmax_attention_backward(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out,"
-      " Tensor lse, float scale) -> (Tensor, Tensor, Tensor)",
+      " Tensor lse, float scale, int wanted) -> (Tensor, Tensor, Tensor)",
       tags);
   m.def("cuda_softmax_attention_packed(Tensor qkv, float scale) -> (Tensor, Tensor)", tags);
   m.def(

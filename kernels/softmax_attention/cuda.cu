@@ -87,12 +87,15 @@ extern "C" cudaError_t softmax_attention_backward(const SoftmaxBackwardArguments
                                p.scale,
                                dscore_scale<T>(p.key_tokens)};
     const int64_t heads = p.batch * p.heads, kv_heads = heads / p.group;
+    const bool queries = (p.wanted & 3) != 0, keys = (p.wanted & 6) != 0;  // dk needs delta
     if constexpr (std::is_same_v<T, float>) {
       using namespace float32;
-      const cudaError_t error = launch(query_gradient_kernel<D>,
-                                       heads * ceil_div(p.query_tokens, Block<D>::kRows),
-                                       sizeof(QueryGradientShared<D>), stream, backward);
-      if (error != cudaSuccess) return error;
+      const cudaError_t error =
+          queries ? launch(query_gradient_kernel<D>,
+                           heads * ceil_div(p.query_tokens, Block<D>::kRows),
+                           sizeof(QueryGradientShared<D>), stream, backward)
+                  : cudaSuccess;
+      if (error != cudaSuccess || !keys) return error;
       return launch(key_value_gradient_kernel<D>,
                     kv_heads * ceil_div(p.key_tokens, Block<D>::kRows),
                     sizeof(KeyValueGradientShared<D>), stream, backward);
@@ -100,9 +103,11 @@ extern "C" cudaError_t softmax_attention_backward(const SoftmaxBackwardArguments
       using namespace half_precision;
       using Tile = BackwardTile<D>;
       const cudaError_t error =
-          launch(query_gradient_kernel<D, T>, heads * ceil_div(p.query_tokens, Tile::kOwned),
-                 Tile::kSharedBytes, stream, backward, kBlockThreads);
-      if (error != cudaSuccess) return error;
+          queries ? launch(query_gradient_kernel<D, T>,
+                           heads * ceil_div(p.query_tokens, Tile::kOwned), Tile::kSharedBytes,
+                           stream, backward, kBlockThreads)
+                  : cudaSuccess;
+      if (error != cudaSuccess || !keys) return error;
       return launch(key_value_gradient_kernel<D, T>,
                     kv_heads * ceil_div(p.key_tokens, Tile::kOwned),
                     Tile::kSharedBytes + Tile::kStatistics, stream, backward, kBlockThreads);

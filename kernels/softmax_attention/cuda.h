@@ -21,6 +21,9 @@ struct SoftmaxBackwardArguments {
   const float* lse;
   float* delta;  // workspace
   float scale;
+  // Bits 0 to 2: whether dq, dk, dv is asked for. A launch that makes none of these is left out; one that
+  // makes another, too, writes it (without query_gradient's delta a dk that nobody reads).
+  int32_t wanted;
 };
 
 extern "C" {

@@ -6,10 +6,13 @@ the softmax's denominator, (B, H, N) float32, -inf where M = 0::
     <backend>_softmax_attention(Tensor q, Tensor k, Tensor v, float scale)
         -> (Tensor out, Tensor lse)
     <backend>_softmax_attention_backward(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out,
-        Tensor lse, float scale) -> (Tensor dq, Tensor dk, Tensor dv)
+        Tensor lse, float scale, int wanted) -> (Tensor dq, Tensor dk, Tensor dv)
     <backend>_softmax_attention_packed(Tensor qkv, float scale) -> (Tensor out, Tensor lse)
     <backend>_softmax_attention_packed_backward(Tensor dout, Tensor qkv, Tensor out, Tensor lse,
         float scale) -> Tensor dqkv
+
+``wanted`` says which gradients are asked for (``kernels.operators.wanted``); the others come out
+empty, and nothing is done for them alone.
 
 qkv is (B, N, 3, H, D), out and dout of the packed form are (B, N, H, D), dqkv is one dense tensor
 in qkv's memory order.
@@ -22,7 +25,7 @@ import torch
 from torch import Tensor
 
 from linear_vit.kernels.layout import empty_like, unpack_qkv
-from linear_vit.kernels.operators import register
+from linear_vit.kernels.operators import empty_gradients, is_wanted, register, wanted
 
 
 class Functions(NamedTuple):
@@ -67,9 +70,16 @@ def _fake(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor
 
 
 def _fake_backward(
-    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, scale: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    return empty_like(q), empty_like(k), empty_like(v)
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    scale: float,
+    wanted: int,
+) -> tuple[Tensor, ...]:
+    return empty_gradients(wanted, q, k, v)
 
 
 def _fake_packed(qkv: Tensor, scale: float) -> tuple[Tensor, Tensor]:
@@ -96,22 +106,23 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> N
 def _backward(
     kernel: Any, ctx: Any, dout: Tensor, dlse: None
 ) -> tuple[Tensor, Tensor, Tensor, None]:
-    return *kernel(dout, *ctx.saved_tensors, ctx.scale), None
+    return *kernel(dout, *ctx.saved_tensors, ctx.scale, wanted(ctx.needs_input_grad[:3])), None
 
 
 def _packed_backward(kernel: Any, ctx: Any, dout: Tensor, dlse: None) -> tuple[Tensor, None]:
     return kernel(dout, *ctx.saved_tensors, ctx.scale), None
 
 
-# Two products of N × M × D forward, five backward.
+# Two products of N × M × D forward, five backward: q kᵀ again, dout vᵀ (of dq and dk), dq, dk, dv.
 
 
 def _work(q: Tensor, k: Tensor, *_: object) -> int:
     return 4 * q.numel() * k.shape[2]
 
 
-def _backward_work(dout: Tensor, q: Tensor, k: Tensor, *_: object) -> int:
-    return 10 * q.numel() * k.shape[2]
+def _backward_work(dout: Tensor, q: Tensor, k: Tensor, *rest: Any) -> int:
+    dq, dk, dv = (is_wanted(rest[-1], i) for i in range(3))
+    return 2 * q.numel() * k.shape[2] * (1 + (dq or dk) + dq + dk + dv)
 
 
 def _packed_work(qkv: Tensor, *_: object) -> int:
@@ -119,4 +130,4 @@ def _packed_work(qkv: Tensor, *_: object) -> int:
 
 
 def _packed_backward_work(dout: Tensor, qkv: Tensor, *_: object) -> int:
-    return _backward_work(dout, *unpack_qkv(qkv)[:2])
+    return _backward_work(dout, *unpack_qkv(qkv)[:2], 0b111)

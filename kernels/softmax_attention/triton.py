@@ -38,7 +38,7 @@ import triton.language as tl
 from torch import Tensor
 
 from linear_vit.kernels.layout import empty_like, unpack_qkv
-from linear_vit.kernels.operators import readable
+from linear_vit.kernels.operators import empty_gradients, is_wanted, readable
 from linear_vit.kernels.softmax_attention.operators import attach
 from linear_vit.kernels.triton import tuning
 from linear_vit.kernels.triton.support import dot, launch_options, narrow, operator
@@ -285,6 +285,7 @@ def _query_gradient(
     dq_stride_n,
     scale,
     dscore_scale,  # of dS as an operand, a power of two
+    DQ: tl.constexpr,  # False: delta alone
     GROUP: tl.constexpr,
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -320,21 +321,22 @@ def _query_gradient(
     dq = tl.zeros((OWNED, BLOCK_D), dtype=tl.float32)
     delta *= dscore_scale
     scale_log2 = scale * _LOG2_E
-    for _ in range(num_keys // PASSED):
+    for _ in range(num_keys // PASSED if DQ else 0):
         dq = _add_query_gradient(
             q, dout, q_rows, dout_rows, valid, lse, delta, k_rows, v_rows, PASSED,
             scale_log2, dscore_scale, dq, D, False,
         )  # fmt: skip
         k_rows += tl.cast(PASSED, tl.int64) * k_stride_n
         v_rows += tl.cast(PASSED, tl.int64) * v_stride_n
-    if num_keys % PASSED != 0:
+    if DQ and num_keys % PASSED != 0:
         dq = _add_query_gradient(
             q, dout, q_rows, dout_rows, valid, lse, delta, k_rows, v_rows, num_keys % PASSED,
             scale_log2, dscore_scale, dq, D, True,
         )  # fmt: skip
-    dq_head = dq_pointer + b * dq_stride_b + h * dq_stride_h
-    dq_rows = _rows(dq_head, first, dq_stride_n, OWNED)
-    _store(dq_rows, valid, dq * (scale / dscore_scale), D, BLOCK_D)
+    if DQ:
+        dq_head = dq_pointer + b * dq_stride_b + h * dq_stride_h
+        dq_rows = _rows(dq_head, first, dq_stride_n, OWNED)
+        _store(dq_rows, valid, dq * (scale / dscore_scale), D, BLOCK_D)
 
 
 @triton.jit
@@ -371,6 +373,8 @@ def _key_value_gradient(
     dv_stride_n,
     scale,
     dscore_scale,  # of dS as an operand, a power of two
+    DK: tl.constexpr,
+    DV: tl.constexpr,
     GROUP: tl.constexpr,
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -413,19 +417,23 @@ def _key_value_gradient(
         q = _load(q_rows, inside, D, BLOCK_D, True)
         dout = _load(dout_rows, inside, D, BLOCK_D, True)
         lse = tl.load(lse_pointer + at, mask=rows < inside, other=0.0)
-        delta = tl.load(delta_pointer + at, mask=rows < inside, other=0.0)
         scores = _products(k, k_rows, valid, q, q_rows, inside, D, True)
         weights = tl.exp2(scores * scale_log2 - (lse * _LOG2_E - SHIFT)[None, :])
-        dv = _add_product(dv, weights, dout)
-        dweights = _products(v, v_rows, valid, dout, dout_rows, inside, D, True)
-        dscores = weights * (dweights * factor - (delta * factor)[None, :])
-        dk = _add_product(dk, dscores, q)
-    dk_head = dk_pointer + b * dk_stride_b + hk * dk_stride_h
-    dv_head = dv_pointer + b * dv_stride_b + hk * dv_stride_h
-    dk_rows = _rows(dk_head, first, dk_stride_n, OWNED)
-    dv_rows = _rows(dv_head, first, dv_stride_n, OWNED)
-    _store(dk_rows, valid, dk * (scale / dscore_scale), D, BLOCK_D)
-    _store(dv_rows, valid, dv * 2.0**-SHIFT, D, BLOCK_D)
+        if DV:
+            dv = _add_product(dv, weights, dout)
+        if DK:
+            delta = tl.load(delta_pointer + at, mask=rows < inside, other=0.0)
+            dweights = _products(v, v_rows, valid, dout, dout_rows, inside, D, True)
+            dscores = weights * (dweights * factor - (delta * factor)[None, :])
+            dk = _add_product(dk, dscores, q)
+    if DK:
+        dk_head = dk_pointer + b * dk_stride_b + hk * dk_stride_h
+        dk_rows = _rows(dk_head, first, dk_stride_n, OWNED)
+        _store(dk_rows, valid, dk * (scale / dscore_scale), D, BLOCK_D)
+    if DV:
+        dv_head = dv_pointer + b * dv_stride_b + hk * dv_stride_h
+        dv_rows = _rows(dv_head, first, dv_stride_n, OWNED)
+        _store(dv_rows, valid, dv * 2.0**-SHIFT, D, BLOCK_D)
 
 
 # ---- launchers -----------------------------------------------------------------------------------
@@ -487,14 +495,17 @@ def _launch_backward(
     dk: Tensor,
     dv: Tensor,
     scale: float,
+    wanted: int,
 ) -> None:
-    """Fill ``dq``, ``dk`` and ``dv``."""
+    """Fill those of ``dq``, ``dk`` and ``dv`` that are wanted."""
+    needs_dq, needs_dk, needs_dv = (is_wanted(wanted, i) for i in range(3))
     batch, heads, num_queries, head_dim = q.shape
     kv_heads, num_keys = k.shape[1], k.shape[2]
     dout, out, lse = readable(dout), readable(out), lse.contiguous()
     delta = torch.empty_like(lse)
     scales = scale, _dscore_scale(q.dtype, num_keys)
-    if dq.numel():
+    if q.numel() and (needs_dq or needs_dk):  # delta is of dk
+        to = dq if needs_dq else q
         options = _options("query_gradient", head_dim, q.dtype, q.device)
         parts = triton.cdiv(num_queries, options["OWNED"])
         _query_gradient[(parts * batch * heads,)](
@@ -505,7 +516,7 @@ def _launch_backward(
             out,
             lse,
             delta,
-            dq,
+            to,
             num_queries,
             num_keys,
             parts,
@@ -515,12 +526,14 @@ def _launch_backward(
             *k.stride()[:3],
             *v.stride()[:3],
             *out.stride()[:3],
-            *dq.stride()[:3],
+            *to.stride()[:3],
             *scales,
+            DQ=needs_dq,
             GROUP=heads // kv_heads,
             **options,
         )
-    if dk.numel():
+    if k.numel() and (needs_dk or needs_dv):
+        to_dk, to_dv = dk if needs_dk else k, dv if needs_dv else v
         options = _options("key_value_gradient", head_dim, q.dtype, q.device)
         parts = triton.cdiv(num_keys, options["OWNED"])
         _key_value_gradient[(parts * batch * kv_heads,)](
@@ -530,8 +543,8 @@ def _launch_backward(
             v,
             lse,
             delta,
-            dk,
-            dv,
+            to_dk,
+            to_dv,
             num_queries,
             num_keys,
             parts,
@@ -540,9 +553,11 @@ def _launch_backward(
             *q.stride()[:3],
             *k.stride()[:3],
             *v.stride()[:3],
-            *dk.stride()[:3],
-            *dv.stride()[:3],
+            *to_dk.stride()[:3],
+            *to_dv.stride()[:3],
             *scales,
+            DK=needs_dk,
+            DV=needs_dv,
             GROUP=heads // kv_heads,
             **options,
         )
@@ -556,10 +571,17 @@ def _operator(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Te
 
 @operator("softmax_attention_backward")
 def _backward_operator(
-    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, scale: float
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    scale: float,
+    wanted: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    dq, dk, dv = empty_like(q), empty_like(k), empty_like(v)
-    _launch_backward(dout, q, k, v, out, lse, dq, dk, dv, scale)
+    dq, dk, dv = empty_gradients(wanted, q, k, v)
+    _launch_backward(dout, q, k, v, out, lse, dq, dk, dv, scale, wanted)
     return dq, dk, dv
 
 
@@ -575,7 +597,7 @@ def _packed_backward_operator(
 ) -> Tensor:
     dqkv = empty_like(qkv)
     dout, out = dout.transpose(1, 2), out.transpose(1, 2)
-    _launch_backward(dout, *unpack_qkv(qkv), out, lse, *unpack_qkv(dqkv), scale)
+    _launch_backward(dout, *unpack_qkv(qkv), out, lse, *unpack_qkv(dqkv), scale, 0b111)
     return dqkv
 
 

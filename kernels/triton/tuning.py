@@ -91,10 +91,10 @@ SPLITS = Splits(
 # registers, so that the other architectures hold less of S at once.
 _WGMMA = ("sm_90", "sm_100", "interpreter")
 _WIDE = range(65, 129)
-# Of narrow heads a tile has 16 bytes for each of 128 threads, and no more; on sm_100 those that
-# differentiate would spill, and 256 threads share it.
+# Of narrow heads a tile has 16 bytes for each of 128 threads, and no more; those that differentiate
+# queries would spill, and 256 threads share it.
 _NARROW = (Rule(_tile(4, 3, BLOCK_N=64), dims=range(1, 33), dtypes=HALF),)
-_NARROW_SM_100 = (Rule(_tile(8, 3, BLOCK_N=64), ("sm_100",), range(17, 33), HALF),)
+_NARROW_GRADIENT = (Rule(_tile(8, 3, BLOCK_N=64), dims=range(17, 33), dtypes=HALF),)
 _STREAMED = (
     Rule(_tile(8, 2, RESIDENT=0, BLOCK_N=32, BLOCK_F=16), dtypes=FLOAT32),
     Rule(_tile(8, 2, RESIDENT=0, BLOCK_N=32, BLOCK_F=32)),
@@ -138,7 +138,7 @@ TABLE: dict[str, tuple[Rule, ...]] = {
         Rule(_tile(8, 3, BLOCK_N=32)),
     ),
     "linear_attention.query_gradient": (
-        *_NARROW_SM_100,
+        *_NARROW_GRADIENT,
         *_NARROW,
         Rule(_tile(8, 2, RESIDENT=0, BLOCK_N=32, BLOCK_F=16), ("sm_100",), range(65, 97), FLOAT32),
         Rule(_tile(8, 2, RESIDENT=0, BLOCK_N=32, BLOCK_F=32), None, range(65, 97), FLOAT32),
@@ -172,7 +172,7 @@ TABLE: dict[str, tuple[Rule, ...]] = {
         Rule(_tile(8, 3, BLOCK_N=32)),
     ),
     "linear_attention.short_backward": (
-        *_NARROW_SM_100,
+        *_NARROW_GRADIENT,
         *_NARROW,
         *_streamed(_WIDE),
         *_streamed(range(33, 65), architectures=("sm_80", "sm_86")),

@@ -11,7 +11,7 @@ from tests.cuda_host.emulator import ELEMENT_TYPES, Emulator, structure, view
 _Arguments = structure(
     "LinearAttentionArguments",
     "i element head_dim; l batch kv_heads group queries keys multiprocessors num_splits; f eps;"
-    "view q k v out dout dq dk dv; p S z dS dz workspace",
+    "view q k v out dout dq dk dv; p S z dS dz workspace; l only_dq",
 )
 PASSES = ("forward", "backward", "state", "state_backward", "apply", "apply_backward")
 
@@ -76,13 +76,13 @@ class LinearAttention(Emulator):
         return out, S, z
 
     def linear_attention_backward(
-        self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, S: Tensor, z: Tensor, eps: float
-    ) -> tuple[Tensor, Tensor, Tensor]:
+        self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, S: Tensor, z: Tensor, eps: float,
+        only_dq: bool = False,
+    ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
         dq, dk, dv = (self.empty_like(x, name) for x, name in ((q, "dq"), (k, "dk"), (v, "dv")))
-        self._run(
-            "backward",
-            self.arguments(q, k, S, eps, v=v, dout=dout, dq=dq, dk=dk, dv=dv, z=_or_none(z)),
-        )
+        arguments = self.arguments(q, k, S, eps, v=v, dout=dout, dq=dq, dk=dk, dv=dv, z=_or_none(z))
+        arguments.only_dq = only_dq
+        self._run("backward", arguments)
         return dq, dk, dv
 
     def linear_attention_packed_backward(
@@ -116,13 +116,13 @@ class LinearAttention(Emulator):
         return out
 
     def linear_attention_apply_backward(
-        self, dout: Tensor, q: Tensor, S: Tensor, z: Tensor, eps: float
+        self, dout: Tensor, q: Tensor, S: Tensor, z: Tensor, eps: float, only_dq: bool = False
     ) -> tuple[Tensor, Tensor, Tensor]:
         dq = self.empty_like(q, "dq")
         dS, dz = self._state(q, S.shape[1], "d")
-        self._run(
-            "apply_backward", self.arguments(q, None, S, eps, dout=dout, dq=dq, dS=dS, dz=dz, z=z)
-        )
+        arguments = self.arguments(q, None, S, eps, dout=dout, dq=dq, dS=dS, dz=dz, z=z)
+        arguments.only_dq = only_dq
+        self._run("apply_backward", arguments)
         return dq, dS, dz
 
 

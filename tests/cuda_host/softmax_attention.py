@@ -13,7 +13,7 @@ _SoftmaxForward = structure(
 _SoftmaxBackward = structure(
     "SoftmaxBackwardArguments",
     "i element head_dim; l batch heads group query_tokens key_tokens;"
-    "view dout q k v out dq dk dv; p lse delta; f scale",
+    "view dout q k v out dq dk dv; p lse delta; f scale; i wanted",
 )
 
 
@@ -29,10 +29,11 @@ class SoftmaxAttention(Emulator):
         return out, self._forward(q, k, v, out, scale)
 
     def softmax_attention_backward(
-        self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, scale: float
-    ) -> tuple[Tensor, Tensor, Tensor]:
+        self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, scale: float,
+        wanted: int = 0b111,
+    ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
         gradients = self.empty_like(q, "dq"), self.empty_like(k, "dk"), self.empty_like(v, "dv")
-        self._backward(dout, q, k, v, out, lse, *gradients, scale)
+        self._backward(dout, q, k, v, out, lse, *gradients, scale, wanted)
         return gradients
 
     def softmax_attention_packed(self, qkv: Tensor, scale: float) -> tuple[Tensor, Tensor]:
@@ -69,12 +70,13 @@ class SoftmaxAttention(Emulator):
         dk: Tensor,
         dv: Tensor,
         scale: float,
+        wanted: int = 0b111,
     ) -> None:
         batch, heads, tokens, head_dim = q.shape
         delta = self.floats(batch, heads, tokens, name="delta")
         arguments = _SoftmaxBackward(
             ELEMENT_TYPES[q.dtype], head_dim, batch, heads, heads // k.shape[1], tokens, k.shape[2],
             view(dout), view(q), view(k), view(v), view(out), view(dq), view(dk), view(dv),
-            lse.data_ptr(), delta.data_ptr(), scale,
+            lse.data_ptr(), delta.data_ptr(), scale, wanted,
         )  # fmt: skip
         self.launch("softmax_attention_backward", arguments)

@@ -291,6 +291,40 @@ def test_workspace_traffic_is_what_is_counted(libraries: dict[str, Path]) -> Non
         assert backward == emulated.ask("workspace_bytes", arguments, "backward"), splits
 
 
+@pytest.mark.parametrize(("head_dim", "dtype"), [(32, torch.bfloat16), (96, torch.float32)])
+def test_dq_alone_needs_no_keys(
+    libraries: dict[str, Path], head_dim: int, dtype: torch.dtype
+) -> None:
+    """The same bits, by fewer launches: nothing is read of k and v, nothing written of their
+    gradients, and no partial sums are added up."""
+    case = Case(head_dim, dtype, heads=4, queries=150, keys=100, num_splits=3)
+    q, k, v, gradient = case.inputs()
+    found, launches = {}, {}
+    for only_dq in (False, True):
+        emulated = LinearAttention(libraries, num_splits=3)
+        S, z = emulated.linear_attention_state(k, v)
+        emulated.watch(k=k, v=v)
+        of_state = emulated.linear_attention_apply_backward(gradient, q, S, z, 1e-6, only_dq)
+        dq, *_ = emulated.linear_attention_backward(gradient, q, k, v, S, z, 1e-6, only_dq)
+        emulated.check_guards()
+        found[only_dq] = dq, of_state[0]
+        arguments = emulated.arguments(q, k, S, 1e-6)
+        arguments.only_dq = only_dq
+        launches[only_dq] = [
+            emulated.ask("launches", arguments, which) for which in ("backward", "apply_backward")
+        ]
+        counted = emulated.traffic()
+        moved = sum(
+            counted[name].loaded + counted[name].stored
+            for name in ("k", "v", "dk", "dv", "dS", "dz")
+            if name in counted
+        )
+        assert (moved == 0) == only_dq
+    assert all(torch.equal(a, b) for a, b in zip(found[True], found[False], strict=True))
+    assert launches[True] == [1, 1]
+    assert min(launches[False]) >= 2
+
+
 def workspace_bytes(emulated: LinearAttention) -> int:
     beside = ("S", "z", "workspace", "other")
     counted = emulated.traffic()

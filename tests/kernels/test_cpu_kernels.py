@@ -162,9 +162,9 @@ def test_state_is_worked_out_again_alike(tokens: int, dtype: torch.dtype) -> Non
     q, k, v = (x.detach() for x in Attention(queries=tokens, keys=tokens, dtype=dtype).inputs())
     ops = torch.ops.linear_vit
     out, S, z = ops.cpu_linear_attention(q, k, v, 1e-6, True)
-    saved = ops.cpu_linear_attention_backward(out, q, k, v, S, z, 1e-6)
+    saved = ops.cpu_linear_attention_backward(out, q, k, v, S, z, 1e-6, 0b111)
     nothing = torch.empty(0)
-    again = ops.cpu_linear_attention_backward(out, q, k, v, nothing, nothing, 1e-6)
+    again = ops.cpu_linear_attention_backward(out, q, k, v, nothing, nothing, 1e-6, 0b111)
     assert all(torch.equal(a, b) for a, b in zip(saved, again, strict=True))
 
 

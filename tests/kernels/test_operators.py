@@ -42,12 +42,12 @@ def _operators(op: str, backend: str) -> list[tuple[Any, tuple[Any, ...]]]:
         return [
             (named(op), (*plain, 1e-6, True)),
             (named(op), (*plain, 1e-6, False)),
-            (named(f"{op}_backward"), (gradient, *plain, *state, 1e-6)),
-            (named(f"{op}_backward"), (gradient, *plain, *no_state, 1e-6)),
+            (named(f"{op}_backward"), (gradient, *plain, *state, 1e-6, 0b111)),
+            (named(f"{op}_backward"), (gradient, *plain, *no_state, 1e-6, 0b101)),
             (named("linear_attention_state"), (*plain[1:],)),
-            (named("linear_attention_state_backward"), (dS, dz, *plain[1:])),
+            (named("linear_attention_state_backward"), (dS, dz, *plain[1:], 0b11)),
             (named("linear_attention_apply"), (plain[0], S, z, 1e-6)),
-            (named("linear_attention_apply_backward"), (gradient, plain[0], S, z, 1e-6)),
+            (named("linear_attention_apply_backward"), (gradient, plain[0], S, z, 1e-6, 0b111)),
         ]
     if op == "linear_attention_packed":
         out, S, z = named(op)(*plain, 1e-6, True)
@@ -58,9 +58,10 @@ def _operators(op: str, backend: str) -> list[tuple[Any, tuple[Any, ...]]]:
         ]
     if op in ("softmax_attention", "softmax_attention_packed"):
         out, lse = named(op)(*plain, 0.25)
+        mask = () if len(plain) == 1 else (0b101,)
         return [
             (named(op), (*plain, 0.25)),
-            (named(f"{op}_backward"), (gradient, *plain, out, lse, 0.25)),
+            (named(f"{op}_backward"), (gradient, *plain, out, lse, 0.25, *mask)),
         ]
     assert isinstance(case, Ripple)
     return [
