@@ -11,7 +11,6 @@ import contextlib
 import fcntl
 import hashlib
 import os
-import re
 import sys
 import time
 from collections.abc import Sequence
@@ -20,12 +19,19 @@ from pathlib import Path
 
 import torch
 
-from linear_vit.kernels.toolchains import EXTENSIONS, Extension, fingerprint
+from linear_vit.kernels.toolchains import (
+    EXTENSIONS,
+    INSTRUCTION_SETS,
+    Extension,
+    fingerprint,
+    first_error,
+    without,
+)
 from linear_vit.screen import say
 
 RETRY_S = 3600.0  # after which a build that failed is tried again
 _KERNELS = Path(__file__).resolve().parent
-_loaded: set[tuple[str, str]] = set()
+_loaded: dict[tuple[str, str], Path] = {}  # and its folder
 _failures: dict[tuple[str, str], str] = {}
 
 
@@ -104,7 +110,7 @@ def load(
                 "to build it anew)"
             )
             raise BuildError(why) from error
-        _loaded.add((backend, family))
+        _loaded[backend, family] = folder
 
 
 def folder_of(
@@ -199,6 +205,24 @@ def _compile(
             (folder / "compilers.txt").write_text(fingerprint())
         raise BuildError(why) from error
     _say(f"built {what} in {time.perf_counter() - start:.0f} s")
+    for said in _left_out(folder):
+        _say(f"{what} {said}")
+
+
+def left_out(backend: str, family: str) -> list[str]:
+    """What the loaded library has not, since the toolchain refused it: a line each, and why."""
+    return _left_out(_loaded[backend, family])
+
+
+def _left_out(folder: Path) -> list[str]:
+    """Empty unless the folder holds a CPU library."""
+    reasons = {name: without(_library(folder), name) for name in INSTRUCTION_SETS}
+    return [
+        f"was built without {name.upper()}: {path.read_text('utf-8', 'replace')} (install newer "
+        f"compilers and delete {folder} to build it anew)"
+        for name, path in reasons.items()
+        if path.exists()
+    ]
 
 
 def _library(folder: Path) -> Path:
@@ -216,9 +240,7 @@ def _describe_failure(folder: Path, message: str) -> str:
         for name, extension in EXTENSIONS.items()
         if f"linear_vit_{name}_" in folder.name
     )
-    lines = message.splitlines() or ["no message"]
-    first = next((line for line in lines if re.search(r"\berror\s*:|\bfatal\s*:", line)), lines[0])
     return (
-        f"building the {label} extension failed: {first.strip()[:200]} (all of it in "
+        f"building the {label} extension failed: {first_error(message)} (all of it in "
         f"{folder / 'build.log'}; tried again in an hour, or delete {folder})"
     )

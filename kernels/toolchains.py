@@ -56,6 +56,8 @@ if _X86:
     INSTRUCTION_SETS |= {"avx2": (_SIMD, _AVX2), "avx512": (_SIMD, _AVX2 + _AVX512)}
 if "-DLINEAR_VIT_AMX" in _OPERATOR_FLAGS:
     INSTRUCTION_SETS["amx"] = ("cpu_amx.cpp", (*_AVX2, *_AVX512, "-mavx512bf16"))
+# What an older compiler or assembler may not know: where it refuses this, the set is left out.
+_NEWER = {"amx": 'asm("tdpbf16ps %tmm2, %tmm1, %tmm0; vcvtne2ps2bf16 %zmm2, %zmm1, %zmm0");\n'}
 
 
 @dataclass(frozen=True)
@@ -273,17 +275,56 @@ def _compile_cpu(sources: Path, library: Path, flags: Sequence[str]) -> None:
         for name, (source, own) in INSTRUCTION_SETS.items()
         if (sources / source).exists()
     }
-    commands = {str(library.parent / f"{name}.o"): command for name, command in objects.items()}
 
-    with ThreadPoolExecutor(len(commands)) as pool:
-        wanted = [[*command, *flags, "-c", "-o", target] for target, command in commands.items()]
-        list(pool.map(_run_cxx, wanted))
+    def make(name: str) -> str | None:
+        target = str(library.parent / f"{name}.o")
+        without(library, name).unlink(missing_ok=True)
+        try:
+            _run_cxx([*objects[name], *flags, "-c", "-o", target])
+        except RuntimeError:
+            refusal = _refusal(name, library.parent)
+            if refusal is None:
+                raise
+            without(library, name).write_text(refusal)
+            return None
+        return target
+
+    with ThreadPoolExecutor(len(objects)) as pool:
+        made = [target for target in pool.map(make, objects) if target is not None]
     libraries = [f"-L{path}" for path in cpp_extension.library_paths()]
     libraries += ["-lc10", "-ltorch_cpu", "-ltorch"]
     # A name of its own first: a killed link leaves no library that looks whole.
     unfinished = str(library.parent / "unfinished.so")
-    _run_cxx(["-shared", *flags, *commands, *libraries, "-o", unfinished])
+    _run_cxx(["-shared", *flags, *made, *libraries, "-o", unfinished])
     os.replace(unfinished, library)
+
+
+def without(library: Path, instruction_set: str) -> Path:
+    """The file with the reason, in one line, where an instruction set is not in the library."""
+    return library.with_name(f"without_{instruction_set}.txt")
+
+
+def _refusal(instruction_set: str, folder: Path) -> str | None:
+    """What the compiler says to an instruction set's newest instructions, if it refuses them."""
+    if instruction_set not in _NEWER:
+        return None
+    probe = folder / f"probe_{instruction_set}.cpp"
+    probe.write_text(_NEWER[instruction_set])
+    try:
+        own = INSTRUCTION_SETS[instruction_set][1]
+        _run_cxx([*own, "-c", str(probe), "-o", str(probe.with_suffix(".o"))])
+    except RuntimeError as error:
+        return first_error(str(error))
+    return None
+
+
+def first_error(message: str) -> str:
+    """One line of what a compiler said."""
+    lines = message.splitlines() or ["no message"]
+    first = next(
+        (line for line in lines if re.search(r"\b(fatal )?error\s*:", line, re.I)), lines[0]
+    )
+    return first.strip()[:200]
 
 
 def _run_cxx(arguments: Sequence[str]) -> None:

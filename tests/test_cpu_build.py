@@ -1,5 +1,6 @@
 """The C++ sources for the CPU build once, say so, fail with a reason, and pass the sanitizers."""
 
+import ctypes
 import os
 import re
 import shutil
@@ -50,7 +51,7 @@ def test_a_failed_build_is_remembered_with_its_reason(
 ) -> None:
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
     monkeypatch.setattr(build, "_failures", {})
-    monkeypatch.setattr(build, "_loaded", set())
+    monkeypatch.setattr(build, "_loaded", {})
     flags = ("-include", "no_such_header.h")
     with pytest.raises(build.BuildError, match=r"no_such_header\.h: No such file") as caught:
         build.load("cpu", "ripple", flags=flags)
@@ -103,7 +104,7 @@ def test_a_library_that_does_not_load_is_a_reason(
 ) -> None:
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
     monkeypatch.setattr(build, "_failures", {})
-    monkeypatch.setattr(build, "_loaded", set())
+    monkeypatch.setattr(build, "_loaded", {})
     folder = build.folder_of("cpu", "ripple", ())
     folder.mkdir(parents=True)
     (folder / "linear_vit_cpu_ripple.so").write_bytes(b"half a library")
@@ -128,6 +129,112 @@ def test_it_builds_once(tmp_path: Path) -> None:
     assert second.returncode == 0, second.stderr[-4000:]
     assert "building" not in second.stderr
     assert second.stdout == first.stdout
+
+
+# ---- a toolchain from before the matrix unit -----------------------------------------------------
+
+needs_amx = pytest.mark.skipif(
+    "amx" not in toolchains.INSTRUCTION_SETS, reason="AMX kernels are built on x86 Linux"
+)
+
+
+@pytest.fixture
+def old_assembler(tmp_path: Path) -> str:
+    """A compiler command with an assembler that knows all but the products of tiles."""
+    compiler, assembler = (shutil.which(tool) for tool in ("g++", "as"))
+    if compiler is None or assembler is None:
+        pytest.skip("needs g++, which can be told where its assembler is")
+    folder = tmp_path / "old"
+    folder.mkdir()
+    script = folder / "as"
+    script.write_text(
+        "#!/bin/sh\n"
+        "for last; do :; done\n"
+        'if grep -q tdpbf16ps "$last"; then\n'
+        """  echo "$last:7: Error: no such instruction: \\`tdpbf16ps'" >&2; exit 1\n"""
+        f'fi\nexec {assembler} "$@"\n'
+    )
+    script.chmod(0o755)
+    return f"{compiler} -B{folder}/"
+
+
+AMX_SOURCES = {
+    "cpu.cpp": "int amx() __attribute__((weak)); int with() { return amx != nullptr; }",
+    "cpu_simd.cpp": "",
+    "cpu_amx.cpp": 'int amx() { asm volatile("tdpbf16ps %tmm2, %tmm1, %tmm0"); return 1; }',
+}
+
+
+def small_library(folder: Path, **changed: str) -> Path:
+    folder.mkdir(exist_ok=True)
+    for name, text in (AMX_SOURCES | changed).items():
+        (folder / name).write_text(text)
+    library = folder / "small.so"
+    toolchains.CPU.compile(folder, library, ())
+    return library
+
+
+@needs_amx
+@needs_toolchain
+def test_an_instruction_set_that_the_assembler_refuses_is_left_out(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, old_assembler: str
+) -> None:
+    def has_amx(library: Path) -> bool:
+        return bool(ctypes.CDLL(str(library))._Z4withv())
+
+    new = small_library(tmp_path / "new")
+    assert has_amx(new)
+    assert not toolchains.without(new, "amx").exists()
+
+    monkeypatch.setenv("CXX", old_assembler)
+    old = small_library(tmp_path / "old_one")
+    reason = toolchains.without(old, "amx")
+    assert not has_amx(old)
+    assert "Error: no such instruction: `tdpbf16ps'" in reason.read_text()
+    assert "\n" not in reason.read_text()
+
+    monkeypatch.delenv("CXX")
+    small_library(tmp_path / "old_one")
+    assert not reason.exists()
+
+
+@needs_amx
+@needs_toolchain
+def test_a_mistake_in_its_source_is_no_refusal(tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError, match=r"cpu_amx\.cpp.*error"):
+        small_library(tmp_path, **{"cpu_amx.cpp": "int amx() { return nothing; }"})
+
+
+WITHOUT_AMX = """
+import os, torch
+from linear_vit import kernels
+q = torch.randn(1, 2, 70, 64)
+exact = kernels.linear_attention(q, q, q, backend="torch")
+half = kernels.linear_attention(*[q.bfloat16()] * 3, backend="cpu")
+print("error", ((half - exact).norm() / exact.norm()).item())
+print(kernels.backends("linear_attention", "cpu")["cpu"])
+print(kernels.implementation("linear_attention", "cpu"))
+os.environ["LINEAR_VIT_CPU"] = "amx"
+try:
+    kernels.linear_attention(*[q.bfloat16()] * 3, backend="cpu")
+except RuntimeError as error:
+    print("refused:", error)
+"""
+
+
+@needs_amx
+@needs_toolchain
+@pytest.mark.slow
+def test_without_amx_the_others_run(tmp_path: Path, old_assembler: str) -> None:
+    built = str(tmp_path / "built")
+    done = python(WITHOUT_AMX, TORCH_EXTENSIONS_DIR=built, CXX=old_assembler, LINEAR_VIT_CPU="")
+    assert done.returncode == 0, done.stderr[-4000:]
+    error, usable, implementation, refused = done.stdout.splitlines()
+    assert float(error.split()[1]) < 0.01
+    assert usable == "None"
+    assert re.search(r"threads; was built without AMX: .*no such instruction", implementation)
+    assert "was built without AMX" in done.stderr
+    assert "LINEAR_VIT_CPU is 'amx', which is not one of those" in refused
 
 
 # Every kernel of every instruction set, on sizes that end inside a block and inside a vector.

@@ -214,8 +214,8 @@ const Kernels& choose(std::initializer_list<InstructionSet<Kernels>> sets) {
     if (set.usable) names += (names.empty() ? "" : ", ") + std::string(set.name);
   }
   throw std::runtime_error("linear_vit: LINEAR_VIT_CPU is '" + std::string(variable) +
-                           "', which is not one of those that this processor has and the system "
-                           "lets it use (" + names + "): unset it");
+                           "', which is not one of those that were built, that this processor has "
+                           "and that the system lets it use (" + names + "): unset it");
 }
 
 // A call of fewer floating-point operations stays on its thread: another takes longer to wake than to do

@@ -17,7 +17,8 @@ const LinearAttentionKernels& kernels([[maybe_unused]] bool bfloat16,
                                       [[maybe_unused]] int64_t head_dim) {
   return choose<LinearAttentionKernels>({
 #if defined(LINEAR_VIT_AMX)
-      {"amx", has_avx512() && linear_attention_amx_allowed(),
+      {"amx",
+       has_avx512() && linear_attention_amx_allowed != nullptr && linear_attention_amx_allowed(),
        bfloat16 && head_dim >= 16 ? &linear_attention_amx : &linear_attention_avx512},
 #endif
 #if defined(LINEAR_VIT_X86)

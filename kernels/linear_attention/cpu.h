@@ -62,6 +62,7 @@ inline float least_met(float eps) { return eps < FLT_MIN ? FLT_MIN - eps : 0.0f;
 
 extern const LinearAttentionKernels linear_attention_avx512, linear_attention_avx2,
     linear_attention_portable;
-// Of cpu_amx.cpp, in bfloat16 only; and whether this process may use them.
-extern const LinearAttentionKernels linear_attention_amx;
-bool linear_attention_amx_allowed();
+// Of cpu_amx.cpp, in bfloat16 only; and whether this process may use them. Weak: both are null in a
+// library whose assembler knew no such instructions.
+extern const LinearAttentionKernels linear_attention_amx __attribute__((weak));
+__attribute__((weak)) bool linear_attention_amx_allowed();

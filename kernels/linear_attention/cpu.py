@@ -27,4 +27,5 @@ def implementation(op: str, *arguments: Any) -> str:
     """The instruction set and the threads that a call would use now."""
     of = (arguments[0].dtype == torch.bfloat16, arguments[0].shape[-1]) if arguments else (True, 64)
     instruction_set = torch.ops.linear_vit.cpu_linear_attention_instruction_set(*of)
-    return f"{op} in C++ for {instruction_set}, {counted(torch.get_num_threads(), 'thread')}"
+    said = f"{op} in C++ for {instruction_set}, {counted(torch.get_num_threads(), 'thread')}"
+    return "; ".join([said, *build.left_out("cpu", "linear_attention")])
