@@ -4,7 +4,8 @@
 # make test-slow SHARD=1/6 a sixth of the others: 6 to 17 minutes; without SHARD all: over an hour
 # make test-all            the linter, the type checker and every test
 # make lint                the linter and the type checker: half a minute
-# make check-noise         whether a busy neighbour is noticed, and a planted slow-down of 10 % caught
+# make check-noise         whether a busy neighbour is noticed, and a planted slow-down of 10 % caught:
+#                          about 9 minutes
 # make install             .venv, with all that these need; each of them does it first
 # Times are of two quiet cores. PYTHON=... picks another interpreter (3.11 or newer).
 # The tests of the page need a browser (Debian: apt-get install chromium) and are skipped without one.
@@ -56,7 +57,7 @@ test-all: lint test test-slow
 
 # Is a busy neighbour noticed? Is a kernel that does a tenth more caught by `reports compare`?
 check-noise: install
-	$(BIN)/python -m bench noise
+	$(BIN)/python -m bench noise --out $(OUT)/noise
 
 lint: install
 	$(BIN)/ruff check .

@@ -11,28 +11,44 @@ what the machine has to spare changes from minute to minute. Then ``reports comp
 all lengths together slower, and of the two plain runs nothing may be called changed: they are the
 same, or the machine is too noisy to be sure of that.
 
+With ``--only repeats`` it records what the power and the false alarms of ``compare`` are counted
+from: processes of the same code, and of 2, 5 and 10 % more work, by turns, on the machine as it is.
+
+``--out`` keeps what was found: check-noise.md and .json, or repeats.md, .csv and .json.
+
 Some minutes; not one of the tests, since it measures time.
 """
 
 import argparse
 import json
 import os
+import re
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from linear_vit import kernels, options
 from linear_vit.bench import tables
+from linear_vit.bench.instruments import machine
+from linear_vit.screen import counted, say
 
 _ROOT = Path(str(kernels.__file__)).resolve().parents[1]  # run by its old name, this has no file
 _SHARE = 0.1
 _LENGTHS = (*range(512, 2048, 128), *range(2048, 5120, 256))
 _TURNS = 4
-_TOGETHER = " cases together "  # of the line in which compare judges all lengths
+# Of the line in which compare judges all lengths.
+_TOGETHER = re.compile(r"all lengths together: [^:]*?\b1 (\w+)")
+# What is recorded of repeats: the same code twice as often, since both sides are drawn from it.
+_RECORDED, _PLANTED = 10, (0.0, 0.02, 0.0, 0.05, 0.10)
+_OF_REPEATS = "1024,1536,2048,3072,4096"
 _CLOSE, _MOST_DROPPED = 0.1, 1 / 50
 _BUSY = "import torch\ntorch.set_num_threads(1)\na = torch.randn(512, 512)\nwhile True: a @ a\n"
 _NEIGHBOUR = (
@@ -69,11 +85,18 @@ def main(argv: list[str] | None = None) -> int:
         prog="python -m bench noise",
         description="Is a busy neighbour noticed, and 10 % more work caught? (minutes)",
     )
-    parts = {"neighbour": "is a busy one noticed", "planted": "is 10 %% more work caught"}
+    parts = {
+        "neighbour": "is a busy one noticed",
+        "planted": "is 10 %% more work caught",
+        "repeats": "record the luck of processes, and planted work",
+    }
     text = "; ".join(f"{name}: {what}" for name, what in parts.items())
-    parser.add_argument("--only", choices=tuple(parts), help=text)
+    parser.add_argument("--only", choices=tuple(parts), help=f"{text} (the first two)")
     text = "plant beside no neighbour"
     options.option(parser, "--quiet-machine", action="store_true", help=text)
+    options.add(
+        parser, minutes="to record repeats, at most", out="folder that keeps what was found"
+    )
     arguments = parser.parse_args(argv)
     usable = kernels.backends("linear_attention", "cpu", head_dim=64)
     rows = [row for row in kernels.backend_rows().values() if row.own or row.compiles]
@@ -81,17 +104,47 @@ def main(argv: list[str] | None = None) -> int:
     backend = next((row.name for row in rows if usable[row.name] is None), None)
     if backend is None:
         why = "; ".join(f"{row.name}: {usable[row.name]}" for row in rows)
-        print(f"no kernel to plant in here: {why}", file=sys.stderr)
+        say(f"no kernel to plant in here: {why}", sys.stderr)
         return 2
-    code = 0
     with tempfile.TemporaryDirectory() as name:
+        if arguments.only == "repeats":
+            out = arguments.out or Path("reports/out/noise")
+            return _record(Path(name), backend, out, arguments.minutes)
+        found = []
         if arguments.only != "planted":
-            code = _noticed(Path(name), backend)
+            found.append(_noticed(Path(name), backend))
         if arguments.only != "neighbour":
             program = None if arguments.quiet_machine else _NEIGHBOUR
             with _beside(program):
-                code = _caught(Path(name), backend) or code
-    return code
+                found.append(_caught(Path(name), backend))
+    if arguments.out:
+        _keep(found, arguments.out)
+    return 0 if all(part["right"] for part in found) else 1
+
+
+def _keep(found: list[dict[str, Any]], out: Path) -> None:
+    """What was found as Markdown, and as JSON with where it was."""
+    facts = machine.describe(torch.device("cpu"))
+    created = datetime.now(UTC).isoformat(timespec="seconds")
+    head = {"kind": "noise", "schema": 1, "created": created, "machine": facts}
+    cases = [case for part in found for case in part.pop("cases", [])]
+    tables.write_json(head | {"parts": found, "rows": cases}, out / "check-noise.json")
+    threads = counted(facts["threads"], "thread")
+    text = "# What `make check-noise` found\n\n"
+    text += f"{facts['cpu']}, {threads}, torch {facts['torch']}; {created[:10]}.\n"
+    for part in found:
+        text += f"\n## {part['title']}\n\n{'Yes' if part['right'] else 'No'}.\n"
+        if rows := [case for case in cases if case["part"] == part["title"]]:
+            text += f"\n{_markdown(rows)}"
+        text += f"\n```\n{part['said'].rstrip()}\n```\n"
+    (out / "check-noise.md").write_text(text)
+    say(f"written to {out}/check-noise.{{md,json}}")
+
+
+def _markdown(cases: list[dict[str, Any]]) -> str:
+    lines = ["| case | quiet, ms | beside a neighbour, ms | ratio |", "|---|---:|---:|---:|"]
+    lines += [f"| {' | '.join([case['case'], *_times(case)])} |" for case in cases]
+    return "\n".join(lines) + "\n"
 
 
 @contextmanager
@@ -108,7 +161,7 @@ def _beside(program: str | None) -> Iterator[None]:
 # ---- is a busy neighbour noticed? ----------------------------------------------------------------
 
 
-def _noticed(folder: Path, backend: str) -> int:
+def _noticed(folder: Path, backend: str) -> dict[str, Any]:
     given = ["--ops", "linear_attention,softmax_attention", "--tokens", "64,128,512,1024,4096"]
     paths = {}
     for name, program in (("quiet", None), ("beside a neighbour", _BUSY)):
@@ -116,35 +169,52 @@ def _noticed(folder: Path, backend: str) -> int:
         with _beside(program):
             _run(paths[name], ["--backends", f"{_plain()},{backend}", *given])
     quiet, beside = (json.loads(path.read_text()) for path in paths.values())
-    text, right = compared(quiet, beside)
-    print(text, flush=True)
-    return 0 if right else 1
+    return compared(quiet, beside)
 
 
-def compared(quiet: dict[str, Any], beside: dict[str, Any]) -> tuple[str, bool]:
-    """Two saved runs of the same cases, the second beside a neighbour: what they show, and
-    whether each case is right or says that it may not be."""
+def compared(quiet: dict[str, Any], beside: dict[str, Any]) -> dict[str, Any]:
+    """Two saved runs of the same cases, the second beside a neighbour: what they show.
+
+    Returns:
+        ``title``; ``cases``, a row each; ``said``, the rest in words; ``right``: whether each case
+        is within 10 % or says that it may not be, and few turns of the quiet machine were dropped.
+    """
+    title = "Is a busy neighbour noticed?"
     others = {case["param"]: case for case in beside["benchmarks"]}
-    rows, wrong = [], []
+    cases = []
     for case in quiet["benchmarks"]:
-        name, other = case["param"], others[case["param"]]
-        medians = [one["stats"]["median"] for one in (case, other)]
-        ratio = medians[1] / medians[0]
-        marks = [bool(one["extra_info"]["disturbed"]) for one in (case, other)]
-        if abs(ratio - 1) > _CLOSE and not any(marks):
-            wrong.append(name)
-        shown = zip(medians, marks, strict=True)
-        times = [f"{1e3 * median:.3f}{' †' * mark}" for median, mark in shown]
-        rows.append([name, *times, f"{ratio:.2f}"])
+        of_case: dict[str, Any] = {"part": title, "case": case["param"]}
+        for name, one in (("quiet", case), ("beside", others[case["param"]])):
+            of_case[f"{name}_s"] = one["stats"]["median"]
+            of_case[f"{name}_disturbed"] = one["extra_info"]["disturbed"] or None
+        cases.append(of_case)
+    wrong = [
+        case["case"]
+        for case in cases
+        if abs(case["beside_s"] / case["quiet_s"] - 1) > _CLOSE
+        and not (case["quiet_disturbed"] or case["beside_disturbed"])
+    ]
     columns = ["case", "quiet, ms", "beside a neighbour, ms", "ratio"]
-    text = tables.draw("The same cases twice; † marked as disturbed", columns, rows)
+    rows = [[case["case"], *_times(case)] for case in cases]
+    say(tables.draw("The same cases twice; † marked as disturbed", columns, rows))
     share = _dropped(quiet)
-    text += f"turns dropped: {share:.1%} on the quiet machine, {_dropped(beside):.1%} beside it\n"
+    said = f"turns dropped: {share:.1%} on the quiet machine, {_dropped(beside):.1%} beside it\n"
     if share >= _MOST_DROPPED:
-        text += f"FAILED: more than {_MOST_DROPPED:.0%} of the quiet machine's turns\n"
+        said += f"FAILED: more than {_MOST_DROPPED:.0%} of the quiet machine's turns\n"
     if wrong:
-        text += f"FAILED: further than {_CLOSE:.0%} apart, and not marked: {', '.join(wrong)}\n"
-    return text, not wrong and share < _MOST_DROPPED
+        said += f"FAILED: further than {_CLOSE:.0%} apart, and not marked: {', '.join(wrong)}\n"
+    say(said.rstrip())
+    right = not wrong and share < _MOST_DROPPED
+    return {"title": title, "right": right, "said": said, "cases": cases}
+
+
+def _times(case: dict[str, Any]) -> list[str]:
+    """Both times of a case, with their marks, and their ratio."""
+    shown = [
+        f"{1e3 * case[f'{name}_s']:.3f}{' †' * bool(case[f'{name}_disturbed'])}"
+        for name in ("quiet", "beside")
+    ]
+    return [*shown, f"{case['beside_s'] / case['quiet_s']:.2f}"]
 
 
 def _dropped(run: dict[str, Any]) -> float:
@@ -157,15 +227,48 @@ def _dropped(run: dict[str, Any]) -> float:
 # ---- is 10 % more work caught? -------------------------------------------------------------------
 
 
-def _caught(folder: Path, backend: str) -> int:
-    plant = folder / "plant"
-    plant.mkdir()
-    (plant / "planted.py").write_text(_PLANT.format(backend=backend, share=_SHARE))
+def _caught(folder: Path, backend: str) -> dict[str, Any]:
+    plant = _planted(folder, backend, _SHARE)
     for turn in range(_TURNS):
         for variant in ("before", "same", "slower"):
             path = folder / variant / f"{turn}.json"
             _time(path, backend, turn, plant if variant == "slower" else None)
     return _judge(folder / "before", folder / "same", folder / "slower", backend)
+
+
+def _planted(folder: Path, backend: str, share: float) -> Path:
+    """The folder of a plugin that has a backend do so much more."""
+    found = folder / f"plant{100 * share:g}"
+    found.mkdir()
+    (found / "planted.py").write_text(_PLANT.format(backend=backend, share=share))
+    return found
+
+
+def _record(folder: Path, backend: str, out: Path, minutes: float | None = None) -> int:
+    """Fresh processes of every share by turns, and what ``reports`` counts from them."""
+    plants = {share: _planted(folder, backend, share) for share in set(_PLANTED) if share}
+    given = ["--ops", "linear_attention", "--tokens", _OF_REPEATS, "-k", "forward-"]
+    given += ["--backends", f"{_plain()},{backend}"]
+    began = time.monotonic()
+    for number in range(_RECORDED):
+        spent = (time.monotonic() - began) / 60
+        # The next round takes as long as those before it, on the average.
+        if minutes and number and spent * (1 + 1 / number) > minutes:
+            break
+        for turn, share in enumerate(_PLANTED):
+            plant, path = plants.get(share), folder / f"{100 * share:g}" / f"{number}.{turn}.json"
+            path.parent.mkdir(exist_ok=True)
+            _run(path, [*given, *(["-p", "planted"] if plant else [])], plant)
+    code, said = _reports(["power", str(folder), "--out", str(out.resolve())])
+    say(said.rstrip())
+    return code
+
+
+def _reports(arguments: Sequence[str]) -> tuple[int, str]:
+    """The exit code of a command that reads what was saved, and what it says."""
+    command = [sys.executable, "-m", "reports", *arguments]
+    done = subprocess.run(command, cwd=_ROOT, capture_output=True, text=True)
+    return done.returncode, done.stdout + done.stderr
 
 
 def _time(path: Path, backend: str, turn: int, plant: Path | None) -> None:
@@ -185,7 +288,7 @@ def _run(path: Path, given: Sequence[str], plugins: Path | None = None, **enviro
     """Time cases in a process of its own, which finds its plugins in a folder."""
     command = ["--benchmark-only", "--device", "cpu", "--dtypes", "float32", *given]
     command += ["-p", "no:cacheprovider", f"--benchmark-json={path}"]
-    print(f"timing {path.relative_to(path.parents[1])}", flush=True)
+    say(f"timing {path.relative_to(path.parents[1])}")
     done = subprocess.run(
         [sys.executable, "-c", _COMMAND, str(plugins or path.parent), *command],
         cwd=_ROOT,
@@ -198,26 +301,27 @@ def _run(path: Path, given: Sequence[str], plugins: Path | None = None, **enviro
         raise SystemExit(f"the run {path.stem} failed:\n{said}")
 
 
-def _judge(before: Path, same: Path, slower: Path, backend: str) -> int:
+def _judge(before: Path, same: Path, slower: Path, backend: str) -> dict[str, Any]:
     """What counts is the verdict on all lengths together: single ones may be right by luck."""
-    verdicts, codes = {}, {}
+    verdicts, codes, all_said = {}, {}, []
     for after in (same, slower):
-        command = [sys.executable, "-m", "reports", "compare", str(before), str(after)]
-        command += ["--fail-on", "slower"]
-        done = subprocess.run(command, cwd=_ROOT, capture_output=True, text=True)
-        print(f"{before.stem} → {after.stem}\n{done.stdout}{done.stderr}", flush=True)
-        together = [line.split()[0] for line in done.stdout.splitlines() if _TOGETHER in line]
+        compare = ["compare", str(before), str(after), "--fail-on", "slower"]
+        codes[after.stem], said = _reports(compare)
+        all_said.append(f"{before.stem} → {after.stem}\n{said}")
+        say(all_said[-1])
+        together = _TOGETHER.findall(said)
         verdicts[after.stem] = together[0] if len(together) == 1 else "not compared"
-        codes[after.stem] = done.returncode
-    print(
-        f"the same code in {backend}: {verdicts['same']}; a tenth more work: {verdicts['slower']}"
-    )
     right = verdicts["slower"] == "slower" and verdicts["same"] in ("same", "undecided")
     right &= codes == {"same": 0, "slower": 1}
+    text = (
+        f"the same code in {backend}: {verdicts['same']}; a tenth more work: {verdicts['slower']}"
+    )
+    say(text)
     if not right:
         wanted = "FAILED: wanted slower of a tenth more work, and no change of the same code"
-        print(f"{wanted} (undecided: the machine is too noisy)", file=sys.stderr)
-    return 0 if right else 1
+        say(f"{wanted} (undecided: the machine is too noisy)", sys.stderr)
+    said = "\n".join([*all_said, text])
+    return {"title": "Is 10 % more work caught?", "right": right, "said": said}
 
 
 if __name__ == "__main__":  # the old spelling

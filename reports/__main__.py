@@ -1,4 +1,4 @@
-"""Command line: ``python -m reports scaling|compare|targets|table|page|results|convert``."""
+"""Command line: ``python -m reports scaling|compare|targets|table|page|results|power|convert``."""
 
 import argparse
 import sys
@@ -73,6 +73,11 @@ def _parser() -> Parser:
     _add_path(page, "--results", text, runs.DEFAULT_OUT, metavar="FOLDER")
     results = command(_results, "what the repository's own measurements say, as Markdown")
     _add_path(results, "--out", "file", Path("docs/results.md"), metavar="PATH")
+    text = "how often compare is right, of recorded runs whose truth is known"
+    power = command(_power, text)
+    text = "of repeats.json, or of what python -m bench noise --only repeats records"
+    power.add_argument("folder", type=Path, metavar="FOLDER", help=text)
+    _add_path(power, "--out", "folder of the table (FOLDER)", metavar="PATH")
     text = "runs that an older version saved, in today's schema; nothing is lost"
     convert = command(_convert, text)
     text = "a file, or a folder with its sub-folders"
@@ -239,6 +244,13 @@ def _results(arguments: argparse.Namespace) -> int:
 
     write_text(arguments.out, documents.of_measurements(runs.MEASUREMENTS))
     screen.say(arguments.out)
+    return 0
+
+
+def _power(arguments: argparse.Namespace) -> int:
+    from linear_vit.reports import tables
+
+    screen.say(tables.write_power(arguments.folder, arguments.out or arguments.folder))
     return 0
 
 

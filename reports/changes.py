@@ -208,14 +208,25 @@ def _described(both: pd.DataFrame) -> pd.DataFrame:
 def _judged(
     frame: pd.DataFrame, change: np.ndarray, half: np.ndarray, edge: float, sure_of: float
 ) -> pd.DataFrame:
-    """With intervals of log ratios as ratios; a change has to be surely past ``sure_of``."""
+    """With intervals of log ratios as ratios, and what the changes are called."""
+    said = verdicts(change, half, edge, sure_of)
+    low, high = np.exp(change - half), np.exp(change + half)
+    return frame.assign(ratio=np.exp(change), low=low, high=high, verdict=said)
+
+
+def verdicts(change: np.ndarray, half: np.ndarray, edge: float, sure_of: float) -> np.ndarray:
+    """What changes of log times are called, each known within ``half``.
+
+    Args:
+        edge: the change that is too small to matter.
+        sure_of: a change has to be surely larger.
+    """
     low, high = change - half, change + half
     verdict = np.full(len(low), UNDECIDED, dtype=object)
     verdict[(low > sure_of) & (high > edge)] = SLOWER
     verdict[(high < -sure_of) & (low < -edge)] = FASTER
     verdict[(low >= -edge) & (high <= edge)] = SAME
-    ratio = np.exp(change)
-    return frame.assign(ratio=ratio, low=np.exp(low), high=np.exp(high), verdict=verdict)
+    return verdict
 
 
 # ---- in words ------------------------------------------------------------------------------------

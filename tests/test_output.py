@@ -22,7 +22,16 @@ HELP = [
     *("bench.__main__ noise", "reports.__main__"),
     *(
         f"reports.__main__ {name}"
-        for name in ("scaling", "compare", "targets", "table", "page", "results", "convert")
+        for name in (
+            "scaling",
+            "compare",
+            "targets",
+            "table",
+            "page",
+            "results",
+            "power",
+            "convert",
+        )
     ),
 ]
 

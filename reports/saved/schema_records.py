@@ -226,3 +226,20 @@ Counted = of(
 Proof = of(schema_=Literal[1], created=(Date, ""), machine=free(Machine))
 Static = of(Proof, kind=Literal["static"], rows=many(Compiled))
 Traffic = of(Proof, kind=Literal["traffic"], rows=many(Counted))
+
+
+def _of_every_length(record: Any) -> str:
+    for i, process in enumerate(record.processes):
+        for name in ("median_s", "log", "error"):
+            if len(getattr(process, name)) != len(record.tokens):
+                return f"processes[{i}].{name}: not a value for each of tokens"
+    return ""
+
+
+LogRatio = Annotated[float, Field(ge=-20, le=20)]
+Process = of(planted=Share, median_s=many(Seconds), log=many(LogRatio), error=many(Amount))
+Repeats = of(
+    kind=Literal["repeats"], schema_=Literal[1], created=(Date, ""), machine=Machine,
+    operation=Name, backend=Name, tokens=many(Size, 3), left_out=Count, processes=many(Process, 2),
+    rule=_of_every_length,
+)  # fmt: skip

@@ -29,6 +29,7 @@ from scipy import stats
 from linear_vit.reports.statistics import turns
 from linear_vit.reports.statistics.repeats import tail
 
+LEAST_VARIANCE = 1e-8  # of a median of rounds that are alike to the clock's last digit
 # Medians of a machine that kept one speed differ by less than so many of their standard errors.
 _STEADY = 3
 # Of fewer values a scatter is a guess.
@@ -53,9 +54,8 @@ class Errors:
 
     @classmethod
     def of_medians(cls, cases: pd.DataFrame) -> "Errors":
-        # Rounds that are all alike to the clock's last digit do not make a median exact.
         freedom = np.maximum(cases["independent_rounds"].to_numpy(float) - 1, 1.0)
-        return cls(np.maximum(cases["error"].to_numpy(float) ** 2, 1e-8), freedom)
+        return cls(np.maximum(cases["error"].to_numpy(float) ** 2, LEAST_VARIANCE), freedom)
 
 
 @dataclass

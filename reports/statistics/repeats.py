@@ -18,7 +18,7 @@ import numpy as np
 from scipy import optimize, special, stats
 
 _POWER = 0.9  # of 10 true changes so many are to be seen
-_MOST_REPEATS = 100
+MOST_REPEATS = 100
 _LEAST_VARIANCE = 1e-12  # of times that are alike to the last digit
 
 
@@ -104,7 +104,7 @@ def needed(luck: float, change: float, tests: int = 1) -> int | None:
         change: relative, as 0.05.
         tests: how many are made at once.
     """
-    for count in range(2, _MOST_REPEATS + 1):
+    for count in range(2, MOST_REPEATS + 1):
         freedom = 2 * count - 2
         shift = np.log1p(change) / (max(luck, 1e-6) * (2 / count) ** 0.5)
         if stats.nct.sf(stats.t.isf(tail(tests), freedom), freedom, shift) >= _POWER:
@@ -116,7 +116,7 @@ def advice(luck: float, tests: int = 1) -> str:
     """The luck in words, and how many repeats a change of 2, 5 and 10 % needs."""
     counts = {change: needed(luck, change, tests) for change in (0.02, 0.05, 0.10)}
     shown = ", ".join(
-        f"{change:.0%} takes {count or f'over {_MOST_REPEATS}'}" for change, count in counts.items()
+        f"{change:.0%} takes {count or f'over {MOST_REPEATS}'}" for change, count in counts.items()
     )
     said = f"luck of a process: {luck:.1%} (standard deviation)"
     return f"{said}; to be seen 9 times in 10, a change of {shown} runs a side"

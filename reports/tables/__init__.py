@@ -12,7 +12,7 @@ from linear_vit.reports.groups import groups
 from linear_vit.reports.saved import machines, records, runs
 from linear_vit.reports.saved.files import write_json, write_text
 from linear_vit.reports.saved.runs import NoRuns
-from linear_vit.reports.tables import ablation, breakdown, results, results_text, steps
+from linear_vit.reports.tables import ablation, breakdown, power, results, results_text, steps
 from linear_vit.reports.tables.results import Exponents
 from linear_vit.reports.tables.scaling import fit_frame
 from linear_vit.reports.tables.table import Part, Table, join, on_screen
@@ -120,6 +120,23 @@ def write_breakdown(record: Path, out: Path) -> str:
         raise NoRuns(str(error)) from error
     parts = _document([breakdown.as_table(found)])
     return _write(out, "step-breakdown", parts, breakdown.to_csv(found))
+
+
+def write_power(folder: Path, out: Path) -> str:
+    """False alarms and power of ``compare``: repeats.md, .csv and .json.
+
+    Args:
+        folder: of repeats.json, or of the runs that it is made of.
+        out: where the files go.
+
+    Raises:
+        NoRuns: the folder has neither.
+    """
+    kept = folder / "repeats.json"
+    record = power.read(kept) if kept.exists() else power.condensed(folder)
+    rows = power.of_each(record)
+    parts = _document([power.as_table(record, rows)])
+    return _write(out, "repeats", parts, power.to_csv(rows), record, kinds="md,csv,json")
 
 
 def read_exponents(path: Path) -> Exponents:
