@@ -92,6 +92,7 @@ def compile_unit(unit: Unit, cache: Path) -> list[dict[str, Any]]:
                 "threads": by.threads if by else None,
                 "dynamic_shared": by.dynamic_shared if by else None,
                 **machine_code.as_columns(used, code[name]),
+                "code": [str(listed), name],
             }
         )
     return rows

@@ -21,8 +21,23 @@ def finished(row: Row) -> Row:
         asked = (row["architecture"], row["threads"], row["registers"], shared)
         blocks = machine_code.resident_blocks(*asked)
         occupancy = round(machine_code.occupancy(*asked), 4)
-    row = {**row, "blocks_per_multiprocessor": blocks, "occupancy": occupancy}
+    row = {**row, "blocks_per_multiprocessor": blocks, "occupancy": occupancy, **_times(row)}
     return {**row, "faults": faults(row)}
+
+
+def _times(row: Row) -> Row:
+    """What a tile of every main loop takes: to start its instructions, and to copy its bytes.
+
+    The share is what remains of memory's copy rate where instructions are started without a gap:
+    real kernels start two thirds of that.
+    """
+    if not row["loops"] or row["threads"] is None:
+        return {"issue_us": None, "copy_us": None, "copy_share": None}
+    threads, architecture = row["threads"], row["architecture"]
+    issue = machine_code.issue_seconds(architecture, row["steady"] * -(-threads // 32))
+    copy = machine_code.copy_seconds(architecture, row["steady_bytes"] * threads)
+    share = round(min(1.0, copy / issue), 4)
+    return {"issue_us": round(1e6 * issue, 4), "copy_us": round(1e6 * copy, 4), "copy_share": share}
 
 
 def faults(row: Row) -> list[str]:

@@ -1,16 +1,19 @@
 """What a compiled kernel asks of a multiprocessor, read from ptxas's report and the machine code.
 
 Registers, spills and static shared memory are what ``ptxas -v`` prints; instructions are counted in
-what ``cuobjdump -sass`` prints. Occupancy is worked out from the limits of the architecture.
+what ``cuobjdump -sass`` prints. Occupancy, and what a main loop's instructions and bytes take, are
+worked out from the limits of the architecture.
 """
 
 import re
 import shutil
 from collections import Counter
-from collections.abc import Iterable, Iterator
-from dataclasses import asdict, astuple, dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from linear_vit.bench.static import sass, steady
+from linear_vit.bench.static.sass import Instruction
 from linear_vit.kernels import toolchains
 
 KIB = 1024
@@ -21,7 +24,11 @@ KIB = 1024
 
 @dataclass(frozen=True)
 class Limits:
-    """What a multiprocessor has; shared memory in bytes, ``per_block`` after opting in."""
+    """What a multiprocessor has; shared memory in bytes, ``per_block`` after opting in.
+
+    The last three are of the best-known GPU: what a launcher is told it would find, its boost
+    clock, and the bytes a second that a copy moves, those read and those written.
+    """
 
     warps: int
     blocks: int
@@ -29,7 +36,9 @@ class Limits:
     shared_memory_per_block: int
     registers: int = 64 * KIB
     registers_per_thread: int = 255
-    multiprocessors: int = 0  # of the best-known GPU: what a launcher is told it would find
+    multiprocessors: int = 0
+    clock_hz: float = 0.0
+    copy_bytes_per_s: float = 0.0
 
     @property
     def threads(self) -> int:
@@ -37,12 +46,34 @@ class Limits:
 
 
 # CUDA C++ Programming Guide, "Compute Capabilities", table of technical specifications. The GPUs
-# whose multiprocessors are counted: A100, RTX 3090, H200, B200.
+# whose multiprocessors are counted: A100 (80 GB, SXM), RTX 3090, H200 (SXM), B200; clocks and memory
+# bandwidth (2.04, 0.936, 4.8, 8 TB/s) by their data sheets, of which a copy reaches nine tenths.
+_COPIED = 0.9
 LIMITS = {
-    "sm_80": Limits(64, 32, 164 * KIB, 163 * KIB, multiprocessors=108),
-    "sm_86": Limits(48, 16, 100 * KIB, 99 * KIB, multiprocessors=82),
-    "sm_90a": Limits(64, 32, 228 * KIB, 227 * KIB, multiprocessors=132),
-    "sm_100a": Limits(64, 32, 228 * KIB, 227 * KIB, multiprocessors=148),
+    "sm_80": Limits(
+        *(64, 32, 164 * KIB, 163 * KIB),
+        multiprocessors=108,
+        clock_hz=1.41e9,
+        copy_bytes_per_s=_COPIED * 2.04e12,
+    ),
+    "sm_86": Limits(
+        *(48, 16, 100 * KIB, 99 * KIB),
+        multiprocessors=82,
+        clock_hz=1.70e9,
+        copy_bytes_per_s=_COPIED * 0.936e12,
+    ),
+    "sm_90a": Limits(
+        *(64, 32, 228 * KIB, 227 * KIB),
+        multiprocessors=132,
+        clock_hz=1.98e9,
+        copy_bytes_per_s=_COPIED * 4.8e12,
+    ),
+    "sm_100a": Limits(
+        *(64, 32, 228 * KIB, 227 * KIB),
+        multiprocessors=148,
+        clock_hz=1.97e9,
+        copy_bytes_per_s=_COPIED * 8e12,
+    ),
 }
 # Registers are handed out to a warp 256 at a time, to a multiprocessor's four partitions; shared
 # memory in units of 128 bytes, after 1 KiB a block that the system keeps (the same table, and
@@ -82,6 +113,22 @@ def occupancy(architecture: str, threads: int, registers: int, shared_memory: in
 
 def _round_up(value: int, unit: int) -> int:
     return -(-value // unit) * unit
+
+
+# ---- time ----------------------------------------------------------------------------------------
+
+_ISSUED = 4  # warp instructions that a multiprocessor starts a clock, one a partition
+
+
+def issue_seconds(architecture: str, warp_instructions: int) -> float:
+    """The least time in which a multiprocessor starts so many, of all its warps together."""
+    return warp_instructions / _ISSUED / LIMITS[architecture].clock_hz
+
+
+def copy_seconds(architecture: str, size: int) -> float:
+    """The time in which a multiprocessor's share of memory's copy rate moves so many bytes."""
+    limits = LIMITS[architecture]
+    return size * limits.multiprocessors / limits.copy_bytes_per_s
 
 
 # ---- ptxas -v ------------------------------------------------------------------------------------
@@ -169,7 +216,6 @@ _HALF_WIDE = re.compile(r"\.64\b")
 _FMA = re.compile(r"^(FFMA2?|HFMA2|DFMA)\b")
 _LOCAL = re.compile(r"^(LDL|STL)\b")
 _FLOAT_ATOMIC = re.compile(r"^(RED|REDG|ATOM|ATOMG|REDAS|UTMAREDG)\b.*\.(F16|F32|F64|BF16)")
-_LINE = re.compile(r"^\s*/\*[0-9a-f]{4,}\*/\s+(?:\{\s*)?(?:@!?U?P\w+\s+)?([A-Z][\w.]*)")
 
 
 def count(mnemonics: Iterable[str]) -> Instructions:
@@ -194,32 +240,13 @@ def count(mnemonics: Iterable[str]) -> Instructions:
     return Instructions(**counts)
 
 
-def together(parts: Iterable[Instructions]) -> Instructions:
-    """The counts of several functions added up."""
-    return Instructions(*map(sum, zip(*map(astuple, parts), strict=True)))
+def read_sass(listing: str) -> dict[str, list[Instruction]]:
+    """``cuobjdump -sass``'s listing of one architecture as mangled name -> instructions."""
+    return dict(sass.functions(listing))
 
 
-def read_sass(listing: str) -> dict[str, Instructions]:
-    """``cuobjdump -sass``'s listing of one architecture as mangled name -> counts."""
-    return {name: count(mnemonics) for name, mnemonics in _functions(listing)}
-
-
-def _functions(listing: str) -> Iterator[tuple[str, list[str]]]:
-    name: str | None = None
-    mnemonics: list[str] = []
-    for line in listing.splitlines():
-        if "Function : " in line:
-            if name is not None:
-                yield name, mnemonics
-            name, mnemonics = line.partition("Function : ")[2].strip(), []
-        elif match := _LINE.match(line):
-            mnemonics.append(match.group(1))
-    if name is not None:
-        yield name, mnemonics
-
-
-def disassemble(binary: Path) -> dict[str, Instructions]:
-    """Count every kernel's instructions in a cubin, or in an object of one architecture.
+def disassemble(binary: Path) -> dict[str, list[Instruction]]:
+    """Every kernel's instructions in a cubin, or in an object of one architecture.
 
     Raises:
         FileNotFoundError: there is no cuobjdump.
@@ -249,6 +276,15 @@ def find_cuobjdump() -> Path:
     return Path(found)
 
 
-def as_columns(usage: Usage, instructions: Instructions) -> dict[str, int]:
-    """Both as columns of a table."""
-    return {**asdict(usage), **asdict(instructions)}
+def as_columns(
+    usage: Usage, kernel: Sequence[Instruction], called: Iterable[Instruction] = ()
+) -> dict[str, int]:
+    """What ptxas says, what is in the code, and its main loops, as columns of a table.
+
+    Args:
+        usage: of the kernel.
+        kernel: its instructions.
+        called: those of functions of its own that were not inlined.
+    """
+    counts = count(one.name for one in (*kernel, *called))
+    return {**asdict(usage), **asdict(counts), **steady.as_columns(kernel)}

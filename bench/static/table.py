@@ -3,9 +3,13 @@
 Needs no GPU. Triton's kernels are compiled ahead of time and the CUDA sources by nvcc, as they
 would be on the GPU; a row a kernel and configuration gives registers, spills, shared memory, the
 occupancy these allow, and what the machine code holds: tensor-core instructions, 16-byte and
-narrower accesses. Exits with 1 where something is at fault (``faults.py``).
+narrower accesses. Of each main loop it counts what a warp runs for a tile (``steady.py``): the
+time that memory needs for the tile's bytes, over the time to start that many instructions, is the
+share of the copy rate that is possible at all. Exits with 1 where something is at fault
+(``faults.py``).
 
     python -m bench static --arch sm_90a --ops linear_attention --all
+    python -m bench static --arch sm_90a --head-dims 64 --explain half_apply_kernel
     python -m bench static --out static.json
 
 What was compiled before, from the same sources, is not compiled again.
@@ -14,6 +18,7 @@ What was compiled before, from the same sources, is not compiled again.
 import argparse
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,7 +27,7 @@ from linear_vit import options
 from linear_vit.bench import tables
 from linear_vit.bench.instruments import machine
 from linear_vit.bench.problems import DTYPES
-from linear_vit.bench.static import launches, machine_code
+from linear_vit.bench.static import launches, machine_code, steady
 from linear_vit.bench.static.faults import Row
 from linear_vit.bench.static.units import (
     ARCHITECTURES,
@@ -40,7 +45,7 @@ COLUMNS = (
     "threads", "registers", "spill_stores", "spill_loads", "stack", "static_shared",
     "dynamic_shared", "blocks_per_multiprocessor", "occupancy", "tensor_core", "tf32", "fma",
     "wide_loads", "narrow_loads", "wide_stores", "narrow_stores", "local", "float_atomics", "total",
-    "faults",
+    *steady.COLUMNS, "issue_us", "copy_us", "copy_share", "faults",
 )  # fmt: skip
 
 
@@ -61,6 +66,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--jobs", type=int, help="processes side by side (default: a core each)")
     text = "print every row, not each kernel's worst"
     parser.add_argument("--all", action="store_true", help=text)
+    text = "print the main loops of kernels of this name instead, and the path that is counted"
+    parser.add_argument("--explain", metavar="KERNEL", help=text)
     given = parser.parse_args(argv)
     try:
         backends = options.known("backends", given.backends, BACKENDS)
@@ -85,7 +92,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Incomplete as error:
         rows, failure = error.rows, str(error)
     tables.write(document(rows), COLUMNS, given)
-    say(render(rows, every=given.all).removesuffix("\n"))
+    if given.explain:
+        say(explained([row for row in rows if row["kernel"] == given.explain]))
+    else:
+        say(render(rows, every=given.all).removesuffix("\n"))
     if failure:
         say(f"does not compile:\n{failure}", sys.stderr)
     return 1 if failure or any(row["faults"] for row in rows) else 0
@@ -96,6 +106,18 @@ def _folders(asked: Sequence[str] | None) -> tuple[str, ...]:
     there = {folder: folder for backend in BACKENDS for folder in launches.folders(backend)}
     there |= {name: folder for folder in there for name in launches.inside(folder)}
     return tuple(dict.fromkeys(there[name] for name in options.known("ops", asked, there)))
+
+
+def explained(rows: list[Row]) -> str:
+    """The steady paths of these kernels, instruction by instruction."""
+    parts = []
+    for row in rows:
+        path, name = row["code"]
+        what = (row["backend"], row["kernel"], row["architecture"], f"D={row['head_dim']}")
+        head = " ".join(map(str, (*what, row["dtype"], row["layout"], row["configuration"])))
+        code = machine_code.disassemble(Path(path))[name]
+        parts.append(f"{head}\n{steady.explain(code)}")
+    return "\n\n".join(parts) or "no such kernel among those asked for"
 
 
 def document(rows: list[Row]) -> dict[str, Any]:
@@ -113,7 +135,15 @@ def document(rows: list[Row]) -> dict[str, Any]:
 def render(rows: list[Row], *, every: bool = False, width: int | None = None) -> str:
     """A table for each backend and folder: a line a kernel and architecture, or a line a row."""
     columns = ["kernel", "arch", "configs", "registers", "spills", "shared KiB", "occupancy"]
-    columns += ["tensor core", "16-byte", "narrower"]
+    columns += [
+        "tensor core",
+        "16-byte",
+        "narrower",
+        "a tile",
+        "barriers",
+        "issue/copy",
+        "copy share",
+    ]
     if every:
         columns[2:3] = ["D", "dtype", "layout"]
     text = ""
@@ -152,6 +182,20 @@ def _line(group: list[Row], every: bool) -> list[str]:
         _range([r["tensor_core"] for r in group]),
         _range([r["wide_loads"] + r["wide_stores"] for r in group]),
         _range([r["narrow_loads"] + r["narrow_stores"] for r in group]),
+        *_steady(group),
+    ]
+
+
+def _steady(group: list[Row]) -> list[str]:
+    """A warp's instructions and barriers a tile, and their time beside that of the bytes."""
+    timed = [r for r in group if r.get("copy_share") is not None]  # older files have none
+    if not timed:
+        return ["–"] * 4
+    return [
+        _range([r["steady"] for r in timed]),
+        _range([r["steady_barriers"] for r in timed]),
+        _range([round(100 * r["issue_us"] / r["copy_us"]) for r in timed]) + " %",
+        _range([round(100 * r["copy_share"]) for r in timed]) + " %",
     ]
 
 

@@ -11,7 +11,6 @@ import io
 import json
 import os
 import re
-import tempfile
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -29,9 +28,10 @@ from linear_vit.bench.static.units import Unit
 from linear_vit.kernels.registry import pretend_usable
 from linear_vit.kernels.triton import tuning
 
+_READERS = ("triton", "machine_code", "sass", "steady")
 # What a kept row depends on beside its kernel: how it was compiled and read.
 _READER = hashlib.sha256(
-    b"".join((Path(__file__).parent / f).read_bytes() for f in ("triton.py", "machine_code.py"))
+    b"".join((Path(__file__).parent / f"{name}.py").read_bytes() for name in _READERS)
 ).hexdigest()
 _NAMES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 _RAGGED_HEAD_DIM = 64  # rows that 16-byte accesses can't reach are compiled for at one head dim
@@ -119,8 +119,12 @@ def compile_exercises(
                 )
             # Or the next call in this process would not come by here, and miss the row.
             function.device_caches[device][0].pop(key, None)
+            cubin = kept.with_suffix(".cubin")
             partial = kept.with_suffix(f".{os.getpid()}")
-            partial.write_text(json.dumps(_row(function, compiled, architecture, log.getvalue())))
+            partial.write_bytes(compiled.asm["cubin"])
+            partial.replace(cubin)
+            row = _row(function, compiled, architecture, log.getvalue(), cubin)
+            partial.write_text(json.dumps(row))
             partial.replace(kept)
         row = json.loads(kept.read_text())
         of_head_dim = f"D={head_dim}" in row["configuration"].split()  # else of every one
@@ -169,13 +173,10 @@ def _constants(
             yield name, value
 
 
-def _row(function: Any, compiled: Any, architecture: str, log: str) -> dict[str, Any]:
-    (usage,) = machine_code.read_ptxas(log).values()
-    with tempfile.TemporaryDirectory() as folder:
-        cubin = Path(folder) / "kernel.cubin"
-        cubin.write_bytes(compiled.asm["cubin"])
-        # The kernel, and any function of it that was not inlined.
-        instructions = machine_code.together(machine_code.disassemble(cubin).values())
+def _row(function: Any, compiled: Any, architecture: str, log: str, cubin: Path) -> dict[str, Any]:
+    ((name, usage),) = machine_code.read_ptxas(log).items()
+    code = machine_code.disassemble(cubin)
+    kernel = code.pop(name)  # the others are functions of its own that were not inlined
     metadata, source = compiled.metadata, compiled.src
     pointers = [t.lstrip("*") for t in _leaves(source.signature.values()) if t.startswith("*")]
     halves = [p for p in pointers if p in ("fp16", "bf16")]
@@ -197,7 +198,8 @@ def _row(function: Any, compiled: Any, architecture: str, log: str) -> dict[str,
         ),
         "threads": 32 * metadata.num_warps,
         "dynamic_shared": metadata.shared,
-        **machine_code.as_columns(usage, instructions),
+        **machine_code.as_columns(usage, kernel, [one for body in code.values() for one in body]),
+        "code": [str(cubin), name],
     }
 
 

@@ -137,14 +137,17 @@ __device__ inline float max_over_block(float x, float (&scratch)[8]) {
 
 // ---- tiles of tokens -------------------------------------------------------------------------------
 
-// Begins to copy `valid` rows to a tile; the others are 0. Narrow rows are copied at once.
+// Begins to copy `valid` rows to a tile; the others are 0. Narrow rows are copied at once. Every thread
+// has as many chunks, so that the loop is none in the machine code.
 template <typename T, int D>
 __device__ void copy_tile(TokenTile<T, D>& tile, const T* source, int64_t stride, int valid,
                           bool wide) {
   using H = Half<D>;
-#pragma unroll 4
-  for (int i = threadIdx.x; i < H::kTokens * H::kChunks; i += kThreads) {
-    const int row = i / H::kChunks, chunk = i % H::kChunks;
+  constexpr int kEach = H::kTokens * H::kChunks / kThreads;
+  static_assert(kEach * kThreads == H::kTokens * H::kChunks);
+#pragma unroll
+  for (int i = 0; i < kEach; ++i) {
+    const int own = threadIdx.x + i * kThreads, row = own / H::kChunks, chunk = own % H::kChunks;
     T* const target = tile.rows + H::at(row, chunk);
     const T* const from = source + (row < valid ? row * stride + chunk * 8 : 0);
     if (wide) {
@@ -160,8 +163,8 @@ __device__ void copy_tile(TokenTile<T, D>& tile, const T* source, int64_t stride
   }
 }
 
-// Tiles begin ... end of a sequence, kStages of them in shared memory at once. load(stage, tile) begins
-// to copy one, process(stage, tile) finds it there.
+// Tiles begin ... end of a sequence, kStages of them in shared memory at once. load(stage) begins to copy
+// the next one, process(stage) finds the next one there; both are called in the order of the tiles.
 template <int kStages, typename Load>
 struct Stream {
   Load load;
@@ -170,24 +173,26 @@ struct Stream {
   __device__ void start() const {
 #pragma unroll
     for (int ahead = 0; ahead < kStages - 1; ++ahead) {
-      if (begin + ahead < end) load(ahead, begin + ahead);
+      if (begin + ahead < end) load(ahead);
       ptx::cp_async_commit();
     }
   }
 
   template <typename Process>
   __device__ void run(Process process) const {
+    int stage = 0, last = kStages - 1;  // of this tile, and of the latest to be copied
     for (int tile = begin; tile < end; ++tile) {
       if constexpr (kStages > 1) ptx::cp_async_wait<kStages - 2>();
       __syncthreads();  // this tile is here, and the one before has been read
-      const int next = tile + kStages - 1;
-      if (next < end) load((next - begin) % kStages, next);
+      if (tile + kStages - 1 < end) load(last);
       ptx::cp_async_commit();
       if constexpr (kStages == 1) {
         ptx::cp_async_wait<0>();
         __syncthreads();
       }
-      process((tile - begin) % kStages, tile);
+      process(stage);
+      last = stage;
+      stage = stage + 1 < kStages ? stage + 1 : 0;
     }
     ptx::cp_async_wait<0>();
   }
@@ -198,16 +203,32 @@ __device__ Stream<kStages, Load> stream(int begin, int end, Load load) {
   return {load, begin, end};
 }
 
-// Where a tile of the `group` heads that share a state begins.
+// Goes through the tiles of the heads from first_head on, in order. A tile's place would cost a division.
 struct TilePlace {
-  int64_t head, first;
+  int64_t head, first = 0;
   int valid;
 
-  __device__ TilePlace(int tile, int64_t first_head, int64_t tokens, int tile_tokens) {
-    const int per_head = static_cast<int>((tokens + tile_tokens - 1) / tile_tokens);
-    head = first_head + tile / per_head;
-    first = static_cast<int64_t>(tile % per_head) * tile_tokens;
-    valid = tokens - first < tile_tokens ? static_cast<int>(tokens - first) : tile_tokens;
+  __device__ TilePlace(int tile, int64_t first_head, int64_t tokens, int tile_tokens)
+      : per_head(static_cast<int>((tokens + tile_tokens - 1) / tile_tokens)),
+        tile_tokens(tile_tokens),
+        left(static_cast<int>(tokens - int64_t{per_head - 1} * tile_tokens)) {
+    head = first_head;
+    in_head = tile;
+    if (per_head > 0 && tile >= per_head) head += tile / per_head, in_head = tile % per_head;
+    find();
+  }
+
+  __device__ void next() {
+    if (++in_head == per_head) in_head = 0, ++head;
+    find();
+  }
+
+ private:
+  int in_head, per_head, tile_tokens, left;  // left: tokens of a head's last tile
+
+  __device__ void find() {
+    first = static_cast<int64_t>(in_head) * tile_tokens;
+    valid = in_head + 1 == per_head ? left : tile_tokens;
   }
 };
 

@@ -79,29 +79,37 @@ __device__ Shared& shared() {
   return *reinterpret_cast<Shared*>(shared_memory());
 }
 
-// Begins to copy tile `tile` of the heads from first_head on.
+// Begins to copy the tile of a tensor that is at a place.
 template <typename T, int D>
 __device__ void copy(TokenTile<T, D>& target, const Rows<const T>& source, const Part& part,
-                     int64_t first_head, int64_t tokens, int tile) {
-  const TilePlace place(tile, first_head, tokens, Half<D>::kTokens);
+                     const TilePlace& place) {
   copy_tile(target, source.at(part.batch, place.head, place.first), source.stride[2], place.valid,
             source.wide);
+}
+
+// Where a block's first tile of queries, or of keys, is.
+template <int D, typename T>
+__device__ TilePlace first_queries(const Problem<T>& p, const Part& part) {
+  return TilePlace(part.begin, part.kv_head * p.group, p.queries, Half<D>::kTokens);
+}
+template <int D, typename T>
+__device__ TilePlace first_keys(const Problem<T>& p, const Part& part) {
+  return TilePlace(part.begin, part.kv_head, p.keys, Half<D>::kTokens);
 }
 
 // ---- what more than one kernel does ------------------------------------------------------------------
 
 template <typename T, int D>
 __device__ void apply_one(const Problem<T>& p, const Part& part, const State<T, D>& state,
-                          const TokenTile<T, D>& q, int tile) {
-  const TilePlace place(tile, part.kv_head * p.group, p.queries, Half<D>::kTokens);
+                          const TokenTile<T, D>& q, const TilePlace& place) {
   apply_tile(state, q, p.eps, p.out.at(part.batch, place.head, place.first), p.out.stride[2],
              place.valid, p.out.wide);
 }
 
 template <typename T, int D>
 __device__ void query_gradient_one(const Problem<T>& p, const Part& part, State<T, D>& state,
-                                   TokenTile<T, D> (&tile)[2], Sums<D>& sums, int index) {
-  const TilePlace place(index, part.kv_head * p.group, p.queries, Half<D>::kTokens);
+                                   TokenTile<T, D> (&tile)[2], Sums<D>& sums,
+                                   const TilePlace& place) {
   query_gradient_tile(state, sums, tile[0], tile[1], p.eps,
                       p.dq.at(part.batch, place.head, place.first), p.dq.stride[2], place.valid,
                       p.dq.wide);
@@ -110,8 +118,7 @@ __device__ void query_gradient_one(const Problem<T>& p, const Part& part, State<
 template <typename T, int D>
 __device__ void key_value_gradient_one(const Problem<T>& p, const Part& part,
                                        const State<T, D>& state, const TokenTile<T, D>& k,
-                                       const TokenTile<T, D>& v, int tile) {
-  const TilePlace place(tile, part.kv_head, p.keys, Half<D>::kTokens);
+                                       const TokenTile<T, D>& v, const TilePlace& place) {
   key_value_gradient_tile(state, k, v, p.dk.at(part.batch, place.head, place.first),
                           p.dk.stride[2], p.dk.wide,
                           p.dv.at(part.batch, place.head, place.first), p.dv.stride[2],
@@ -150,20 +157,24 @@ __global__ void __launch_bounds__(kThreads, 1) half_state_kernel(Problem<T> p) {
   constexpr int kChunk = 256 / Half<D>::kTokens;
   Shared& s = shared<Shared>();
   const Part part(p.kv_heads, p.num_splits, tiles_of(1, p.keys, Half<D>::kTokens));
-  const auto tiles = stream<Shared::kStages>(part.begin, part.end, [&](int stage, int tile) {
-    copy(s.tile[stage][0], p.k, part, part.kv_head, p.keys, tile);
-    copy(s.tile[stage][1], p.v, part, part.kv_head, p.keys, tile);
+  TilePlace coming = first_keys<D>(p, part);
+  const auto tiles = stream<Shared::kStages>(part.begin, part.end, [&](int stage) {
+    copy(s.tile[stage][0], p.k, part, coming);
+    copy(s.tile[stage][1], p.v, part, coming);
+    coming.next();
   });
   tiles.start();
   Sums<D> sums, total;
   sums.clear();
   total.clear();
-  tiles.run([&](int stage, int tile) {
+  int in_sums = 0;  // tiles
+  tiles.run([&](int stage) {
     sums.add_keys(s.tile[stage][0], s.tile[stage][1]);
     if constexpr (kTwoLevels) {
-      if ((tile - part.begin) % kChunk == kChunk - 1) {
+      if (++in_sums == kChunk) {
         total.add(sums);
         sums.clear();
+        in_sums = 0;
       }
     }
   });
@@ -178,13 +189,18 @@ __global__ void __launch_bounds__(kThreads, Half<D>::kTile.blocks) half_apply_ke
   using Shared = ApplyShared<T, D>;
   Shared& s = shared<Shared>();
   const Part part(p.kv_heads, p.num_splits, tiles_of(p.group, p.queries, Half<D>::kTokens));
-  const auto tiles = stream<Shared::kStages>(part.begin, part.end, [&](int stage, int tile) {
-    copy(s.tile[stage], p.q, part, part.kv_head * p.group, p.queries, tile);
+  TilePlace coming = first_queries<D>(p, part), place = coming;
+  const auto tiles = stream<Shared::kStages>(part.begin, part.end, [&](int stage) {
+    copy(s.tile[stage], p.q, part, coming);
+    coming.next();
   });
   tiles.start();
   s.state.load_centred(p.S + part.state * 2 * D * D, p.z + part.state * 2 * D,
                        scratch_of(s.tile[Shared::kStages - 1]));
-  tiles.run([&](int stage, int tile) { apply_one(p, part, s.state, s.tile[stage], tile); });
+  tiles.run([&](int stage) {
+    apply_one(p, part, s.state, s.tile[stage], place);
+    place.next();
+  });
 }
 
 // ---- forward in one launch -----------------------------------------------------------------------------
@@ -196,24 +212,30 @@ __global__ void __launch_bounds__(kThreads, Half<D>::kTile.blocks)
   using H = Half<D>;
   Shared& s = shared<Shared>();
   const Part part(p.kv_heads, 1, 0);
+  TilePlace coming = first_queries<D>(p, part), place = coming, coming_keys = first_keys<D>(p, part);
   const auto queries = stream<Shared::kQueryStages>(
-      0, static_cast<int>(tiles_of(p.group, p.queries, H::kTokens)), [&](int stage, int tile) {
-        copy(s.query[stage], p.q, part, part.kv_head * p.group, p.queries, tile);
+      0, static_cast<int>(tiles_of(p.group, p.queries, H::kTokens)), [&](int stage) {
+        copy(s.query[stage], p.q, part, coming);
+        coming.next();
       });
   const auto keys = stream<Shared::kStages>(
-      0, static_cast<int>(tiles_of(1, p.keys, H::kTokens)), [&](int stage, int tile) {
-        copy(s.tile[stage][0], p.k, part, part.kv_head, p.keys, tile);
-        copy(s.tile[stage][1], p.v, part, part.kv_head, p.keys, tile);
+      0, static_cast<int>(tiles_of(1, p.keys, H::kTokens)), [&](int stage) {
+        copy(s.tile[stage][0], p.k, part, coming_keys);
+        copy(s.tile[stage][1], p.v, part, coming_keys);
+        coming_keys.next();
       });
   queries.start();
   keys.start();
   Sums<D> sums;
   sums.clear();
-  keys.run([&](int stage, int) { sums.add_keys(s.tile[stage][0], s.tile[stage][1]); });
+  keys.run([&](int stage) { sums.add_keys(s.tile[stage][0], s.tile[stage][1]); });
   sums.combine(scratch_of(s.tile[0][0]));
   if (p.S_out) sums.store(p.S_out + part.state * 2 * D * D, p.z_out + part.state * 2 * D);
   s.state.take_centred(sums, scratch_of(s.tile[0][0]));
-  queries.run([&](int stage, int tile) { apply_one(p, part, s.state, s.query[stage], tile); });
+  queries.run([&](int stage) {
+    apply_one(p, part, s.state, s.query[stage], place);
+    place.next();
+  });
 }
 
 // ---- backward, by steps --------------------------------------------------------------------------------
@@ -224,9 +246,11 @@ __global__ void __launch_bounds__(kThreads, Half<D>::kTile.gradient_blocks)
   using Shared = GradientShared<T, D>;
   Shared& s = shared<Shared>();
   const Part part(p.kv_heads, p.num_splits, tiles_of(p.group, p.queries, Half<D>::kTokens));
-  const auto tiles = stream<Shared::kStages>(part.begin, part.end, [&](int stage, int tile) {
-    copy(s.tile[stage][0], p.q, part, part.kv_head * p.group, p.queries, tile);
-    copy(s.tile[stage][1], p.dout, part, part.kv_head * p.group, p.queries, tile);
+  TilePlace coming = first_queries<D>(p, part), place = coming;
+  const auto tiles = stream<Shared::kStages>(part.begin, part.end, [&](int stage) {
+    copy(s.tile[stage][0], p.q, part, coming);
+    copy(s.tile[stage][1], p.dout, part, coming);
+    coming.next();
   });
   tiles.start();
   s.state.load_centred(p.S + part.state * 2 * D * D, p.z + part.state * 2 * D,
@@ -236,8 +260,9 @@ __global__ void __launch_bounds__(kThreads, Half<D>::kTile.gradient_blocks)
   }
   Sums<D> sums;
   sums.clear();
-  tiles.run([&](int stage, int tile) {
-    query_gradient_one(p, part, s.state, s.tile[stage], sums, tile);
+  tiles.run([&](int stage) {
+    query_gradient_one(p, part, s.state, s.tile[stage], sums, place);
+    place.next();
   });
   finish_gradient(sums, s.state, scratch_of(s.tile[0][0]));
   const int64_t index = part.split * p.states + part.state;
@@ -250,22 +275,24 @@ __global__ void __launch_bounds__(kThreads, Half<D>::kTile.blocks)
   using Shared = GradientShared<T, D>;
   Shared& s = shared<Shared>();
   const Part part(p.kv_heads, p.num_splits, tiles_of(1, p.keys, Half<D>::kTokens));
-  const auto tiles = stream<Shared::kStages>(part.begin, part.end, [&](int stage, int tile) {
-    copy(s.tile[stage][0], p.k, part, part.kv_head, p.keys, tile);
-    copy(s.tile[stage][1], p.v, part, part.kv_head, p.keys, tile);
+  TilePlace coming = first_keys<D>(p, part), place = coming;
+  const auto tiles = stream<Shared::kStages>(part.begin, part.end, [&](int stage) {
+    copy(s.tile[stage][0], p.k, part, coming);
+    copy(s.tile[stage][1], p.v, part, coming);
+    coming.next();
   });
   tiles.start();
   if (!p.mean) {
     const bool any = part.begin < part.end;
     ptx::cp_async_wait<Shared::kStages - 2>();
     __syncthreads();  // the first tile is here
-    const TilePlace first(any ? part.begin : 0, part.kv_head, p.keys, Half<D>::kTokens);
-    s.state.take_mean(s.tile[0][1], any ? first.valid : 0);
+    s.state.take_mean(s.tile[0][1], any ? place.valid : 0);
   }
   s.state.load_gradient(p.dS + part.state * 2 * D * D, p.dz + part.state * 2 * D,
                         p.mean ? p.mean + part.state * D : nullptr);
-  tiles.run([&](int stage, int tile) {
-    key_value_gradient_one(p, part, s.state, s.tile[stage][0], s.tile[stage][1], tile);
+  tiles.run([&](int stage) {
+    key_value_gradient_one(p, part, s.state, s.tile[stage][0], s.tile[stage][1], place);
+    place.next();
   });
 }
 
@@ -283,14 +310,17 @@ __global__ void __launch_bounds__(kThreads, Half<D>::kTile.gradient_blocks)
   float* const scratch = scratch_of(s.tile[Shared::kStages - 1][0]);
   Sums<D> sums;
 
-  const auto queries = stream<Shared::kStages>(0, query_tiles, [&](int stage, int tile) {
-    copy(s.tile[stage][0], p.q, part, part.kv_head * p.group, p.queries, tile);
-    copy(s.tile[stage][1], p.dout, part, part.kv_head * p.group, p.queries, tile);
+  TilePlace coming = first_queries<D>(p, part), place = coming;
+  const auto queries = stream<Shared::kStages>(0, query_tiles, [&](int stage) {
+    copy(s.tile[stage][0], p.q, part, coming);
+    copy(s.tile[stage][1], p.dout, part, coming);
+    coming.next();
   });
   if constexpr (kStay) {
-    for (int tile = 0; tile < key_tiles; ++tile) {
-      copy(s.staying(tile)[0], p.k, part, part.kv_head, p.keys, tile);
-      copy(s.staying(tile)[1], p.v, part, part.kv_head, p.keys, tile);
+    TilePlace keys = first_keys<D>(p, part);
+    for (int tile = 0; tile < key_tiles; ++tile, keys.next()) {
+      copy(s.staying(tile)[0], p.k, part, keys);
+      copy(s.staying(tile)[1], p.v, part, keys);
     }
     ptx::cp_async_commit();
     ptx::cp_async_wait<0>();
@@ -307,24 +337,28 @@ __global__ void __launch_bounds__(kThreads, Half<D>::kTile.gradient_blocks)
   }
 
   sums.clear();
-  queries.run([&](int stage, int tile) {
-    query_gradient_one(p, part, s.state, s.tile[stage], sums, tile);
+  queries.run([&](int stage) {
+    query_gradient_one(p, part, s.state, s.tile[stage], sums, place);
+    place.next();
   });
-  const auto keys = stream<Shared::kStages>(0, key_tiles, [&](int stage, int tile) {
-    copy(s.tile[stage][0], p.k, part, part.kv_head, p.keys, tile);
-    copy(s.tile[stage][1], p.v, part, part.kv_head, p.keys, tile);
+  coming = place = first_keys<D>(p, part);
+  const auto keys = stream<Shared::kStages>(0, key_tiles, [&](int stage) {
+    copy(s.tile[stage][0], p.k, part, coming);
+    copy(s.tile[stage][1], p.v, part, coming);
+    coming.next();
   });
   finish_gradient(sums, s.state, scratch);
   s.state.take_gradient(sums);
   if constexpr (kStay) {
     __syncthreads();  // dS is there
-    for (int tile = 0; tile < key_tiles; ++tile) {
-      key_value_gradient_one(p, part, s.state, s.staying(tile)[0], s.staying(tile)[1], tile);
+    for (int tile = 0; tile < key_tiles; ++tile, place.next()) {
+      key_value_gradient_one(p, part, s.state, s.staying(tile)[0], s.staying(tile)[1], place);
     }
   } else {
     keys.start();
-    keys.run([&](int stage, int tile) {
-      key_value_gradient_one(p, part, s.state, s.tile[stage][0], s.tile[stage][1], tile);
+    keys.run([&](int stage) {
+      key_value_gradient_one(p, part, s.state, s.tile[stage][0], s.tile[stage][1], place);
+      place.next();
     });
   }
 }

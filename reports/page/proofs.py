@@ -1,6 +1,7 @@
 """The page's sections on proofs: checked against float64, compiled, bytes counted."""
 
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 import pandas as pd
@@ -115,6 +116,21 @@ def _of_kernel(
         "occupancy": _range(100 * part["occupancy"].dropna(), " %"),
         "tensor-core instructions": _range(part["tensor_core"]),
         "16-byte accesses": _range(part["wide_loads"] + part["wide_stores"]),
+        **_main_loops(part),
+    }
+
+
+def _main_loops(part: pd.DataFrame) -> Line:
+    """What a warp runs for a tile, and what that leaves of memory's copy rate."""
+    names = ("steady", "steady_barriers", "issue_us", "copy_us", "copy_share")
+    timed = part.reindex(columns=names).dropna()  # older files have no such columns
+    ratio = _range(100 * timed["issue_us"] / timed["copy_us"], " %")
+    tip = "the least time to start a tile's instructions, over the time to copy its bytes"
+    return {
+        "warp instructions a tile": _range(timed["steady"]),
+        "barriers a tile": _range(timed["steady_barriers"]),
+        "issue / copy time": ratio if timed.empty else replace(ratio, tip=tip),
+        "possible copy rate": _range(100 * timed["copy_share"], " %"),
     }
 
 

@@ -218,6 +218,9 @@ Compiled = of(
     dtype=maybe(Name), registers=Count, spill_stores=Count, spill_loads=Count, static_shared=Count,
     dynamic_shared=maybe(Count), occupancy=maybe(Share), tensor_core=Count, wide_loads=Count,
     wide_stores=Count, faults=many(str),
+    # Of a kernel without a main loop null, and missing in files that don't count them.
+    steady=free(Count), steady_barriers=free(Count), copy_share=free(Share),
+    **dict.fromkeys(("issue_us", "copy_us"), free(Amount)),
 )  # fmt: skip
 Counted = of(
     operation=Name, pass_=Name, dtype=Name, backend=(str, ""), shape=str, launches=str, tensor=Name,

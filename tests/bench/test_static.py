@@ -85,6 +85,15 @@ def healthy(rows: list[Row]) -> None:
     assert all(r["occupancy"] > 0 for r in rows if r["threads"] is not None)
 
 
+# Warp instructions, of all warps together: what the kernels have today.
+MOST_INSTRUCTIONS_A_TOKEN = {
+    "state": 46,
+    "apply": 67,
+    "query_gradient": 158,
+    "key_value_gradient": 75,
+}
+
+
 @pytest.mark.parametrize("dtype", ["bfloat16", pytest.param("float32", marks=pytest.mark.slow)])
 @pytest.mark.parametrize(
     "backend",
@@ -112,6 +121,39 @@ def test_linear_attention_ships_without_faults(backend: str, dtype: str) -> None
 # float16's code is bfloat16's with powers of two that keep it in range: what fits with them fits
 # without. The command compiles both, and so does the table in reports/measurements/static.
 TWO_DTYPES = ("float32", "float16")
+
+
+# Rows of D elements that a kernel's main loops move for a token.
+_ROWS_A_TOKEN = {"state": 2, "apply": 2, "query_gradient": 3, "key_value_gradient": 4}
+
+
+@needs_toolchain
+def test_what_a_warp_runs_for_a_tile_is_counted() -> None:
+    """Whole tiles, every nested loop's runs known, and no more instructions than there were.
+
+    The bytes of the path that was found are those of 64 or more whole tokens: had it left out a
+    copy, or gone by the narrow way too, they would be others.
+    """
+    rows = compile_all(
+        backends=["cuda"],
+        folders=["linear_attention"],
+        architectures=["sm_90a"],
+        dtypes=("bfloat16",),
+        head_dims=(64,),
+        ragged=False,
+    )
+    by_kernel = {r["kernel"].removeprefix("half_").removesuffix("_kernel"): r for r in rows}
+    for name, most in MOST_INSTRUCTIONS_A_TOKEN.items():
+        row = by_kernel[name]
+        tokens = row["steady_bytes"] * row["threads"] / (_ROWS_A_TOKEN[name] * 64 * 2)
+        assert tokens in (64, 128), name
+        assert (row["loops"], row["steady_unknown"]) == (1, 0), name
+        pipes = ("tensor_core", "fma", "load_store", "other")
+        assert row["steady"] == sum(row[f"steady_{pipe}"] for pipe in pipes), name
+        assert row["steady"] * row["threads"] / 32 <= most * tokens, name
+        assert row["copy_share"] == pytest.approx(
+            min(1, row["copy_us"] / row["issue_us"]), abs=1e-3
+        )
 
 
 @pytest.mark.slow
@@ -162,6 +204,10 @@ def test_the_table_in_the_repository_is_whole(backend: str) -> None:
     assert [r for r in rows if r["faults"]] == []
     with path.with_suffix(".csv").open() as file:
         assert len(list(csv.DictReader(file))) == len(rows)
+    # Records from before main loops were counted have none of them; a newer one has all.
+    counted = [r for r in rows if "steady" in r]
+    assert counted in ([], rows)
+    assert [r for r in counted if r["tensor_core"] and not r["loops"]] == []
     wanted = {
         (backend, folder, architecture, dtype, head_dim)
         for folder in FOLDERS
@@ -192,6 +238,13 @@ SOUND: Row = {
     "narrow_loads": 2,
     "wide_stores": 1,
     "narrow_stores": 1,
+    "loops": 1,
+    "steady": 600,
+    "steady_barriers": 1,
+    "steady_bytes": 64,
+    "issue_us": 0.6,
+    "copy_us": 0.5,
+    "copy_share": 0.83,
 }
 WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "spills": ({"spill_stores": 8, "spill_loads": 4}, "spills 12 bytes"),
@@ -387,6 +440,18 @@ def test_a_unit_that_was_compiled_is_not_compiled_again(
 def test_a_kernel_that_nothing_launches_has_no_occupancy() -> None:
     row = {**SOUND, "architecture": "sm_80", "threads": None, "registers": 64}
     assert finished(row)["occupancy"] is None
+
+
+def test_the_possible_share_of_the_copy_rate_follows_from_instructions_and_bytes() -> None:
+    """By hand: 600 instructions of 8 warps, 4 a clock of 1.98 GHz; 16 KiB at 4.32 TB/s / 132."""
+    row = {**SOUND, "architecture": "sm_90a", "threads": 256, "registers": 64}
+    row |= {"static_shared": 0, "dynamic_shared": 0, "issue_us": None, "copy_us": None}
+    found = finished(row)
+    assert found["issue_us"] == pytest.approx(0.606, abs=1e-3)
+    assert found["copy_us"] == pytest.approx(0.501, abs=1e-3)
+    assert found["copy_share"] == pytest.approx(0.826, abs=1e-3)
+    assert finished({**row, "steady": 300})["copy_share"] == 1
+    assert finished({**row, "loops": 0})["copy_share"] is None
 
 
 # ---- what is asked for ---------------------------------------------------------------------------

@@ -552,8 +552,38 @@ MORE_MUTATIONS = (
     Mutation(
         "one query head of a group",
         HALF,
-        "head = first_head + tile / per_head;",
-        "head = first_head;",
+        "if (++in_head == per_head) in_head = 0, ++head;",
+        "if (++in_head == per_head) in_head = 0;",
+    ),
+    Mutation(
+        "a head's last tile is taken for a whole one",
+        HALF,
+        "valid = in_head + 1 == per_head ? left : tile_tokens;",
+        "valid = tile_tokens;",
+    ),
+    Mutation(
+        "every split begins with the head's first tile",
+        HALF,
+        "    in_head = tile;",
+        "    in_head = 0;",
+    ),
+    Mutation(
+        "a split within a later head begins with the first",
+        HALF,
+        "head += tile / per_head, in_head = tile % per_head;",
+        "in_head = tile % per_head;",
+    ),
+    Mutation(
+        "tiles and their stages are out of step",
+        HALF,
+        "stage = stage + 1 < kStages ? stage + 1 : 0;",
+        "stage = stage + 2 < kStages ? stage + 1 : 0;",
+    ),
+    Mutation(
+        "a thread's second chunk is not copied",
+        HALF,
+        "for (int i = 0; i < kEach; ++i) {",
+        "for (int i = 0; i < (kEach > 1 ? kEach - 1 : 0); ++i) {",
     ),
     Mutation(
         "a split is dropped",

@@ -457,6 +457,11 @@ def static() -> dict[str, Any]:
             "tensor_core": 64,
             "wide_loads": 8,
             "wide_stores": 4,
+            "steady": 600,
+            "steady_barriers": 1,
+            "issue_us": 0.6,
+            "copy_us": 0.5,
+            "copy_share": 0.8333,
             "faults": [],
             **changes,
         }
@@ -465,6 +470,6 @@ def static() -> dict[str, Any]:
     rows = [
         row("state", 64, "bfloat16", 96),
         row("state", 128, "bfloat16", 168),
-        row("apply", 128, "float32", 255, tensor_core=0, occupancy=None, **spill),
+        row("apply", 128, "float32", 255, tensor_core=0, occupancy=None, copy_share=None, **spill),
     ]
     return {"kind": "static", "schema": 1, "rows": rows}

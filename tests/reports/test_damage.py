@@ -64,7 +64,8 @@ UNREAD = {
     "warmup_epochs", "label_smoothing", "clip", "train_accuracy_is", "epoch", "loss",
     "train_accuracy", "best_epoch", "attention_type", "best", "claimed_best",
     # of what is compiled and counted
-    "toolchain", "layout", "configuration",
+    "toolchain", "layout", "configuration", "loops", "steady_tensor_core", "steady_fma",
+    "steady_load_store", "steady_other", "steady_bytes", "steady_unknown",
     "stack", "blocks_per_multiprocessor", "tf32",  "narrow_loads",
     "narrow_stores", "local", "float_atomics", "architecture", "multiprocessors", "least_loaded",
     "least_stored", "max_error", "passed",
@@ -86,6 +87,7 @@ OPTIONAL = {
     "gain", "time_to_baseline", "hours_200_epochs", "claim", "parameters", "arithmetic",
     "exponents", "seconds", "reason", "tensors", "rms_error", "head_dim", "dynamic_shared",
     "second_clock", "occupancy", "ratio", "peak_memory_gb", "B", "H", "Hk", "N", "M", "D",
+    "steady", "steady_barriers", "issue_us", "copy_us", "copy_share",
 }  # fmt: skip
 # Dicts by name, of which any item may be missing.
 FREE = {"operations", "backends", "not_timed", "failed", "hours_200_epochs", "ratios", "error"}
