@@ -138,6 +138,9 @@ _backends: Any = torch.backends
 _MATMUL = {"cuda": _backends.cuda.matmul, "cpu": _backends.mkldnn.matmul}
 _CONVOLUTION = {"cuda": _backends.cudnn.conv, "cpu": _backends.mkldnn.conv}
 _KINDS = (*_MATMUL.values(), *_CONVOLUTION.values(), _backends.cudnn.rnn)
+# A kind that is "none" inherits from its backend, and that from the process: from the outermost in.
+# (Setting mkldnn's own would set the process's, in PyTorch 2.14.)
+_LEVELS = (_backends, _backends.cudnn, *_KINDS)
 
 
 def _is_relaxed(device_type: str) -> bool:
@@ -157,8 +160,11 @@ def _make_exact() -> None:
     with contextlib.suppress(RuntimeError):
         matmul = torch.get_float32_matmul_precision()
         _before.append(lambda: torch.set_float32_matmul_precision(matmul))
-    for kind in _KINDS:
-        _before.append(functools.partial(setattr, kind, "fp32_precision", kind.fp32_precision))
+    for level in _LEVELS:
+        # With "none" above it, what it says is its own: "none" will be inherited again.
+        own = level.fp32_precision
+        _before.append(functools.partial(setattr, level, "fp32_precision", own))
+        level.fp32_precision = "none"
     torch.set_float32_matmul_precision("highest")
     torch.backends.cudnn.allow_tf32 = False
     _CONVOLUTION["cpu"].fp32_precision = "ieee"

@@ -87,15 +87,20 @@ def _settings() -> list[Any]:
     return found
 
 
+def _tf32_for_all() -> None:
+    torch.backends.fp32_precision = "tf32"
+
+
 @pytest.fixture
 def restored() -> Iterator[None]:
     yield
+    torch.backends.fp32_precision = "none"
     torch.set_float32_matmul_precision("highest")
     torch.backends.mkldnn.conv.fp32_precision = "none"
 
 
 @pytest.mark.parametrize(("op", "backend"), EVERY)
-@pytest.mark.parametrize("relax", [_medium, _high, _bfloat16_everywhere])
+@pytest.mark.parametrize("relax", [_medium, _high, _bfloat16_everywhere, _tf32_for_all])
 def test_float32_is_float32(
     op: str, backend: str, relax: Callable[[], None], restored: None
 ) -> None:
@@ -103,6 +108,20 @@ def test_float32_is_float32(
     before = _settings()
     assert_accurate(_case(op), backend)
     assert _settings() == before
+
+
+def test_what_is_inherited_stays_inherited(restored: None) -> None:
+    """A kind of product that follows the process's setting follows it after a call, too."""
+    kinds = (torch.backends.mkldnn.matmul, torch.backends.mkldnn.conv)
+    for kind in kinds:
+        kind.fp32_precision = "none"
+    _tf32_for_all()
+    before = [kind.fp32_precision for kind in kinds]
+    assert "tf32" in before
+    assert_accurate(_case("linear_attention"), "torch")
+    assert [kind.fp32_precision for kind in kinds] == before
+    torch.backends.fp32_precision = "ieee"
+    assert [kind.fp32_precision for kind in kinds] == ["ieee", "ieee"]
 
 
 @pytest.mark.slow
