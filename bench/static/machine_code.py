@@ -46,8 +46,9 @@ class Limits:
 
 
 # CUDA C++ Programming Guide, "Compute Capabilities", table of technical specifications. The GPUs
-# whose multiprocessors are counted: A100 (80 GB, SXM), RTX 3090, H200 (SXM), B200; clocks and memory
-# bandwidth (2.04, 0.936, 4.8, 8 TB/s) by their data sheets, of which a copy reaches nine tenths.
+# whose multiprocessors are counted: A100 (80 GB, SXM), RTX 3090, H200 (SXM), B200; clocks and
+# memory bandwidth (2.04, 0.936, 4.8, 8 TB/s) by their data sheets, of which a copy reaches nine
+# tenths.
 _COPIED = 0.9
 LIMITS = {
     "sm_80": Limits(
