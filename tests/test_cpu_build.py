@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from linear_vit.kernels import build, toolchains
+from linear_vit import kernels
+from linear_vit.kernels import OPERATIONS, build, toolchains
 from tests import processes
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -23,6 +24,14 @@ needs_toolchain = pytest.mark.skipif(
 
 def python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
     return processes.python("-c", code, **environment)
+
+
+@needs_toolchain
+@pytest.mark.parametrize("op", OPERATIONS)
+def test_it_builds_here(op: str) -> None:
+    """Where there is a compiler. Else all tests of its kernels were skipped, and nothing failed."""
+    reason = kernels.backends(op, "cpu", head_dim=64)["cpu"]
+    assert "building the CPU extension failed" not in (reason or "")
 
 
 def test_a_missing_compiler_is_a_reason_and_the_others_go_on(tmp_path: Path) -> None:

@@ -7,7 +7,13 @@ the two is longer says what binds it. Data that fit a cache are held against the
 than the least work as SPEC counts it, which is that of dense products.)
 """
 
+import ctypes
+import functools
 import mmap
+import os
+import re
+import sys
+import tempfile
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
@@ -46,6 +52,8 @@ class Limits:
     Attributes:
         copy_bytes_per_s: of a large copy; each byte counts twice, read and written.
         matmul_flop_per_s: by dtype name, of a large square product; float32 is IEEE.
+        matmul_kernels: by dtype name, what oneDNN calls the kernel of that product, its
+            instruction set last; without those that another library multiplied.
         launch_s: host time to launch the smallest operation, results not waited for.
         measured: when, ISO time.
         probes: by name, how much a second of what kernels need and nothing general measures.
@@ -61,6 +69,7 @@ class Limits:
     launch_s: float
     measured: str = ""
     probes: dict[str, float] = field(default_factory=dict)
+    matmul_kernels: dict[str, str] = field(default_factory=dict)
     fresh_bytes_per_s: float | None = None
     fresh_large_bytes_per_s: float | None = None
     caches: tuple[Cache, ...] = ()
@@ -115,6 +124,7 @@ def measure(
         {name: _matmul_rate(device, getattr(torch, name), fastest) for name in dtypes},
         _launch_seconds(device),
         datetime.now(UTC).isoformat(timespec="seconds"),
+        matmul_kernels=_matmul_kernels(dtypes) if device.type == "cpu" else {},
         # Half of a cache is filled: it is shared with all that runs beside.
         caches=tuple(Cache(n, b, _copy_rate(b // 4, device, fastest)) for n, b in caches.items()),
     )
@@ -156,6 +166,44 @@ def _operands(
     generator = torch.Generator(device).manual_seed(0)
     a, b = torch.randn(2, side, side, generator=generator, device=device).to(dtype)
     return a, b
+
+
+def _matmul_kernels(dtypes: tuple[str, ...]) -> dict[str, str]:
+    """As oneDNN's own log names them: whether there is a matrix unit does not say that it ran."""
+    found = {}
+    for name in dtypes:
+        a, b = _operands(_SHORT_SIDE, torch.device("cpu"), getattr(torch, name))
+        kernel = kernel_in(_logged(functools.partial(torch.matmul, a, b)))
+        if kernel is not None:
+            found[name] = kernel
+    return found
+
+
+def kernel_in(log: str) -> str | None:
+    """The kernel of the last product in a log of oneDNN's."""
+    kernels = re.findall(
+        r"^onednn_verbose,.*\bexec,cpu,(?:matmul|inner_product),([^,]+)", log, re.M
+    )
+    return kernels[-1] if kernels else None
+
+
+def _logged(call: Callable[[], object]) -> str:
+    """What oneDNN writes to the process's standard output, which it alone can be told to use."""
+    sys.stdout.flush()
+    flush = ctypes.CDLL(None).fflush
+    flush(None)
+    output = os.dup(1)
+    with tempfile.TemporaryFile() as log:
+        try:
+            os.dup2(log.fileno(), 1)
+            with torch.backends.mkldnn.verbose(torch.backends.mkldnn.VERBOSE_ON):
+                call()
+            flush(None)
+        finally:
+            os.dup2(output, 1)
+            os.close(output)
+        log.seek(0)
+        return log.read().decode("utf-8", "replace")
 
 
 def _fresh_rate(fastest: Seconds, *, large_pages: bool) -> float:

@@ -219,7 +219,7 @@ struct Call {
                          float eps, Sums sums) const {
     const int64_t parts = queries.parts;
     States gradients = states(sums.any() ? parts : 0);
-    parallel(heads * parts, scratch_floats, [&](int64_t item, float* scratch) {
+    parallel(heads * parts, scratch_floats, flop(), [&](int64_t item, float* scratch) {
       const int64_t head = item / parts, part = item % parts;
       float* const gradient = sums.any() ? clear(gradients.of(head, part)) : nullptr;
       query_gradient(dout, q, dq, head, part, all.of(head), eps, gradient, sums, scratch);

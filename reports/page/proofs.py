@@ -114,23 +114,33 @@ def _of_kernel(
         "spilled bytes": count(spilled, mark="failed" if spilled else ""),
         "shared KiB": _range(shared.round()),
         "occupancy": _range(100 * part["occupancy"].dropna(), " %"),
-        "tensor-core instructions": _range(part["tensor_core"]),
-        "16-byte accesses": _range(part["wide_loads"] + part["wide_stores"]),
+        "tensor core": _range(part["tensor_core"]),
+        "wide accesses": _range(part["wide_loads"] + part["wide_stores"]),
         **_main_loops(part),
     }
 
 
+_TILE = ("steady", "steady_barriers", "issue_us", "copy_us", "copy_share")
+
+
 def _main_loops(part: pd.DataFrame) -> Line:
     """What a warp runs for a tile, and what that leaves of memory's copy rate."""
-    names = ("steady", "steady_barriers", "issue_us", "copy_us", "copy_share")
-    timed = part.reindex(columns=names).dropna()  # older files have no such columns
+    if "steady" not in part:  # older files have no such columns
+        return {}
+    timed = part.dropna(subset=list(_TILE))
+    if timed.empty:
+        return {"instructions a tile": Cell(NOTHING), "issue / copy": Cell(NOTHING)}
+    barriers, possible = (_range(timed["steady_barriers"]), _range(100 * timed["copy_share"], " %"))
     ratio = _range(100 * timed["issue_us"] / timed["copy_us"], " %")
-    tip = "the least time to start a tile's instructions, over the time to copy its bytes"
     return {
-        "warp instructions a tile": _range(timed["steady"]),
-        "barriers a tile": _range(timed["steady_barriers"]),
-        "issue / copy time": ratio if timed.empty else replace(ratio, tip=tip),
-        "possible copy rate": _range(100 * timed["copy_share"], " %"),
+        "instructions a tile": replace(
+            _range(timed["steady"]), tip=f"of one warp; barriers: {barriers.text}"
+        ),
+        "issue / copy": replace(
+            ratio,
+            tip="the least time to start a tile's instructions, over the time to copy its bytes; "
+            f"at most {possible.text} of the copy rate is possible",
+        ),
     }
 
 

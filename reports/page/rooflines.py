@@ -33,7 +33,8 @@ def _of_group(group: Group, loaded: Runs | None) -> Iterator[Figure]:
         known = [case for case in part if _is_known(case)]
         if peak and copy and known:
             when = str(limits.get("measured") or "")
-            yield _roofline(group, known, float(copy), float(peak), when)
+            roof = _matmul((limits.get("matmul_kernels") or {}).get(group.dtype))
+            yield _roofline(group, known, float(copy), {roof: float(peak)}, when)
 
 
 def _is_known(case: Case) -> bool:
@@ -41,8 +42,18 @@ def _is_known(case: Case) -> bool:
     return not (math.isnan(case["gb_per_s"]) or math.isnan(case["tflop_per_s"]))
 
 
-def _roofline(group: Group, part: list[Case], copy: float, peak: float, when: str) -> Figure:
+def _matmul(kernel: str | None) -> str:
+    """The roof's name, with the unit that multiplied where oneDNN told."""
+    if kernel is None:
+        return "matmul"
+    return f"matmul on {'the matrix unit (AMX)' if 'amx' in kernel else 'vectors'}, {kernel}"
+
+
+def _roofline(
+    group: Group, part: list[Case], copy: float, roof: dict[str, float], when: str
+) -> Figure:
     """``when`` the limits were measured (ISO 8601, UTC); empty where the run doesn't say."""
+    (peak,) = roof.values()
     ridge = peak / copy
     for case in part:
         case["x"] = case["tflop_per_s"] / case["gb_per_s"] * 1e3  # FLOP per byte
@@ -69,7 +80,7 @@ def _roofline(group: Group, part: list[Case], copy: float, peak: float, when: st
     )
     if when:
         caption += f" Limits measured {when[:16].replace('T', ' ')} UTC."
-    return _figure(f"{capital(group.names)}; {group.where}", caption, lines, copy, {"matmul": peak})
+    return _figure(f"{capital(group.names)}; {group.where}", caption, lines, copy, roof)
 
 
 def _point(case: Case, tip: str) -> Point:

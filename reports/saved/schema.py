@@ -155,7 +155,7 @@ _MEMORY = ("copy_bytes_per_s", "fresh_bytes_per_s", "fresh_large_bytes_per_s")
 Limits = of(
     **dict.fromkeys(_MEMORY, free(Rate)), launch_s=free(Seconds),
     measured=free(Date), disturbed=free(Name), matmul_flop_per_s=free(dict[str, Rate]),
-    probes=free(dict[str, Rate | None]), rule=_probed,
+    probes=free(dict[str, Rate | None]), matmul_kernels=free(dict[str, Name]), rule=_probed,
 )  # fmt: skip
 Operation = of(title=Name)
 Backend = of(title=Name, own=bool, colour=maybe(Annotated[str, Field(pattern="^#[0-9A-Fa-f]{6}$")]))

@@ -59,6 +59,8 @@ def products(run: Runs) -> list[Product]:
     for case in run.kernels.to_dict("records"):
         bounds = _bounds(case["info"], fresh=case["file"] not in kept)
         work = (case["info"].get(name) for name in ("least_flop", "least_bytes"))
+        if "for AMX" in str(case["implementation"]):
+            continue  # no FMAs of vectors there: its limits are the matmul and the copy
         if bounds and all(work) and run.limits(case["file"]).get("probes"):
             found.append(Product(case, case["info"]["least_flop"] / 2, bounds))
     return found

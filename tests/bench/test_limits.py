@@ -51,6 +51,33 @@ def test_rates_are_those_of_the_machine(found: Limits) -> None:
     assert 0 < found.launch_s < 1e-3
 
 
+def test_the_kernel_of_a_product_is_told_by_onednn(
+    capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not torch.backends.mkldnn.is_available():
+        pytest.skip("PyTorch without oneDNN")
+    monkeypatch.setattr(limits, "_BUDGET_S", 0.02)
+    print("before")
+    found = limits.measure(torch.device("cpu"), ("bfloat16",))
+    print("after")
+    kernel = found.matmul_kernels.get("bfloat16", "")
+    if torch.cpu._is_amx_tile_supported():
+        assert "amx" in kernel
+    assert capfd.readouterr().out.splitlines() == ["before", "after"]
+
+
+def test_the_kernel_of_a_product_is_the_last_one_that_multiplied() -> None:
+    head = "onednn_verbose,v1,primitive,exec,cpu,"
+    lines = (
+        "onednn_verbose,v1,info,cpu,isa:Intel AMX with bfloat16 and 8-bit integer support",
+        head + "reorder,jit:uni,undef,src:bf16::blocked:ab::f0,,,256x256,0.01",
+        head + "matmul,brg_matmul:avx10_1_512_amx,undef,src:bf16::blocked:ab::f0,,,256x256,0.02",
+        head + "reorder,jit:uni,undef,src:bf16::blocked:ab::f0,,,256x256,0.01",
+    )
+    assert limits.kernel_in("\n".join(lines)) == "brg_matmul:avx10_1_512_amx"
+    assert limits.kernel_in("\n".join(lines[:2])) is None
+
+
 def test_what_kernels_need_is_told_by_their_probes(found: Limits) -> None:
     assert set(found.probes) == {"adds"}
     assert found.fresh_bytes_per_s is not None

@@ -88,10 +88,11 @@ OPTIONAL = {
     "exponents", "seconds", "reason", "tensors", "rms_error", "head_dim", "dynamic_shared",
     "second_clock", "occupancy", "ratio", "peak_memory_gb", "B", "H", "Hk", "N", "M", "D",
     "steady", "steady_barriers", "issue_us", "copy_us", "copy_share",
+    "matmul_kernels",
 }  # fmt: skip
 # Dicts by name, of which any item may be missing.
 FREE = {"operations", "backends", "not_timed", "failed", "hours_200_epochs", "ratios", "error"}
-FREE |= {"matmul_flop_per_s", "limits_s", "bounds_s"}
+FREE |= {"matmul_flop_per_s", "matmul_kernels", "limits_s", "bounds_s"}
 
 
 def cut(document: Any, most: int = 2) -> Any:

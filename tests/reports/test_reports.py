@@ -453,3 +453,27 @@ def test_page_draws_a_backend_as_the_papers_plots_do() -> None:
     for name in saved.BACKENDS:
         assert page_style(name, WORDS)["colour"] == style(name, WORDS)[0]
     assert len({page_style(name, WORDS)["symbol"] for name in saved.BACKENDS}) == 4
+
+
+@pytest.mark.parametrize(
+    ("kernels", "roof"),
+    [
+        ({"bfloat16": "brg:avx512_amx"}, "matmul on the matrix unit (AMX), brg:avx512_amx"),
+        ({"bfloat16": "brg:avx512_bf16"}, "matmul on vectors, brg:avx512_bf16"),
+        ({"float32": "brg:avx512_amx"}, "matmul"),
+    ],
+)
+def test_a_roof_says_what_multiplied(kernels: dict[str, str], roof: str, tmp_path: Path) -> None:
+    made = saved.run()
+    made["benchmarks"] = [
+        saved.case("linear_attention", "torch", "forward", tokens, "bfloat16")
+        for tokens in (64, 128)
+    ]
+    limits = made["kernel_suite"]["limits"]
+    limits |= {"matmul_flop_per_s": {"bfloat16": 1e12}, "matmul_kernels": kernels}
+    saved.save(tmp_path / "run.json", made)
+    out = tmp_path / "index.html"
+    assert main(["page", "--results", str(tmp_path), "--out", str(out)]) == 0
+    figures = json.loads(_page(out.read_text(encoding="utf-8")).data)["figures"]
+    (figure,) = (f for f in figures if f["title"].startswith("Roofline: "))
+    assert [line["label"] for line in figure["lines"]][1] == f"{roof}, 1,000 GFLOP/s"

@@ -183,6 +183,14 @@ def test_the_limits_of_a_product_are_those_that_its_case_says(
     assert "200 GFLOP/s of FMAs on registers" in cpu.products_table(loaded, found).note
 
 
+def test_a_product_on_the_matrix_unit_has_no_share_of_the_vectors(tmp_path: Path) -> None:
+    made = product()
+    info = made["benchmarks"][0]["extra_info"]
+    info["implementation"] = "linear_attention_apply in C++ for AMX, 2 threads"
+    loaded = load([saved.save(tmp_path / "run.json", made)])
+    assert cpu.products(loaded) == []
+
+
 # ---- on a GPU ------------------------------------------------------------------------------------
 
 
