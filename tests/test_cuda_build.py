@@ -68,7 +68,8 @@ def test_one_variant_compiles_without_spills(room: str, tmp_path: Path) -> None:
 # ---- build, link, load ---------------------------------------------------------------------------
 
 # Loads one room for a GPU that needn't be here, and asks its operators for shapes. Not through
-# autograd, whose engine wants the device: each backward operator is called by name.
+# autograd, whose engine wants the device: each backward operator is called by name, and
+# gives every gradient.
 LOAD = """
 import importlib, json, sys
 import torch
@@ -91,9 +92,9 @@ with FakeTensorMode(), torch.no_grad():
     if room == "linear_attention":
         out = module.linear_attention(q, k, k, 1e-6)
         S, z = module.linear_attention_state(k, k)
-        gradients = ops.cuda_linear_attention_backward(out, q, k, k, S, z, 1e-6)
-        dq, dS, dz = ops.cuda_linear_attention_apply_backward(out, q, S, z, 1e-6)
-        parts = [dq, *ops.cuda_linear_attention_state_backward(dS, dz, k, k)]
+        gradients = ops.cuda_linear_attention_backward(out, q, k, k, S, z, 1e-6, 0b111)
+        dq, dS, dz = ops.cuda_linear_attention_apply_backward(out, q, S, z, 1e-6, 0b111)
+        parts = [dq, *ops.cuda_linear_attention_state_backward(dS, dz, k, k, 0b11)]
         assert [x.stride() for x in parts] == [x.stride() for x in gradients]
         qkv = torch.empty(2, 10, 3, 4, 64, dtype=torch.half, device="cuda")
         packed = module.linear_attention_packed(qkv, 1e-6)
@@ -101,7 +102,7 @@ with FakeTensorMode(), torch.no_grad():
         assert dqkv.shape == qkv.shape and packed.shape == qkv[:, :, 0].shape
     elif room == "softmax_attention":
         out, lse = ops.cuda_softmax_attention(q, k, k, 0.125)
-        gradients = ops.cuda_softmax_attention_backward(out, q, k, k, out, lse, 0.125)
+        gradients = ops.cuda_softmax_attention_backward(out, q, k, k, out, lse, 0.125, 0b111)
     else:
         pooled = module.ripple_pool(x, weight, 0)
         out = module.ripple_expand(pooled, x, pair, weight, 0)
