@@ -1,8 +1,9 @@
 """``make check-noise``: is a busy neighbour noticed, and 10 % more work in a real kernel caught?
 
-First the same cases on the machine as it is and beside a process that multiplies matrices. Each
-median that is kept has to be within 10 % of the quiet one, or its case marked as disturbed; on the
-quiet machine fewer than one turn in 50 may be dropped.
+First the same cases on the machine as it is, beside a process that multiplies matrices, and on the
+machine as it is again, one length at a time. Each median that is kept beside it has to be within
+10 % of the quiet ones before and after, which differ where the machine itself has changed; or the
+case is marked as disturbed. On the quiet machine fewer than one turn in 50 may be dropped.
 
 Then linear attention at 24 lengths beside a process that keeps one core busy a tenth of the time:
 twice as it is, and once with more work planted in the kernel under test (it runs again on a tenth
@@ -50,6 +51,9 @@ _TOGETHER = re.compile(r"all lengths together: [^:]*?\b1 (\w+)")
 _RECORDED, _PLANTED = 10, (0.0, 0.02, 0.0, 0.05, 0.10)
 _OF_REPEATS = "1024,1536,2048,3072,4096"
 _CLOSE, _MOST_DROPPED = 0.1, 1 / 50
+_BESIDE = ("64", "128", "512", "1024", "4096")
+_RUNS = ("quiet", "beside", "again")
+_COLUMNS = ("quiet, ms", "beside a neighbour, ms", "quiet again, ms", "ratio")
 _BUSY = "import torch\ntorch.set_num_threads(1)\na = torch.randn(512, 512)\nwhile True: a @ a\n"
 _NEIGHBOUR = (
     "import time\n"
@@ -142,7 +146,7 @@ def _keep(found: list[dict[str, Any]], out: Path) -> None:
 
 
 def _markdown(cases: list[dict[str, Any]]) -> str:
-    lines = ["| case | quiet, ms | beside a neighbour, ms | ratio |", "|---|---:|---:|---:|"]
+    lines = [f"| case | {' | '.join(_COLUMNS)} |", f"|---|{'---:|' * len(_COLUMNS)}"]
     lines += [f"| {' | '.join([case['case'], *_times(case)])} |" for case in cases]
     return "\n".join(lines) + "\n"
 
@@ -156,49 +160,56 @@ def _beside(program: str | None) -> Iterator[None]:
     finally:
         if neighbour is not None:
             neighbour.kill()
+            neighbour.wait()
 
 
 # ---- is a busy neighbour noticed? ----------------------------------------------------------------
 
 
 def _noticed(folder: Path, backend: str) -> dict[str, Any]:
-    given = ["--ops", "linear_attention,softmax_attention", "--tokens", "64,128,512,1024,4096"]
-    paths = {}
-    for name, program in (("quiet", None), ("beside a neighbour", _BUSY)):
-        paths[name] = folder / f"{name}.json"
-        with _beside(program):
-            _run(paths[name], ["--backends", f"{_plain()},{backend}", *given])
-    quiet, beside = (json.loads(path.read_text()) for path in paths.values())
-    return compared(quiet, beside)
+    found: dict[str, list[Any]] = {name: [] for name in _RUNS}
+    for tokens in _BESIDE:
+        given = ["--ops", "linear_attention,softmax_attention", "--tokens", tokens]
+        for name in _RUNS:
+            path = folder / name / f"{tokens}.json"
+            path.parent.mkdir(exist_ok=True)
+            with _beside(_BUSY if name == "beside" else None):
+                _run(path, ["--backends", f"{_plain()},{backend}", *given])
+            found[name] += json.loads(path.read_text())["benchmarks"]
+    return compared(found)
 
 
-def compared(quiet: dict[str, Any], beside: dict[str, Any]) -> dict[str, Any]:
-    """Two saved runs of the same cases, the second beside a neighbour: what they show.
+def compared(runs: dict[str, list[Any]]) -> dict[str, Any]:
+    """Saved cases of ``_RUNS``, the same in each, of which one was beside a neighbour.
 
     Returns:
         ``title``; ``cases``, a row each; ``said``, the rest in words; ``right``: whether each case
         is within 10 % or says that it may not be, and few turns of the quiet machine were dropped.
     """
     title = "Is a busy neighbour noticed?"
-    others = {case["param"]: case for case in beside["benchmarks"]}
+    of_param = {name: {one["param"]: one for one in cases} for name, cases in runs.items()}
     cases = []
-    for case in quiet["benchmarks"]:
-        of_case: dict[str, Any] = {"part": title, "case": case["param"]}
-        for name, one in (("quiet", case), ("beside", others[case["param"]])):
+    for param in of_param["quiet"]:
+        of_case: dict[str, Any] = {"part": title, "case": param}
+        for name in _RUNS:
+            one = of_param[name][param]
             of_case[f"{name}_s"] = one["stats"]["median"]
             of_case[f"{name}_disturbed"] = one["extra_info"]["disturbed"] or None
         cases.append(of_case)
-    wrong = [
-        case["case"]
-        for case in cases
-        if abs(case["beside_s"] / case["quiet_s"] - 1) > _CLOSE
-        and not (case["quiet_disturbed"] or case["beside_disturbed"])
-    ]
-    columns = ["case", "quiet, ms", "beside a neighbour, ms", "ratio"]
+    unmarked = [c for c in cases if not any(c[f"{name}_disturbed"] for name in _RUNS)]
+    wrong, changed = [], []
+    for case in unmarked:
+        low, high = sorted((case["quiet_s"], case["again_s"]))
+        if not low * (1 - _CLOSE) <= case["beside_s"] <= high * (1 + _CLOSE):
+            wrong.append(case["case"])
+        if high > low * (1 + _CLOSE):
+            changed.append(case["case"])
     rows = [[case["case"], *_times(case)] for case in cases]
-    say(tables.draw("The same cases twice; † marked as disturbed", columns, rows))
-    share = _dropped(quiet)
-    said = f"turns dropped: {share:.1%} on the quiet machine, {_dropped(beside):.1%} beside it\n"
+    say(tables.draw("The same cases three times; † marked as disturbed", ["case", *_COLUMNS], rows))
+    share = _dropped(runs["quiet"] + runs["again"])
+    said = f"turns dropped: {share:.1%} on the quiet machine, {_dropped(runs['beside']):.1%} "
+    said += f"beside it\nof {counted(len(cases), 'case')} {len(unmarked)} are not marked, "
+    said += f"of which {len(changed)} changed by over {_CLOSE:.0%} on the quiet machine itself\n"
     if share >= _MOST_DROPPED:
         said += f"FAILED: more than {_MOST_DROPPED:.0%} of the quiet machine's turns\n"
     if wrong:
@@ -209,18 +220,16 @@ def compared(quiet: dict[str, Any], beside: dict[str, Any]) -> dict[str, Any]:
 
 
 def _times(case: dict[str, Any]) -> list[str]:
-    """Both times of a case, with their marks, and their ratio."""
+    """The times of a case, with their marks, and how far the one beside it is from the mean."""
     shown = [
-        f"{1e3 * case[f'{name}_s']:.3f}{' †' * bool(case[f'{name}_disturbed'])}"
-        for name in ("quiet", "beside")
+        f"{1e3 * case[f'{name}_s']:.3f}{' †' * bool(case[f'{name}_disturbed'])}" for name in _RUNS
     ]
-    return [*shown, f"{case['beside_s'] / case['quiet_s']:.2f}"]
+    return [*shown, f"{2 * case['beside_s'] / (case['quiet_s'] + case['again_s']):.2f}"]
 
 
-def _dropped(run: dict[str, Any]) -> float:
-    """The share of a run's turns that were dropped; cases of a group have theirs in common."""
-    infos = [case["extra_info"] for case in run["benchmarks"]]
-    turns = {info["turns"]: info["telemetry"] for info in infos}.values()
+def _dropped(cases: list[Any]) -> float:
+    """The share of their turns that were dropped; cases of a group have theirs in common."""
+    turns = {one["extra_info"]["turns"]: one["extra_info"]["telemetry"] for one in cases}.values()
     return sum(one["turns_dropped"] for one in turns) / sum(one["turns"] for one in turns)
 
 

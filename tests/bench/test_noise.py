@@ -5,6 +5,7 @@ import io
 import json
 import signal
 import sys
+import uuid
 from pathlib import Path
 from typing import Any
 
@@ -71,16 +72,16 @@ def test_what_is_saved_is_read_by_a_process_of_reports() -> None:
     assert said.startswith("compare takes two runs")
 
 
-def timed(dropped: int = 0, **medians: float | tuple[float, str]) -> dict[str, Any]:
-    """A saved run of so many turns in all, of which some were dropped; a median may be marked."""
-    cases = []
+def timed(dropped: int = 0, **medians: float | tuple[float, str]) -> list[Any]:
+    """Cases of a saved run of 100 turns, of which some were dropped; a median may be marked."""
+    cases, turns = [], str(uuid.uuid4())
     for name, median in medians.items():
         seconds, by = median if isinstance(median, tuple) else (median, None)
         # Of one group, and so of the same turns.
-        info = {"turns": "t", "telemetry": {"turns": 100, "turns_dropped": dropped}}
+        info = {"turns": turns, "telemetry": {"turns": 100, "turns_dropped": dropped}}
         info["disturbed"] = by
         cases.append({"param": name, "stats": {"median": seconds}, "extra_info": info})
-    return {"benchmarks": cases}
+    return cases
 
 
 def test_cases_are_timed_alone_and_beside_a_busy_process(
@@ -97,40 +98,46 @@ def test_cases_are_timed_alone_and_beside_a_busy_process(
 
     def run(path: Path, given: list[str]) -> None:
         busy = [one for one in neighbours if one.poll() is None]
-        path.write_text(json.dumps(timed(30 if busy else 0, a=1.05 if busy else 1.0)))
+        cases = timed(30 if busy else 0, **{f"N{path.stem}": 1.05 if busy else 1.0})
+        path.write_text(json.dumps({"benchmarks": cases}))
 
     monkeypatch.setattr(noise.subprocess, "Popen", start)
     monkeypatch.setattr(noise, "_run", run)
     assert noise.main(["--only", "neighbour", "--out", str(tmp_path)]) == 0
     assert "0.0% on the quiet machine, 30.0% beside it" in capsys.readouterr().out
-    assert [one.wait() for one in neighbours] == [-signal.SIGKILL]
+    assert [one.wait() for one in neighbours] == [-signal.SIGKILL] * 5  # one a length
     # What was found is kept, with where that was.
     kept = json.loads((tmp_path / "check-noise.json").read_text())
-    (case,) = kept["rows"]
-    assert (case["case"], case["quiet_s"], case["beside_s"]) == ("a", 1.0, 1.05)
+    case, *others = kept["rows"]
+    assert len(others) == 4
+    assert (case["case"], case["quiet_s"], case["beside_s"]) == ("N64", 1.0, 1.05)
     text = (tmp_path / "check-noise.md").read_text()
-    assert "| a | 1000.000 | 1050.000 | 1.05 |" in text
+    assert "| N64 | 1000.000 | 1050.000 | 1000.000 | 1.05 |" in text
     assert kept["machine"]["cpu"] in text
     assert "## Is a busy neighbour noticed?\n\nYes." in text
 
 
 @pytest.mark.parametrize(
-    ("quiet", "beside", "right", "words"),
+    ("quiet", "beside", "again", "right", "words"),
     [
-        (timed(1, a=1.0, b=2.0), timed(60, a=1.09, b=1.9), True, "1.0% on the quiet machine"),
-        (timed(a=1.0), timed(80, a=(47.0, "a neighbour")), True, "47000.000 †"),
-        (timed(a=1.0, b=1.0), timed(a=1.0, b=1.2), False, "not marked: b"),
-        (timed(2, a=1.0), timed(a=1.0), False, "more than 2% of the quiet machine's turns"),
+        (timed(1, a=1.0, b=2.0), timed(60, a=1.09, b=1.9), timed(2, a=1.0, b=2.0), True, "1.5% on"),
+        (timed(a=1.0), timed(80, a=(47.0, "a neighbour")), timed(a=1.0), True, "47000.000 †"),
+        (timed(a=1.0, b=1.0), timed(a=1.0, b=1.2), timed(a=1.0, b=1.0), False, "not marked: b"),
+        (timed(2, a=1.0), timed(a=1.0), timed(2, a=1.0), False, "more than 2% of the quiet"),
+        # The machine itself became faster.
+        (timed(a=1.0), timed(a=0.8), timed(a=0.7), True, "1 changed by over 10%"),
+        (timed(a=1.0), timed(a=0.6), timed(a=0.7), False, "not marked: a"),
     ],
 )
 def test_a_neighbour_is_noticed_or_not(
-    quiet: dict[str, Any],
-    beside: dict[str, Any],
+    quiet: list[Any],
+    beside: list[Any],
+    again: list[Any],
     right: bool,
     words: str,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    assert noise.compared(quiet, beside)["right"] == right
+    assert noise.compared({"quiet": quiet, "beside": beside, "again": again})["right"] == right
     text = capsys.readouterr().out
     assert words in text
     assert ("FAILED" in text) == (not right)
