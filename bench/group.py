@@ -311,7 +311,6 @@ def _result(ready: _Ready, timing: Timing, watch: telemetry.Watch, plan: Plan) -
     joules, joules_how = None, "not asked for"
     if plan.measures_energy(case):
         joules, joules_how = energy.per_call(ready.call, plan.device, timing.median)
-    second = second_clock.is_asked_for(name)
     traced = None
     if plan.profiles is not None:
         child: tuple[str, ...] = ()
@@ -332,9 +331,7 @@ def _result(ready: _Ready, timing: Timing, watch: telemetry.Watch, plan: Plan) -
         **of.facts(case, timing.median),
         "energy_per_call_j": joules,
         "energy_how": joules_how,
-        "second_clock": second_clock.compare(ready.call, plan.device, timing.median)
-        if second
-        else None,
+        "second_clock": second_clock.compare(name, ready.call, plan.device, timing.median),
         "profile": traced,
         "checked_again": False,
         "device": plan.device.type,

@@ -17,17 +17,18 @@ _CALLS = 5
 _ONE_IN = 8
 
 
-def is_asked_for(name: str) -> bool:
+def is_in_sample(name: str) -> bool:
     """Whether a case, by its name, is in the sample: one in eight, the same ones in every run."""
     return zlib.crc32(name.encode()) % _ONE_IN == 0
 
 
 def compare(
-    call: Callable[[], object], device: torch.device, median_s: float
+    name: str, call: Callable[[], object], device: torch.device, median_s: float
 ) -> dict[str, Any] | None:
-    """The call by both clocks; None where the device has no second one.
+    """The call by both clocks; None for cases not in the sample and devices without a second one.
 
     Args:
+        name: the case's.
         call: one pass, warmed up. Before each of its calls the L2 cache is overwritten.
         device: where it runs.
         median_s: what events said.
@@ -36,7 +37,7 @@ def compare(
         ``seconds`` (the median of a few calls, each the sum of its kernels' times), ``difference``
         of events from it, as a share of it, and ``clock``.
     """
-    if device.type != "cuda":
+    if device.type != "cuda" or not is_in_sample(name):
         return None
     flush = clock.flush_of(device)
     sums = []

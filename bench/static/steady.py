@@ -14,6 +14,8 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
+import networkx
+
 from linear_vit.bench.static import sass
 from linear_vit.bench.static.sass import Instruction, Known
 
@@ -216,7 +218,7 @@ class _Graph:
         inside = set(inside)
         edges = {b: [x for x in self._out[b] if x in inside and x != head] for b in inside}
         found = []
-        for component in _components(edges):
+        for component in networkx.strongly_connected_components(networkx.DiGraph(edges)):
             if len(component) > 1 or any(b in edges[b] for b in component):
                 entered = [x for b in self.blocks if b not in component for x in self._out[b]]
                 heads = [b for b in sorted(component) if b in entered] or sorted(component)
@@ -321,35 +323,3 @@ def _blocks(code: Sequence[Instruction]) -> dict[int, Block]:
         never = last.base in ("EXIT", "RET", "BRX", "JMX") and not last.guard
         block.falls = None if never else following
     return blocks
-
-
-def _components(edges: dict[int, list[int]]) -> list[set[int]]:
-    """Strongly connected components (Tarjan's algorithm, without recursion)."""
-    index: dict[int, int] = {}
-    low: dict[int, int] = {}
-    stack: list[int] = []
-    found: list[set[int]] = []
-    for root in sorted(edges):
-        if root in index:
-            continue
-        work = [(root, iter(edges[root]))]
-        index[root] = low[root] = len(index)
-        stack.append(root)
-        while work:
-            node, following = work[-1]
-            step = next(following, None)
-            if step is None:
-                work.pop()
-                if work:
-                    low[work[-1][0]] = min(low[work[-1][0]], low[node])
-                if low[node] == index[node]:
-                    cut = stack.index(node)
-                    found.append(set(stack[cut:]))
-                    del stack[cut:]
-            elif step not in index:
-                index[step] = low[step] = len(index)
-                stack.append(step)
-                work.append((step, iter(edges[step])))
-            elif step in stack:
-                low[node] = min(low[node], index[step])
-    return found

@@ -46,10 +46,9 @@ g/E is rounded once for dS at D = 64 and above. In float16 a power of two a row 
 would flush the other rows of its tile. A row that meets none has no part in any sum, whatever eps
 is. dS is carried as two halves where it meets v: dφ(k) = dS v + dz cancels. One rounding suffices
 for dv = dSᵀ φ(k): φ(k) has one sign, so that it averages out over the features. Not so over few of
-them: with g/E's and dv's own it left 1.44 times the error of the float32 composition at D = 64, but
-1.55 (float16: 1.63) at D = 16. So below D = 64 g/E is two halves, too. That is 8·D² FLOP a query
-token (12·D² below D = 64) against 6·D bytes, and 12·D² a key token against 8·D: at no D more a byte
-than 96, the second's at D = 64.
+them, where g/E's and dv's own are seen, too: below D = 64 g/E is two halves. That is 8·D² FLOP a
+query token (12·D² below D = 64) against 6·D bytes, and 12·D² a key token against 8·D: at no D more
+a byte than 96, the second's at D = 64.
 """
 
 import torch

@@ -14,6 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from linear_vit.bench.instruments import clock, second_clock
 from linear_vit.bench.instruments.memory import is_out_of_memory, peak_beyond_outputs
+from linear_vit.bench.instruments.second_clock import is_in_sample
 from linear_vit.bench.instruments.telemetry import Watch
 
 CPU = torch.device("cpu")
@@ -204,19 +205,24 @@ def test_a_second_clock_counts_what_runs_on_the_device(monkeypatch: pytest.Monke
     monkeypatch.setattr(clock, "flush_of", lambda device: lambda: done.append("flush"))
     monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
     call = lambda: done.append("call")  # noqa: E731
-    found = second_clock.compare(call, torch.device("cuda"), 102e-6)
+    name, other = (
+        next(n for n in "abcdefghijklmnopqrstuvwxyz" if is_in_sample(n) is asked)
+        for asked in (True, False)
+    )
+    found = second_clock.compare(name, call, torch.device("cuda"), 102e-6)
     assert found is not None
     assert found["seconds"] == pytest.approx(100e-6)
     assert found["difference"] == pytest.approx(0.02)
     assert done == ["flush", "call"] * 5
-    assert second_clock.compare(call, torch.device("cpu"), 1.0) is None
+    assert second_clock.compare(name, call, torch.device("cpu"), 1.0) is None
+    assert second_clock.compare(other, call, torch.device("cuda"), 102e-6) is None
 
 
 def test_the_second_clock_is_asked_about_a_sample() -> None:
     names = [f"linear_attention-forward-float32-N{n}-torch" for n in range(64, 4096, 4)]
-    asked = [name for name in names if second_clock.is_asked_for(name)]
+    asked = [name for name in names if is_in_sample(name)]
     assert 0.08 < len(asked) / len(names) < 0.17
-    assert asked == [name for name in names if second_clock.is_asked_for(name)]
+    assert asked == [name for name in names if is_in_sample(name)]
 
 
 def test_a_round_on_cuda_ends_its_flush_by_reading_and_keeps_the_hosts_time(
