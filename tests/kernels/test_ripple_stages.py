@@ -233,19 +233,18 @@ def test_opcheck(backend: str) -> None:
     case = Pyramid((2, 5, 6, 8), (0, 1))
     axes = list(case.axes)
     op = lambda name: getattr(torch.ops.linear_vit, f"{backend}_ripple_{name}").default  # noqa: E731
-    x, *weights = case.pool_inputs()
+    # Derivatives are those of the function around the operators.
+    x, *weights = (tensor.detach() for tensor in case.pool_inputs())
     torch.library.opcheck(op("pool_stages"), (x, weights, axes))
-    plain = [w.detach() for w in weights]
-    levels = [x.detach(), *op("pool_stages")(x.detach(), plain, axes)]
+    levels = [x, *op("pool_stages")(x, weights, axes)]
     torch.library.opcheck(
-        op("pool_stages_backward"), (case.level_gradients(), levels[:-1], plain, axes)
+        op("pool_stages_backward"), (case.level_gradients(), levels[:-1], weights, axes)
     )
-    z, *rest = case.expand_inputs()
+    z, *rest = (tensor.detach() for tensor in case.expand_inputs())
     lists = [rest[i * 2 : (i + 1) * 2] for i in range(3)]
     torch.library.opcheck(op("expand_stages"), (z, *lists, axes))
-    plain_lists = [[t.detach() for t in tensors] for tensors in lists]
     dout = torch.ones_like(levels[0])
-    torch.library.opcheck(op("expand_stages_backward"), (dout, z.detach(), *plain_lists, axes))
+    torch.library.opcheck(op("expand_stages_backward"), (dout, z, *lists, axes))
 
 
 @pytest.mark.parametrize("backend", backends(fused=True))
