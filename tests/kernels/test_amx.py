@@ -200,11 +200,11 @@ def test_state_and_apply_are_the_whole(amx: None) -> None:
 
 def test_large_outputs_are_streamed_alike(amx: None) -> None:
     """Past the caches where an output is large: the same bits as a part of it by itself."""
-    shape = (1, 2, 140_000, 64)
+    shape = (1, 2, 40_000, 64)
     q, k, v = (torch.randn(shape).bfloat16() for _ in range(3))
     S, z = kernels.linear_attention_state(k, v, backend="cpu")
     whole = kernels.linear_attention_apply(q, S, z, backend="cpu")
-    assert whole.numel() * 2 > 32 << 20
+    assert whole.numel() * 2 > 8 << 20
     part = kernels.linear_attention_apply(q[:, :, :1000], S, z, backend="cpu")
     assert torch.equal(whole[:, :, :1000], part)
 
