@@ -40,7 +40,7 @@ _DTYPES = {"off": "float32", "bf16": "bfloat16 autocast", "fp16": "float16 autoc
 class StepShape(Shape):
     """A model and all that sizes its step: B images of N tokens.
 
-    ``variant`` tells steps of one model apart in a run: ripple_stages=2.
+    ``variant`` tells steps of one model apart in a run: bf16, ripple_stages=2.
     """
 
     B: int
@@ -117,12 +117,20 @@ class TrainingStep(Operation):
         return ()
 
     def special(self, sweep: str) -> list[Wanted]:
-        """Every model with and without own kernels, after the most important of attention."""
+        """Every model with and without own kernels, after the most important of attention.
+
+        Also under bfloat16 autocast, where processors have a matrix unit that other dtypes lack.
+        """
         kind = "cuda" if sweep == "gpu" else "cpu"
-        [dtype] = self.dtypes(kind, ())
         names = (DEFAULT, *compared_backends())
+        usual = list(self.sizes(kind, sweep, (), None))
+        half = [
+            step_shape(replace(shape.config, amp="bf16"), "bf16")
+            for shape in usual
+            if shape.config.amp != "bf16"
+        ]
         return [
-            Wanted(200, STEP, dtype, shape, names) for shape in self.sizes(kind, sweep, (), None)
+            Wanted(200, STEP, _DTYPES[shape.config.amp], shape, names) for shape in (*usual, *half)
         ]
 
     def can_be_captured(self, backend: str) -> bool:

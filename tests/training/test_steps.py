@@ -161,3 +161,17 @@ def test_the_dtype_says_autocast() -> None:
     for amp, dtype in {"off": "float32", "bf16": "bfloat16 autocast"}.items():
         case = step_case(resolve({"dataset": "digits", "preset": "small", "amp": amp}))
         assert (case.dtype, case.mode) == (dtype, STEP)
+
+
+def test_special_sweeps_take_the_dtypes_a_device_is_used_with() -> None:
+    for sweep, dtypes in {
+        "cpu": ["float32", "bfloat16 autocast"],
+        "gpu": ["bfloat16 autocast"],
+    }.items():
+        wanted = TRAINING_STEP.special(sweep)
+        assert list(dict.fromkeys(one.dtype for one in wanted)) == dtypes
+        cases = [problems.Case(TRAINING_STEP.name, STEP, w.dtype, w.shape, "torch") for w in wanted]
+        names = {problems.case_name(case) for case in cases}
+        assert len(names) == len(dtypes) * len(MODELS)
+        for case in cases:
+            assert step_case(case.shape.config).dtype == case.dtype
