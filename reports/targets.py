@@ -152,24 +152,33 @@ _FEW_TOKENS = "linear attention is worth its while from few tokens on"
 _TOKENS = (64, 256, 1024, 4096, 16_384, 65_536)
 _CALL = 65_536  # tokens of a call of linear attention
 _GRIDS = 8192  # and of ripple
-_SDPA_FROM = 128
 _SHORTEST = 1024  # of the lengths whose growth is fitted
 _FORWARD: dict[str, Any] = {"pass_": "forward", "dtype": "float32"}
 
 
 def _own(
-    run: Runs, operation: str = "linear_attention", call: int = _CALL, **of: Any
+    run: Runs,
+    operation: str = "linear_attention",
+    call: int = _CALL,
+    *,
+    matrix_unit: bool = False,
+    **of: Any,
 ) -> list[Case]:
-    """The C++ cases of batches, a case a shape: that which took turns with other backends."""
+    """The C++ cases of batches, a case a shape: that which took turns with other backends.
+
+    ``matrix_unit``: those alone that ran on one.
+    """
     found = _cases(run, operation=operation, backend="cpu", call=call, **of)
+    found = [c for c in found if is_on_matrix_unit(c) or not matrix_unit]
     return list(
         {place(c): c for c in sorted(found, key=lambda c: (c["N"], c["total_tokens"]))}.values()
     )
 
 
-def _over_compiled(run: Runs, **of: Any) -> list[float]:
+def _over_compiled(run: Runs, *, matrix_unit: bool = False, **of: Any) -> list[float]:
     others = _cases(run, operation="linear_attention", backend="compiled", call=_CALL, **of)
-    return [ratio for case, ratio in _over(_own(run, **of), others) if case["N"] in _TOKENS]
+    own = _own(run, matrix_unit=matrix_unit, **of)
+    return [ratio for case, ratio in _over(own, others) if case["N"] in _TOKENS]
 
 
 def _ripple(run: Runs, **of: Any) -> list[float]:
@@ -180,9 +189,18 @@ def _ripple(run: Runs, **of: Any) -> list[float]:
     return ratios
 
 
+def is_on_matrix_unit(case: Case) -> bool:
+    return "for AMX" in str(case["implementation"])
+
+
+def matmul_of(case: Case) -> str:
+    """The dtype of the matmul that uses the same unit of the processor."""
+    return str(case["dtype"]) if is_on_matrix_unit(case) else "float32"
+
+
 def over_matmul(run: Runs, case: Case) -> float | None:
-    """Dense FLOP a second over those of a float32 matmul: turn by turn where they took turns."""
-    peak = (_limits(run, case).get("matmul_flop_per_s") or {}).get("float32")
+    """Dense FLOP a second over those of that matmul: turn by turn where they took turns."""
+    peak = (_limits(run, case).get("matmul_flop_per_s") or {}).get(matmul_of(case))
     ratio: float | None = case["ratios"].get("matmul")
     if ratio is None and peak and not math.isnan(case["tflop_per_s"]):
         return float(1e12 * case["tflop_per_s"] / peak)
@@ -194,11 +212,24 @@ def _over_matmul(run: Runs) -> list[float]:
     return [ratio for case in own if (ratio := over_matmul(run, case)) is not None]
 
 
-def _over_sdpa(run: Runs) -> Found | None:
-    sdpa = _cases(run, operation="softmax_attention", backend=PYTORCH, call=_CALL, **_FORWARD)
-    ratios = [(case["N"], ratio) for case, ratio in _over(_own(run, **_FORWARD), sdpa)]
+def _over_sdpa(run: Runs, least: int, *, matrix_unit: bool = False, **of: Any) -> Found | None:
+    sdpa = _cases(run, operation="softmax_attention", backend=PYTORCH, call=_CALL, **of)
+    own = _own(run, matrix_unit=matrix_unit, **of)
+    ratios = [(case["N"], ratio) for case, ratio in _over(own, sdpa)]
     text = ", ".join(f"{ratio:.1f}× at {n:,}" for n, ratio in ratios)
-    return (text, all(ratio > 1 or n < _SDPA_FROM for n, ratio in ratios)) if ratios else None
+    return (text, all(ratio > 1 or n < least for n, ratio in ratios)) if ratios else None
+
+
+def _share_of_limit(run: Runs, least: float, **of: Any) -> Found | None:
+    """Of what the matrix product or the copy allows on the matrix unit, whichever binds."""
+    shares = [
+        (case["N"], float(case["share_of_limit"]))
+        for case in _own(run, matrix_unit=True, **of)
+        if case["N"] in _TOKENS and case["N"] >= _SHORTEST
+    ]
+    known = [(n, share) for n, share in shares if not math.isnan(share)]
+    text = ", ".join(f"{share:.0%} at {n:,}" for n, share in known)
+    return (text, all(share >= least for _, share in known)) if known else None
 
 
 def one_sequence(run: Runs) -> list[Case]:
@@ -222,9 +253,21 @@ def _exponent(run: Runs) -> Found | None:
     return str(fit), fit.reason is None and abs(fit.exponent - 1) <= 0.05
 
 
-def _compiled(mode: str, dtype: str, mean: float, worst: float) -> Target:
-    name, of = f"{mode}, {dtype}, over compiled", {"pass_": mode, "dtype": dtype}
+def _compiled(mode: str, dtype: str, mean: float, worst: float, *, unit: bool = False) -> Target:
+    of: dict[str, Any] = {"pass_": mode, "dtype": dtype, "matrix_unit": unit}
+    name = f"{mode}, {dtype}{_ON_MATRIX_UNIT * unit}, over compiled"
     return _faster(name, mean, worst, _COMPILED, _over_compiled, **of)
+
+
+def _sdpa(mode: str, dtype: str, least: int, *, unit: bool = False) -> Target:
+    of: dict[str, Any] = {"pass_": mode, "dtype": dtype, "matrix_unit": unit}
+    name = f"{mode}, {dtype}{_ON_MATRIX_UNIT * unit}, over SDPA"
+    judge = partial(_over_sdpa, least=least, **of)
+    return Target(name, f"faster from N = {least}", _FEW_TOKENS, judge)
+
+
+_ON_MATRIX_UNIT = " on the matrix unit"
+_SHARE = 0.5
 
 
 CPU = (
@@ -236,10 +279,20 @@ CPU = (
         "the kernels do half of the dense work that is counted, a matmul all of it",
         _over_matmul,
     ),
-    Target("forward, float32, over SDPA", f"faster from N = {_SDPA_FROM}", _FEW_TOKENS, _over_sdpa),
+    _sdpa("forward", "float32", 128),
     _compiled("forward", "bfloat16", 6, 4),
     _compiled("forward+backward", "float32", 5, 3),
     _compiled("forward+backward", "bfloat16", 4, 2.5),
+    _compiled("forward", "bfloat16", 12, 8, unit=True),
+    _compiled("forward+backward", "bfloat16", 8, 4, unit=True),
+    _sdpa("forward", "bfloat16", 64, unit=True),
+    _sdpa("forward+backward", "bfloat16", 64, unit=True),
+    Target(
+        f"forward, bfloat16{_ON_MATRIX_UNIT}, N ≥ 1,024",
+        f"≥ {_SHARE:.0%} of the limit",
+        "the rate of the bfloat16 matmul or of a copy, whichever binds",
+        partial(_share_of_limit, least=_SHARE, pass_="forward", dtype="bfloat16"),
+    ),
     _faster(
         "ripple, forward+backward, over torch",
         3,

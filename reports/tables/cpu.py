@@ -25,6 +25,12 @@ are waited for. A matmul needs little more than one instruction an FMA, and work
 And an output of 100 MB is memory fresh from the system at every call, unless the process keeps
 what is freed (`--keep-memory`): the column "fresh pages" is the time to have that cleared,
 whoever computes."""
+_FRESH = (
+    "What keeps the matrix unit from the copy's rate: an output larger than 32 MB is memory fresh "
+    "from the system at every call, unless the process keeps what is freed (`--keep-memory`). It "
+    "was cleared here at {small:.1f} GB/s in small pages and {large:.1f} GB/s in pages of 2 MB, "
+    "whoever computes, where a copy moves {copy:.1f} GB/s."
+)
 # A case's limits by the names that runs have; what they are called here, in the order of the table.
 _LIMITS = {
     "fma": "FMA rate",
@@ -59,7 +65,7 @@ def products(run: Runs) -> list[Product]:
     for case in run.kernels.to_dict("records"):
         bounds = _bounds(case["info"], fresh=case["file"] not in kept)
         work = (case["info"].get(name) for name in ("least_flop", "least_bytes"))
-        if "for AMX" in str(case["implementation"]):
+        if targets.is_on_matrix_unit(case):
             continue  # no FMAs of vectors there: its limits are the matmul and the copy
         if bounds and all(work) and run.limits(case["file"]).get("probes"):
             found.append(Product(case, case["info"]["least_flop"] / 2, bounds))
@@ -151,7 +157,7 @@ def _against(run: Runs, own: Case, others: Sequence[str], at: Mapping[Any, Case]
         other = at.get(_key(own, own["operation"], name))
         line[f"{name}, GFLOP/s"] = number(other["tflop_per_s"] * 1e3 if other else None, rate)
         line[f"over {name}"] = _over(own, other)
-    line["over float32 matmul"] = number(targets.over_matmul(run, own), "{:.2f}×")
+    line[f"over {targets.matmul_of(own)} matmul"] = number(targets.over_matmul(run, own), "{:.2f}×")
     family = family_of(own["operation"])
     if family.incumbent and own["operation"] == family.operations[0]:
         other = at.get(_key(own, family.operations[1], PYTORCH))
@@ -190,8 +196,16 @@ def document(run: Runs, found: Sequence[targets.Verdict]) -> Iterator[table.Part
     yield "# The CPU kernels, measured"
     yield _heading(run)
     yield targets.as_table(found)
-    yield WHAT_LIMITS
     done = products(run)
+    unit = [case for case in run.kernels.to_dict("records") if targets.is_on_matrix_unit(case)]
+    if done or not unit:
+        yield WHAT_LIMITS
+    if unit and (limits := run.limits(unit[0]["file"])).get("probes"):
+        yield _FRESH.format(
+            small=limits["fresh_bytes_per_s"] / 1e9,
+            large=limits["fresh_large_bytes_per_s"] / 1e9,
+            copy=limits["copy_bytes_per_s"] / 1e9,
+        )
     behind = [
         *against_others(run),
         time_against_n(run),

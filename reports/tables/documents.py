@@ -93,6 +93,8 @@ def _targets(machine: Path, folder: Path) -> Iterator[Part]:
     judged = [targets.verdicts(run, targets.of_device(run)) for run in loaded]
     lines = []
     for verdicts in zip(*judged, strict=True):
+        if all(verdict.found is None for verdict in verdicts):
+            continue
         line = {"": word(verdicts[0].target.name), "target": word(verdicts[0].target.bound)}
         line |= {path.stem: _measured(of) for path, of in zip(paths, verdicts, strict=True)}
         lines.append(line | {"why": word(verdicts[0].target.reason)})
@@ -118,7 +120,8 @@ def _measured(verdict: Verdict) -> Cell:
 
 
 def _steps(machine: Path, folder: Path) -> Iterator[Part]:
-    for path in sorted(machine.rglob("step-speed.json")):
+    timed = filter(_is_of_targets, sorted(machine.glob("*.json")))
+    for path in (*timed, *sorted(machine.rglob("step-speed.json"))):
         for one in steps.groups(runs.load([path])):
             yield from _shown(steps.as_table(one), path, folder)
     for path in sorted(machine.rglob("step-breakdown.json")):

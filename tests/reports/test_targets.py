@@ -58,10 +58,12 @@ def test_lengths_that_are_no_target_do_not_count(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["cpu", "cpu-memory-kept"])
 def test_the_repositorys_targets_are_judged_as_they_were(name: str) -> None:
     """The very figures that bench.cpu wrote into cpu.md and cpu-memory-kept.md."""
-    (file,) = MEASUREMENTS.glob(f"*/{name}.json")
-    found = [verdict.found for verdict in verdicts(load([file]), CPU)]
+    file = MEASUREMENTS / "xeon-2.5ghz-2-cores" / f"{name}.json"
+    found = {verdict.target.name: verdict.found for verdict in verdicts(load([file]), CPU)}
+    of_unit = [found.pop(name) for name in list(found) if "matrix unit" in name]
+    assert of_unit == [None] * 5  # the machine had none
     assert (
-        found
+        list(found.values())
         == {
             "cpu": [
                 ("mean 3.77×, worst 3.11×", False),
@@ -111,6 +113,34 @@ def test_a_ratio_of_today_is_turn_by_turn(tmp_path: Path) -> None:
     # Medians are 5 and 6 seconds; within each turn ours takes a sixth.
     assert said(found, "forward, float32, over comp").found == ("mean 6.00×, worst 6.00×", True)
     assert said(found, "forward, float32, N ≥").found == ("mean 2.00×, worst 2.00×", True)
+
+
+@pytest.mark.parametrize(("unit", "n"), [("AMX", 64), ("AVX-512", 64), ("AMX", 1024)])
+def test_the_matrix_units_bounds_are_for_what_ran_on_it(tmp_path: Path, unit: str, n: int) -> None:
+    run = saved.run()
+    run["benchmarks"] = []
+    for mode, seconds in {"forward": 13.0, "forward+backward": 7.0}.items():
+        for operation, backend, taken in (
+            ("linear_attention", "cpu", 1.0),
+            ("linear_attention", "compiled", seconds),
+            ("softmax_attention", "torch", 0.9),
+        ):
+            case = saved.case(operation, backend, mode, n, "bfloat16")
+            case["extra_info"] |= {"total_tokens": 65_536, "share_of_limit": 0.4}
+            case["extra_info"]["shape"] |= {"B": 65_536 // n}
+            if backend == "cpu":
+                case["extra_info"]["implementation"] = f"{operation} in C++ for {unit}, 2 threads"
+            run["benchmarks"].append(case | {"stats": saved.stats(taken)})
+    found = judged(tmp_path, run)
+    of_unit = {str(v.target.name): v for v in found if "matrix unit" in v.target.name}
+    assert len(of_unit) == 5
+    if unit != "AMX":
+        assert {verdict.holds for verdict in of_unit.values()} == {None}
+        return
+    assert holds(list(of_unit.values())) == [True, False, False, False, None if n == 64 else False]
+    texts = [verdict.found[0] for verdict in of_unit.values() if verdict.found]
+    assert texts[:2] == ["mean 13.00×, worst 13.00×", "mean 7.00×, worst 7.00×"]
+    assert texts[2:] == [f"0.9× at {n:,}"] * 2 + ["40% at 1,024"] * (n == 1024)
 
 
 def test_the_exponent_is_of_one_sequence(tmp_path: Path) -> None:
