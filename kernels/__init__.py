@@ -13,6 +13,7 @@ from linear_vit.kernels.linear_attention import (
     linear_attention_packed,
     linear_attention_state,
 )
+from linear_vit.kernels.linear_attention.sharded import linear_attention_sharded
 from linear_vit.kernels.registry import (
     BACKENDS,
     OPERATIONS,
@@ -41,6 +42,7 @@ __all__ = [
     "linear_attention",
     "linear_attention_apply",
     "linear_attention_packed",
+    "linear_attention_sharded",
     "linear_attention_state",
     "operations",
     "register",

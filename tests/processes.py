@@ -10,8 +10,14 @@ import runpy
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+import traceback
+from collections.abc import Callable, Mapping, Sequence
+from datetime import timedelta
 from pathlib import Path
+from typing import Any
+
+import torch
+from torch import distributed as dist
 
 ROOT = Path(__file__).resolve().parents[1]
 _SERVER = multiprocessing.get_context("forkserver")
@@ -69,6 +75,51 @@ def pytest(*options: str, folder: Path | None = None) -> subprocess.CompletedPro
     ``calm``)."""
     found = {"PYTHONPATH": str(folder)} if folder else {}
     return python("-m", "pytest", *PLUGINS, *options, **found)
+
+
+def together(count: int, function: Callable[..., Any], *arguments: Any) -> list[Any]:
+    """What so many processes return that are one group of torch.distributed (gloo), by rank.
+
+    Args:
+        function: of a module, called as ``function(rank, *arguments)``, in one thread.
+
+    Raises:
+        AssertionError: one of them failed; with what it said.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        group = [
+            _SERVER.Process(target=_member, args=(folder, count, rank, function, arguments))
+            for rank in range(count)
+        ]
+        for process in group:
+            process.start()
+        for process in group:
+            process.join(120)
+        for process in group:
+            process.kill()
+            process.join()
+        found = [Path(folder) / str(rank) for rank in range(count)]
+        kept = [torch.load(p, weights_only=False) if p.exists() else (False, "") for p in found]
+        for rank, (right, result) in enumerate(kept):
+            assert right, f"process {rank} of {count} failed: {result}"
+        return [result for _, result in kept]
+
+
+def _member(
+    folder: str, count: int, rank: int, function: Callable[..., Any], arguments: tuple[Any, ...]
+) -> None:
+    torch.set_num_threads(1)
+    store = dist.FileStore(f"{folder}/store", count)
+    dist.init_process_group(
+        "gloo", store=store, rank=rank, world_size=count, timeout=timedelta(seconds=60)
+    )
+    try:
+        kept = (True, function(rank, *arguments))
+    except BaseException:
+        kept = (False, traceback.format_exc())
+    torch.save(kept, f"{folder}/{rank}.part")
+    os.replace(f"{folder}/{rank}.part", f"{folder}/{rank}")
+    dist.destroy_process_group()
 
 
 def _run(

@@ -286,7 +286,11 @@ def test_commands_are_found() -> None:
 
 
 @pytest.mark.parametrize("page", [p for p in PAGES if fenced(p.read_text(), "python")], ids=named)
-def test_python_runs(page: Path) -> None:
+def test_python_runs(page: Path, monkeypatch) -> None:
+    # What torchrun tells a process that is alone.
+    alone = {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
+    for name, value in alone.items():
+        monkeypatch.setenv(name, value)
     names: dict[str, Any] = {"__name__": "docs"}
     with registry.temporarily():
         for block in fenced(page.read_text(), "python"):

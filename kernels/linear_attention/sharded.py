@@ -1,0 +1,76 @@
+"""Linear attention of a sequence whose tokens lie on several processes.
+
+Each sums its own keys and values into a state, the states are added up over the processes, and
+each reads the sum with its own queries. So what they exchange is the state, whatever the length:
+4·B·Hk·(2D² + 2D) bytes in each direction, times what an all-reduce sends for a byte.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch import distributed as dist
+
+from linear_vit.kernels.linear_attention import linear_attention_apply, linear_attention_state
+
+
+def linear_attention_sharded(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    group: "dist.ProcessGroup | None" = None,
+    *,
+    eps: float = 1e-6,
+    backend: str | None = None,
+) -> Tensor:
+    """:func:`kernels.linear_attention` of the tokens that all processes of a group hold together.
+
+    Every process calls it, and takes part in the backward pass: with gradients on all or on none.
+
+    Args:
+        q: this process's queries (B, H, N, D), as for :func:`kernels.linear_attention`. N may
+            differ from process to process, and be 0; B, H, Hk, D and dtype may not.
+        k, v: its keys and values (B, Hk, M, D); M may differ, and be 0.
+        group: the processes; None: all of them.
+        eps: added to the normaliser, at least 0.
+        backend: a name from :func:`kernels.backends`, or None for the fastest usable one.
+
+    Returns:
+        (B, H, N, D): the rows that these queries have in the whole sequence's result. Sums differ
+        from those of one process by rounding, and are the same bits in each call and process.
+
+    Raises:
+        TypeError, ValueError: as :func:`kernels.linear_attention`, before anything is exchanged.
+        RuntimeError: torch.distributed is not initialised, or this process is not of the group.
+    """
+    if not (dist.is_available() and dist.is_initialized()):
+        raise RuntimeError(
+            "linear_attention_sharded needs torch.distributed: start the processes with torchrun "
+            "and call torch.distributed.init_process_group first"
+        )
+    if dist.get_rank(group) < 0:
+        raise RuntimeError("linear_attention_sharded: this process is not of the group")
+    S, z = linear_attention_state(k, v, backend=backend)
+    S, z = _Summed.apply(S, z, group)
+    return linear_attention_apply(q, S, z, eps=eps, backend=backend)
+
+
+class _Summed(torch.autograd.Function):
+    """S and z added up over the processes. The gradient of a sum is that of each of its terms, and
+    every process has a part of it: those are added up in the same way."""
+
+    @staticmethod
+    def forward(ctx: Any, S: Tensor, z: Tensor, group: Any) -> tuple[Tensor, Tensor]:
+        ctx.group = group
+        return _summed(S, z, group)
+
+    @staticmethod
+    def backward(ctx: Any, dS: Tensor, dz: Tensor) -> tuple[Tensor, Tensor, None]:
+        return *_summed(dS, dz, ctx.group), None
+
+
+def _summed(S: Tensor, z: Tensor, group: Any) -> tuple[Tensor, Tensor]:
+    """Both in one exchange, as an all-reduce of few bytes takes as long as that of none."""
+    both = torch.cat((S.flatten(), z.flatten()))
+    dist.all_reduce(both, group=group)
+    return both[: S.numel()].view(S.shape), both[S.numel() :].view(z.shape)

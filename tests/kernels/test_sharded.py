@@ -1,0 +1,116 @@
+"""A sequence over several processes: the whole sequence's result, for one exchange of a state."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch import distributed as dist
+
+from linear_vit import kernels
+from linear_vit.kernels import accuracy
+from tests import processes
+from tests.kernels.cases import DEVICE, usable_backends
+
+B, H, HK, D = 2, 4, 2, 16
+BACKENDS = [
+    name
+    for name in usable_backends("linear_attention_state")
+    if not kernels.backend_rows()[name].compiles
+]
+Lengths = Sequence[tuple[int, int]]  # queries and keys of each process
+
+
+def _inputs(lengths: Lengths, dtype: torch.dtype) -> list[Tensor]:
+    """q, k, v and the gradient of the output, of the whole sequence."""
+    n, m = (sum(numbers) for numbers in zip(*lengths, strict=True))
+    generator = torch.Generator().manual_seed(n)
+    sizes = ((H, n), (HK, m), (HK, m), (H, n))
+    return [torch.randn(B, h, t, D, generator=generator).to(DEVICE, dtype) for h, t in sizes]
+
+
+def _part(rank: int, lengths: Lengths, backend: str, dtype: torch.dtype) -> dict[str, Any]:
+    """Twice the output and gradients of one process, and the bytes that it exchanged."""
+    n, m = ([sum(numbers[:r]) for r in (rank, rank + 1)] for numbers in zip(*lengths, strict=True))
+    where = [slice(*n), slice(*m), slice(*m), slice(*n)]
+    given = [x[:, :, at] for x, at in zip(_inputs(lengths, dtype), where, strict=True)]
+    exchanged, all_reduce = [], dist.all_reduce
+
+    def counted(x: Tensor, **options: Any) -> Any:
+        exchanged.append(x.numel() * x.element_size())
+        return all_reduce(x, **options)
+
+    dist.all_reduce = counted
+    answers = []
+    for _ in range(2):
+        q, k, v = (x.clone().requires_grad_() for x in given[:3])
+        out = kernels.linear_attention_sharded(q, k, v, backend=backend)
+        answers.append([out.detach(), *torch.autograd.grad(out, (q, k, v), given[3])])
+    return {"answers": [[x.cpu() for x in one] for one in answers], "exchanged": exchanged}
+
+
+def _check(lengths: Lengths, backend: str, dtype: torch.dtype) -> None:
+    parts = processes.together(len(lengths), _part, lengths, backend, dtype)
+    q, k, v, dout = (x.cpu() for x in _inputs(lengths, dtype))
+    q, k, v = (x.double().requires_grad_() for x in (q, k, v))
+    out = kernels.linear_attention(q, k, v, backend="reference")
+    expected = [out.detach(), *torch.autograd.grad(out, (q, k, v), dout.double())]
+    for part in parts:
+        first, second = part["answers"]
+        assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+        # Forward and backward, whatever the lengths: S and z.
+        assert part["exchanged"] == [4 * B * HK * (2 * D * D + 2 * D)] * 4
+    for number, right in enumerate(expected):
+        found = torch.cat([part["answers"][0][number] for part in parts], dim=2)
+        assert found.dtype == dtype
+        comparison = accuracy.compare(found, right, gradient=number > 0)
+        assert comparison.passed, comparison
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_uneven_shards_give_the_whole_sequences_result(backend: str, dtype: torch.dtype) -> None:
+    _check([(33, 40), (70, 5)], backend, dtype)
+
+
+@pytest.mark.parametrize("lengths", [[(5, 3), (0, 0), (7, 0), (0, 9)], [(3, 4)]])
+def test_a_process_may_have_no_tokens(lengths: Lengths) -> None:
+    _check(lengths, "torch", torch.float32)
+
+
+def _in_a_subgroup(rank: int) -> str:
+    group = dist.new_group([0, 1])
+    x = torch.ones(1, 1, 4, 8)
+    try:
+        out = kernels.linear_attention_sharded(x, x, x, group, backend="torch")
+    except RuntimeError as error:
+        return str(error)
+    return f"{out.sum().item():g}"
+
+
+def test_a_group_of_some_processes() -> None:
+    found = processes.together(3, _in_a_subgroup)
+    assert found == ["32", "32", "linear_attention_sharded: this process is not of the group"]
+
+
+def _compiled(rank: int) -> bool:
+    q, k, v = (torch.randn(1, 2, 8, 16, requires_grad=True) for _ in range(3))
+
+    def call(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return kernels.linear_attention_sharded(q, k, v, backend="torch")
+
+    found, right = torch.compile(call, fullgraph=True, backend="aot_eager")(q, k, v), call(q, k, v)
+    gradients = [torch.autograd.grad(out.square().sum(), (q, k, v)) for out in (found, right)]
+    pairs = [(found, right), *zip(*gradients, strict=True)]
+    return all(torch.allclose(a, b, atol=1e-5) for a, b in pairs)
+
+
+def test_it_compiles_as_one_graph() -> None:
+    assert processes.together(2, _compiled) == [True, True]
+
+
+def test_without_processes_it_says_what_to_do() -> None:
+    x = torch.ones(1, 1, 4, 8)
+    with pytest.raises(RuntimeError, match="start the processes with torchrun and call"):
+        kernels.linear_attention_sharded(x, x, x)
