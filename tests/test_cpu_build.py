@@ -292,9 +292,9 @@ for name in ("amx", "avx512", "avx2", "portable"):
                 x, w = torch.randn(2, rows, cols, channels), torch.randn(channels, 3, 3)
                 x, w, pair = x.to(dtype), w.to(dtype), torch.randn(2, channels).to(dtype)
                 pooled = check(ops.cpu_ripple_pool(x, w, axis))
-                check(*ops.cpu_ripple_pool_backward(pooled, x, w, axis))
+                check(*ops.cpu_ripple_pool_backward(pooled, x, w, axis, 0b11))
                 out = check(ops.cpu_ripple_expand(pooled, x, pair, w, axis))
-                check(*ops.cpu_ripple_expand_backward(out, pooled, x, pair, w, axis))
+                check(*ops.cpu_ripple_expand_backward(out, pooled, x, pair, w, axis, 0b1111))
 print(ran)
 """
 

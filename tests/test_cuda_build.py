@@ -107,8 +107,8 @@ with FakeTensorMode(), torch.no_grad():
         pooled = module.ripple_pool(x, weight, 0)
         out = module.ripple_expand(pooled, x, pair, weight, 0)
         gradients = [
-            *ops.cuda_ripple_pool_backward(pooled, x, weight, 0),
-            *ops.cuda_ripple_expand_backward(out, pooled, x, pair, weight, 0),
+            *ops.cuda_ripple_pool_backward(pooled, x, weight, 0, 0b11),
+            *ops.cuda_ripple_expand_backward(out, pooled, x, pair, weight, 0, 0b1111),
         ]
 operators = [
     name

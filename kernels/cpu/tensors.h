@@ -165,6 +165,22 @@ inline Tensor output_like(const Tensor& x, const Sizes& sizes) {
   return in_large_pages(empty_nested(sizes, order, dtype_of(x)));
 }
 
+// Bit i of `wanted` asks for an operator's i-th gradient; else it comes out as `nothing_like`.
+inline bool is_wanted(int64_t wanted, int64_t i) { return (wanted >> i & 1) != 0; }
+inline Tensor nothing_like(const Tensor& x) { return empty_contiguous({0}, dtype_of(x)); }
+
+// The i-th gradient, in x's memory order; the view's address is null where it is not asked for.
+struct Gradient {
+  Tensor tensor;
+  View view;
+
+  Gradient(const Tensor& x, int64_t wanted, int64_t i)
+      : tensor(is_wanted(wanted, i) ? output_like(x) : nothing_like(x)),
+        view(is_wanted(wanted, i) ? tensor : x) {
+    if (!is_wanted(wanted, i)) view.data = nullptr;
+  }
+};
+
 // Uninitialised floats from the start of a cache line on, the call's own.
 struct Free {
   void operator()(float* p) const { std::free(p); }

@@ -23,6 +23,19 @@ inline at::Tensor if_wanted(const at::Tensor& gradient, int64_t wanted, int64_t 
   return (wanted >> i & 1) != 0 ? gradient : at::empty({0}, gradient.options());
 }
 
+// Memory for an operator's i-th gradient, in x's memory order: of shape (0,) in the same way.
+inline at::Tensor gradient_of(const at::Tensor& x, int64_t wanted, int64_t i) {
+  return (wanted >> i & 1) != 0 ? empty_in_order(x) : at::empty({0}, x.options());
+}
+
+// What of it may be written: null for one that is not asked for.
+inline TensorView view_if_any(const at::Tensor& gradient) {
+  return gradient.dim() == 1 ? TensorView{} : view(gradient);
+}
+inline void* data_if_any(const at::Tensor& gradient) {
+  return gradient.dim() == 1 ? nullptr : gradient.data_ptr();
+}
+
 inline int64_t multiprocessors() {
   int device = 0, count = 0;
   cudaError_t error = cudaGetDevice(&device);

@@ -308,19 +308,6 @@ Triple forward(const Tensor& q, const Tensor& k, const Tensor& v, double eps, bo
   return {out, S, z};
 }
 
-// The gradient of the i-th tensor: of shape (0,), and nowhere to write it, unless bit i of `wanted`
-// asks for it.
-struct Gradient {
-  Tensor tensor;
-  View view;
-
-  Gradient(const Tensor& x, int64_t wanted, int64_t i)
-      : tensor((wanted >> i & 1) != 0 ? output_like(x) : empty_contiguous({0}, dtype_of(x))),
-        view((wanted >> i & 1) != 0 ? tensor : x) {
-    if ((wanted >> i & 1) == 0) view.data = nullptr;
-  }
-};
-
 Triple backward(const Tensor& dout_any, const Tensor& q, const Tensor& k, const Tensor& v,
                 const Tensor& S_any, const Tensor& z_any, double eps, int64_t wanted) {
   const Tensor dout = readable(dout_any), S = contiguous(S_any), z = contiguous(z_any);
@@ -392,7 +379,7 @@ Triple apply_backward(const Tensor& dout_any, const Tensor& q, const Tensor& S_a
                       const Tensor& z_any, double eps, int64_t wanted) {
   const Tensor dout = readable(dout_any), S = contiguous(S_any), z = contiguous(z_any);
   const Gradient dq(q, wanted, 0);
-  const Sums sums{(wanted >> 1 & 1) != 0, (wanted >> 2 & 1) != 0};
+  const Sums sums{is_wanted(wanted, 1), is_wanted(wanted, 2)};
   const View queries(q);
   const Call call = call_on_queries(queries, S);
   const States gradients =

@@ -4,7 +4,7 @@
 // At most 32 runs of neighbouring lines, which share what they read in one core's cache, are the
 // items of work, cut by the grid's size alone; each sums its own share of the weights' gradients,
 // and these are added in order: the same for any number of threads. Memory beyond tensors: 11
-// float32 weights per channel and run.
+// float32 weights per channel and run. Backward leaves out what is not asked for.
 #include <cstring>
 
 #include "../cpu/tensors.h"
@@ -99,13 +99,19 @@ Memory load_pair(const RippleKernels& kernel, const Tensor& pair_any) {
   return to;
 }
 
-// Sums of the weights' gradients, of which each run zeroes its own.
+// A weight's gradient, the i-th of the operator's.
+Tensor weight_gradient(const Tensor& weight, int64_t wanted, int64_t i) {
+  return is_wanted(wanted, i) ? empty_contiguous(weight) : nothing_like(weight);
+}
+
+// Sums of the weights' gradients, of which each run zeroes its own; none where none is asked for.
 struct Sums {
   int64_t floats, runs;  // of a run
   Memory all;
 
-  Sums(int64_t pad, int64_t runs_)
-      : floats(11 * pad), runs(runs_), all(memory(std::max<int64_t>(runs, 1) * floats)) {
+  Sums(int64_t pad, int64_t runs_, bool needed)
+      : floats(needed ? 11 * pad : 0), runs(runs_),
+        all(memory(std::max<int64_t>(runs, 1) * floats)) {
     if (runs == 0) zeroed(0);
   }
 
@@ -113,9 +119,13 @@ struct Sums {
     return static_cast<float*>(std::memset(all.get() + run * floats, 0, floats * sizeof(float)));
   }
 
-  void store(const RippleKernels& kernel, const Tensor& dweight, void* dpair) const {
-    kernel.store_gradients(element_type(dweight), dweight.size(0), runs, all.get(),
-                           dweight.data_ptr(), dpair);
+  // To (C, 3, 3) and (2, C), each if it is there.
+  void store(const RippleKernels& kernel, const View& x, const Tensor& dweight,
+             const Tensor* dpair = nullptr) const {
+    const auto there = [](const Tensor& to) { return to.numel() == 0 ? nullptr : to.data_ptr(); };
+    if (floats == 0) return;
+    kernel.store_gradients(x.element, x.size[3], runs, all.get(), there(dweight),
+                           dpair == nullptr ? nullptr : there(*dpair));
   }
 };
 
@@ -153,35 +163,37 @@ Tensor pool(const Tensor& x_all, const Tensor& weight, int64_t axis) {
 }
 
 std::tuple<Tensor, Tensor> pool_backward(const Tensor& dout_any, const Tensor& x_all,
-                                         const Tensor& weight, int64_t axis) {
+                                         const Tensor& weight, int64_t axis, int64_t wanted) {
   const RippleKernels& kernel = kernels();
   const Tensor dout_all = readable(dout_any);
-  const Tensor dx_all = output_like(x_all), dweight = empty_contiguous(weight);
-  const View dout(dout_all), x(x_all), dx(dx_all);
+  const Gradient dx(x_all, wanted, 0);
+  const Tensor dweight = weight_gradient(weight, wanted, 1);
+  const View dout(dout_all), x(x_all);
   const Taps taps(kernel, weight, true);
   const int64_t channels = x.size[3], cols = x.size[2];
   const Runs runs(x);
-  const Sums sums(taps.pad, runs.runs);
+  const bool weights = is_wanted(wanted, 1);
+  const Sums sums(taps.pad, runs.runs, weights);
   parallel(runs.runs, 0, runs.flop, [&](int64_t run, float*) {
     float* const gradient = sums.zeroed(run);
-    runs.each(run, dout.size[0] * dout.size[1], [&](int64_t line) {
+    runs.each(run, weights ? dout.size[0] * dout.size[1] : 0, [&](int64_t line) {
       const int64_t image = line / dout.size[1], row = line % dout.size[1];
       const Window w = window(x, image, (axis == 0 ? 2 * row : row) - 1, gradient, taps);
       kernel.weight_gradient(x.element, channels, cols, axis == 0 ? 1 : 2, w, line_of(dout, line));
     });
-    runs.each(run, runs.lines, [&](int64_t line) {
+    runs.each(run, is_wanted(wanted, 0) ? runs.lines : 0, [&](int64_t line) {
       const int64_t image = line / x.size[1], row = line % x.size[1];
       if (axis == 0) {
         const Window w = halved_window(dout, image, row - 1, taps);
-        kernel.same(x.element, channels, cols, w, line_of(dx, line), nullptr);
+        kernel.same(x.element, channels, cols, w, line_of(dx.view, line), nullptr);
       } else {
         const Window w = window(dout, image, row - 1, taps.first, taps);
-        kernel.twice(x.element, channels, cols, w, line_of(dx, line));
+        kernel.twice(x.element, channels, cols, w, line_of(dx.view, line));
       }
     });
   });
-  sums.store(kernel, dweight, nullptr);
-  return {dx_all, dweight};
+  sums.store(kernel, x, dweight);
+  return {dx.tensor, dweight};
 }
 
 Tensor expand(const Tensor& z_all, const Tensor& x_all, const Tensor& weight,
@@ -209,42 +221,50 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> expand_backward(const Tensor& dout_an
                                                            const Tensor& x_all,
                                                            const Tensor& weight,
                                                            const Tensor& lateral_weight,
-                                                           int64_t axis) {
+                                                           int64_t axis, int64_t wanted) {
   const RippleKernels& kernel = kernels();
   const Tensor dout_all = readable(dout_any);
-  const Tensor dz_all = output_like(z_all), dx_all = output_like(x_all);
-  const Tensor dweight = empty_contiguous(weight);
-  const Tensor dlateral_weight = empty_contiguous(lateral_weight);
-  const View dout(dout_all), z(z_all), x(x_all), dz(dz_all), dx(dx_all);
+  const Gradient dz(z_all, wanted, 0), dx(x_all, wanted, 1);
+  const Tensor dweight = weight_gradient(weight, wanted, 2);
+  const Tensor dlateral_weight = weight_gradient(lateral_weight, wanted, 3);
+  const bool pairs = is_wanted(wanted, 2), laterals = is_wanted(wanted, 3);
+  const View dout(dout_all), z(z_all), x(x_all);
   const Taps taps(kernel, lateral_weight, true);
   const Memory pair = load_pair(kernel, weight);
   const int64_t channels = x.size[3], cols = x.size[2], pad = taps.pad;
   const Runs runs(x);
-  const Sums sums(pad, runs.runs);
+  const Sums sums(pad, runs.runs, pairs || laterals);
+  const bool fine = laterals || pairs || is_wanted(wanted, 1);
   parallel(runs.runs, 0, runs.flop, [&](int64_t run, float*) {
     float* const gradient = sums.zeroed(run);
     float* const dpair[2] = {gradient + 9 * pad, gradient + 10 * pad};
-    runs.each(run, runs.lines, [&](int64_t line) {
+    runs.each(run, fine ? runs.lines : 0, [&](int64_t line) {
       const int64_t image = line / x.size[1], row = line % x.size[1];
-      const Window lines = window(x, image, row - 1, gradient, taps);
-      kernel.weight_gradient(x.element, channels, cols, 1, lines, line_of(dout, line));
-      const Spread s = spread_of(z, pair.get(), axis, image, row);
-      float* const own[2] = {axis == 0 ? dpair[row % 2] : dpair[0], dpair[1]};
-      kernel.spread_gradient(x.element, channels, cols, line_of(dout, line), s, own);
-      const Window w = window(dout, image, row - 1, taps.first, taps);
-      kernel.same(x.element, channels, cols, w, line_of(dx, line), nullptr);
+      if (laterals) {
+        const Window lines = window(x, image, row - 1, gradient, taps);
+        kernel.weight_gradient(x.element, channels, cols, 1, lines, line_of(dout, line));
+      }
+      if (pairs) {
+        const Spread s = spread_of(z, pair.get(), axis, image, row);
+        float* const own[2] = {axis == 0 ? dpair[row % 2] : dpair[0], dpair[1]};
+        kernel.spread_gradient(x.element, channels, cols, line_of(dout, line), s, own);
+      }
+      if (dx.view.data != nullptr) {
+        const Window w = window(dout, image, row - 1, taps.first, taps);
+        kernel.same(x.element, channels, cols, w, line_of(dx.view, line), nullptr);
+      }
     });
-    runs.each(run, z.size[0] * z.size[1], [&](int64_t line) {
+    runs.each(run, is_wanted(wanted, 0) ? z.size[0] * z.size[1] : 0, [&](int64_t line) {
       const int64_t image = line / z.size[1], row = (axis == 0 ? 2 : 1) * (line % z.size[1]);
-      const int64_t fine = image * x.size[1] + row;
+      const int64_t first = image * x.size[1] + row;
       const int64_t lines = axis == 0 && row + 1 < x.size[1] ? 2 : 1;
-      const Rows from[2] = {line_of(dout, fine), lines == 2 ? line_of(dout, fine + 1) : Rows{}};
+      const Rows from[2] = {line_of(dout, first), lines == 2 ? line_of(dout, first + 1) : Rows{}};
       kernel.coarse_gradient(x.element, channels, cols, lines, from,
-                             spread_of(dz, pair.get(), axis, image, row));
+                             spread_of(dz.view, pair.get(), axis, image, row));
     });
   });
-  sums.store(kernel, dlateral_weight, dweight.data_ptr());
-  return {dz_all, dx_all, dweight, dlateral_weight};
+  sums.store(kernel, x, dlateral_weight, &dweight);
+  return {dz.tensor, dx.tensor, dweight, dlateral_weight};
 }
 
 std::string instruction_set() { return kernels().name; }
@@ -254,14 +274,14 @@ std::string instruction_set() { return kernels().name; }
 STABLE_TORCH_LIBRARY_FRAGMENT(linear_vit, m) {
   m.def("cpu_ripple_pool(Tensor x, Tensor weight, int axis) -> Tensor");
   m.def(
-      "cpu_ripple_pool_backward(Tensor dout, Tensor x, Tensor weight, int axis)"
+      "cpu_ripple_pool_backward(Tensor dout, Tensor x, Tensor weight, int axis, int wanted)"
       " -> (Tensor, Tensor)");
   m.def(
       "cpu_ripple_expand(Tensor z, Tensor x, Tensor weight, Tensor lateral_weight, int axis)"
       " -> Tensor");
   m.def(
       "cpu_ripple_expand_backward(Tensor dout, Tensor z, Tensor x, Tensor weight,"
-      " Tensor lateral_weight, int axis) -> (Tensor, Tensor, Tensor, Tensor)");
+      " Tensor lateral_weight, int axis, int wanted) -> (Tensor, Tensor, Tensor, Tensor)");
   m.def("cpu_ripple_instruction_set() -> str");
 }
 

@@ -29,7 +29,7 @@ struct RippleKernels {
   // (C, 3, 3) to [3][3][padded], rows and columns reversed if asked for; (2, C) to [2][padded].
   void (*load_weight)(ElementType, int64_t channels, const void* weight, bool reversed, float* taps);
   void (*load_pair)(ElementType, int64_t channels, const void* pair, float* to);
-  // Sums `parts` of [11][padded], in order, into (C, 3, 3) and, if not null, (2, C).
+  // Sums `parts` of [11][padded], in order, into (C, 3, 3) and (2, C), each if not null.
   void (*store_gradients)(ElementType, int64_t channels, int64_t parts, float* sums, void* weight,
                           void* pair);
 

@@ -326,7 +326,7 @@ void store_gradients(ElementType element, int64_t channels, int64_t parts, float
   }
   with_element(element, [&](auto example) {
     using Element = decltype(example);
-    for (int64_t c = 0; c < channels; c += kLanes) {
+    for (int64_t c = 0; weight != nullptr && c < channels; c += kLanes) {
       float some[9 * kLanes];
       for (int tap = 0; tap < 9; ++tap) {
         for (int i = 0; i < kLanes; ++i) some[9 * i + tap] = sums[tap * pad + c + i];

@@ -24,9 +24,11 @@ RippleArguments arguments(const Tensor& x, int64_t axis, int32_t stride) {
   return a;
 }
 
-// Chooses the splits of the weights' gradients and gives them room, which the caller keeps.
+// Chooses the splits of x's tokens and gives the weights' gradients room in them, if they are asked for,
+// which the caller keeps.
 Tensor make_workspace(RippleArguments& a, const Tensor& x) {
   a.num_splits = ripple_num_splits(a.batch * a.rows * a.cols, a.channels, multiprocessors());
+  if (!needs_sums(a)) return {};
   Tensor workspace = empty_floats(x, {a.num_splits, 11, a.channels});
   a.workspace = workspace.data_ptr<float>();
   return workspace;
@@ -46,15 +48,16 @@ Tensor pool(const Tensor& x, const Tensor& weight_any, int64_t axis) {
 }
 
 std::tuple<Tensor, Tensor> pool_backward(const Tensor& dout_any, const Tensor& x,
-                                         const Tensor& weight_any, int64_t axis) {
+                                         const Tensor& weight_any, int64_t axis,
+                                         int64_t wanted) {
   const c10::cuda::CUDAGuard guard(x.device());
   const Tensor dout = readable(dout_any), weight = weight_any.contiguous();
-  Tensor dx = empty_in_order(x), dweight = at::empty_like(weight);
+  Tensor dx = gradient_of(x, wanted, 0), dweight = gradient_of(weight, wanted, 1);
   RippleArguments a = arguments(x, axis, 2);
   a.out = view(dout);
-  a.dx = view(dx);
+  a.dx = view_if_any(dx);
   a.weight = weight.data_ptr();
-  a.dweight = dweight.data_ptr();
+  a.dweight = data_if_any(dweight);
   const Tensor workspace = make_workspace(a, x);
   run("ripple_backward", ripple_backward, a);
   return {dx, dweight};
@@ -78,21 +81,22 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> expand_backward(const Tensor& dout_an
                                                            const Tensor& x,
                                                            const Tensor& weight_any,
                                                            const Tensor& lateral_weight_any,
-                                                           int64_t axis) {
+                                                           int64_t axis, int64_t wanted) {
   const c10::cuda::CUDAGuard guard(x.device());
   const Tensor dout = readable(dout_any), weight = weight_any.contiguous();
   const Tensor lateral_weight = lateral_weight_any.contiguous();
-  Tensor dz = empty_in_order(z), dx = empty_in_order(x);
-  Tensor dweight = at::empty_like(weight), dlateral_weight = at::empty_like(lateral_weight);
+  Tensor dz = gradient_of(z, wanted, 0), dx = gradient_of(x, wanted, 1);
+  Tensor dweight = gradient_of(weight, wanted, 2);
+  Tensor dlateral_weight = gradient_of(lateral_weight, wanted, 3);
   RippleArguments a = arguments(x, axis, 1);
   a.z = view(z);
   a.out = view(dout);
-  a.dx = view(dx);
-  a.dz = view(dz);
+  a.dx = view_if_any(dx);
+  a.dz = view_if_any(dz);
   a.weight = lateral_weight.data_ptr();
   a.pair_weight = weight.data_ptr();
-  a.dweight = dlateral_weight.data_ptr();
-  a.dpair_weight = dweight.data_ptr();
+  a.dweight = data_if_any(dlateral_weight);
+  a.dpair_weight = data_if_any(dweight);
   const Tensor workspace = make_workspace(a, x);
   run("ripple_backward", ripple_backward, a);
   return {dz, dx, dweight, dlateral_weight};
@@ -107,9 +111,10 @@ std::vector<Tensor> contiguous(at::TensorList tensors) {
   return result;
 }
 
-std::vector<Tensor> empty_as(const std::vector<Tensor>& tensors) {
+// Memory for those of an operator's gradients that are asked for, `first` and on.
+std::vector<Tensor> gradients_of(at::TensorList tensors, int64_t wanted, int64_t first) {
   std::vector<Tensor> result;
-  for (const Tensor& x : tensors) result.push_back(at::empty_like(x));
+  for (const Tensor& x : tensors) result.push_back(gradient_of(x, wanted, first++));
   return result;
 }
 
@@ -121,8 +126,8 @@ void point_at(const void* (&pointers)[kMostStages], const std::vector<Tensor>& t
   for (size_t s = 0; s < tensors.size(); ++s) pointers[s] = tensors[s].data_ptr();
 }
 
-void point_at(void* (&pointers)[kMostStages], const std::vector<Tensor>& tensors) {
-  for (size_t s = 0; s < tensors.size(); ++s) pointers[s] = tensors[s].data_ptr();
+void point_at(void* (&pointers)[kMostStages], const std::vector<Tensor>& gradients) {
+  for (size_t s = 0; s < gradients.size(); ++s) pointers[s] = data_if_any(gradients[s]);
 }
 
 RippleStagesArguments stages_arguments(const Tensor& x, at::IntArrayRef axes) {
@@ -143,6 +148,7 @@ RippleStagesArguments stages_arguments(const Tensor& x, at::IntArrayRef axes) {
 
 Tensor make_workspace(RippleStagesArguments& a, const Tensor& x, bool expand) {
   a.num_splits = ripple_stages_num_splits(&a, expand);
+  if (!needs_sums(a)) return {};
   Tensor workspace = empty_floats(x, {a.num_splits, a.num_stages, 11, a.channels});
   a.workspace = workspace.data_ptr<float>();
   return workspace;
@@ -167,16 +173,17 @@ std::vector<Tensor> pool_stages(const Tensor& x, at::TensorList weights_any,
 }
 
 std::vector<Tensor> pool_stages_backward(at::TensorList dlevels_any, at::TensorList levels,
-                                         at::TensorList weights_any, at::IntArrayRef axes) {
+                                         at::TensorList weights_any, at::IntArrayRef axes,
+                                         int64_t wanted) {
   const Tensor& x = levels[0];
   const c10::cuda::CUDAGuard guard(x.device());
   const std::vector<Tensor> weights = contiguous(weights_any);
-  const std::vector<Tensor> dweights = empty_as(weights);
+  const std::vector<Tensor> dweights = gradients_of(weights, wanted, 1);
   std::vector<Tensor> dlevels;
   for (const Tensor& gradient : dlevels_any) dlevels.push_back(readable(gradient));
-  Tensor dx = empty_in_order(x);
+  Tensor dx = gradient_of(x, wanted, 0);
   RippleStagesArguments a = stages_arguments(x, axes);
-  a.gradient[0] = view(dx);
+  a.gradient[0] = view_if_any(dx);
   for (size_t s = 0; s < axes.size(); ++s) {
     a.level[s] = view(levels[s]);
     a.gradient[s + 1] = view(dlevels[s]);
@@ -209,23 +216,24 @@ Tensor expand_stages(const Tensor& z, at::TensorList levels, at::TensorList weig
 std::vector<Tensor> expand_stages_backward(const Tensor& dout_any, const Tensor& z,
                                            at::TensorList levels, at::TensorList weights_any,
                                            at::TensorList lateral_weights_any,
-                                           at::IntArrayRef axes) {
+                                           at::IntArrayRef axes, int64_t wanted) {
   const c10::cuda::CUDAGuard guard(z.device());
   const Tensor dout = readable(dout_any);
   const std::vector<Tensor> weights = contiguous(weights_any);
   const std::vector<Tensor> lateral_weights = contiguous(lateral_weights_any);
-  const std::vector<Tensor> dweights = empty_as(weights);
-  const std::vector<Tensor> dlateral_weights = empty_as(lateral_weights);
-  Tensor dz = empty_in_order(z);
-  std::vector<Tensor> dlevels;
+  const auto stages = static_cast<int64_t>(axes.size());
+  Tensor dz = gradient_of(z, wanted, 0);
+  const std::vector<Tensor> dlevels = gradients_of(levels, wanted, 1);
+  const std::vector<Tensor> dweights = gradients_of(weights, wanted, 1 + stages);
+  const std::vector<Tensor> dlateral_weights =
+      gradients_of(lateral_weights, wanted, 1 + 2 * stages);
   RippleStagesArguments a = stages_arguments(levels[0], axes);
   for (size_t s = 0; s < axes.size(); ++s) {
-    dlevels.push_back(empty_in_order(levels[s]));
     a.level[s] = view(levels[s]);
-    a.gradient[s] = view(dlevels[s]);
+    a.gradient[s] = view_if_any(dlevels[s]);
   }
   a.level[axes.size()] = view(z);
-  a.gradient[axes.size()] = view(dz);
+  a.gradient[axes.size()] = view_if_any(dz);
   a.out = view(dout);
   point_at(a.weight, lateral_weights);
   point_at(a.pair_weight, weights);
@@ -246,7 +254,7 @@ TORCH_LIBRARY_FRAGMENT(linear_vit, m) {
   const std::vector<at::Tag> tags = {at::Tag::pt2_compliant_tag};
   m.def("cuda_ripple_pool(Tensor x, Tensor weight, int axis) -> Tensor", tags);
   m.def(
-      "cuda_ripple_pool_backward(Tensor dout, Tensor x, Tensor weight, int axis)"
+      "cuda_ripple_pool_backward(Tensor dout, Tensor x, Tensor weight, int axis, int wanted)"
       " -> (Tensor, Tensor)",
       tags);
   m.def(
@@ -255,12 +263,12 @@ TORCH_LIBRARY_FRAGMENT(linear_vit, m) {
       tags);
   m.def(
       "cuda_ripple_expand_backward(Tensor dout, Tensor z, Tensor x, Tensor weight,"
-      " Tensor lateral_weight, int axis) -> (Tensor, Tensor, Tensor, Tensor)",
+      " Tensor lateral_weight, int axis, int wanted) -> (Tensor, Tensor, Tensor, Tensor)",
       tags);
   m.def("cuda_ripple_pool_stages(Tensor x, Tensor[] weights, int[] axes) -> Tensor[]", tags);
   m.def(
       "cuda_ripple_pool_stages_backward(Tensor[] dlevels, Tensor[] levels, Tensor[] weights,"
-      " int[] axes) -> Tensor[]",
+      " int[] axes, int wanted) -> Tensor[]",
       tags);
   m.def(
       "cuda_ripple_expand_stages(Tensor z, Tensor[] levels, Tensor[] weights,"
@@ -268,7 +276,7 @@ TORCH_LIBRARY_FRAGMENT(linear_vit, m) {
       tags);
   m.def(
       "cuda_ripple_expand_stages_backward(Tensor dout, Tensor z, Tensor[] levels, Tensor[] weights,"
-      " Tensor[] lateral_weights, int[] axes) -> Tensor[]",
+      " Tensor[] lateral_weights, int[] axes, int wanted) -> Tensor[]",
       tags);
 }
 

@@ -28,6 +28,10 @@
 // pooled levels from x, expanded levels from z.
 //
 // Sums are float32. No atomics: results repeat bit for bit.
+//
+// Backward, a gradient that is not asked for is not stored. Where no weight's is, variants without
+// sums (kSummed false) read the gradients that came in alone, and 7 is not launched. Where some are,
+// all sums are made, and 7 rounds those asked for.
 #include "cuda.h"
 
 #include "../cuda/common.cuh"
@@ -219,7 +223,7 @@ __global__ void __launch_bounds__(kThreads) forward_kernel(Ripple<T> p) {
 // x[r, c] met weight tap (i, j) in out[(r + 1 - i) / row_stride, (c + 1 - j) / col_stride], where
 // these divide: dx is a sum over taps, dweight a sum over tokens, of the same nine dout.
 
-template <typename T, int kSize, bool kPairs>
+template <typename T, int kSize, bool kPairs, bool kSummed>
 __global__ void __launch_bounds__(kThreads, 1) backward_kernel(Ripple<T> p) {
   const int64_t channel_blocks = (p.channels + p.lanes * kSize - 1) / (p.lanes * kSize);
   const int64_t channel_block = blockIdx.x % channel_blocks, split = blockIdx.x / channel_blocks;
@@ -237,7 +241,9 @@ __global__ void __launch_bounds__(kThreads, 1) backward_kernel(Ripple<T> p) {
       const Token token(index, p.rows, p.cols);
       float x[kSize], dx[kSize] = {};
       float own[kSize] = {}, next[kSize] = {};  // dout of this token, and of the one after it
-      load<T, kSize>(x, p.x.at(token.batch, token.row, token.col) + place.channel);
+      if constexpr (kSummed) {
+        load<T, kSize>(x, p.x.at(token.batch, token.row, token.col) + place.channel);
+      }
 #pragma unroll
       for (int tap = 0; tap < kTaps; ++tap) {
         const int64_t row = token.row + 1 - tap / 3, col = token.col + 1 - tap % 3;
@@ -249,7 +255,7 @@ __global__ void __launch_bounds__(kThreads, 1) backward_kernel(Ripple<T> p) {
         float g[kSize];
         load<T, kSize>(g, p.out.at(token.batch, out_row, out_col) + place.channel);
         add_product(dx, weight[tap], g);
-        add_product(sum[tap], x, g);
+        if constexpr (kSummed) add_product(sum[tap], x, g);
         if constexpr (kPairs) {
           if (tap == 4) {
 #pragma unroll
@@ -262,17 +268,23 @@ __global__ void __launch_bounds__(kThreads, 1) backward_kernel(Ripple<T> p) {
           }
         }
       }
-      store<T, kSize>(p.dx.at(token.batch, token.row, token.col) + place.channel, dx);
+      if (p.dx.data) {
+        store<T, kSize>(p.dx.at(token.batch, token.row, token.col) + place.channel, dx);
+      }
       if constexpr (kPairs) {
         const int64_t row = p.axis == 0 ? token.row / 2 : token.row;
         const int64_t col = p.axis == 0 ? token.col : token.col / 2;
         const bool odd = (p.axis == 0 ? token.row : token.col) % 2 != 0;
-        float z[kSize];
-        load<T, kSize>(z, p.z.at(token.batch, row, col) + place.channel);
-        if (odd) {
-          add_product(sum[kTaps + 1], own, z);
-        } else {
-          add_product(sum[kTaps], own, z);
+        if constexpr (kSummed) {
+          float z[kSize];
+          load<T, kSize>(z, p.z.at(token.batch, row, col) + place.channel);
+          if (odd) {
+            add_product(sum[kTaps + 1], own, z);
+          } else {
+            add_product(sum[kTaps], own, z);
+          }
+        }
+        if (!odd && p.dz.data) {
           float pair[kSize], dz[kSize] = {};
           load<T, kSize>(pair, p.pair_weight + place.channel);
           add_product(dz, pair, own);
@@ -284,14 +296,16 @@ __global__ void __launch_bounds__(kThreads, 1) backward_kernel(Ripple<T> p) {
     }
   }
 
-  constexpr int kCount = kPairs ? kSums : kTaps;
-  const int width = p.lanes * kSize;
-  float* const total = shared_memory();
-  for (int c = threadIdx.x; c < kCount * width; c += kThreads) total[c] = 0.0f;
-  add_block_sums(total, total + kSums * width, sum, p.lanes);
-  __syncthreads();
-  store_block_sums<kSize>(p.workspace + split * kSums * p.channels, total, kCount, p.lanes,
-                          p.channels, channel_block);
+  if constexpr (kSummed) {
+    constexpr int kCount = kPairs ? kSums : kTaps;
+    const int width = p.lanes * kSize;
+    float* const total = shared_memory();
+    for (int c = threadIdx.x; c < kCount * width; c += kThreads) total[c] = 0.0f;
+    add_block_sums(total, total + kSums * width, sum, p.lanes);
+    __syncthreads();
+    store_block_sums<kSize>(p.workspace + split * kSums * p.channels, total, kCount, p.lanes,
+                            p.channels, channel_block);
+  }
 }
 
 // ---- pyramids in shared memory ---------------------------------------------------------------------
@@ -462,7 +476,7 @@ __global__ void __launch_bounds__(kThreads) pool_stages_kernel(Stages<T> p) {
 // pooled again, from x: they come out as they were rounded. Then from the coarsest down, the total
 // gradient of level s is its own plus what stage s brings back from level s + 1.
 
-template <typename T, int kSize>
+template <typename T, int kSize, bool kSummed>
 __global__ void __launch_bounds__(kThreads, 1) pool_stages_backward_kernel(Stages<T> p) {
   const int64_t channel_blocks = (p.channels + p.lanes * kSize - 1) / (p.lanes * kSize);
   const int64_t channel_block = blockIdx.x % channel_blocks, split = blockIdx.x / channel_blocks;
@@ -476,13 +490,18 @@ __global__ void __launch_bounds__(kThreads, 1) pool_stages_backward_kernel(Stage
                                place.lane);  // of levels 1 to S
   float* const total = reinterpret_cast<float*>(memory + shared.sums_at(width, sizeof(T)));
   float* const exchange = total + last * kTaps * width;
-  for (int c = threadIdx.x; c < last * kTaps * width; c += kThreads) total[c] = 0.0f;
+  if constexpr (kSummed) {
+    for (int c = threadIdx.x; c < last * kTaps * width; c += kThreads) total[c] = 0.0f;
+  }
 
 #pragma unroll 1
   for (int64_t image = split; image < p.batch; image += p.num_splits) {
+    if constexpr (!kSummed) __syncthreads();  // the image before has been read
     // add_block_sums has met since the image before was read
     if (place.inside) {
-      load_level(elements, 0, p.level[0], image, p.tokens[0], p.cols[0], place);
+      if constexpr (kSummed) {
+        load_level(elements, 0, p.level[0], image, p.tokens[0], p.cols[0], place);
+      }
 #pragma unroll 1
       for (int i = place.slot; i < p.tokens[last]; i += place.slots) {
         float g[kSize];
@@ -492,7 +511,7 @@ __global__ void __launch_bounds__(kThreads, 1) pool_stages_backward_kernel(Stage
       }
     }
 #pragma unroll 1
-    for (int s = 0; s + 1 < last; ++s) {
+    for (int s = 0; kSummed && s + 1 < last; ++s) {
       __syncthreads();  // level s is there, to be pooled again
       if (place.inside) pool_level(p, elements, place, s, image, true, false);
     }
@@ -509,7 +528,7 @@ __global__ void __launch_bounds__(kThreads, 1) pool_stages_backward_kernel(Stage
         for (int i = place.slot; i < p.tokens[s]; i += place.slots) {
           const int row = i / cols, col = i % cols;
           float x[kSize], dx[kSize] = {};
-          elements.read(x, p.first[s] + i);
+          if constexpr (kSummed) elements.read(x, p.first[s] + i);
           if (s > 0) load<T, kSize>(dx, p.gradient[s].at(image, row, col) + place.channel);
 #pragma unroll
           for (int tap = 0; tap < kTaps; ++tap) {
@@ -520,18 +539,19 @@ __global__ void __launch_bounds__(kThreads, 1) pool_stages_backward_kernel(Stage
             float g[kSize];
             gradient.read(g, coarse + out_row * p.cols[s + 1] + out_col);
             add_product(dx, weight[tap], g);
-            add_product(sum[tap], x, g);
+            if constexpr (kSummed) add_product(sum[tap], x, g);
           }
           if (s > 0) {
             gradient.write(p.first[s] - p.first[1] + i, dx);
-          } else {
+          } else if (p.gradient[0].data) {
             store<T, kSize>(p.gradient[0].at(image, row, col) + place.channel, dx);
           }
         }
       }
-      add_block_sums(total + s * kTaps * width, exchange, sum, p.lanes);
+      if constexpr (kSummed) add_block_sums(total + s * kTaps * width, exchange, sum, p.lanes);
     }
   }
+  if constexpr (!kSummed) return;
   __syncthreads();
   for (int s = 0; s < last; ++s) {
     store_block_sums<kSize>(p.workspace + (split * last + s) * kSums * p.channels,
@@ -599,7 +619,7 @@ __global__ void __launch_bounds__(kThreads) expand_stages_kernel(Stages<T> p) {
 // expanded levels again, from z. Up: their gradients, from dout to dz, and on the way those of the
 // pair weights. Then every level's own gradient and its lateral weight's.
 
-template <typename T, int kSize>
+template <typename T, int kSize, bool kSummed>
 __global__ void __launch_bounds__(kThreads, 1) expand_stages_backward_kernel(Stages<T> p) {
   const int64_t channel_blocks = (p.channels + p.lanes * kSize - 1) / (p.lanes * kSize);
   const int64_t channel_block = blockIdx.x % channel_blocks, split = blockIdx.x / channel_blocks;
@@ -615,7 +635,9 @@ __global__ void __launch_bounds__(kThreads, 1) expand_stages_backward_kernel(Sta
   const int gradients = -p.first[1], expanded = p.first[last] - 2 * p.first[1];
   float* const total = reinterpret_cast<float*>(memory + shared.sums_at(width, sizeof(T)));
   float* const exchange = total + last * kSums * width;
-  for (int c = threadIdx.x; c < last * kSums * width; c += kThreads) total[c] = 0.0f;
+  if constexpr (kSummed) {
+    for (int c = threadIdx.x; c < last * kSums * width; c += kThreads) total[c] = 0.0f;
+  }
 
   const auto add_pair = [&](float (&sum)[kSize], int s, int parity, const float (&x)[kSize]) {
     float pair[kSize];
@@ -625,14 +647,15 @@ __global__ void __launch_bounds__(kThreads, 1) expand_stages_backward_kernel(Sta
 
 #pragma unroll 1
   for (int64_t image = split; image < p.batch; image += p.num_splits) {
+    if constexpr (!kSummed) __syncthreads();  // the image before has been read
     // add_block_sums has met since the image before was read
     if (place.inside) {
       load_level(elements, 0, p.out, image, p.tokens[0], p.cols[0], place);
-      for (int s = 1; s < last; ++s) {
+      for (int s = 1; kSummed && s < last; ++s) {
         load_level(elements, p.first[s], p.level[s], image, p.tokens[s], p.cols[s], place);
       }
 #pragma unroll 1
-      for (int i = place.slot; i < p.tokens[last]; i += place.slots) {
+      for (int i = place.slot; kSummed && i < p.tokens[last]; i += place.slots) {
         float z[kSize];
         load<T, kSize>(
             z, p.level[last].at(image, i / p.cols[last], i % p.cols[last]) + place.channel);
@@ -641,7 +664,7 @@ __global__ void __launch_bounds__(kThreads, 1) expand_stages_backward_kernel(Sta
     }
 
 #pragma unroll 1
-    for (int s = last - 1; s > 0; --s) {  // down
+    for (int s = last - 1; kSummed && s > 0; --s) {  // down
       __syncthreads();  // the expanded level s + 1 is there, and level s
       if (!place.inside) continue;
       float weight[kTaps][kSize];
@@ -669,7 +692,7 @@ __global__ void __launch_bounds__(kThreads, 1) expand_stages_backward_kernel(Sta
         for (int i = place.slot; i < p.tokens[s + 1]; i += place.slots) {
           const int coarse_row = i / coarse_cols, coarse_col = i % coarse_cols;
           float z[kSize], dz[kSize] = {};
-          floats.read(z, expanded + p.first[s + 1] + i);
+          if constexpr (kSummed) floats.read(z, expanded + p.first[s + 1] + i);
 #pragma unroll
           for (int parity = 0; parity < kPairTaps; ++parity) {
             const int row = p.axes[s] == 0 ? coarse_row * 2 + parity : coarse_row;
@@ -682,16 +705,18 @@ __global__ void __launch_bounds__(kThreads, 1) expand_stages_backward_kernel(Sta
               floats.read(g, gradients + p.first[s] + row * cols + col);
             }
             add_pair(dz, s, parity, g);
-            add_product(sum[parity], z, g);
+            if constexpr (kSummed) add_product(sum[parity], z, g);
           }
           if (s + 1 < last) {
             floats.write(gradients + p.first[s + 1] + i, dz);
-          } else {
+          } else if (p.gradient[last].data) {
             store<T, kSize>(p.gradient[last].at(image, coarse_row, coarse_col) + place.channel, dz);
           }
         }
       }
-      add_block_sums(total + (s * kSums + kTaps) * width, exchange, sum, p.lanes);
+      if constexpr (kSummed) {
+        add_block_sums(total + (s * kSums + kTaps) * width, exchange, sum, p.lanes);
+      }
     }
 
 #pragma unroll 1
@@ -705,10 +730,12 @@ __global__ void __launch_bounds__(kThreads, 1) expand_stages_backward_kernel(Sta
         for (int i = place.slot; i < p.tokens[s]; i += place.slots) {
           const int row = i / cols, col = i % cols;
           float x[kSize], dx[kSize] = {};
-          if (s == 0) {
-            load<T, kSize>(x, p.level[0].at(image, row, col) + place.channel);
-          } else {
-            elements.read(x, first + i);
+          if constexpr (kSummed) {
+            if (s == 0) {
+              load<T, kSize>(x, p.level[0].at(image, row, col) + place.channel);
+            } else {
+              elements.read(x, first + i);
+            }
           }
 #pragma unroll
           for (int tap = 0; tap < kTaps; ++tap) {
@@ -721,14 +748,17 @@ __global__ void __launch_bounds__(kThreads, 1) expand_stages_backward_kernel(Sta
               floats.read(g, gradients + first + r * cols + c);
             }
             add_product(dx, weight[tap], g);
-            add_product(sum[tap], x, g);
+            if constexpr (kSummed) add_product(sum[tap], x, g);
           }
-          store<T, kSize>(p.gradient[s].at(image, row, col) + place.channel, dx);
+          if (p.gradient[s].data) {
+            store<T, kSize>(p.gradient[s].at(image, row, col) + place.channel, dx);
+          }
         }
       }
-      add_block_sums(total + s * kSums * width, exchange, sum, p.lanes);
+      if constexpr (kSummed) add_block_sums(total + s * kSums * width, exchange, sum, p.lanes);
     }
   }
+  if constexpr (!kSummed) return;
   __syncthreads();
   store_block_sums<kSize>(p.workspace + split * last * kSums * p.channels, total, last * kSums,
                           p.lanes, p.channels, channel_block);
@@ -740,7 +770,7 @@ struct Reduce {
   const float* partials;  // [num_splits][num_stages][kSums][channels]
   int64_t num_splits, num_stages, channels;
   int32_t element;                  // of the weights
-  void* dweight[kMostStages];       // (channels, kTaps)
+  void* dweight[kMostStages];       // (channels, kTaps), or null
   void* dpair_weight[kMostStages];  // (kPairTaps, channels), or null
 };
 
@@ -765,7 +795,7 @@ __global__ void __launch_bounds__(kThreads) reduce_kernel(Reduce p) {
   for (int stage = 0; stage < kMostStages; ++stage) {  // an index would put the struct in memory
     if (stage == s) dweight = p.dweight[stage], dpair_weight = p.dpair_weight[stage];
   }
-  if (i >= size || (tap >= kTaps && !dpair_weight)) return;
+  if (i >= size || !(tap < kTaps ? dweight : dpair_weight)) return;
   const float* const partials = p.partials + s * size + i;
   float sum = 0.0f;
 #pragma unroll 8
@@ -965,10 +995,15 @@ extern "C" cudaError_t ripple_backward(const RippleArguments* arguments, cudaStr
     constexpr int kSize = decltype(size)::value;
     using T = std::remove_const_t<std::remove_pointer_t<decltype(p.weight)>>;
     const int64_t blocks = channel_blocks(p.channels, p.lanes * kSize) * p.num_splits;
+    if (!needs_sums(*arguments)) {
+      return p.pair_weight
+                 ? launch(backward_kernel<T, kSize, true, false>, blocks, 0, stream, p)
+                 : launch(backward_kernel<T, kSize, false, false>, blocks, 0, stream, p);
+    }
     const size_t shared = (kSums + kWarps * kRound) * p.lanes * kSize * sizeof(float);
     const cudaError_t error =
-        p.pair_weight ? launch(backward_kernel<T, kSize, true>, blocks, shared, stream, p)
-                      : launch(backward_kernel<T, kSize, false>, blocks, shared, stream, p);
+        p.pair_weight ? launch(backward_kernel<T, kSize, true, true>, blocks, shared, stream, p)
+                      : launch(backward_kernel<T, kSize, false, true>, blocks, shared, stream, p);
     if (error != cudaSuccess) return error;
     return launch_reduce(Reduce{p.workspace,
                                 p.num_splits,
@@ -1012,9 +1047,12 @@ extern "C" cudaError_t ripple_pool_stages_backward(const RippleStagesArguments* 
   return for_stages(*arguments, kPoolBackwardShared, [&](const auto& p, auto size, int64_t shared) {
     constexpr int kSize = decltype(size)::value;
     using T = std::remove_pointer_t<decltype(p.out.data)>;
+    const int64_t blocks = p.num_splits * channel_blocks(p.channels, p.lanes * kSize);
+    if (!needs_sums(*arguments)) {
+      return launch(pool_stages_backward_kernel<T, kSize, false>, blocks, shared, stream, p);
+    }
     const cudaError_t error =
-        launch(pool_stages_backward_kernel<T, kSize>,
-               p.num_splits * channel_blocks(p.channels, p.lanes * kSize), shared, stream, p);
+        launch(pool_stages_backward_kernel<T, kSize, true>, blocks, shared, stream, p);
     return error != cudaSuccess ? error : launch_reduce(reduction<T>(*arguments, p), stream);
   });
 }
@@ -1035,9 +1073,12 @@ extern "C" cudaError_t ripple_expand_stages_backward(const RippleStagesArguments
       *arguments, kExpandBackwardShared, [&](const auto& p, auto size, int64_t shared) {
         constexpr int kSize = decltype(size)::value;
         using T = std::remove_pointer_t<decltype(p.out.data)>;
+        const int64_t blocks = p.num_splits * channel_blocks(p.channels, p.lanes * kSize);
+        if (!needs_sums(*arguments)) {
+          return launch(expand_stages_backward_kernel<T, kSize, false>, blocks, shared, stream, p);
+        }
         const cudaError_t error =
-            launch(expand_stages_backward_kernel<T, kSize>,
-                   p.num_splits * channel_blocks(p.channels, p.lanes * kSize), shared, stream, p);
+            launch(expand_stages_backward_kernel<T, kSize, true>, blocks, shared, stream, p);
         return error != cudaSuccess ? error : launch_reduce(reduction<T>(*arguments, p), stream);
       });
 }

@@ -12,13 +12,13 @@ struct RippleArguments {
   int64_t batch, rows, cols, channels;
   TensorView x, z;        // inputs
   TensorView out;         // the result, or in a backward pass its gradient
-  TensorView dx, dz;      // gradients
+  TensorView dx, dz;      // gradients; null where they are not asked for, as dweight and its like
   const void* weight;     // (channels, 3, 3)
   const void* pair_weight;
   void* dweight;
   void* dpair_weight;
   int64_t num_splits;  // of x's tokens, for the weights' gradients
-  float* workspace;    // num_splits * 11 * channels floats
+  float* workspace;    // num_splits * 11 * channels floats; null without a weight's gradient
 };
 
 constexpr int kMostStages = 4;
@@ -27,7 +27,8 @@ constexpr int kMostStages = 4;
 // stages, pooling reads level 0 and writes levels 1 to S; expansion reads levels 0 to S, of which
 // level S is the coarse grid z, and writes `out`. Backward, gradient[s] is that of level s: pooling
 // reads those of 1 to S and level 0, and writes that of 0; expansion reads that of `out` and all
-// levels, and writes all. Weights as above; in an expansion `weight` is the lateral one.
+// levels, and writes all. Weights as above; in an expansion `weight` is the lateral one. Gradients
+// that are not asked for are null.
 struct RippleStagesArguments {
   int32_t element, num_stages;
   int32_t axes[kMostStages];
@@ -41,8 +42,17 @@ struct RippleStagesArguments {
   void* dpair_weight[kMostStages];
   int64_t multiprocessors;  // to fill
   int64_t num_splits;       // of the batch, for the weights' gradients
-  float* workspace;         // num_splits * num_stages * 11 * channels floats
+  float* workspace;         // num_splits * num_stages * 11 * channels floats; null in the same way
 };
+
+// Whether any weight's gradient is asked for.
+inline bool needs_sums(const RippleArguments& a) { return a.dweight || a.dpair_weight; }
+inline bool needs_sums(const RippleStagesArguments& a) {
+  for (int s = 0; s < a.num_stages; ++s) {
+    if (a.dweight[s] || a.dpair_weight[s]) return true;
+  }
+  return false;
+}
 
 extern "C" {
 int64_t ripple_num_splits(int64_t tokens, int64_t channels, int64_t multiprocessors);

@@ -10,6 +10,8 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
+from linear_vit.kernels.operators import is_wanted
+
 # What the fused kernels are written for. A block, or program, takes a few channels of a whole
 # image, so a grid must fit in the 99 KB of shared memory of compute capability 8.6, and there must
 # be images and channels enough to fill the GPU. A longer grid fills it in every stage by itself.
@@ -96,6 +98,42 @@ def fits(x: Tensor, axes: Sequence[int], multiprocessors: int) -> bool:
         and batch > 0
         and 2 * blocks >= multiprocessors
     )
+
+
+class ExpandNeeds(NamedTuple):
+    """What each stage s of an expansion makes backward."""
+
+    coarse: tuple[bool, ...]  # the gradient of the expanded level s + 1, of z at last
+    pairs: tuple[bool, ...]  # of the pair weights
+    levels: tuple[bool, ...]  # of level s itself
+    laterals: tuple[bool, ...]  # of the lateral weights
+
+
+def pool_needs(wanted: int, stages: int) -> tuple[tuple[bool, ...], tuple[bool, ...]]:
+    """Whether stage s makes, backward, the gradient of level s, and that of its weight.
+
+    A level's is made where a finer one's, or a finer stage's weight's, is asked for.
+
+    Args:
+        wanted: of ``kernels.operators.wanted``: x's gradient, then each stage's weight's.
+    """
+    weights = tuple([is_wanted(wanted, 1 + s) for s in range(stages)])
+    return tuple([wanted % (2 << s) != 0 for s in range(stages)]), weights
+
+
+def expand_needs(wanted: int, stages: int) -> ExpandNeeds:
+    """The same of an expansion.
+
+    Args:
+        wanted: z's gradient, then those of the levels, the pair weights and the lateral weights.
+    """
+    levels, pairs, laterals = (
+        tuple([is_wanted(wanted, 1 + group * stages + s) for s in range(stages)])
+        for group in range(3)
+    )
+    asked = [any(of_stage) for of_stage in zip(levels, pairs, laterals, strict=True)]
+    coarse = tuple([is_wanted(wanted, 0) or any(asked[s + 1 :]) for s in range(stages)])
+    return ExpandNeeds(coarse, pairs, levels, laterals)
 
 
 def pooled_shape(shape: Sequence[int], axis: int) -> tuple[int, int, int, int]:

@@ -16,7 +16,8 @@ _sum_partials         partial sums, float32                               weight
 
 Backward, dx and a weight's gradient are made of the same nine taps of dout, so one pass over the
 tokens makes both; each program leaves 9 or 11 float32 sums a channel, added in a fixed order:
-results repeat bit for bit.
+results repeat bit for bit. What is not asked for is left out, stage by stage (``pool_needs`` and
+``expand_needs``): without a weight's gradient its level is not read, without dx none is written.
 
 For one stage a program's range is any part of the grid. For a pyramid it is whole images, since a
 level's windows read what the level before wrote: between stages the program meets at a barrier,
@@ -36,8 +37,15 @@ from torch import Tensor
 
 from linear_vit.kernels.layout import empty_like
 from linear_vit.kernels.operators import readable
-from linear_vit.kernels.ripple.operators import attach, attach_stages
-from linear_vit.kernels.ripple.stages import compose, fused_where_it_fits, level_shapes
+from linear_vit.kernels.operators import wanted as bits
+from linear_vit.kernels.ripple.operators import attach, attach_stages, empty_gradients_of
+from linear_vit.kernels.ripple.stages import (
+    compose,
+    expand_needs,
+    fused_where_it_fits,
+    level_shapes,
+    pool_needs,
+)
 from linear_vit.kernels.triton import tuning
 from linear_vit.kernels.triton.support import launch_options, multiprocessors, narrow, operator
 
@@ -142,37 +150,49 @@ def _adjoint(
     STEP_R: tl.constexpr,
     STEP_C: tl.constexpr,
     OWN: tl.constexpr,
+    DX: tl.constexpr,
+    DWEIGHT: tl.constexpr,
     LONG: tl.constexpr,
     BLOCK_P: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
     """dx[i] = Σ over taps t of weight[t] · dout[(i + 1 − t) / step], where that divides; and, from
-    the same dout, dweight[t] = Σ over i of x[i] · dout[(i + 1 − t) / step]."""
+    the same dout, dweight[t] = Σ over i of x[i] · dout[(i + 1 − t) / step]. One of them alone, too.
+    """
     rows, cols = size[0], size[1]
     out_rows, out_cols = out_size[0], out_size[1]
-    taps = _filter(weight_pointer, channels, C)
-    sums = ()  # type: tuple[Any, ...]
-    for _ in tl.static_range(9):
-        sums = sums + (tl.zeros((BLOCK_P, BLOCK_C), dtype=tl.float32),)  # noqa: RUF005
+    if DX:
+        taps = _filter(weight_pointer, channels, C)
+    if DWEIGHT:
+        sums = ()  # type: tuple[Any, ...]
+        for _ in tl.static_range(9):
+            sums = sums + (tl.zeros((BLOCK_P, BLOCK_C), dtype=tl.float32),)  # noqa: RUF005
     for start in range(begin, end, BLOCK_P):
         b, row, col, inside = _token(start, end, rows, cols, LONG, BLOCK_P)
         mask = inside[:, None] & (channels < C)[None, :]
-        x = _load(x_pointer, b, row, col, x_strides, channels, mask)
-        dx = tl.zeros((BLOCK_P, BLOCK_C), dtype=tl.float32)
-        if OWN:
-            dx = _load(own_pointer, b, row, col, own_strides, channels, mask)
-        more = ()  # type: tuple[Any, ...]
+        if DWEIGHT:
+            x = _load(x_pointer, b, row, col, x_strides, channels, mask)
+            more = ()  # type: tuple[Any, ...]
+        if DX:
+            dx = tl.zeros((BLOCK_P, BLOCK_C), dtype=tl.float32)
+            if OWN:
+                dx = _load(own_pointer, b, row, col, own_strides, channels, mask)
         for tap in tl.static_range(9):
             r, c = row + (1 - tap // 3), col + (1 - tap % 3)
             valid = (r >= 0) & (c >= 0) & (r < out_rows * STEP_R) & (c < out_cols * STEP_C)
             valid = valid & (r % STEP_R == 0) & (c % STEP_C == 0)
             whole = mask & valid[:, None]
             g = _load(dout_pointer, b, r // STEP_R, c // STEP_C, dout_strides, channels, whole)
-            dx += g * taps[tap][None, :]
-            more = more + (sums[tap] + x * g,)  # noqa: RUF005
-        sums = more
-        _store(dx_pointer, b, row, col, dx_strides, channels, mask, dx)
-    _store_sums(partial_pointer, sums, 0, channels, C)
+            if DX:
+                dx += g * taps[tap][None, :]
+            if DWEIGHT:
+                more = more + (sums[tap] + x * g,)  # noqa: RUF005
+        if DWEIGHT:
+            sums = more
+        if DX:
+            _store(dx_pointer, b, row, col, dx_strides, channels, mask, dx)
+    if DWEIGHT:
+        _store_sums(partial_pointer, sums, 0, channels, C)
 
 
 # ---- kernels -------------------------------------------------------------------------------------
@@ -236,6 +256,8 @@ def _pool_backward(
     C,
     AXES: tl.constexpr,
     STAGES: tl.constexpr,
+    LEVELS: tl.constexpr,  # of pool_needs
+    WEIGHTS: tl.constexpr,
     LONG: tl.constexpr,
     BLOCK_P: tl.constexpr,
     BLOCK_C: tl.constexpr,
@@ -243,34 +265,37 @@ def _pool_backward(
     """From the coarsest level down: a level's total gradient is its own plus what comes back."""
     channels, part = _channels(C, BLOCK_C)
     for s in tl.static_range(STAGES - 1, -1, -1):
-        begin = part * spans[s]
-        end = tl.minimum(begin + spans[s], batch * sizes[s][0] * sizes[s][1])
-        _adjoint(
-            level_pointers[s],
-            level_strides[s],
-            gradient_pointers[s + 1] if s + 1 == STAGES else scratch_pointers[s + 1],
-            gradient_strides[s + 1] if s + 1 == STAGES else scratch_strides[s + 1],
-            gradient_pointers[s],
-            gradient_strides[s],
-            gradient_pointers[0] if s == 0 else scratch_pointers[s],
-            gradient_strides[0] if s == 0 else scratch_strides[s],
-            weight_pointers[s],
-            partial_pointer + (part * STAGES + s) * 11 * C,
-            sizes[s],
-            sizes[s + 1],
-            begin,
-            end,
-            channels,
-            C,
-            2 if AXES[s] == 0 else 1,
-            1 if AXES[s] == 0 else 2,
-            s > 0,
-            LONG,
-            BLOCK_P,
-            BLOCK_C,
-        )
-        if s > 0:
-            tl.debug_barrier()
+        if LEVELS[s] or WEIGHTS[s]:
+            begin = part * spans[s]
+            end = tl.minimum(begin + spans[s], batch * sizes[s][0] * sizes[s][1])
+            _adjoint(
+                level_pointers[s],
+                level_strides[s],
+                gradient_pointers[s + 1] if s + 1 == STAGES else scratch_pointers[s + 1],
+                gradient_strides[s + 1] if s + 1 == STAGES else scratch_strides[s + 1],
+                gradient_pointers[s],
+                gradient_strides[s],
+                gradient_pointers[0] if s == 0 else scratch_pointers[s],
+                gradient_strides[0] if s == 0 else scratch_strides[s],
+                weight_pointers[s],
+                partial_pointer + (part * STAGES + s) * 11 * C,
+                sizes[s],
+                sizes[s + 1],
+                begin,
+                end,
+                channels,
+                C,
+                2 if AXES[s] == 0 else 1,
+                1 if AXES[s] == 0 else 2,
+                s > 0,
+                LEVELS[s],
+                WEIGHTS[s],
+                LONG,
+                BLOCK_P,
+                BLOCK_C,
+            )
+            if s > 0:
+                tl.debug_barrier()
 
 
 @triton.jit
@@ -377,6 +402,11 @@ def _expand_backward(
     C,
     AXES: tl.constexpr,
     STAGES: tl.constexpr,
+    COARSE: tl.constexpr,  # of expand_needs
+    PAIRS: tl.constexpr,
+    LEVELS: tl.constexpr,
+    LATERALS: tl.constexpr,
+    EXPANDED: tl.constexpr,  # whether a pair weight's gradient reads the expanded level s
     LONG: tl.constexpr,
     BLOCK_P: tl.constexpr,
     BLOCK_C: tl.constexpr,
@@ -386,112 +416,134 @@ def _expand_backward(
     channels, part = _channels(C, BLOCK_C)
 
     for s in tl.static_range(STAGES - 1, 0, -1):  # down, to level 1
-        rows, cols = sizes[s][0], sizes[s][1]
-        taps = _filter(weight_pointers[s], channels, C)
-        begin = part * spans[s]
-        end = tl.minimum(begin + spans[s], batch * rows * cols)
-        for start in range(begin, end, BLOCK_P):
-            b, row, col, inside = _token(start, end, rows, cols, LONG, BLOCK_P)
-            mask = inside[:, None] & (channels < C)[None, :]
-            z = _load(
-                level_pointers[STAGES] if s + 1 == STAGES else expanded_pointers[s + 1],
-                b,
-                row // 2 if AXES[s] == 0 else row,
-                col if AXES[s] == 0 else col // 2,
-                level_strides[STAGES] if s + 1 == STAGES else scratch_strides[s + 1],
-                channels,
-                mask,
-            )
-            parity = (row if AXES[s] == 0 else col) % 2
-            pair = pair_pointers[s] + (parity * C)[:, None] + channels[None, :]
-            expanded = z * tl.load(pair, mask=mask, other=0.0).to(tl.float32)
-            expanded += _window(
-                level_pointers[s], b, row, col, rows, cols, level_strides[s], channels, mask, taps
-            )
-            _store(expanded_pointers[s], b, row, col, scratch_strides[s], channels, mask, expanded)
-        tl.debug_barrier()
-
-    for s in tl.static_range(STAGES):  # up
-        rows, cols = sizes[s][0], sizes[s][1]
-        coarse_rows, coarse_cols = sizes[s + 1][0], sizes[s + 1][1]
-        even_weight = tl.load(pair_pointers[s] + channels, mask=channels < C, other=0.0)
-        odd_weight = tl.load(pair_pointers[s] + C + channels, mask=channels < C, other=0.0)
-        even_sum = tl.zeros((BLOCK_P, BLOCK_C), dtype=tl.float32)
-        odd_sum = tl.zeros((BLOCK_P, BLOCK_C), dtype=tl.float32)
-        begin = part * spans[s + 1]
-        end = tl.minimum(begin + spans[s + 1], batch * coarse_rows * coarse_cols)
-        for start in range(begin, end, BLOCK_P):
-            b, coarse_row, coarse_col, inside = _token(
-                start, end, coarse_rows, coarse_cols, LONG, BLOCK_P
-            )
-            mask = inside[:, None] & (channels < C)[None, :]
-            z = _load(
-                level_pointers[STAGES] if s + 1 == STAGES else expanded_pointers[s + 1],
-                b,
-                coarse_row,
-                coarse_col,
-                level_strides[STAGES] if s + 1 == STAGES else scratch_strides[s + 1],
-                channels,
-                mask,
-            )
-            dout = dout_pointer if s == 0 else dexpanded_pointers[s]
-            strides = dout_strides if s == 0 else scratch_strides[s]
-            row = coarse_row * 2 if AXES[s] == 0 else coarse_row
-            col = coarse_col if AXES[s] == 0 else coarse_col * 2
-            even = _load(dout, b, row, col, strides, channels, mask)
-            row = row + 1 if AXES[s] == 0 else row
-            col = col if AXES[s] == 0 else col + 1
-            # The finer size may be odd: its last pair is cut.
-            whole = (row < rows) & (col < cols)
-            odd = _load(dout, b, row, col, strides, channels, mask & whole[:, None])
-            even_sum += even * z
-            odd_sum += odd * z
-            dz = (
-                even * even_weight.to(tl.float32)[None, :]
-                + odd * odd_weight.to(tl.float32)[None, :]
-            )
-            _store(
-                gradient_pointers[STAGES] if s + 1 == STAGES else dexpanded_pointers[s + 1],
-                b,
-                coarse_row,
-                coarse_col,
-                gradient_strides[STAGES] if s + 1 == STAGES else scratch_strides[s + 1],
-                channels,
-                mask,
-                dz,
-            )
-        partial = partial_pointer + (part * STAGES + s) * 11 * C
-        _store_sums(partial, (even_sum, odd_sum), 9, channels, C)
-        if s + 1 < STAGES:
+        if EXPANDED[s]:
+            rows, cols = sizes[s][0], sizes[s][1]
+            taps = _filter(weight_pointers[s], channels, C)
+            begin = part * spans[s]
+            end = tl.minimum(begin + spans[s], batch * rows * cols)
+            for start in range(begin, end, BLOCK_P):
+                b, row, col, inside = _token(start, end, rows, cols, LONG, BLOCK_P)
+                mask = inside[:, None] & (channels < C)[None, :]
+                z = _load(
+                    level_pointers[STAGES] if s + 1 == STAGES else expanded_pointers[s + 1],
+                    b,
+                    row // 2 if AXES[s] == 0 else row,
+                    col if AXES[s] == 0 else col // 2,
+                    level_strides[STAGES] if s + 1 == STAGES else scratch_strides[s + 1],
+                    channels,
+                    mask,
+                )
+                parity = (row if AXES[s] == 0 else col) % 2
+                pair = pair_pointers[s] + (parity * C)[:, None] + channels[None, :]
+                expanded = z * tl.load(pair, mask=mask, other=0.0).to(tl.float32)
+                expanded += _window(
+                    level_pointers[s],
+                    b,
+                    row,
+                    col,
+                    rows,
+                    cols,
+                    level_strides[s],
+                    channels,
+                    mask,
+                    taps,
+                )
+                _store(
+                    expanded_pointers[s], b, row, col, scratch_strides[s], channels, mask, expanded
+                )
             tl.debug_barrier()
 
+    for s in tl.static_range(STAGES):  # up
+        if COARSE[s] or PAIRS[s]:
+            rows, cols = sizes[s][0], sizes[s][1]
+            coarse_rows, coarse_cols = sizes[s + 1][0], sizes[s + 1][1]
+            if COARSE[s]:
+                even_weight = tl.load(pair_pointers[s] + channels, mask=channels < C, other=0.0)
+                odd_weight = tl.load(pair_pointers[s] + C + channels, mask=channels < C, other=0.0)
+            if PAIRS[s]:
+                even_sum = tl.zeros((BLOCK_P, BLOCK_C), dtype=tl.float32)
+                odd_sum = tl.zeros((BLOCK_P, BLOCK_C), dtype=tl.float32)
+            begin = part * spans[s + 1]
+            end = tl.minimum(begin + spans[s + 1], batch * coarse_rows * coarse_cols)
+            for start in range(begin, end, BLOCK_P):
+                b, coarse_row, coarse_col, inside = _token(
+                    start, end, coarse_rows, coarse_cols, LONG, BLOCK_P
+                )
+                mask = inside[:, None] & (channels < C)[None, :]
+                if PAIRS[s]:
+                    z = _load(
+                        level_pointers[STAGES] if s + 1 == STAGES else expanded_pointers[s + 1],
+                        b,
+                        coarse_row,
+                        coarse_col,
+                        level_strides[STAGES] if s + 1 == STAGES else scratch_strides[s + 1],
+                        channels,
+                        mask,
+                    )
+                dout = dout_pointer if s == 0 else dexpanded_pointers[s]
+                strides = dout_strides if s == 0 else scratch_strides[s]
+                row = coarse_row * 2 if AXES[s] == 0 else coarse_row
+                col = coarse_col if AXES[s] == 0 else coarse_col * 2
+                even = _load(dout, b, row, col, strides, channels, mask)
+                row = row + 1 if AXES[s] == 0 else row
+                col = col if AXES[s] == 0 else col + 1
+                # The finer size may be odd: its last pair is cut.
+                whole = (row < rows) & (col < cols)
+                odd = _load(dout, b, row, col, strides, channels, mask & whole[:, None])
+                if PAIRS[s]:
+                    even_sum += even * z
+                    odd_sum += odd * z
+                if COARSE[s]:
+                    dz = (
+                        even * even_weight.to(tl.float32)[None, :]
+                        + odd * odd_weight.to(tl.float32)[None, :]
+                    )
+                    _store(
+                        gradient_pointers[STAGES] if s + 1 == STAGES else dexpanded_pointers[s + 1],
+                        b,
+                        coarse_row,
+                        coarse_col,
+                        gradient_strides[STAGES] if s + 1 == STAGES else scratch_strides[s + 1],
+                        channels,
+                        mask,
+                        dz,
+                    )
+            if PAIRS[s]:
+                partial = partial_pointer + (part * STAGES + s) * 11 * C
+                _store_sums(partial, (even_sum, odd_sum), 9, channels, C)
+            if COARSE[s] and s + 1 < STAGES:
+                tl.debug_barrier()
+
     for s in tl.static_range(STAGES):
-        begin = part * spans[s]
-        end = tl.minimum(begin + spans[s], batch * sizes[s][0] * sizes[s][1])
-        _adjoint(
-            level_pointers[s],
-            level_strides[s],
-            dout_pointer if s == 0 else dexpanded_pointers[s],
-            dout_strides if s == 0 else scratch_strides[s],
-            dout_pointer,
-            dout_strides,
-            gradient_pointers[s],
-            gradient_strides[s],
-            weight_pointers[s],
-            partial_pointer + (part * STAGES + s) * 11 * C,
-            sizes[s],
-            sizes[s],
-            begin,
-            end,
-            channels,
-            C,
-            1,
-            1,
-            False,
-            LONG,
-            BLOCK_P,
-            BLOCK_C,
-        )
+        if LEVELS[s] or LATERALS[s]:
+            begin = part * spans[s]
+            end = tl.minimum(begin + spans[s], batch * sizes[s][0] * sizes[s][1])
+            _adjoint(
+                level_pointers[s],
+                level_strides[s],
+                dout_pointer if s == 0 else dexpanded_pointers[s],
+                dout_strides if s == 0 else scratch_strides[s],
+                dout_pointer,
+                dout_strides,
+                gradient_pointers[s],
+                gradient_strides[s],
+                weight_pointers[s],
+                partial_pointer + (part * STAGES + s) * 11 * C,
+                sizes[s],
+                sizes[s],
+                begin,
+                end,
+                channels,
+                C,
+                1,
+                1,
+                False,
+                LEVELS[s],
+                LATERALS[s],
+                LONG,
+                BLOCK_P,
+                BLOCK_C,
+            )
 
 
 @triton.jit
@@ -501,6 +553,8 @@ def _sum_partials(
     pair_pointers,  # gradients (2, C), contiguous, of sums 9 and 10; any where there are but 9
     programs,
     C,
+    WEIGHTS: tl.constexpr,  # bit s: the gradient of stage s's is asked for
+    PAIRS: tl.constexpr,
     STAGES: tl.constexpr,
     BLOCK_P: tl.constexpr,
     BLOCK_C: tl.constexpr,
@@ -508,8 +562,9 @@ def _sum_partials(
     """Each weight's gradient: its partial sums, added in the order of the programs."""
     channels = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
     tap, stage = tl.program_id(1), tl.program_id(2)
+    wanted = (tl.where(tap < 9, WEIGHTS, PAIRS) >> stage) & 1
     total = tl.zeros((BLOCK_P, BLOCK_C), dtype=tl.float32)
-    for start in range(0, programs, BLOCK_P):
+    for start in range(0, programs * wanted, BLOCK_P):
         program = start + tl.arange(0, BLOCK_P)
         rows = (program.to(tl.int64) * STAGES + stage) * 11 + tap
         mask = (program < programs)[:, None] & (channels < C)[None, :]
@@ -526,7 +581,7 @@ def _sum_partials(
         gradient = pair_gradient
         offsets = (tap - 9) * C + channels
     rounded = narrow(tl.sum(total, axis=0), gradient.dtype.element_ty)
-    tl.store(gradient + offsets, rounded, mask=channels < C)
+    tl.store(gradient + offsets, rounded, mask=(channels < C) & (wanted != 0))
 
 
 # ---- launchers -----------------------------------------------------------------------------------
@@ -574,21 +629,27 @@ class _Pyramid:
             **self.tile,
         }
 
-    def scratch(self) -> tuple[Tensor, ...]:
-        """float32 room for levels 1 to S - 1, at their indices; anything at 0."""
-        inner = (self.x.new_empty(shape, dtype=torch.float32) for shape in self.shapes[1:-1])
+    def scratch(self, needed: Sequence[bool]) -> tuple[Tensor, ...]:
+        """float32 room for those of levels 1 to S - 1 that are needed, at their indices."""
+        inner = [
+            self.x.new_empty(shape if is_needed else (0,), dtype=torch.float32)
+            for shape, is_needed in zip(self.shapes[1:-1], needed, strict=True)
+        ]
         return (self.x, *inner)
 
     def scratch_strides(self) -> tuple[tuple[int, ...], ...]:
         return tuple((s[1] * s[2] * self.C, s[2] * self.C, self.C) for s in self.shapes[:-1])
 
-    def partials(self) -> Tensor:
-        shape = (self.parts, len(self.axes), 11, self.C)
+    def partials(self, needed: bool) -> Tensor:
+        shape = (self.parts, len(self.axes), 11, self.C) if needed else (0,)
         return self.x.new_empty(shape, dtype=torch.float32)
 
     def sum_partials(
         self, partials: Tensor, dweights: Sequence[Tensor], dpairs: Sequence[Tensor] = ()
     ) -> None:
+        """Fills those of the weights' gradients that have room."""
+        if partials.dim() == 1:
+            return
         options = launch_options("ripple.sum_partials", self.C, self.x.dtype, self.x.device)
         sums, stages = 11 if dpairs else 9, len(self.axes)
         _sum_partials[(triton.cdiv(self.C, options["BLOCK_C"]), sums, stages)](
@@ -597,6 +658,8 @@ class _Pyramid:
             tuple(dpairs or dweights),
             self.parts,
             self.C,
+            WEIGHTS=bits([x.dim() > 1 for x in dweights]),
+            PAIRS=bits([x.dim() > 1 for x in dpairs]),
             STAGES=stages,
             **options,
         )
@@ -611,7 +674,8 @@ def implementation(op: str, grid: Tensor, *_: object) -> str:
 
 
 def _strides(tensors: Sequence[Tensor]) -> tuple[tuple[int, ...], ...]:
-    return tuple(x.stride()[:3] for x in tensors)
+    """Of the first three axes; zeros for a gradient that is not asked for."""
+    return tuple(x.stride()[:3] if x.dim() > 1 else (0, 0, 0) for x in tensors)
 
 
 def _contiguous(tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
@@ -633,26 +697,30 @@ def _run_pool_backward(
     levels: Sequence[Tensor],
     weights: Sequence[Tensor],
     axes: Sequence[int],
+    wanted: int,
 ) -> list[Tensor]:
     x = levels[0]
     pyramid = _Pyramid("pool", x, axes, backward=True)
-    gradients = [empty_like(x), *(readable(g) for g in dlevels)]
-    dweights = [w.new_empty(w.shape) for w in weights]
-    partials = pyramid.partials()
+    of_level, of_weight = pool_needs(wanted, len(axes))
+    dx, *dweights = empty_gradients_of(wanted, [x], weights)
+    gradients = [dx, *(readable(g) for g in dlevels)]
+    partials = pyramid.partials(any(of_weight))
     if x.numel():
         _pool_backward[pyramid.grid](
             tuple(levels),
             tuple(gradients),
-            pyramid.scratch(),
+            pyramid.scratch(of_level[1:]),
             _contiguous(weights),
             partials,
             _strides(levels),
             _strides(gradients),
             pyramid.scratch_strides(),
+            LEVELS=of_level,
+            WEIGHTS=of_weight,
             **pyramid.sizes(),
         )
     pyramid.sum_partials(partials, dweights)
-    return [gradients[0], *dweights]
+    return [dx, *dweights]
 
 
 def _run_expand(
@@ -684,20 +752,23 @@ def _run_expand_backward(
     weights: Sequence[Tensor],
     lateral_weights: Sequence[Tensor],
     axes: Sequence[int],
+    wanted: int,
 ) -> list[Tensor]:
-    dout = readable(dout)
+    dout, stages = readable(dout), len(axes)
     pyramid = _Pyramid("expand", levels[0], axes, backward=True)
-    dlevels, dz = [empty_like(x) for x in levels], empty_like(z)
-    dweights = [w.new_empty(w.shape) for w in weights]
-    dlaterals = [w.new_empty(w.shape) for w in lateral_weights]
-    partials = pyramid.partials()
+    needs = expand_needs(wanted, stages)
+    gradients = empty_gradients_of(wanted, [z, *levels], [*weights, *lateral_weights])
+    dz, dlevels = gradients[0], gradients[1 : 1 + stages]
+    dweights, dlaterals = gradients[1 + stages : 1 + 2 * stages], gradients[1 + 2 * stages :]
+    expanded = [any(needs.pairs[:s]) for s in range(stages)]
+    partials = pyramid.partials(any(needs.pairs) or any(needs.laterals))
     if dout.numel():
         _expand_backward[pyramid.grid](
             dout,
             (*levels, z),
             (*dlevels, dz),
-            pyramid.scratch(),
-            pyramid.scratch(),
+            pyramid.scratch(needs.coarse[:-1]),
+            pyramid.scratch(expanded[1:]),
             _contiguous(weights),
             _contiguous(lateral_weights),
             partials,
@@ -705,10 +776,15 @@ def _run_expand_backward(
             _strides((*levels, z)),
             _strides((*dlevels, dz)),
             pyramid.scratch_strides(),
+            COARSE=needs.coarse,
+            PAIRS=needs.pairs,
+            LEVELS=needs.levels,
+            LATERALS=needs.laterals,
+            EXPANDED=tuple(expanded),
             **pyramid.sizes(),
         )
     pyramid.sum_partials(partials, dlaterals, dweights)
-    return [dz, *dlevels, *dweights, *dlaterals]
+    return gradients
 
 
 # ---- operators -----------------------------------------------------------------------------------
@@ -721,9 +797,9 @@ def _launch_pool(x: Tensor, weight: Tensor, axis: int) -> Tensor:
 
 @operator("ripple_pool_backward")
 def _launch_pool_backward(
-    dout: Tensor, x: Tensor, weight: Tensor, axis: int
+    dout: Tensor, x: Tensor, weight: Tensor, axis: int, wanted: int
 ) -> tuple[Tensor, Tensor]:
-    dx, dweight = _run_pool_backward([dout], [x], [weight], [axis])
+    dx, dweight = _run_pool_backward([dout], [x], [weight], [axis], wanted)
     return dx, dweight
 
 
@@ -736,9 +812,10 @@ def _launch_expand(
 
 @operator("ripple_expand_backward")
 def _launch_expand_backward(
-    dout: Tensor, z: Tensor, x: Tensor, weight: Tensor, lateral_weight: Tensor, axis: int
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    gradients = _run_expand_backward(dout, z, [x], [weight], [lateral_weight], [axis])
+    dout: Tensor, z: Tensor, x: Tensor, weight: Tensor, lateral_weight: Tensor, axis: int,
+    wanted: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    gradients = _run_expand_backward(dout, z, [x], [weight], [lateral_weight], [axis], wanted)
     dz, dx, dweight, dlateral_weight = gradients
     return dz, dx, dweight, dlateral_weight
 
@@ -754,8 +831,9 @@ def _launch_pool_stages_backward(
     levels: Sequence[Tensor],
     weights: Sequence[Tensor],
     axes: Sequence[int],
+    wanted: int,
 ) -> list[Tensor]:
-    return _run_pool_backward(dlevels, levels, weights, axes)
+    return _run_pool_backward(dlevels, levels, weights, axes, wanted)
 
 
 @operator("ripple_expand_stages")
@@ -777,8 +855,9 @@ def _launch_expand_stages_backward(
     weights: Sequence[Tensor],
     lateral_weights: Sequence[Tensor],
     axes: Sequence[int],
+    wanted: int,
 ) -> list[Tensor]:
-    return _run_expand_backward(dout, z, levels, weights, lateral_weights, axes)
+    return _run_expand_backward(dout, z, levels, weights, lateral_weights, axes, wanted)
 
 
 ripple_pool, ripple_expand = attach("triton")

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from linear_vit.kernels.layout import empty_like
 from linear_vit.kernels.ripple.stages import FUSED_STAGES, level_shapes
-from tests.cuda_host.emulator import ELEMENT_TYPES, Emulator, structure, view
+from tests.cuda_host.emulator import ELEMENT_TYPES, Emulator, View, structure, view
 
 _Ripple = structure(
     "RippleArguments",
@@ -58,15 +58,15 @@ class RippleOperators(Emulator):
         return out
 
     def ripple_pool_backward(
-        self, dout: Tensor, x: Tensor, weight: Tensor, axis: int
-    ) -> tuple[Tensor, Tensor]:
-        dx, dweight = self.empty_like(x), self.empty_like(weight)
+        self, dout: Tensor, x: Tensor, weight: Tensor, axis: int, wanted: int = -1
+    ) -> list[Any]:
+        dx, dweight = gradients = self._gradients(wanted, (x, "dx"), (weight, "weights"))
         arguments = self._ripple(
-            x, axis, 2, x[..., 0].numel(), out=view(dout), dx=view(dx),
-            weight=weight.data_ptr(), dweight=dweight.data_ptr(),
+            x, axis, 2, x[..., 0].numel(), out=view(dout), dx=_view(dx),
+            weight=weight.data_ptr(), dweight=_data(dweight),
         )  # fmt: skip
         self.launch("ripple_backward", arguments)
-        return dx, dweight
+        return gradients
 
     def ripple_expand(
         self, z: Tensor, x: Tensor, weight: Tensor, lateral_weight: Tensor, axis: int
@@ -87,16 +87,24 @@ class RippleOperators(Emulator):
         weight: Tensor,
         lateral_weight: Tensor,
         axis: int,
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        dz, dx = self.empty_like(z), self.empty_like(x)
-        dweight, dlateral_weight = self.empty_like(weight), self.empty_like(lateral_weight)
+        wanted: int = -1,
+    ) -> list[Any]:
+        named = ((z, "dz"), (x, "dx"), (weight, "weights"), (lateral_weight, "weights"))
+        dz, dx, dweight, dlateral_weight = gradients = self._gradients(wanted, *named)
         arguments = self._ripple(
-            x, axis, 1, x[..., 0].numel(), z=view(z), out=view(dout), dx=view(dx),
-            dz=view(dz), weight=lateral_weight.data_ptr(), pair_weight=weight.data_ptr(),
-            dweight=dlateral_weight.data_ptr(), dpair_weight=dweight.data_ptr(),
+            x, axis, 1, x[..., 0].numel(), z=view(z), out=view(dout), dx=_view(dx),
+            dz=_view(dz), weight=lateral_weight.data_ptr(), pair_weight=weight.data_ptr(),
+            dweight=_data(dlateral_weight), dpair_weight=_data(dweight),
         )  # fmt: skip
         self.launch("ripple_backward", arguments)
-        return dz, dx, dweight, dlateral_weight
+        return gradients
+
+    def _gradients(self, wanted: int, *named: tuple[Tensor, str]) -> list[Any]:
+        """Memory for those asked for: the inputs', watched under the names."""
+        return [
+            self.empty_like(x, name) if wanted >> i & 1 else None
+            for i, (x, name) in enumerate(named)
+        ]
 
     # -- a pyramid
 
@@ -110,9 +118,9 @@ class RippleOperators(Emulator):
         for name, values in (*lists.items(), ("axes", axes)):
             for i, value in enumerate(values):
                 if name in ("level", "gradient"):
-                    value = view(value)
-                elif isinstance(value, Tensor):
-                    value = value.data_ptr()
+                    value = _view(value)
+                elif not isinstance(value, int):
+                    value = _data(value)
                 setattr(arguments, f"{name}{i}", value)
         return arguments
 
@@ -142,9 +150,10 @@ class RippleOperators(Emulator):
         levels: Sequence[Tensor],
         weights: Sequence[Tensor],
         axes: Sequence[int],
-    ) -> list[Tensor]:
-        dx = self.empty_like(levels[0], "dx")
-        dweights = [self.empty_like(w, "weights") for w in weights]
+        wanted: int = -1,
+    ) -> list[Any]:
+        of_weights = [(w, "weights") for w in weights]
+        dx, *dweights = gradients = self._gradients(wanted, (levels[0], "dx"), *of_weights)
         arguments = self._stages(
             levels[0], axes, level=levels, gradient=[dx, *dlevels], weight=weights,
             dweight=dweights,
@@ -152,7 +161,7 @@ class RippleOperators(Emulator):
         workspace = self._give_workspace(arguments, expand=False)
         self.launch("ripple_pool_stages_backward", arguments)
         del workspace
-        return [dx, *dweights]
+        return gradients
 
     def ripple_expand_stages(
         self,
@@ -178,11 +187,12 @@ class RippleOperators(Emulator):
         weights: Sequence[Tensor],
         lateral_weights: Sequence[Tensor],
         axes: Sequence[int],
-    ) -> list[Tensor]:
-        dz = self.empty_like(z, "dz")
-        dlevels = [self.empty_like(x, "dlevels") for x in levels]
-        dweights = [self.empty_like(w, "weights") for w in weights]
-        dlaterals = [self.empty_like(w, "weights") for w in lateral_weights]
+        wanted: int = -1,
+    ) -> list[Any]:
+        of_weights = [(w, "weights") for w in (*weights, *lateral_weights)]
+        of_levels, count = [(x, "dlevels") for x in levels], len(axes)
+        dz, *rest = gradients = self._gradients(wanted, (z, "dz"), *of_levels, *of_weights)
+        dlevels, dweights, dlaterals = (rest[i * count : (i + 1) * count] for i in range(3))
         arguments = self._stages(
             levels[0], axes, level=[*levels, z], gradient=[*dlevels, dz], weight=lateral_weights,
             pair_weight=weights, dweight=dlaterals, dpair_weight=dweights,
@@ -191,4 +201,12 @@ class RippleOperators(Emulator):
         workspace = self._give_workspace(arguments, expand=True)
         self.launch("ripple_expand_stages_backward", arguments)
         del workspace
-        return [dz, *dlevels, *dweights, *dlaterals]
+        return gradients
+
+
+def _view(x: Tensor | None) -> View:
+    return View() if x is None else view(x)
+
+
+def _data(x: Tensor | None) -> int:
+    return 0 if x is None else x.data_ptr()

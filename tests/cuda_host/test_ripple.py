@@ -309,6 +309,81 @@ def test_results_repeat_bit_for_bit_whatever_the_thread_order(libraries: dict[st
             assert torch.equal(x, other[name]), name
 
 
+# ---- what is asked for ---------------------------------------------------------------------------
+
+
+def assert_subsets_are_of_all(run: Callable[..., list], count: int, masks: range) -> None:
+    """``run(wanted)``: gradients asked for are those of all, bit for bit; others aren't made."""
+    everything = run(-1)
+    for wanted in masks:
+        for i, (a, b) in enumerate(zip(run(wanted), everything, strict=True)):
+            assert (a is None) == (wanted >> i & 1 == 0)
+            assert a is None or torch.equal(a, b), f"gradient {i} of {wanted:b}"
+    assert len(everything) == count
+
+
+def test_gradients_alone(libraries: dict[str, Path]) -> None:
+    case = Pyramid((3, 5, 6, 24), (0, 1), torch.bfloat16)
+    normal, axes = case.normal(), case.axes
+    emulated = RippleOperators(libraries, num_splits=2)
+    fine, middle, coarse = level_shapes(case.shape, axes)
+    x, z, dout = normal(*fine), normal(*middle), normal(*fine)
+    weights, pairs = [normal(24, 3, 3) for _ in axes], [normal(2, 24) for _ in axes]
+    pool, expand = emulated.ripple_pool_backward, emulated.ripple_expand_backward
+    assert_subsets_are_of_all(lambda w: pool(z, x, weights[0], 0, w), 2, range(4))
+    assert_subsets_are_of_all(
+        lambda w: expand(dout, z, x, pairs[0], weights[0], 0, w), 4, range(16)
+    )
+
+    grids, dlevels = [x, z], [normal(*middle), normal(*coarse)]
+    pools = emulated.ripple_pool_stages_backward
+    assert_subsets_are_of_all(lambda w: pools(dlevels, grids, weights, axes, w), 3, range(8))
+    inputs = dout, normal(*coarse), grids, pairs, weights, axes
+    expands = emulated.ripple_expand_stages_backward
+    assert_subsets_are_of_all(lambda w: expands(*inputs, w), 7, range(128))
+    emulated.check_guards()
+
+
+def test_without_a_weights_gradient_no_level_is_read(libraries: dict[str, Path]) -> None:
+    case = Pyramid((4, 8, 8, 64), (0, 1))
+    normal, axes = case.normal(), case.axes
+    fine, middle, coarse = level_shapes(case.shape, axes)
+    x, inner, z, dout = normal(*fine), normal(*middle), normal(*coarse), normal(*fine)
+    weights, pairs = [normal(64, 3, 3) for _ in axes], [normal(2, 64) for _ in axes]
+    dlevels = [normal(*middle), normal(*coarse)]
+
+    def read(run: Callable[[RippleOperators], object]) -> int:
+        emulated = RippleOperators(libraries, num_splits=2)
+        emulated.watch_nothing()
+        for tensor in (x, inner, z):
+            emulated.watch(levels=tensor)
+        run(emulated)
+        counted = emulated.traffic()["levels"].loaded
+        emulated.watch_nothing()
+        return counted
+
+    levels = (x, inner)
+    for wanted, nothing in ((0b1, True), (0b11, False)):
+        moved = read(lambda e, w=wanted: e.ripple_pool_backward(dlevels[0], x, weights[0], 0, w))
+        assert (moved == 0) == nothing
+        moved = read(
+            lambda e, w=wanted: e.ripple_pool_stages_backward(dlevels, levels, weights, axes, w)
+        )
+        assert (moved == 0) == nothing
+    for wanted, nothing in ((0b11, True), (0b1011, False)):
+        moved = read(
+            lambda e, w=wanted: e.ripple_expand_backward(dout, inner, x, pairs[0], weights[0], 0, w)
+        )
+        assert (moved == 0) == nothing
+    for wanted, nothing in ((0b111, True), (0b1000111, False)):
+        moved = read(
+            lambda e, w=wanted: e.ripple_expand_stages_backward(
+                dout, z, levels, pairs, weights, axes, w
+            )
+        )
+        assert (moved == 0) == nothing
+
+
 # ---- do these tests fail when they should? -------------------------------------------------------
 
 

@@ -4,7 +4,7 @@ import itertools
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,8 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from linear_vit import kernels
-from tests.kernels.cases import DEVICE, DTYPES, Attention, Case, op_backend_pairs
+from tests.kernels.cases import DEVICE, DTYPES, Attention, Case, Ripple, op_backend_pairs
+from tests.kernels.test_ripple_stages import Pyramid
 
 OWN = [name for name, row in kernels.backend_rows().items() if row.own]
 ATTENTION = ("linear_attention", "softmax_attention")
@@ -30,19 +31,35 @@ def subsets(count: int) -> Iterator[tuple[int, ...]]:
         yield from itertools.combinations(range(count), size)
 
 
-def assert_each_subset_is_of_all(run: Any, inputs: list[Tensor], gradients: list[Tensor]) -> None:
+def some_subsets(count: int) -> list[tuple[int, ...]]:
+    """Each one alone, and all but each one."""
+    alone = [(i,) for i in range(count)]
+    return alone + [tuple(j for j in range(count) if j != i) for i in range(count)]
+
+
+def differentiate(outputs: Sequence[Tensor], gradients: list[Tensor]) -> None:
+    """Backward from those outputs that have a gradient: a pyramid's levels are made in turn."""
+    pairs = [(x, g) for x, g in zip(outputs, gradients, strict=True) if x.requires_grad]
+    torch.autograd.backward(*map(list, zip(*pairs, strict=True)))
+
+
+def assert_each_subset_is_of_all(
+    run: Any,
+    inputs: list[Tensor],
+    gradients: list[Tensor],
+    tried: Callable[[int], Iterable[tuple[int, ...]]] = subsets,
+) -> None:
     """``run(*inputs)`` gives what the gradients belong to; the inputs are leaves."""
 
     def found(needed: tuple[int, ...]) -> list[Tensor | None]:
         leaves = [x.detach().requires_grad_(i in needed) for i, x in enumerate(inputs)]
         outputs = run(*leaves)
-        outputs = [outputs] if isinstance(outputs, Tensor) else list(outputs)
-        torch.autograd.backward(outputs, gradients)
+        differentiate([outputs] if isinstance(outputs, Tensor) else outputs, gradients)
         return [x.grad for x in leaves]
 
     everything = tuple(range(len(inputs)))
     expected = found(everything)
-    for needed in subsets(len(inputs)):
+    for needed in tried(len(inputs)):
         for i, (a, b) in enumerate(zip(found(needed), expected, strict=True)):
             if i not in needed:
                 assert a is None
@@ -87,11 +104,36 @@ def test_state_and_apply(_: str, backend: str, dtype: torch.dtype) -> None:
     assert_each_subset_is_of_all(apply, [q, S, z], [torch.randn_like(q)])
 
 
+@pytest.mark.parametrize(("op", "backend"), own(*RIPPLE))
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("axis", [0, 1])
+def test_ripple(op: str, backend: str, dtype: torch.dtype, axis: int) -> None:
+    case = Ripple(op, dtype=dtype, axis=axis, layout="transposed")
+    assert_each_subset_is_of_all(
+        lambda *x: case.run(backend, list(x)), case.inputs(), [case.gradient()]
+    )
+
+
+PYRAMID = Pyramid((2, 5, 6, 12), (0, 1, 0))
+
+
+@pytest.mark.parametrize(("_", "backend"), own("ripple_pool_stages"))
+def test_pyramid(_: str, backend: str) -> None:
+    """Where the kernels are fused, what passes between stages is left out as well."""
+    case = PYRAMID
+    run = lambda function: lambda *x: function(list(x), backend)  # noqa: E731
+    assert_each_subset_is_of_all(run(case.pool), case.pool_inputs(), case.level_gradients())
+    dout = case.normal(*case.shape, seed=5).detach()
+    assert_each_subset_is_of_all(run(case.expand), case.expand_inputs(), [dout], tried=some_subsets)
+
+
 # ---- through PyTorch's own machinery -------------------------------------------------------------
 
 SMALL: dict[str, Case] = {
     "linear_attention": Attention(queries=9, keys=12, head_dim=16),
     "softmax_attention": Attention("softmax_attention", queries=9, keys=12, head_dim=16),
+    "ripple_pool": Ripple("ripple_pool", rows=3, channels=4),
+    "ripple_expand": Ripple("ripple_expand", rows=3, channels=4),
 }
 
 
@@ -151,6 +193,43 @@ def test_flop_counter_counts_what_is_asked_for(op: str, backend: str) -> None:
         assert counter.get_total_flops() == share(op, needed, case), needed
 
 
+@pytest.mark.parametrize(("_", "backend"), own("ripple_pool_stages"))
+def test_a_pyramid_is_counted_as_far_as_it_is_asked_for(_: str, backend: str) -> None:
+    """The gradient of a coarse level alone: of all finer ones on the way, and of no filter."""
+    case = PYRAMID
+    n = [shape[0] * shape[1] * shape[2] * shape[3] for shape in case.shapes()]
+    dout = case.normal(*case.shape, seed=5).detach()
+
+    def counted(run: Any, inputs: list[Tensor], needed: int, gradients: list[Tensor]) -> int:
+        leaves = [x.detach().requires_grad_(i == needed) for i, x in enumerate(inputs)]
+        out = run(leaves, backend)
+        with FlopCounterMode(display=False) as counter:
+            differentiate([out] if isinstance(out, Tensor) else out, gradients)
+        return counter.get_total_flops()
+
+    pooled = [counted(case.pool, case.pool_inputs(), i, case.level_gradients()) for i in range(4)]
+    assert pooled[0] == 18 * (n[1] + n[2] + n[3])  # x
+    assert pooled[1:] == [18 * sum(n[s + 1 :]) for s in range(3)]  # a filter, and down to it
+    up = [counted(case.expand, case.expand_inputs(), i, [dout]) for i in range(10)]
+    assert up[0] == 2 * (n[0] + n[1] + n[2])  # z
+    for s in range(3):
+        way = 2 * sum(n[:s])
+        assert up[1 + s] == up[7 + s] == way + 18 * n[s]  # a level, a lateral filter
+        assert up[4 + s] == way + 2 * n[s]  # a pair
+
+
+@pytest.mark.parametrize(("op", "backend"), own(*RIPPLE))
+def test_a_ripple_operator_leaves_out_what_is_not_wanted(op: str, backend: str) -> None:
+    case = SMALL[op]
+    inputs = [x.detach() for x in case.inputs()]
+    case.run(backend, inputs)  # loads it
+    backward = getattr(torch.ops.linear_vit, f"{backend}_{op}_backward")
+    for wanted in range(1 << len(inputs)):
+        found = backward(case.gradient(), *inputs, 0, wanted)
+        expected = [x.shape if wanted >> i & 1 else (0,) for i, x in enumerate(inputs)]
+        assert [tuple(x.shape) for x in found] == [tuple(shape) for shape in expected]
+
+
 @pytest.mark.parametrize(("_", "backend"), own("linear_attention"))
 def test_an_operator_leaves_out_what_is_not_wanted(_: str, backend: str) -> None:
     kernels.linear_attention(*SMALL["linear_attention"].inputs(), backend=backend)  # loads it
@@ -199,6 +278,12 @@ assert all(inputs[i].grad.isfinite().all() for i in NEEDED)
 print("done")
 """
 LINEAR = ("kernels.linear_attention(*inputs, backend='cpu')", [(1, 2, 100, 64)] * 3)
+GRID, COARSE = (2, 10, 12, 32), (2, 5, 12, 32)
+POOL = ("kernels.ripple_pool(*inputs, axis=0, backend='cpu')", [GRID, (32, 3, 3)])
+EXPAND = (
+    "kernels.ripple_expand(*inputs, axis=0, backend='cpu')",
+    [COARSE, GRID, (2, 32), (32, 3, 3)],
+)
 
 
 @pytest.mark.skipif(DEVICE.type != "cpu", reason="the memory is the host's")
@@ -208,12 +293,18 @@ LINEAR = ("kernels.linear_attention(*inputs, backend='cpu')", [(1, 2, 100, 64)] 
         pytest.param(LINEAR, (0,), (1, 2), id="q"),
         pytest.param(LINEAR, (2,), (2,), id="v"),
         pytest.param(LINEAR, (0, 2), (2,), id="q-v"),
+        pytest.param(POOL, (0,), (0,), id="pool-x"),
+        pytest.param(EXPAND, (0,), (0, 1), id="expand-z"),
+        pytest.param(EXPAND, (0, 1), (0, 1), id="expand-z-x"),
+        pytest.param(EXPAND, (2,), (1,), id="expand-weight"),
+        pytest.param(EXPAND, (3,), (0,), id="expand-lateral"),
     ],
 )
 def test_cpu_reads_only_what_it_needs(
     call: tuple[str, list[tuple[int, ...]]], needed: tuple[int, ...], unread: tuple[int, ...]
 ) -> None:
-    """The key pass is left out for q alone, and v's half of it for v alone, and so on."""
+    """The key pass is left out for q alone, and v's half of it for v alone; of grids, those that
+    only weights' gradients are made of; and so on."""
     op = call[0].split("(")[0].removeprefix("kernels.")
     reason = kernels.backends(op, "cpu")["cpu"]
     if reason is not None:

@@ -66,7 +66,8 @@ def _operators(op: str, backend: str) -> list[tuple[Any, tuple[Any, ...]]]:
     assert isinstance(case, Ripple)
     return [
         (named(op), (*plain, case.axis)),
-        (named(f"{op}_backward"), (gradient, *plain, case.axis)),
+        (named(f"{op}_backward"), (gradient, *plain, case.axis, (1 << len(plain)) - 1)),
+        (named(f"{op}_backward"), (gradient, *plain, case.axis, 0b10)),
     ]
 
 

@@ -238,13 +238,13 @@ def test_opcheck(backend: str) -> None:
     torch.library.opcheck(op("pool_stages"), (x, weights, axes))
     levels = [x, *op("pool_stages")(x, weights, axes)]
     torch.library.opcheck(
-        op("pool_stages_backward"), (case.level_gradients(), levels[:-1], weights, axes)
+        op("pool_stages_backward"), (case.level_gradients(), levels[:-1], weights, axes, 0b101)
     )
     z, *rest = (tensor.detach() for tensor in case.expand_inputs())
     lists = [rest[i * 2 : (i + 1) * 2] for i in range(3)]
     torch.library.opcheck(op("expand_stages"), (z, *lists, axes))
     dout = torch.ones_like(levels[0])
-    torch.library.opcheck(op("expand_stages_backward"), (dout, z, *lists, axes))
+    torch.library.opcheck(op("expand_stages_backward"), (dout, z, *lists, axes, 0b1011011))
 
 
 @pytest.mark.parametrize("backend", backends(fused=True))
