@@ -10,4 +10,5 @@
 struct Rows {
   void* data;
   int64_t stride;
+  bool past_caches = false;  // of an output: may be written so, and every row begins a cache line
 };

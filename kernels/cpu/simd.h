@@ -189,6 +189,28 @@ INLINE void store(Float16* p, Floats x) {
 #endif
 }
 
+// Past the caches, to a multiple of what a vector of elements takes.
+template <typename Element>
+INLINE void stream(Element* p, Floats x) {
+  alignas(sizeof(Floats)) Element some[kLanes];
+  store(some, x);
+#if defined(LINEAR_VIT_AVX512)
+  if constexpr (sizeof(some) == 64) {
+    _mm512_stream_si512((__m512i*)p, *(const __m512i*)some);
+  } else {
+    _mm256_stream_si256((__m256i*)p, *(const __m256i*)some);
+  }
+#elif defined(LINEAR_VIT_AVX2)
+  if constexpr (sizeof(some) == 32) {
+    _mm256_stream_si256((__m256i*)p, *(const __m256i*)some);
+  } else {
+    _mm_stream_si128((__m128i*)p, *(const __m128i*)some);
+  }
+#else
+  store(p, x);
+#endif
+}
+
 // `count` elements from anywhere to `padded` floats (a multiple of kLanes); the rest are zeros.
 template <typename Element>
 INLINE void load_row(const Element* from, int64_t count, float* to, int64_t padded) {

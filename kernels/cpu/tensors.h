@@ -41,11 +41,16 @@ inline ElementType element_type(const Tensor& x) {
   throw std::runtime_error("linear_vit: the dtype must be float32, float16 or bfloat16");
 }
 
+// An output this large does not fit the cores' own caches. It is written past them, which spares reading
+// what is written over, and pays even where it is read next.
+constexpr int64_t kStreamedBytes = int64_t{4} << 20;
+
 // Four axes of a tensor that its owner keeps alive. (To ask a tensor is a call into PyTorch.)
 struct View {
   char* data;
   ElementType element;
   int64_t size[4], stride[4];
+  bool past_caches = false;
 
   explicit View(const Tensor& x)
       : View(x, {x.size(0), x.size(1), x.size(2), x.size(3)},
@@ -63,10 +68,21 @@ struct View {
 
   int64_t bytes() const { return size[0] * size[1] * size[2] * size[3] * element_size(); }
 
+  // The same, to be written only.
+  View output() const {
+    constexpr int64_t kLine = 64;
+    View view = *this;
+    view.past_caches = bytes() >= kStreamedBytes && reinterpret_cast<uintptr_t>(data) % kLine == 0;
+    for (int axis = 0; axis < 3; ++axis) {
+      view.past_caches &= stride[axis] * element_size() % kLine == 0;
+    }
+    return view;
+  }
+
   // x[i][j][k:], row by row along axis 2.
   Rows rows(int64_t i, int64_t j, int64_t k) const {
     const int64_t at = i * stride[0] + j * stride[1] + k * stride[2];
-    return {data + at * element_size(), stride[2]};
+    return {data + at * element_size(), stride[2], past_caches};
   }
 };
 
@@ -176,7 +192,7 @@ struct Gradient {
 
   Gradient(const Tensor& x, int64_t wanted, int64_t i)
       : tensor(is_wanted(wanted, i) ? output_like(x) : nothing_like(x)),
-        view(is_wanted(wanted, i) ? tensor : x) {
+        view(View(is_wanted(wanted, i) ? tensor : x).output()) {
     if (!is_wanted(wanted, i)) view.data = nullptr;
   }
 };
@@ -249,5 +265,8 @@ void parallel(int64_t items, int64_t scratch_floats, int64_t flop, const Functio
   torch::stable::parallel_for(0, threads, 1, [&](int64_t, int64_t) {
     const Memory scratch = memory(scratch_floats);  // a thread's cache lines are its own
     for (int64_t item; (item = next.fetch_add(1)) < items;) function(item, scratch.get());
+#if defined(LINEAR_VIT_X86)
+    __builtin_ia32_sfence();  // what went past the caches is there for other threads
+#endif
   });
 }

@@ -37,6 +37,7 @@ INLINE void stream_halves(void* p, Halves x) {
   store_halves(p, x);
 #endif
 }
+// Before the same is stored again.
 INLINE void end_streams() {
 #if defined(LINEAR_VIT_AVX512)
   _mm_sfence();

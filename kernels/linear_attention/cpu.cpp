@@ -56,10 +56,6 @@ struct Cut {
   }
 };
 
-// An output this large does not fit the cores' own caches. It is written past them, which pays even
-// where it is read next.
-constexpr int64_t kStreamedBytes = int64_t{8} << 20;
-
 // A state per head and part.
 struct States {
   Memory all;
@@ -130,10 +126,9 @@ struct Call {
   void apply(const View& q, const View& out, int64_t head, int64_t part, const float* state,
              float eps, float* scratch) const {
     const int64_t i = head / kv_heads, h = head % kv_heads * group;
-    const bool stream = out.bytes() >= kStreamedBytes;
     queries.ranges(part, [&](int64_t g, int64_t first, int64_t count) {
       kernel.apply(element, head_dim, count, q.rows(i, h + g, first), out.rows(i, h + g, first),
-                   state, eps, scratch, stream);
+                   state, eps, scratch);
     });
   }
 
@@ -303,7 +298,7 @@ Triple forward(const Tensor& q, const Tensor& k, const Tensor& v, double eps, bo
   const Tensor out = output_like(q);
   const View queries(q), keys(k);
   const auto [S, z] = empty_state(keys, save_state);
-  forward_into(call_on(queries, keys), queries, keys, View(v), View(out), Dense(S, z),
+  forward_into(call_on(queries, keys), queries, keys, View(v), View(out).output(), Dense(S, z),
                static_cast<float>(eps));
   return {out, S, z};
 }
@@ -334,8 +329,8 @@ Triple forward_packed(const Tensor& qkv, double eps, bool save_state) {
   const Tensor out = output_like(torch::stable::select(qkv, 2, 0));
   const View q = unpacked(qkv, 0), k = unpacked(qkv, 1);
   const auto [S, z] = empty_state(k, save_state);
-  forward_into(call_on(q, k), q, k, unpacked(qkv, 2), heads_first(out), Dense(S, z),
-               static_cast<float>(eps));
+  forward_into(call_on(q, k), q, k, unpacked(qkv, 2), heads_first(out).output(),
+               Dense(S, z), static_cast<float>(eps));
   return {out, S, z};
 }
 
@@ -345,7 +340,8 @@ Tensor backward_packed(const Tensor& dout_any, const Tensor& qkv, const Tensor& 
   const Tensor dqkv = output_like(qkv);
   const View q = unpacked(qkv, 0), k = unpacked(qkv, 1);
   backward_into(call_on(q, k), heads_first(dout), q, k, unpacked(qkv, 2), Dense(S, z),
-                static_cast<float>(eps), unpacked(dqkv, 0), unpacked(dqkv, 1), unpacked(dqkv, 2));
+                static_cast<float>(eps), unpacked(dqkv, 0).output(), unpacked(dqkv, 1).output(),
+                unpacked(dqkv, 2).output());
   return dqkv;
 }
 
@@ -371,7 +367,8 @@ Tensor apply(const Tensor& q, const Tensor& S_any, const Tensor& z_any, double e
   const Tensor S = contiguous(S_any), z = contiguous(z_any), out = output_like(q);
   const View queries(q);
   const Call call = call_on_queries(queries, S);
-  call.apply_all(queries, View(out), call.loaded_states(Dense(S, z)), static_cast<float>(eps));
+  call.apply_all(queries, View(out).output(), call.loaded_states(Dense(S, z)),
+                 static_cast<float>(eps));
   return out;
 }
 

@@ -37,9 +37,9 @@ struct LinearAttentionKernels {
   void (*load_state)(int64_t head_dim, const float* S, const float* z, float* state);
   void (*store_state)(int64_t head_dim, const float* state, float* S, float* z);
 
-  // outₙ = φ(qₙ)ᵀ S / (φ(qₙ)·z + eps), 0 as least_met says; `stream`: past the caches.
+  // outₙ = φ(qₙ)ᵀ S / (φ(qₙ)·z + eps), 0 as least_met says.
   void (*apply)(ElementType, int64_t head_dim, int64_t tokens, Rows q, Rows out,
-                const float* state, float eps, float* scratch, bool stream);
+                const float* state, float eps, float* scratch);
   // dq, and dS, dz += this range's share; what is not asked for may be left out: dq's and gradient's
   // addresses are null then.
   void (*query_gradient)(ElementType, int64_t head_dim, int64_t tokens, Rows dout, Rows q, Rows dq,

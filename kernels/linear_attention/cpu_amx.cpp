@@ -232,19 +232,20 @@ void accumulate(ElementType element, int64_t head_dim, int64_t tokens, Rows k, R
 }
 
 void apply(ElementType element, int64_t head_dim, int64_t tokens, Rows q, Rows out,
-           const float* data, float eps, float* scratch, bool stream) {
+           const float* data, float eps, float* scratch) {
   const bool done = with_dim(head_dim, [&](auto d) {
     const State state(d, const_cast<float*>(data));
     const Scratch s(d, scratch);
     if (!sizeable(state)) return false;
     const Tiles tiles;
     state_tiles(d, state, s.apply.tiles);
-    return apply_state(d, head_dim, tokens, q, out, eps, s.apply, stream);
+    return apply_state(d, head_dim, tokens, q, out, eps, s.apply);
   });
   if (done) return;
+  end_streams();
   const Exact other(head_dim);
   other.load(data);
-  exact.apply(element, head_dim, tokens, q, out, other.state.p, eps, other.aligned(), false);
+  exact.apply(element, head_dim, tokens, q, out, other.state.p, eps, other.aligned());
 }
 
 void query_gradient(ElementType element, int64_t head_dim, int64_t tokens, Rows dout, Rows q,
@@ -273,6 +274,7 @@ void query_gradient(ElementType element, int64_t head_dim, int64_t tokens, Rows 
     return false;
   });
   if (done) return;
+  end_streams();
   const Exact values(head_dim), sums(head_dim);
   values.load(data);
   exact.query_gradient(element, head_dim, tokens, dout, q, dq, values.state.p, eps, sums.state.p,

@@ -43,7 +43,12 @@ struct Source {
 struct Target {
   BF16* p = nullptr;
   int64_t stride = 0;
+  bool past_caches = false;
   INLINE BF16* row(int64_t n) const { return p + n * stride; }
+  // To 32 columns of row n from `first` on.
+  INLINE void put(int64_t n, int64_t first, Halves x) const {
+    past_caches ? stream_halves(row(n) + first, x) : store_halves(row(n) + first, x);
+  }
 };
 
 INLINE Source from(Rows rows, int64_t first) {
@@ -73,7 +78,7 @@ struct Result {
 template <class D>
 INLINE Result padded_target(const D& d, int64_t head_dim, Rows rows, int64_t first, int64_t tokens,
                             BF16* buffer) {
-  const Target final = {(BF16*)rows.data + first * rows.stride, rows.stride};
+  const Target final = {(BF16*)rows.data + first * rows.stride, rows.stride, rows.past_caches};
   const int64_t there = tokens - first < 16 ? tokens - first : 16;
   if (there == 16 && head_dim == d.padded()) return {final, final, 0};
   return {{buffer, d.padded()}, final, there};

@@ -102,17 +102,12 @@ inline bool any_in(uint32_t low, int64_t head_dim, Rows q, int64_t first, int64_
 
 // Row n of the sums c times `factor`.
 template <class D>
-INLINE void finish_row(const D& d, const float* c, float factor, int n, BF16* out, bool stream) {
+INLINE void finish_row(const D& d, const float* c, float factor, int n, const Target& out) {
   const Wide f = wide(factor);
 #pragma GCC unroll 2
   for (int h = 0; h < d.w(); ++h) {
     const float* sums = c + h * 512 + n * 16;
-    const Halves row = round_columns(f * load_wide(sums), f * load_wide(sums + 256));
-    if (stream) {
-      stream_halves(out + 32 * h, row);
-    } else {
-      store_halves(out + 32 * h, row);
-    }
+    out.put(n, 32 * h, round_columns(f * load_wide(sums), f * load_wide(sums + 256)));
   }
 }
 
@@ -125,7 +120,7 @@ struct ApplyScratch {
 // False: some rows are too small for tiles, and out is not to be used.
 template <class D>
 bool apply_state(const D& d, int64_t head_dim, int64_t tokens, Rows q, Rows out, float eps,
-                 const ApplyScratch& s, bool stream) {
+                 const ApplyScratch& s) {
   const int64_t steps = (tokens + 15) / 16;
   const int parts = d.chunks(), bytes = d.padded() * (int)sizeof(BF16);
   alignas(64) float inverse[16];
@@ -144,12 +139,11 @@ bool apply_state(const D& d, int64_t head_dim, int64_t tokens, Rows q, Rows out,
       const uint32_t low = invert(sums + d.chunks() * 256, eps, inverse);
       if (low != 0 && any_in(low, head_dim, q, last_row, tokens)) fine = false;
     }
-    const bool aligned = stream && last.there == 0;
     const auto rows = [&](int part) INLINE_LAMBDA {
 #pragma GCC unroll 4
       for (int n = 16 * part / parts; n < 16 * (part + 1) / parts; ++n) {
         if (make) phi_row(d, next.row(n), n, phi);
-        if (finish) finish_row(d, sums, inverse[n], n, last.to.row(n), aligned);
+        if (finish) finish_row(d, sums, inverse[n], n, last.to);
         const int64_t far = next_row + 256 + n;
         if (far < tokens) fetch_row(from(q, far).p, bytes);
       }
@@ -163,7 +157,6 @@ bool apply_state(const D& d, int64_t head_dim, int64_t tokens, Rows q, Rows out,
     }
     deliver(last, head_dim);
   }
-  if (stream) end_streams();
   return fine;
 }
 

@@ -157,8 +157,8 @@ struct Shares {
 // of its row: S'g. Where not kAll, dq and `high` may be null, for what is not asked for.
 template <bool kAll, class D>
 INLINE float finish_query(const D& d, const float* sums, float inverse, float eps, const BF16* q,
-                          const BF16* g, const float* z, const float* m, bool centred, BF16* dq,
-                          BF16* high) {
+                          const BF16* g, const float* z, const float* m, bool centred,
+                          const Target& dq, int row, BF16* high) {
   constexpr int kMost = std::is_same_v<D, Dim<2>> ? 4 : 16;  // chunks
   Wide x[kMost], a[kMost], y[kMost], total = {}, mean = {};
   const Wide f = wide(inverse);
@@ -179,7 +179,7 @@ INLINE float finish_query(const D& d, const float* sums, float inverse, float ep
       a[j] = unless_zero(x[j], f * (a[j] - weight * picked));
       y[j] *= f;
     }
-    if (kAll || dq != nullptr) store_halves(dq + 16 * i, round_two(a[i], a[i + 1]));
+    if (kAll || dq.p != nullptr) dq.put(row, 16 * i, round_two(a[i], a[i + 1]));
     if (!kAll && high == nullptr) continue;
     const Halves rounded = round_two(y[i], y[i + 1]);
     for (int j = 0; j < 2; ++j) rest[j] = y[i + j] - float_of(half_of(rounded, j));
@@ -233,12 +233,11 @@ bool query_block(const D& d, int64_t head_dim, int64_t tokens, int64_t n, int gr
       if (!finish) return;
       if (!pulled) return scale_query(d, inverse[r], y.row(r), high + r * d.padded());
       const float *c = sums + 16 * r, f = inverse[r];
-      BF16* const row_to = dq.data == nullptr ? nullptr : to.to.row(r);
       BF16* const terms = high == nullptr ? nullptr : high + r * d.padded();
       weight[r] = all ? finish_query<true>(d, c, f, eps, x.row(r), y.row(r), state.z, s.m, centred,
-                                           row_to, terms)
+                                           to.to, r, terms)
                       : finish_query<false>(d, c, f, eps, x.row(r), y.row(r), state.z, s.m, centred,
-                                            row_to, terms);
+                                            to.to, r, terms);
     };
     Shares<decltype(row)> rows = {d.w() * d.w(), 0, row};
     if (i < steps) {
@@ -318,7 +317,8 @@ bool query_gradients(const D& d, int64_t head_dim, int64_t tokens, Rows dout, Ro
 
 // A key's dk: `sums` are those of its row, dS v; `bias` what there is without v.
 template <class D>
-INLINE void finish_key(const D& d, const float* sums, const float* bias, const BF16* k, BF16* dk) {
+INLINE void finish_key(const D& d, const float* sums, const float* bias, const BF16* k,
+                       const Target& dk, int row) {
 #pragma GCC unroll 2
   for (int i = 0; i < d.chunks(); i += 2) {
     Wide slope[2];
@@ -330,7 +330,7 @@ INLINE void finish_key(const D& d, const float* sums, const float* bias, const B
                          load_wide(bias + d.padded() + 16 * (i + j));
       slope[j] = unless_zero(x, signed_pick(x, plus, minus));
     }
-    store_halves(dk + 16 * i, round_two(slope[0], slope[1]));
+    dk.put(row, 16 * i, round_two(slope[0], slope[1]));
   }
 }
 
@@ -363,8 +363,8 @@ void key_gradients(const D& d, int64_t head_dim, int64_t tokens, Rows k, Rows v,
     }
     const auto row = [&](int r) INLINE_LAMBDA {
       if (!finish) return;
-      if (dk.data != nullptr) finish_key(d, sums + 16 * r, s.bias, x.row(r), to_dk.to.row(r));
-      if (dv.data != nullptr) finish_row(d, values, 1.0f, r, to_dv.to.row(r), false);
+      if (dk.data != nullptr) finish_key(d, sums + 16 * r, s.bias, x.row(r), to_dk.to, r);
+      if (dv.data != nullptr) finish_row(d, values, 1.0f, r, to_dv.to);
     };
     Shares<decltype(row)> rows = {d.w() * d.w(), 0, row};
     if (i < steps) {

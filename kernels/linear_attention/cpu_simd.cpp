@@ -667,7 +667,7 @@ void store_state(int64_t head_dim, const float* state, float* S, float* z) {
 }
 
 void apply(ElementType element, int64_t head_dim, int64_t tokens, Rows q, Rows out,
-           const float* state, float eps, float* scratch, bool) {
+           const float* state, float eps, float* scratch) {
   const Shape s(head_dim);
   const Block b(s, scratch);
   for_blocks(element, tokens, s, b, [&](int64_t n, int64_t count, auto example) {

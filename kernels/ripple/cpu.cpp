@@ -42,7 +42,7 @@ struct Runs {
 
 // A line's tokens, (B, rows, cols, C) seen as lines.
 Rows line_of(const View& grid, int64_t line) {
-  return {grid.rows(line / grid.size[1], line % grid.size[1], 0).data, grid.stride[2]};
+  return grid.rows(line / grid.size[1], line % grid.size[1], 0);
 }
 
 // Weights in float32, as the kernels take them, and zeros: a token, or taps, of lines that are not.
@@ -144,7 +144,7 @@ Tensor pool(const Tensor& x_all, const Tensor& weight, int64_t axis) {
   sizes[axis + 1] = (sizes[axis + 1] + 1) / 2;
   const Tensor out_all = output_like(x_all, sizes);
   if (out_all.numel() == 0) return out_all;
-  const View out(out_all);
+  const View out = View(out_all).output();
   const Taps taps(kernel, weight, false);
   const int64_t channels = x.size[3], cols = x.size[2];
   const Runs runs(out);
@@ -201,7 +201,7 @@ Tensor expand(const Tensor& z_all, const Tensor& x_all, const Tensor& weight,
   const RippleKernels& kernel = kernels();
   const Tensor out_all = output_like(x_all);
   if (out_all.numel() == 0) return out_all;
-  const View z(z_all), x(x_all), out(out_all);
+  const View z(z_all), x(x_all), out = View(out_all).output();
   const Taps taps(kernel, lateral_weight, false);
   const Memory pair = load_pair(kernel, weight);
   const Runs runs(x);

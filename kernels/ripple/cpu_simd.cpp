@@ -41,7 +41,7 @@ struct Channels {
   }
   INLINE void put(Rows line, int64_t j, int w, Floats x) const {
     Element* p = (Element*)line.data + j * line.stride + first + w * kLanes;
-    if (!partial()) return store(p, x);
+    if (!partial()) return line.past_caches ? stream(p, x) : store(p, x);
     Element some[kLanes];
     store(some, x);
     __builtin_memcpy(p, some, count * sizeof(Element));

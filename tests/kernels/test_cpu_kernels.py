@@ -308,6 +308,40 @@ def test_ripple_batches(op: str, batch: int) -> None:
         assert torch.equal(actual.double(), expected)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("channels", [96, 100])  # lines of whole cache lines, and others
+@pytest.mark.parametrize("axis", [0, 1])
+def test_large_grids_are_written_past_the_caches_alike(
+    instruction_set: str, axis: int, channels: int, dtype: torch.dtype
+) -> None:
+    """The same bits as where its images are few: outputs and gradients of tokens."""
+    size = dtype.itemsize
+    batch = 2 * (4 << 20) // (16 * 6 * channels * size) + 1  # half of it is over 4 MB, too
+    x, z, weight, pair = (
+        torch.randn(*sizes, generator=torch.Generator().manual_seed(i)).to(dtype).requires_grad_()
+        for i, sizes in enumerate(
+            [
+                (batch, 16, 6, channels),
+                (batch, 8, 6, channels) if axis == 0 else (batch, 16, 3, channels),
+                (channels, 3, 3),
+                (2, channels),
+            ]
+        )
+    )
+
+    def made(count: int) -> list[Tensor]:
+        pooled = kernels.ripple_pool(x[:count], weight, axis=axis, backend="cpu")
+        expanded = kernels.ripple_expand(
+            z[:count], x[:count], pair, weight, axis=axis, backend="cpu"
+        )
+        by_pool = torch.autograd.grad(pooled, x, z.detach()[:count])
+        by_expand = torch.autograd.grad(expanded, (z, x), x.detach()[:count])
+        return [y[:2] for y in (pooled, expanded, *by_pool, *by_expand)]
+
+    for many, few in zip(made(batch), made(2), strict=True):
+        assert torch.equal(many, few)
+
+
 def test_a_large_grid_sums_its_weights_gradient_accurately() -> None:
     assert_accurate(Ripple("ripple_expand", batch=3, rows=64, cols=64, channels=16), "cpu")
 
