@@ -134,9 +134,10 @@ class Runs:
 
 def only(frame: pd.DataFrame, *asked: Asked) -> pd.DataFrame:
     """Of cases those of these operations, dtypes and backends."""
-    for column, names in zip(("operation", "dtype", "backend"), asked, strict=False):
+    columns = {"ops": "operation", "dtypes": "dtype", "backends": "backend"}  # by option
+    for (option, column), names in zip(columns.items(), asked, strict=False):
         there = [] if frame.empty else sorted(frame[column].unique())
-        known = options.known(f"{column}s", names, there)
+        known = options.known(option, names, there)
         frame = frame[frame[column].isin(known)] if names else frame
     return frame
 

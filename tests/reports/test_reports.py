@@ -88,6 +88,7 @@ def test_unknown_choice_lists_those_there_are(tmp_path: Path, capsys, option: st
     run = saved.save(tmp_path / "run.json", saved.run())
     assert main(["scaling", str(run), option, "nope", "--out", str(tmp_path)]) == 2
     message = capsys.readouterr().err
+    assert message.splitlines()[-1].startswith(option if option != "--op" else "--ops")
     assert "'nope'" in message
     assert {"--op": "linear_attention", "--dtypes": "float32", "--backends": "torch"}[
         option
