@@ -52,7 +52,8 @@ def _pytest(given: Sequence[str]) -> int:
 
     root = _HERE.parent if (_HERE / "bench").is_symlink() else _HERE  # a checkout, or a wheel
     settings = ["--rootdir", str(root), "--confcutdir", str(root), "--import-mode=importlib"]
-    settings += ["-c", "/dev/null", "-p", "no:cacheprovider", "-o", "python_files=bench_*.py"]
+    # A project around this package may have options of its own for pytest.
+    settings += ["-o", "addopts=", "-o", "python_files=bench_*.py", "-p", "no:cacheprovider"]
     return int(pytest.main([*settings, *given, str(root / "bench")]))
 
 
