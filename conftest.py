@@ -8,6 +8,7 @@ import pytest
 
 from linear_vit import options
 from linear_vit.training import steps as _steps  # noqa: F401 (training steps are cases, too)
+from linear_vit.training import whole_models
 
 _ROOT = Path(__file__).parent
 _OPTIONS = (
@@ -21,6 +22,9 @@ _OPTIONS = (
     "minutes",
     "repeats",
     "out",
+    "models",
+    "attention",
+    "resolutions",
     "peers",
     "keep_memory",
     "dry_run",
@@ -48,6 +52,28 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         type=int,
         metavar="COUNT",
         help="as many sequences of each length as make this many tokens (default: one sequence)",
+    )
+    options.option(
+        group,
+        "--models",
+        type=options.words,
+        metavar="A,B",
+        help="whole models: timm:NAME, transformers:TYPE, FILE.py:FUNCTION, as they come and with "
+        "their attention swapped",
+    )
+    options.option(
+        group,
+        "--attention",
+        type=options.words,
+        metavar="A,B",
+        help="what --models' attention becomes: baseline, linear, ripple, hydra (default: all)",
+    )
+    options.option(
+        group,
+        "--resolutions",
+        type=options.numbers,
+        metavar="A,B",
+        help="sides of --models' images, in pixels (224,448,896)",
     )
     options.option(
         group,
@@ -84,12 +110,28 @@ def pytest_configure(config: pytest.Config) -> None:
     if _benchmark_only(config):
         from linear_vit.bench.plugin import Benchmarks
 
+        _ask_for_models(config)
         config.pluginmanager.register(Benchmarks(config), "kernel-benchmarks")
         return
     given = [name for name in _OPTIONS if config.getoption(name) is not None]
     if given:
         option = given[0].replace("_", "-")
         raise pytest.UsageError(f"--{option} is for benchmarks: add --benchmark-only")
+
+
+def _ask_for_models(config: pytest.Config) -> None:
+    """With --models the sweep is of these, and of --ops that are named."""
+    names = ("models", "attention", "resolutions", "backends")
+    given = {name: config.getoption(name) or () for name in names}
+    if not given["models"]:
+        if given["attention"] or given["resolutions"]:
+            raise pytest.UsageError("--attention and --resolutions are of --models: name some")
+        return
+    try:
+        whole_models.WHOLE_MODEL.ask(whole_models.Asked(**given))
+    except options.OptionError as error:
+        raise pytest.UsageError(str(error)) from error
+    config.option.ops = (*(config.getoption("ops") or ()), whole_models.WHOLE_MODEL.name)
 
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:

@@ -4,6 +4,7 @@
     python train_minimal.py --attention_type ripple --dataset cifar100 --batch_size 128 \\
         --epochs 200 --lr 3e-4 --use_cuda_kernels
     python train_minimal.py --attention_type ripple --recipe strong --amp bf16 --compile
+    python train_minimal.py --init_from runs/NAME/best.pt --attention_type linear --epochs 4
     python train_minimal.py --resume                         # the newest unfinished run goes on
     torchrun --nproc-per-node 4 train_minimal.py --attention_type ripple   # on several GPUs
     python train_minimal.py evaluate --checkpoint 'runs/*/best.pt'
@@ -43,6 +44,7 @@ from linear_vit.training.data import datasets
 from linear_vit.training.data.loader import Loader
 from linear_vit.training.errors import UserError, first_line, notice
 from linear_vit.training.evaluation import check_usable
+from linear_vit.training.finetune import Start
 from linear_vit.training.logbook import Logbook
 from linear_vit.training.metrics import predict
 from linear_vit.training.options import (
@@ -73,16 +75,21 @@ def train(
     resume: bool = False,
     checkpoint_every: int = 0,
     workers: int | None = None,
+    start: Start | None = None,
 ) -> dict[str, Any]:
     """Trains one model; leaves run.json, best.pt and last.pt in ``out``; returns the record.
 
     last.pt is written after every epoch, and after every ``checkpoint_every`` steps if that is not
     0. With ``resume``, a run goes on from it (and starts anew where there is none): however often
     it is killed, it ends, on a CPU, with the very weights of one that never was.
+    With ``start``, the model begins with the weights of a run of another attention type.
     """
-    if resume and (finished := finished_record(out, config, data.info.title)):
-        return finished
+    init_from = start.path if start else None
+    if resume and (done := finished_record(out, config, data.info.title, init_from=init_from)):
+        return done
     model = build_model(config, data.info.classes).to(device)
+    if start:
+        start.put_into(model, config, data)
     if config.compile:
         model.compile()
     network = distributed.parallel(model)  # the same, where there is one process
@@ -93,9 +100,13 @@ def train(
     book = Logbook(out, config, data, model, optimizer, scaler, checkpoint_every=checkpoint_every)
     if resume:
         book.take_up()
+        if start:
+            start.check_resumed(book.record, out)
     loader = Loader(config, data.train, data.info, device, start=book.done, workers=workers)
     warmup = round(config.warmup_epochs * loader.steps_per_epoch)
     val = data.val.images.to(device)
+    if start and not book.done:
+        book.began(start, predict(model, val, data.info, amp=config.amp))
 
     with book:
         for step, images, targets in book.steps(loader):
@@ -127,11 +138,13 @@ def train(
 
 def train_command(args: argparse.Namespace) -> None:
     device = chosen_device(args.device)
-    config = chosen_config(args)
-    out = Path(args.out) if args.out else Path("runs") / config.run_name
+    start = Start(Path(args.init_from)) if args.init_from else None
+    config = chosen_config(args, start.settings(given_settings(args)) if start else None)
+    name = config.run_name + (f"-from-{start.config.run_name}" if start else "")
+    out = Path(args.out) if args.out else Path("runs") / name
     with distributed.processes(device):
         main = distributed.rank() == 0
-        if args.resume and not args.out:
+        if args.resume and not args.out and not start:
             given = given_settings(args)
             found = experiments.to_resume(given, config, Path("runs")) if main else None
             config, out = distributed.gather(found)[0]
@@ -144,7 +157,7 @@ def train_command(args: argparse.Namespace) -> None:
             check_writable(out)  # before a download, too
         with distributed.first_before_others():  # one download of what is missing is enough
             data = datasets.load_once(config.dataset, args.data_dir)
-        how = {"resume": args.resume, "checkpoint_every": args.checkpoint_every}
+        how = {"resume": args.resume, "checkpoint_every": args.checkpoint_every, "start": start}
         record = train(config, data, out, device, workers=args.workers, **how)
         if main:
             screen.say(

@@ -6,6 +6,12 @@ from linear_vit.attention.layers import Grid, LocalBranch, branch_count, check_t
 from linear_vit.kernels import linear_attention
 
 
+def fused(out: Tensor, gate: Tensor) -> Tensor:
+    """The learned fusion: branches (B, N, R, D), each times R softmax(gate), of gate (B, N, R)."""
+    share = gate.softmax(dim=-1) * gate.shape[-1]
+    return out * share.to(out.dtype).unsqueeze(-1)
+
+
 class HydraAttention(nn.Module):
     """Linear attention of R query branches that share one key and value head, over (B, N, C).
 
@@ -51,8 +57,7 @@ class HydraAttention(nn.Module):
         packed = self.qkv(x).view(batch, tokens, self.branches + 2, self.head_dim).transpose(1, 2)
         q, k, v = packed.split([self.branches, 1, 1], dim=1)
         out = linear_attention(q, k, v, backend=self.backend).transpose(1, 2)  # (B, N, R, C/R)
-        share = self.gate(x).softmax(dim=-1) * self.branches
-        out = (out * share.to(out.dtype).unsqueeze(-1)).reshape(batch, tokens, self.dim)
+        out = fused(out, self.gate(x)).reshape(batch, tokens, self.dim)
         if self.local is not None:
             shared = v.transpose(1, 2).expand(-1, -1, self.branches, -1)
             out = out + self.local(shared.reshape(batch, tokens, self.dim), grid)

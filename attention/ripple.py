@@ -1,5 +1,7 @@
 """RippleAttention: linear attention at the top of a token pyramid."""
 
+from collections.abc import Callable, Iterable
+
 import torch
 from torch import Tensor, nn
 
@@ -22,6 +24,42 @@ class RippleStage(nn.Module):
         nn.init.normal_(self.pool_weight, mean=1 / 9, std=0.05, generator=generator)
         nn.init.ones_(self.expand_weight)
         nn.init.normal_(self.lateral_weight, std=0.1, generator=generator)
+
+
+def through_pyramid(
+    level: Tensor,
+    stages: Iterable[nn.Module],
+    attend: Callable[[Tensor], Tensor],
+    *,
+    backend: str | None,
+) -> Tensor:
+    """Pool a token grid (B, rows, cols, C), attend on the coarsest, and expand back.
+
+    Args:
+        level: the finest grid.
+        stages: :class:`RippleStage`, from the finest on.
+        attend: maps the coarsest grid to one of its shape.
+        backend: of the kernels.
+
+    Raises:
+        ValueError: there are more stages than the grid can be halved.
+    """
+    of = [stage for stage in stages if isinstance(stage, RippleStage)]
+    axes = halving_axes((level.shape[1], level.shape[2]), len(of))
+    # The kernels read channels last; tokens of a convolution's image are not.
+    level = level if level.stride(3) == 1 else level.contiguous()
+    pooled = ripple_pool_stages(
+        level, [stage.pool_weight for stage in of], axes=axes, backend=backend
+    )
+    *finer, coarsest = level, *pooled
+    return ripple_expand_stages(
+        attend(coarsest),
+        finer,
+        [stage.expand_weight for stage in of],
+        [stage.lateral_weight for stage in of],
+        axes=axes,
+        backend=backend,
+    )
 
 
 class RippleAttention(nn.Module):
@@ -68,23 +106,8 @@ class RippleAttention(nn.Module):
 
     def forward(self, x: Tensor, grid: Grid) -> Tensor:
         check_tokens(x, grid, self.dim)
-        axes = halving_axes(grid, len(self.stages))
-        stages = [stage for stage in self.stages if isinstance(stage, RippleStage)]
-        # The kernels read channels last; tokens of a convolution's image are not.
-        x = x if x.stride(2) == 1 else x.contiguous()
-        level = x.unflatten(1, grid)  # (B, rows, cols, C)
-        pooled = ripple_pool_stages(
-            level, [stage.pool_weight for stage in stages], axes=axes, backend=self.backend
-        )
-        *finer, coarsest = level, *pooled
-        level = ripple_expand_stages(
-            self._attend(coarsest),
-            finer,
-            [stage.expand_weight for stage in stages],
-            [stage.lateral_weight for stage in stages],
-            axes=axes,
-            backend=self.backend,
-        )
+        level = x.unflatten(1, grid)
+        level = through_pyramid(level, self.stages, self._attend, backend=self.backend)
         return level.flatten(1, 2)
 
     def _attend(self, level: Tensor) -> Tensor:

@@ -23,6 +23,8 @@ class Row:
         i = self.info
         if "model" in i:
             return f"{i['model']} {i['backend']}"
+        if "whole_model" in i:
+            return f"{i['whole_model']} {i['attention']} {i['resolution']} {i['pass']}"
         return f"{i['operation']} {i['pass']} {i['dtype']} N={i['N']} {i['backend']}"
 
     @property
@@ -43,13 +45,15 @@ class Row:
         spread = f"{format_seconds(self.median):>8} ±{i['relative_iqr'] / 2:4.0%}"
         if "model" in i:
             return f"{i['operation']} {i['model']:15} {spread}  {i['images_per_s']:8.0f} images/s"
+        if "whole_model" in i:
+            return f"{self.name:62} {spread}  {i['images_per_s']:7.1f} images/s"
         return f"{self.name:62} {spread}  {i['tflop_per_s'] * 1e3:7.1f} GFLOP/s"
 
 
 def render(rows: list[Row], width: int, colour: bool) -> str:
     """Blocks of text, at most ``width`` columns wide."""
     blocks = []
-    kernels = [row for row in rows if "model" not in row.info]
+    kernels = [row for row in rows if not {"model", "whole_model"} & set(row.info)]
 
     plain = [_title(row.info) for row in kernels]
     settings: dict[str, set[str]] = {}
@@ -66,6 +70,11 @@ def render(rows: list[Row], width: int, colour: bool) -> str:
     steps = [row for row in rows if "model" in row.info]
     if steps:
         blocks.append(_training_block(steps))
+    whole = [row for row in rows if "whole_model" in row.info]
+    titles = [_model_title(row.info) for row in whole]
+    for title in dict.fromkeys(titles):
+        block = [row for row, its in zip(whole, titles, strict=True) if its == title]
+        blocks.append(_model_block(title, block))
     notes = [
         "Median time per call, ± half the interquartile range of the rounds; * fastest. Of limit: "
         "the time that the measured copy or matmul rate allows for the least traffic or work, over "
@@ -173,3 +182,27 @@ def _training_block(rows: list[Row]) -> _Block:
             ]
         )
     return title, ["model", "time", "images/s", "over baseline"], table
+
+
+def _model_title(info: dict[str, Any]) -> str:
+    return f"{info['whole_model']}, {info['pass']}, batch {info['batch']}, {info['dtype']}"
+
+
+def _model_block(title: str, rows: list[Row]) -> _Block:
+    """A line per resolution, a column per attention."""
+
+    def column(row: Row) -> str:
+        backend = row.info["backend"]
+        return row.info["attention"] + ("" if backend == "default" else f" ({backend})")
+
+    columns = list(dict.fromkeys(map(column, rows)))
+    table = []
+    for side in sorted({row.info["resolution"] for row in rows}):
+        at = {column(row): row for row in rows if row.info["resolution"] == side}
+        able = [row for row in at.values() if row.competes]
+        fastest = min(able, key=lambda row: row.median, default=None)
+        marks = {name: "*" if row is fastest and len(able) > 1 else "" for name, row in at.items()}
+        cells = [marks[name] + at[name].time if name in at else "–" for name in columns]
+        tokens = next(iter(at.values())).info.get("N")
+        table.append([str(side), f"{tokens:,}" if tokens else "–", *cells])
+    return title, ["side", "N", *columns], table

@@ -1,4 +1,4 @@
-"""Command line: ``python -m reports scaling|compare|targets|table|page|results|power|convert``."""
+"""``python -m reports scaling|compare|targets|table|models|page|results|power|convert``."""
 
 import argparse
 import sys
@@ -66,6 +66,10 @@ def _parser() -> Parser:
     _add_path(table, "--exponents", text)
     folder = runs.DEFAULT_OUT / "ablation"
     _add_path(table, "--ablations", "folder of ablation-*.json", folder, metavar="FOLDER")
+    text = "whole models with their attention swapped: from which resolution each pays, and why"
+    models = command(_models, text)
+    _add_paths(models)
+    _add_path(models, "--out", "folder", runs.DEFAULT_OUT / "models", metavar="PATH")
     page = command(_page, "one self-contained HTML page of everything saved")
     _add_paths(page)
     _add_path(page, "--out", "file", runs.DEFAULT_OUT / "index.html", metavar="PATH")
@@ -228,6 +232,13 @@ def _table(arguments: argparse.Namespace) -> int:
 
     asked = {name: getattr(arguments, name) for name in ("speeds", "exponents", "ablations")}
     screen.say(tables.write_results(arguments.runs, arguments.out, **asked))
+    return 0
+
+
+def _models(arguments: argparse.Namespace) -> int:
+    from linear_vit.reports import models
+
+    screen.say(models.write(_load(arguments.paths or _default_paths()), arguments.out))
     return 0
 
 

@@ -14,6 +14,14 @@ _MARKERS = {
     "#d55e00": "D",
     "#cc79a7": "P",
 }
+# Of a whole model's attention, which is no backend.
+_ATTENTION = {
+    "original": "#7f7f7f",
+    "baseline": "#0072B2",
+    "linear": "#E69F00",
+    "ripple": "#009E73",
+    "hydra": "#D55E00",
+}
 # Of what has no colour, or one of its own, by the letters of its name.
 _OTHER = (("#56B4E9", "v"), ("#F0E442", "*"), ("#000000", "h"))
 # matplotlib's marker by its name in Observable Plot.
@@ -31,9 +39,9 @@ _SYMBOLS = {
 
 
 def style(backend: str, words: Words) -> tuple[str, str]:
-    """Colour and matplotlib marker of a backend."""
+    """Colour and matplotlib marker of a backend, or of an attention (and its backend)."""
     colour, marker = _OTHER[sum(map(ord, backend)) % len(_OTHER)]
-    said = words.colour(backend)
+    said = words.colour(backend) or _ATTENTION.get(backend.partition(" ")[0])
     if said is None:
         return colour, marker
     return said, _MARKERS.get(said.lower(), marker)

@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 
+from linear_vit import command as tools
 from linear_vit.kernels import registry
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -83,7 +84,7 @@ def commands(text: str) -> list[str]:
     whole += [line for block in fenced(text, "(?:sh|bash)?") for line in block.splitlines()]
     quoted = re.findall(r"`([^`\n]+)`", re.sub(r"^    .*$", "", prose(text), flags=re.MULTILINE))
     lines = [re.sub(r"\s+#.*$", "", line).strip() for line in (*whole, *quoted)]
-    programs = ("python", "pytest", "make", *_NOT_OURS)
+    programs = ("python", "pytest", "make", "linear-vit", *_NOT_OURS)
     return [line for line in lines if line.split()[:1] and line.split()[0] in programs]
 
 
@@ -192,6 +193,8 @@ def accept(command: str, config: pytest.Config, monkeypatch: pytest.MonkeyPatch)
         LookupError: there is no such command.
     """
     program, *words = shlex.split(command)
+    if program == "linear-vit":
+        program, words = _in_a_checkout(words)
     if program == "torchrun":
         program, words = "python", words[words.index("train_minimal.py") :]
     if program == "python" and words[:2] == ["-m", "pytest"]:
@@ -214,6 +217,16 @@ def accept(command: str, config: pytest.Config, monkeypatch: pytest.MonkeyPatch)
             raise SystemExit(main(words))  # it gave up before it parsed anything
         except Parsed:
             return None
+
+
+def _in_a_checkout(words: list[str]) -> tuple[str, list[str]]:
+    """A command of the installed tool as a checkout has it."""
+    tool, *rest = words
+    if tool in ("pytest", "train_minimal.py"):
+        return ("pytest", rest) if tool == "pytest" else ("python", words)
+    if tool not in tools.TOOLS:
+        raise LookupError(tool)
+    return "python", ["-m", *words]
 
 
 def _accept_targets(words: list[str]) -> None:
@@ -263,6 +276,8 @@ def test_every_command_is_accepted(
         "python train_minimal.py --epochs many",
         "python train_minimal.py tabel",
         "make tset",
+        "linear-vit benhc check",
+        "linear-vit bench chekc",
     ],
 )
 def test_a_wrong_command_is_refused(

@@ -16,7 +16,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("attention", "bench", "kernels", "reports", "training")
-OWN = ("linear_vit", "train_minimal.py", *PACKAGES)  # what a wheel is made of
+OWN = ("linear_vit", "train_minimal.py", "conftest.py", *PACKAGES)  # what a wheel is made of
 PROJECT = ("pyproject.toml", "README.md", "LICENSE")
 # Outside of a checkout, and with nothing of this one on the path.
 ENVIRONMENT = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
@@ -53,7 +53,7 @@ def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
         source = ROOT / name
         if source.is_dir():
             shutil.copytree(source, folder / name, symlinks=True, ignore=unwanted)
-    for name in ("train_minimal.py", *PROJECT):
+    for name in ("train_minimal.py", "conftest.py", *PROJECT):
         shutil.copy(ROOT / name, folder)
     for made in ("out/index.html", "measurements/gpu/page.html"):
         (folder / "reports" / made).parent.mkdir(parents=True)
@@ -104,13 +104,23 @@ def test_an_installed_wheel_works_outside_of_a_checkout(wheel: Path, tmp_path: P
     installed, elsewhere = tmp_path / "installed", tmp_path / "elsewhere"
     elsewhere.mkdir()
     pip("install", "--no-deps", "--target", installed, wheel, cwd=elsewhere)
-    assert {path.name for path in installed.iterdir() if path.suffix != ".dist-info"} == {
-        "linear_vit"
-    }
+    there = {path.name for path in installed.iterdir() if path.suffix != ".dist-info"}
+    assert there == {"linear_vit", "bin"}
     said = python(elsewhere, USE, PYTHONPATH=str(installed))
     assert said.split(") ")[0] == "(1, 2, 5, 16"
     assert said.split(") ")[1].startswith(str(installed))
-    for command in ("linear_vit.kernels build", "linear_vit.reports"):
+    tool = (installed / "bin" / "linear-vit").read_text()
+    assert "from linear_vit.command import main" in tool
+    sweep = ("linear_vit", "pytest", "--benchmark-only", "--dry-run", "--tokens", "64")
+    listed = run(sys.executable, "-m", *sweep, cwd=elsewhere, PYTHONPATH=str(installed))
+    assert "linear_attention-forward-float32-N64-torch" in listed
+    for command in (
+        "linear_vit.kernels build",
+        "linear_vit.reports",
+        "linear_vit bench check",
+        "linear_vit reports models",
+        "linear_vit train_minimal.py",
+    ):
         module, *more = command.split()
         help_text = run(
             *(sys.executable, "-m", module, *more, "--help"),

@@ -12,16 +12,14 @@ with events in the device's stream for CUDA, so the shares are of one and the sa
                  which add up to 1
 """
 
-from collections import defaultdict
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from linear_vit.training.clock import StepClock
+from linear_vit.training.clock import Stopwatch
 from linear_vit.training.config import DATASETS, MODELS, Config, build_model
 from linear_vit.training.data.datasets import Split
 from linear_vit.training.data.loader import Loader
@@ -31,29 +29,6 @@ from linear_vit.training.step import make_optimizer, make_scaler, training_step
 SCHEMA = "linear-vit-step-breakdown/1"
 SHARES = ("attention", "projections", "mlp", "optimizer", "augmentation", "loader", "other")
 _WARMUP_STEPS = 3
-
-
-class _Stopwatch:
-    """Seconds by name, of spans that are marked from hooks or with ``span``."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.clocks: defaultdict[str, StepClock] = defaultdict(lambda: StepClock(device))
-
-    @contextmanager
-    def span(self, name: str) -> Iterator[None]:
-        self.clocks[name].start()
-        yield
-        self.clocks[name].stop()
-
-    def watch(self, module: nn.Module, name: str) -> None:
-        """Counts a module's forward and backward under ``name``."""
-        module.register_forward_pre_hook(lambda *_: self.clocks[name].start())
-        module.register_forward_hook(lambda *_: self.clocks[name].stop())
-        module.register_full_backward_pre_hook(lambda *_: self.clocks[name].start())
-        module.register_full_backward_hook(lambda *_: self.clocks[name].stop())
-
-    def seconds(self) -> dict[str, float]:
-        return {name: sum(clock.seconds()) for name, clock in self.clocks.items()}
 
 
 def write(
@@ -100,7 +75,7 @@ def _measure(
     images = torch.randint(0, 256, (count, *size), dtype=torch.uint8, generator=draws)
     labels = torch.randint(info.classes, (count,), generator=draws)
     loader = Loader(config, Split(images, labels), info, device, workers=workers)
-    watch = _Stopwatch(device)
+    watch = Stopwatch(device)
     loader.augmenting = lambda: watch.span("augmentation")
     batches = iter(loader)
 
@@ -119,7 +94,7 @@ def _measure(
     return watch.seconds()
 
 
-def _install(watch: _Stopwatch, model: Any, optimizer: torch.optim.Optimizer) -> None:
+def _install(watch: Stopwatch, model: Any, optimizer: torch.optim.Optimizer) -> None:
     for block in model.blocks:
         watch.watch(block.attention, "attention")
         watch.watch(block.mlp, "mlp")

@@ -2,10 +2,14 @@
 
 import statistics
 import time
-from collections.abc import Sequence
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
+from torch import nn
+from torch.utils.hooks import RemovableHandle
 
 
 class StepClock:
@@ -38,6 +42,38 @@ class StepClock:
         event = torch.cuda.Event(enable_timing=True)
         event.record()
         return event
+
+
+class Stopwatch:
+    """Seconds by name, of spans that are marked from hooks or with ``span``."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.clocks: defaultdict[str, StepClock] = defaultdict(lambda: StepClock(device))
+        self._hooks: list[RemovableHandle] = []
+
+    @contextmanager
+    def span(self, name: str) -> Iterator[None]:
+        self.clocks[name].start()
+        yield
+        self.clocks[name].stop()
+
+    def watch(self, module: nn.Module, name: str) -> None:
+        """Counts a module's forward and backward under ``name``."""
+        begin, end = (lambda *_: self.clocks[name].start()), (lambda *_: self.clocks[name].stop())
+        self._hooks += [
+            module.register_forward_pre_hook(begin),
+            module.register_forward_hook(end),
+            module.register_full_backward_pre_hook(begin),
+            module.register_full_backward_hook(end),
+        ]
+
+    def release(self) -> None:
+        """Modules are watched no longer; what was counted stays."""
+        for hook in self._hooks:
+            hook.remove()
+
+    def seconds(self) -> dict[str, float]:
+        return {name: sum(clock.seconds()) for name, clock in self.clocks.items()}
 
 
 def median_images_per_second(

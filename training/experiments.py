@@ -114,6 +114,7 @@ def recorded(
         for path, run in runs.items()
         if run["status"] == "finished"
         and run["config"] in wanted
+        and "init_from" not in run
         and same_machine(run["environment"], here)
         and not (
             run.get("dataset_subset")

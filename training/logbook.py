@@ -29,6 +29,7 @@ from linear_vit.training.config import DATASETS, RECIPES, Config
 from linear_vit.training.data.datasets import Dataset
 from linear_vit.training.data.loader import Loader
 from linear_vit.training.errors import UserError, first_line
+from linear_vit.training.finetune import Start
 from linear_vit.training.metrics import accuracy
 from linear_vit.training.record import (
     check_writable,
@@ -41,7 +42,7 @@ from linear_vit.training.record import (
 
 WARMUP_STEPS = 5  # steps left out of images/s: they allocate, compile and fill caches
 # What of the record a checkpoint takes along.
-_PROGRESS = ("started", "resumed", "epochs", "best_epoch", "seconds", "peak_memory")
+_PROGRESS = ("started", "resumed", "epochs", "best_epoch", "seconds", "peak_memory", "init_from")
 
 
 class Logbook:
@@ -107,6 +108,12 @@ class Logbook:
         self.record |= saved["progress"]
         self.record["resumed"] += 1
         self._checkpoint = f"{self.last} (step {self.done})"
+
+    def began(self, start: Start, predictions: Tensor) -> None:
+        """Record what the run began with: what is predicted of the validation images there."""
+        val_accuracy = accuracy(predictions.cpu(), self.data.val.labels)
+        self.record["init_from"] = start.facts(val_accuracy)
+        self._title += f" from {start.config.model}"
 
     def __enter__(self) -> "Logbook":
         self._board: board.Board | None = None

@@ -105,6 +105,9 @@ COMMANDS: dict[str, Command] = {
         {
             "out": _flag("folder of the run (runs/ and a name made of the settings)", "DIR"),
             "resume": _switch("go on with --out's run, or else with the newest unfinished one"),
+            "init_from": _flag(
+                "begin with this checkpoint's weights and settings, its attention swapped", "FILE"
+            ),
             "checkpoint_every": _flag(
                 "steps from a write of last.pt to the next (0: once an epoch)",
                 "N",
@@ -253,9 +256,14 @@ def given_settings(args: argparse.Namespace) -> dict[str, Any]:
     return given
 
 
-def chosen_config(args: argparse.Namespace, **more: Any) -> Config:
-    """The configuration of what was given explicitly (and ``more``), preset and defaults."""
-    given = {**COMMANDS[args.command].defaults, **given_settings(args)}
+def chosen_config(
+    args: argparse.Namespace, begin: Mapping[str, Any] | None = None, **more: Any
+) -> Config:
+    """The configuration of what was given explicitly (and ``more``), preset and defaults.
+
+    ``begin``: settings that stand in the place of the command's defaults.
+    """
+    given = {**(begin or COMMANDS[args.command].defaults), **given_settings(args)}
     if "amp" not in given:
         given["amp"] = "bf16" if chosen_device(args.device).type == "cuda" else "off"
     return resolve({**given, **more})

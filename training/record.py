@@ -12,6 +12,8 @@
     environment   as bench.instruments.machine describes it, with device ("cpu" or the GPU's
                   name), processes and revision (older: cores of all the machine, platform)
     started       ISO time, UTC;  resumed: how often the run was taken up again
+    init_from     of a run that began with another's weights: {checkpoint, model, model_title,
+                  config, val_accuracy}, the last right after the swap; else not there
     train_accuracy_is  "plain", or "lambda-weighted" where the recipe mixes images: an image of two
                   labels counts by the weight of the predicted one. For watching, not for comparing
     epochs        list of {epoch, lr, loss, train_accuracy, val_accuracy, images, seconds,
@@ -142,14 +144,18 @@ def read_runs(folder: Path) -> tuple[dict[Path, dict[str, Any]], list[str]]:
     return records, skipped
 
 
-def finished_record(out: Path, config: Config, title: str | None = None) -> dict[str, Any] | None:
+def finished_record(
+    out: Path, config: Config, title: str | None = None, *, init_from: Path | None = None
+) -> dict[str, Any] | None:
     """The record of a finished run of just this configuration, if ``out`` holds one.
 
-    With a ``title``, of that data set or part of one.
+    With a ``title``, of that data set or part of one; with ``init_from``, one that began there.
     """
     for run in read_runs(out)[0].values():
         of = run.get("dataset_title", title)
         same = run["config"] == dataclasses.asdict(config) and title in (None, of)
+        began = run.get("init_from", {}).get("checkpoint")
+        same = same and init_from in (None, began and Path(began))
         if run["status"] == "finished" and same:
             return run
     return None

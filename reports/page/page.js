@@ -141,7 +141,7 @@ function tipText(spec, one, { x, y, low, high, tip, disturbed }) {
   const amount = EXACT[spec.y.unit];
   const shaken = disturbed ? `\ndisturbed: ${disturbed}` : "";
   const quartiles = low === undefined ? "" : ` (quartiles ${amount(low)} to ${amount(high)})`;
-  return `${of}\nN = ${x.toLocaleString("en")}\n${amount(y)}${quartiles}${shaken}`;
+  return `${of}\n${spec.x.name ?? "N"} = ${x.toLocaleString("en")}\n${amount(y)}${quartiles}${shaken}`;
 }
 const EXACT = {
   seconds: (v) => `${+(1e3 * v).toPrecision(6)} ms`,
@@ -266,7 +266,7 @@ const HEAT = d3.interpolateRgbBasis(["#a04a00", "#e69f00", "#f3f3f3", "#56a4d8",
 // Okabe and Ito's colours but black, all dark text can stand on.
 const PARTS = ["#E69F00", "#56B4E9", "#44B893", "#F0E442", "#CC79A7", "#E8845A", "#A9B1B8"];
 
-const look = (one) => ({ name: one.label, colour: styles[one.backend].colour, symbol: styles[one.backend].symbol, hollow: one.hollow });
+const look = (one) => ({ name: one.label, ...styles[one.style ?? one.backend], hollow: one.hollow });
 
 // Legends: a button per curve, which hides it.
 

@@ -19,6 +19,7 @@ from linear_vit.reports.groups import groups
 from linear_vit.reports.page import (
     answer,
     kernel_sections,
+    model_sections,
     profile_sections,
     proofs,
     rooflines,
@@ -98,6 +99,7 @@ _SECTIONS: dict[str, Callable[[Seen], Iterator[Part]]] = {
     "memory": kernel_sections.memory,
     "profiles": profile_sections.section,
     "steps": training_sections.training_steps,
+    "models": model_sections.section,
     "correctness": proofs.correctness,
     "static": proofs.static,
     "traffic": proofs.traffic,
@@ -146,7 +148,8 @@ def _numbered(figures: Iterable[Figure]) -> list[dict[str, Any]]:
 
 
 def _styles(figures: Iterable[Figure], words: Words) -> dict[str, dict[str, str]]:
-    names = {str(part["backend"]) for figure in figures for part in figure.data.get("series", ())}
+    series = [part for figure in figures for part in figure.data.get("series", ())]
+    names = {str(part.get("style") or part["backend"]) for part in series}
     return {name: page_style(name, words) for name in sorted(names)}
 
 

@@ -20,6 +20,7 @@ DEFAULT_OUT = Path("reports/out")
 MEASUREMENTS = ROOT / "measurements"
 HOW_TO_MEASURE = "pytest --benchmark-only --benchmark-json=reports/out/benchmark.json"
 TRAINING_STEP = "training_step"
+WHOLE_MODEL = "whole_model"
 
 # Sizes of one and the same sweep; any other sweep is a list of cases of its own, and stands apart.
 _EXTENTS = ("quick", "full", None)
@@ -27,6 +28,8 @@ _EXTENTS = ("quick", "full", None)
 _COLUMNS = {"operation", "backend", "pass_", "dtype", "turns", "clock", "device", "disturbed"}
 _COLUMNS |= {"peak_memory_bytes", "N", "implementation", "other_function", "least_bytes", "limit"}
 _COLUMNS |= {"gb_per_s", "tflop_per_s", "share_of_limit", "model", "model_title", "images_per_s"}
+_COLUMNS |= {"whole_model", "attention", "resolution", "batch", "parameters"}
+_COLUMNS |= {"attention_s", "attention_alone_s"}
 # What tells the cases of a machine and backend apart.
 PLACE = ["sweep", "total_tokens", "setting", "operation", "pass", "dtype", "N"]
 # Fields of a shape that are its length.
@@ -84,8 +87,8 @@ class Runs:
     shape says, in words; ``other_function`` says what a peer computes instead; ``disturbed`` what
     disturbed the measurement, None where nothing did; ``info`` is all that the file says of the
     case. A call replayed from a graph is of a backend of its own.
-    ``training``: a row per training step. ``skipped``: a line per file that could not be used.
-    ``heads``: per file, where and when. ``words``: titles and colours.
+    ``training``: a row per training step, ``models`` per whole model. ``skipped``: a line per file
+    that could not be used. ``heads``: per file, where and when. ``words``: titles and colours.
     """
 
     kernels: pd.DataFrame
@@ -93,6 +96,7 @@ class Runs:
     heads: list[Content]
     skipped: list[str] = field(default_factory=list)
     words: Words = field(default_factory=Words)
+    models: pd.DataFrame = field(default_factory=pd.DataFrame)
 
     def limits(self, file: str) -> Content:
         """The machine's limits that a run measured; empty where it has none."""
@@ -105,7 +109,7 @@ class Runs:
             for head in self.heads
             if head["limits"].get("disturbed")
         ]
-        for frame in (self.kernels, self.training):
+        for frame in (self.kernels, self.training, self.models):
             if len(frame) and len(lost := frame[frame["disturbed"].notna()]):
                 for (file, why), part in lost.groupby(["file", "disturbed"], sort=False):
                     first = part["name"].iloc[0]
@@ -124,12 +128,12 @@ class Runs:
 
     def of_file(self, file: str) -> "Runs":
         """What one of the files says."""
-        kernels, training = (
+        kernels, training, models = (
             frame if frame.empty else frame[frame["file"] == file]
-            for frame in (self.kernels, self.training)
+            for frame in (self.kernels, self.training, self.models)
         )
         heads = [head for head in self.heads if head["file"] == file]
-        return replace(self, kernels=kernels, training=training, heads=heads)
+        return replace(self, kernels=kernels, training=training, models=models, heads=heads)
 
 
 def only(frame: pd.DataFrame, *asked: Asked) -> pd.DataFrame:
@@ -235,6 +239,7 @@ def _made(
     """
     kernels: list[Content] = []
     training: list[Content] = []
+    models: list[Content] = []
     heads: list[Content] = []
     words = Words()
     for path, document in documents:
@@ -242,8 +247,9 @@ def _made(
         skipped += [f"{path}: {complaint}" for complaint in complaints]
         if rows:
             heads.append(_head(path, document, len(rows)))
-            kernels += [row for row in rows if "model" not in row]
+            kernels += [row for row in rows if not {"model", "whole_model"} & set(row)]
             training += [row for row in rows if "model" in row]
+            models += [row for row in rows if "whole_model" in row]
             _learn(words, document["kernel_suite"])
     return Runs(
         _newest(pd.DataFrame(kernels), ["machine", *PLACE, "backend", *apart]),
@@ -251,6 +257,7 @@ def _made(
         sorted(heads, key=lambda head: head["datetime"]),
         skipped,
         words,
+        _newest(pd.DataFrame(models), ["machine", "sweep", "name", *apart]),
     )
 
 
@@ -289,9 +296,10 @@ def _cases(path: Path, document: Content) -> tuple[list[Content], list[str]]:
     bad: dict[str, tuple[str, int]] = {}  # by field: of the first such case, and how many there are
     for number, benchmark in enumerate(document["benchmarks"]):
         info = benchmark.get("extra_info") if isinstance(benchmark, dict) else None
-        is_step = isinstance(info, dict) and info.get("operation") == TRAINING_STEP
+        operation = info.get("operation") if isinstance(info, dict) else None
+        kinds = {TRAINING_STEP: schema.StepCase, WHOLE_MODEL: schema.ModelCase}
         try:
-            case = schema.check(schema.StepCase if is_step else schema.Case, benchmark)
+            case = schema.check(kinds.get(str(operation), schema.Case), benchmark)
         except Damaged as error:
             field = str(error).partition(":")[0]
             first, count = bad.get(field, (f"benchmarks[{number}].{error}", 0))
@@ -326,6 +334,8 @@ def _row(raw: Content, case: Any, facts: Content, settings: Settings) -> Content
     }
     if isinstance(info, schema.Kernel):
         return row | _of_kernel(info, settings)
+    if info.operation == WHOLE_MODEL:
+        return row
     setting = raw["extra_info"]["settings"]
     alike = sorted((name, value) for name, value in setting.items() if name != "backend")
     return row | {"settings": setting, "case": f"{info.model} {info.backend} {alike}"}

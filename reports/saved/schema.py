@@ -186,5 +186,11 @@ Kernel = of(
     limit=free(Name), limits_s=free(dict[str, Amount]), bounds_s=free(dict[str, Amount]),
 )  # fmt: skip
 Step = of(Info, model=Name, model_title=Name, images_per_s=Rate, settings=StepSetting)
+WholeModel = of(
+    Info, N=free(Size), whole_model=Name, attention=Name, resolution=Size, batch=Size,
+    images_per_s=Rate, parameters=free(Count),
+    attention_s=free(Amount), attention_alone_s=free(Amount),
+)  # fmt: skip
 Case = of(name=Name, stats=Stats, extra_info=Kernel)
 StepCase = of(name=Name, stats=Stats, extra_info=Step)
+ModelCase = of(name=Name, stats=Stats, extra_info=WholeModel)

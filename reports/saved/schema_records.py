@@ -72,11 +72,13 @@ def _known(run: Any) -> str:
     return "" if known else f"config.dataset: an unknown data set, {name!r}"
 
 
+# A run that began with another's weights, its attention swapped.
+Beginning = of(checkpoint=Name, model=Name, model_title=Name, config=Config, val_accuracy=Share)
 Finished = of(
     Started, config=Config, environment=Machine, model=Name, model_title=free(Name),
     dataset_title=free(Name), image_size=free(Size), started=(Date, ""),
     parameters=Size, images_per_second=Rate, test_accuracy=Share, peak_memory=free(Count),
-    epochs=many(Epoch, 1), rule=_known,
+    epochs=many(Epoch, 1), init_from=free(Beginning), rule=_known,
 )  # fmt: skip
 
 HalfWidth = maybe(Annotated[float, Field(ge=0, le=1e4)])

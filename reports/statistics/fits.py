@@ -161,6 +161,7 @@ def crossover(
     *,
     draws: int = 4000,
     seed: int = 0,
+    of: str = "N",
 ) -> Crossover:
     """Where the ratio of two measured curves passes 1 for good.
 
@@ -174,6 +175,7 @@ def crossover(
         incumbent: seconds of the curve to beat.
         challenger: seconds of the other.
         relative_error: standard error of the ratio, one or one per length.
+        of: what a length is called.
     """
     n = np.asarray(lengths, float)
     order = np.argsort(n)
@@ -193,12 +195,15 @@ def crossover(
     if low == 0 and high == np.inf:
         brief, more = "not to be told", f": {least} to {most}"
     elif estimate == 0:
-        brief, more = f"below N = {shortest}", ", the shortest measured"
+        brief, more = f"below {of} = {shortest}", ", the shortest measured"
         more += f" (or up to {most})" if high > 0 else ""
     elif estimate == np.inf:
-        brief, more = f"none up to N = {longest}", f" (or from {least} on)" if low < np.inf else ""
+        brief, more = (
+            f"none up to {of} = {longest}",
+            f" (or from {least} on)" if low < np.inf else "",
+        )
     else:
-        brief, more = f"N ≈ {_length(estimate, shortest, longest)}", f" ({least} to {most})"
+        brief, more = f"{of} ≈ {_length(estimate, shortest, longest)}", f" ({least} to {most})"
     return Crossover(estimate, low, high, brief, brief + more)
 
 

@@ -28,6 +28,10 @@
             hours_200_epochs  training steps alone, from the median epoch, or the rate by turns
             peak_memory     bytes on a CUDA device, the most of any seed; null on a CPU
             claim           {accuracy, speedup} or null
+            init_from       of runs that began with another model's weights, their attention
+                            swapped: {model, model_title, swapped, epochs}, swapped being validation
+                            accuracy in percent before anything was trained; else not there. They
+                            stand in the table of the runs that they began with, by these runs' seed
             verdict         "reproduced", "not reproduced", "not run" or "no claim"
             verdict_reason  a sentence
         subset: true where the runs had a part of the data set's classes; its title says so, and no
@@ -113,7 +117,7 @@ def make(
     for run in sorted(runs, key=lambda run: run.get("started", "")):
         if run["status"] == "finished":
             by_model = groups.setdefault(_place(run), {})
-            by_model.setdefault(run["model"], {})[run["config"]["seed"]] = run
+            by_model.setdefault(_name(run), {})[_begun(run)["seed"]] = run
     tables, files = [], set()
     for _, by_model in sorted(groups.items()):
         firsts = [(model, found[min(found)]) for model, found in by_model.items()]
@@ -141,10 +145,21 @@ def make(
     }
 
 
+def _begun(run: Record) -> dict[str, Any]:
+    """The configuration of a run, or of the one whose weights it began with."""
+    return dict((run.get("init_from") or run)["config"])
+
+
+def _name(run: Record) -> str:
+    """A run's row: its model, and the one whose weights it began with."""
+    began = run.get("init_from")
+    return f"{run['model']} from {began['model']}" if began else str(run["model"])
+
+
 def _place(run: Record) -> tuple[int, str]:
     """Where the table of a run stands; runs of one table have the same."""
     where, name, order = run["environment"], run["config"]["dataset"], list(DATASETS)
-    alike: dict[str, Any] = {"setting": pairs.setting(run["config"])}
+    alike: dict[str, Any] = {"setting": pairs.setting(_begun(run))}
     alike["machine"] = machines.label(where)
     alike |= {"processes": where.get("processes"), "part": pairs.part_of(run)}
     return order.index(name) if name in order else len(order), json.dumps(alike, sort_keys=True)
@@ -156,7 +171,7 @@ def _dataset(name: str, by_model: ByModel, timed: Steps, fits: Fits) -> dict[str
     models += [m for m in by_model if m not in MODELS]
     title, side = DATASETS.get(name, (name, 0))
     run = next((run for found in by_model.values() for run in found.values()), None)
-    setting = run and pairs.setting(run["config"])
+    setting = run and pairs.setting(_begun(run))
     # The claimed backbone of 64 tokens: patches of an eighth of the image.
     sizes = (side // 8, 384, 1536)
     if run and setting:
@@ -178,22 +193,30 @@ def _dataset(name: str, by_model: ByModel, timed: Steps, fits: Fits) -> dict[str
 def _row(dataset: str, model: str, by_model: ByModel, timed: Steps, fits: Fits) -> dict[str, Any]:
     runs = by_model.get(model, {})
     first = runs[min(runs)] if runs else {}
-    attention, _, local = model.partition("-")
+    attention, _, local = model.partition(" ")[0].partition("-")
+    began = first.get("init_from")
+    title = first.get("model_title")
+    if began and title:
+        title += f" from {began['model_title']}"
     claim = None
     subset = any(run.get("dataset_subset") for found in by_model.values() for run in found.values())
     if model in CLAIMS["accuracy"].get(dataset, {}) and not subset:
         claim = {kind: CLAIMS[kind][dataset][model] for kind in ("accuracy", "speedup")}
     row: dict[str, Any] = {
         "model": model,
-        "title": model_of(model, first.get("model_title")).title,
+        "title": model_of(model, title).title,
         "attention_type": attention,
         "local_branch": bool(local),
         "status": "measured" if runs else "not run",
         "seeds": [],
         **dict.fromkeys(_MEASURED),
         "claim": claim,
-        "complexity": _complexity(model, first, fits),
+        "complexity": _complexity(model.partition(" ")[0], first, fits),
     }
+    if began:
+        swapped = statistics.fmean(run["init_from"]["val_accuracy"] for run in runs.values())
+        row["init_from"] = {name: began[name] for name in ("model", "model_title")}
+        row["init_from"] |= {"swapped": 100 * swapped, "epochs": first["config"]["epochs"]}
     if runs:
         row |= _measured(model, runs, by_model.get(BASELINE, {}), timed)
     row["verdict"], row["verdict_reason"] = _verdict(row, first)

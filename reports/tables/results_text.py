@@ -71,8 +71,20 @@ def _part(dataset: dict[str, Any], claims: dict[str, Any]) -> Part:
         said.append(f"Claimed for 200 epochs: about {hours} h on one RTX 3090.")
     if any(row["peak_memory"] for row in dataset["rows"]):
         said.append(f"Claimed peak memory: {claims['peak_memory_gb']} GB.")
+    said += [_trained_back(row) for row in dataset["rows"] if row.get("init_from")]
     title = str(dataset["title"])
     return Part(title, _where(dataset), Table(title, table.without_empty(lines)), said, dataset)
+
+
+def _trained_back(row: dict[str, Any]) -> str:
+    """What came back of the accuracy of the weights that a model began with."""
+    began, gain = row["init_from"], row["gain"]
+    over = f", {points_text(gain)} points over the baseline" if gain else ""
+    return (
+        f"{row['title']}: {began['swapped']:.1f} % of the validation images right after its "
+        f"attention was swapped, and {row['accuracy']['mean']:.1f} % of the test images after "
+        f"{counted(began['epochs'], 'epoch')} more{over}."
+    )
 
 
 def _where(dataset: dict[str, Any]) -> str:
