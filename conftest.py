@@ -18,6 +18,7 @@ _OPTIONS = (
     "total_tokens",
     "backends",
     "ops",
+    "kernels",
     "sweep",
     "minutes",
     "repeats",
@@ -43,7 +44,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         help="quick (default): minutes; full: every dtype, longer sequences; gpu, cpu: what such a "
         "machine should be asked, most important first",
     )
-    options.add(group, "ops", "backends", "dtypes", "device", "minutes")
+    options.add(group, "ops", "backends", "dtypes", "device", "minutes", "kernels")
     options.option(group, "--tokens", "--seq-lens", **options.settings("tokens"))
     options.add(group, out="folder of the run, in the place of --benchmark-json")
     options.option(

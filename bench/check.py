@@ -2,6 +2,7 @@
 
     python -m bench check
     python -m bench check --ops linear_attention --backends cpu,triton --out check.json
+    python -m bench check --kernels mine.py     # the kernels that mine.py registers
     python -m bench -p mine check       # mine.py registers operations and backends of its own
 
 For every operation, dtype and backend: the output and each gradient on a few shapes, by the
@@ -10,7 +11,7 @@ no gradient, under ``no_grad`` and in inference mode; and that the inputs are wh
 a matrix, writes JSON, and exits with 1 where a result of ours is wrong. What a compiler makes
 wrong, or can't make, is shown, and is no verdict on us. A backend that has an interpreter and no
 device here runs in that, in a process of its own, since a switch like TRITON_INTERPRET is read at
-import.
+import. Kernels of ``--kernels`` are checked more strictly (``guests/strict.py``).
 """
 
 import argparse
@@ -20,6 +21,7 @@ import os
 import subprocess
 import sys
 import tempfile
+import textwrap
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -28,7 +30,8 @@ from typing import Any
 import torch
 
 from linear_vit import kernels, options
-from linear_vit.bench import tables
+from linear_vit.bench import guests, tables
+from linear_vit.bench.guests import strict
 from linear_vit.bench.instruments import machine
 from linear_vit.bench.instruments.memory import is_out_of_memory
 from linear_vit.bench.problems import (
@@ -36,6 +39,7 @@ from linear_vit.bench.problems import (
     FORWARD,
     FORWARD_BACKWARD,
     Expected,
+    NotOffered,
     Operation,
     Problem,
     check_call,
@@ -50,6 +54,8 @@ SCHEMA = 1
 # One head dim: what compiles does so anew for each, and the tests go through all of them.
 _HEAD_DIM, _HEAD_DIM_INTERPRETED = 64, 16
 _SPARED = "each dtype compiles for seconds: python -m bench check --full goes through all of them"
+
+_FORWARD_ONLY = "its gradient is not offered: a forward pass alone, which is right"
 
 Result = dict[str, Any]
 
@@ -66,6 +72,7 @@ def cross_check(
     backends: Sequence[str] | None = None,
     dtypes: Sequence[str] = tuple(DTYPES),
     full: bool = False,
+    draws: int = strict.DRAWS,
     progress: Callable[[str], None] = lambda line: None,
 ) -> list[Result]:
     """Check every operation x backend x dtype on a device; one result each.
@@ -75,6 +82,7 @@ def cross_check(
         ops, backends: names; None for all there are.
         dtypes: names, keys of ``DTYPES``.
         full: also what compiles in every dtype and shape; without it, in float32 and one shape.
+        draws: trials that are drawn for a kernel of ``--kernels``.
         progress: called with a line before each step.
 
     Returns:
@@ -89,7 +97,11 @@ def cross_check(
             "dtype": dtype,
             "device": device.type,
             "mode": "native" if kernels.is_timeable(backend, device) else "interpreter",
-            **_check(operations()[name], backend, dtype, device, full, progress),
+            **(
+                _check_guest(operations()[name], backend, dtype, device, draws, progress)
+                if guests.is_guest(name, backend)
+                else _check(operations()[name], backend, dtype, device, full, progress)
+            ),
         }
         for name in (known_operations() if ops is None else ops)
         for dtype in dtypes
@@ -122,6 +134,29 @@ def _check(
     return _check_shapes(prepared[: 1 if sparing else None], backend)
 
 
+def _check_guest(
+    operation: Operation,
+    backend: str,
+    dtype: str,
+    device: torch.device,
+    draws: int,
+    progress: Callable[[str], None],
+) -> Result:
+    try:
+        report = strict.check(operation, backend, dtype, device, draws=draws, progress=progress)
+    except ValueError as error:
+        return {"status": "unusable", "reason": str(error)}
+    found: Result = {"status": "passed", "reason": None, **finite(strict.summary(report))}
+    if not report.gradient:
+        found["reason"] = _FORWARD_ONLY
+    if report.finding is not None:
+        (file,) = guests.files_of(operation.name, backend)
+        found |= {"status": "failed", "reason": str(report.finding)}
+        found["snippet"] = strict.snippet(report.finding, backend, file)
+    errors = [t["rms_error"] for t in found["tensors"] if t["rms_error"] is not None]
+    return {**found, "worst_rms_error": max(errors, default=0.0)}
+
+
 @functools.lru_cache(maxsize=2)  # for all backends of an operation and dtype
 def _prepared(
     operation: Operation, head_dim: int, interpreted: bool, dtype: str, device: torch.device
@@ -133,10 +168,14 @@ def _prepared(
 
 def _check_shapes(prepared: list[tuple[Problem, Expected]], backend: str) -> Result:
     tensors: list[Result] = []
+    reason: str | None = None
     ways = [(p, e, *way) for p, e in prepared for way in _ways(p, e, backend)]
     for problem, expected, how, mode, call in ways:
         try:
             verdicts = check_call(problem, mode, call, expected)
+        except NotOffered:
+            reason = _FORWARD_ONLY
+            continue
         except Exception as error:
             what = "out of memory" if is_out_of_memory(error) else type(error).__name__
             message = str(error).strip().splitlines() or ["no message"]
@@ -151,7 +190,7 @@ def _check_shapes(prepared: list[tuple[Problem, Expected]], backend: str) -> Res
             return {"status": "failed", "reason": reason, "tensors": tensors}
     return {
         "status": "passed",
-        "reason": None,
+        "reason": reason,
         "tensors": tensors,
         "worst_rms_error": max(t["rms_error"] for t in tensors),
     }
@@ -233,24 +272,34 @@ def main(argv: Sequence[str] | None = None) -> int:
         prog="python -m bench check",
         description="Compare every usable backend with the float64 reference.",
     )
-    options.add(parser, "ops", "dtypes", "device")
+    options.add(parser, "ops", "dtypes", "device", "kernels")
     options.option(parser, "--backends", "--only", **options.settings("backends"))
     text = "write the results there, as JSON"
     options.option(parser, "--out", "--json", **options.settings("out", text))
+    text = "trials to draw for each kernel of --kernels, operation and dtype"
+    parser.add_argument("--draws", type=int, default=strict.DRAWS, metavar="COUNT", help=text)
     parser.add_argument("--full", action="store_true", help="what compiles in every dtype, too")
     parser.add_argument("--plain", action="store_true", help="lines instead of a live display")
     given = parser.parse_args(argv)
     try:
         device = options.device(given.device)
-        ops = options.known("ops", given.ops, known_operations())
-        backends = options.known("backends", given.backends, kernels.backend_rows())
+        yours = guests.announce(given.kernels or ())
+        ops = options.known("ops", given.ops or _names(yours, "operation"), known_operations())
+        asked = given.backends or _names(yours, "name")
+        backends = options.known("backends", asked, kernels.backend_rows())
         dtypes = options.known("dtypes", given.dtypes, DTYPES)
     except options.OptionError as error:
         parser.error(str(error))
 
     with _progress(given.plain) as progress:
         results = cross_check(
-            device, ops=ops, backends=backends, dtypes=dtypes, full=given.full, progress=progress
+            device,
+            ops=ops,
+            backends=backends,
+            dtypes=dtypes,
+            full=given.full,
+            draws=given.draws,
+            progress=progress,
         )
         if device.type == "cpu":
             results = with_interpreters(results, progress)
@@ -258,7 +307,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         given.out.parent.mkdir(parents=True, exist_ok=True)
         given.out.write_text(json.dumps(document(results, device), indent=1) + "\n")
     say(matrix(results))
+    for result in results:
+        if "snippet" in result:
+            what = f"{result['operation']} {result['dtype']} {result['backend']}"
+            say(f"\nTo see it fail in a Python of yours ({what}):\n")
+            say(textwrap.indent(result["snippet"], "    "))
     return 1 if any(r["status"] == "failed" and _is_ours(r["backend"]) for r in results) else 0
+
+
+def _names(yours: Sequence[guests.Entry], of: str) -> tuple[str, ...] | None:
+    """What the kernels of ``--kernels`` are for, where nothing else is asked for."""
+    return tuple(dict.fromkeys(getattr(entry, of) for entry in yours)) or None
 
 
 def _is_ours(backend: str) -> bool:
@@ -302,6 +361,7 @@ def matrix(results: list[Result]) -> str:
         cell, who = "–", r["backend"]
         if r["status"] == "passed":
             cell = f"ok {r['worst_rms_error']:.0e}" + ("†" if r["mode"] == "interpreter" else "")
+            who = f"{r['operation']} {r['dtype']} {who}" if r["reason"] else who
         elif r["status"] == "failed":
             cell, who = "FAILED", f"FAILED {r['operation']} {r['dtype']} {r['backend']}"
             who += "" if _is_ours(r["backend"]) else " (not ours)"

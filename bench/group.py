@@ -12,8 +12,9 @@ from typing import Any
 import torch
 
 from linear_vit import kernels, options
-from linear_vit.bench import estimate, peers
+from linear_vit.bench import estimate, guests, peers
 from linear_vit.bench.estimate import Plan
+from linear_vit.bench.guests.timed import TimedCall
 from linear_vit.bench.instruments import (
     clock,
     energy,
@@ -31,6 +32,7 @@ from linear_vit.bench.problems import (
     Case,
     Expected,
     Problem,
+    WrongResult,
     case_name,
     check,
     expected_of_peer,
@@ -44,15 +46,12 @@ from linear_vit.bench.problems import (
 from linear_vit.bench.store import FAILED, MEASURED, OUT_OF_MEMORY, SCHEMA, Result
 from linear_vit.bench.worker import Started, is_lost
 from linear_vit.kernels import registry
+from linear_vit.kernels.accuracy import Comparison
 
 _BEATEN = (
     "above the limit: some of its data were in a cache that the limit does not count, or it does "
     "less than the work that is counted"
 )
-
-
-class WrongResult(Exception):
-    """A case whose answer the accuracy rule refuses, or that another implementation gave."""
 
 
 def measure_group(cases: Sequence[Case], plan: Plan, started: Started) -> list[Result]:
@@ -84,7 +83,12 @@ def measure_group(cases: Sequence[Case], plan: Plan, started: Started) -> list[R
             return list(results.values())
     if len(ready) > 1:
         started(None)
-    results |= _timed(ready, plan, started)
+    try:
+        results |= _timed(ready, plan, started)
+    finally:
+        for one in ready.values():
+            if isinstance(one.call, TimedCall):
+                one.call.close()
     return [results[name] for name in map(case_name, cases) if name in results]
 
 
@@ -100,8 +104,9 @@ def _timed(ready: Mapping[str, "_Ready"], plan: Plan, started: Started) -> dict[
             calls, plan.device, budget_s=factor * plan.budget_s, watch=watch
         )
     except Exception as error:
-        if len(ready) == 1:
-            [name] = ready
+        guilty = [n for n, one in ready.items() if getattr(one.call, "fault", None) is error]
+        if len(ready) == 1 or guilty:  # what a guest did wrong once is not tried again
+            [name] = guilty or ready
             failed = _failure(name, error)
             _ended_badly(failed)
             return {name: failed}
@@ -132,8 +137,9 @@ def _checked_again(ready: Mapping[str, "_Ready"], device: torch.device) -> dict[
     that there is no memory for is left out.
     """
     found: dict[str, Result | None] = {}
-    for problem in {id(one.problem): one.problem for one in ready.values()}.values():
-        cases = {name: one for name, one in ready.items() if one.problem is problem}
+    here = {name: one for name, one in ready.items() if not isinstance(one.call, TimedCall)}
+    for problem in {id(one.problem): one.problem for one in here.values()}.values():
+        cases = {name: one for name, one in here.items() if one.problem is problem}
         need = max(estimate.memory_bytes(one.case) for one in cases.values())
         if not problem.operation.has_reference:
             continue
@@ -224,6 +230,9 @@ def _prepare(case: Case, plan: Plan) -> _Ready:
         Exception: whatever the call raises.
     """
     problem, expected = _problem_of(case, plan.device)
+    if guests.is_guest(case.operation, case.backend):
+        assert expected is not None  # an operation whose kernels can be registered has a reference
+        return _prepare_guest(case, problem, expected)
     call, compile_s = _first_call(case, problem, plan.device)
     checked: dict[str, Any] = {"compile_s": compile_s, "error": {}, "ran": None}
     if expected is not None:
@@ -231,26 +240,49 @@ def _prepare(case: Case, plan: Plan) -> _Ready:
         name, verdict = worst(verdicts)
         if not verdict.passed:
             raise WrongResult(f"wrong result: {name}: {verdict}")
-        checked["error"] = {
-            n: {
-                "rms": v.rms_error,
-                "rms_tolerance": v.rms_tolerance,
-                "max": v.max_error,
-                "max_tolerance": v.max_tolerance,
-            }
-            for n, v in verdicts.items()
-        }
-        operators, on_device = proof.names_of(call, plan.device)
-        if wrong := proof.fallback(
-            claim(case.operation, case.backend), operators, on_device, plan.device.type
-        ):
-            raise WrongResult(f"another implementation ran: {wrong}")
-        checked["ran"] = proof.shown(operators, on_device)
+        checked["error"] = _errors(verdicts)
+        checked["ran"] = _proven(case, *proof.names_of(call, plan.device), plan.device)
     peak, how = memory.peak_beyond_outputs(call, plan.device)
     checked |= {"peak_memory_bytes": peak, "peak_memory_how": how}
     if case.captured:
         call = _captured(call, plan.device, exact=own_kernels(case.backend))
     return _Ready(case, problem, call, checked)
+
+
+def _prepare_guest(case: Case, problem: Problem, expected: Expected) -> _Ready:
+    """The same of a kernel in a process of its own."""
+    call = TimedCall(case, problem, expected)
+    try:
+        found = call.prepare()
+        names = (found.pop("operators"), found.pop("kernels"))
+        device = next(iter(problem.inputs.values())).device
+        found |= {"error": _errors(found.pop("verdicts")), "ran": _proven(case, *names, device)}
+    except BaseException:
+        call.close()
+        raise
+    return _Ready(case, problem, call, found)
+
+
+def _errors(verdicts: Mapping[str, Comparison]) -> dict[str, dict[str, float]]:
+    return {
+        name: {
+            "rms": v.rms_error,
+            "rms_tolerance": v.rms_tolerance,
+            "max": v.max_error,
+            "max_tolerance": v.max_tolerance,
+        }
+        for name, v in verdicts.items()
+    }
+
+
+def _proven(
+    case: Case, operators: tuple[str, ...], on_device: tuple[str, ...], device: torch.device
+) -> list[str]:
+    """What ran; WrongResult where it is not what was asked for."""
+    wanted = claim(case.operation, case.backend)
+    if wrong := proof.fallback(wanted, operators, on_device, device.type):
+        raise WrongResult(f"another implementation ran: {wrong}")
+    return proof.shown(operators, on_device)
 
 
 def _first_call(
@@ -308,11 +340,14 @@ def _captured(
 def _result(ready: _Ready, timing: Timing, watch: telemetry.Watch, plan: Plan) -> Result:
     case, problem, name = ready.case, ready.problem, case_name(ready.case)
     of = operation(case.operation)
+    elsewhere = isinstance(ready.call, TimedCall)
     joules, joules_how = None, "not asked for"
-    if plan.measures_energy(case):
+    if elsewhere:
+        joules_how = "not measured of a process of its own"
+    elif plan.measures_energy(case):
         joules, joules_how = energy.per_call(ready.call, plan.device, timing.median)
     traced = None
-    if plan.profiles is not None:
+    if plan.profiles is not None and not elsewhere:
         child: tuple[str, ...] = ()
         if of.has_reference:  # a training step's name does not say how it is sized
             child = (sys.executable, "-m", "linear_vit.bench.group", name, str(plan.device))
@@ -331,9 +366,12 @@ def _result(ready: _Ready, timing: Timing, watch: telemetry.Watch, plan: Plan) -
         **of.facts(case, timing.median),
         "energy_per_call_j": joules,
         "energy_how": joules_how,
-        "second_clock": second_clock.compare(name, ready.call, plan.device, timing.median),
+        "second_clock": None
+        if elsewhere
+        else second_clock.compare(name, ready.call, plan.device, timing.median),
         "profile": traced,
-        "checked_again": False,
+        "guest": ready.call.verdict() if isinstance(ready.call, TimedCall) else None,
+        "checked_again": elsewhere,
         "device": plan.device.type,
         "clock": timing.clock,
         "cache": timing.cache,
@@ -393,9 +431,10 @@ def _implementation(case: Case, problem: Problem) -> str:
 def _failure(name: str, error: Exception) -> Result:
     """The outcome of a case that raised: what it says in one line."""
     lines = str(error).strip().splitlines() or ["no message"]
-    if memory.is_out_of_memory(error):
+    if memory.is_out_of_memory(error) or isinstance(error, guests.OutOfMemory):
         return Result(name, OUT_OF_MEMORY, f"out of memory: {lines[0][:400]}")
-    kind = "" if isinstance(error, WrongResult) else f"{type(error).__name__}: "
+    said = isinstance(error, WrongResult | guests.Failed)
+    kind = "" if said else f"{type(error).__name__}: "
     return Result(name, FAILED, f"{kind}{lines[0][:1000]}")
 
 

@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 
 from linear_vit import options
-from linear_vit.bench import estimate, runner, store, summary
+from linear_vit.bench import estimate, guests, runner, store, summary
 from linear_vit.bench.instruments import limits, machine, memory
 from linear_vit.bench.problems import DTYPES, Case, case_name, operation
 from linear_vit.bench.progress import Countdown, clock
@@ -77,7 +77,8 @@ class Benchmarks:
             config.option.benchmark_json = config.option.benchmark_save = None
             config.option.benchmark_autosave = False
         try:
-            self.sweep = sweep_from(config)
+            self._yours = guests.announce(config.getoption("kernels") or ())
+            self.sweep = sweep_from(config, [entry.operation for entry in self._yours])
             if config.getoption("keep_memory"):
                 if self.sweep.device.type != "cpu":
                     raise OptionError("--keep-memory is about the CPU's memory: --device cpu")
@@ -257,6 +258,10 @@ class Benchmarks:
         ]
         if self._rehearses:
             lines.append("rehearsal: every case at a tiny size; no number is kept")
+        lines += [
+            f"yours: {entry.name} ({entry.operation}), each case in a process of its own"
+            for entry in self._yours
+        ]
         lines += [f"not timed: {what}: {why}" for what, why in self.sweep.left_out.items()]
         if self._store.set_aside:
             aside = self._store.set_aside
@@ -361,8 +366,11 @@ def _line(result: Result) -> str:
     return _row(result).line() + compiled
 
 
-def sweep_from(config: pytest.Config) -> Sweep:
-    """The sweep that pytest's options ask for; OptionError where they ask for what there isn't."""
+def sweep_from(config: pytest.Config, yours: Sequence[str] = ()) -> Sweep:
+    """The sweep that pytest's options ask for; OptionError where they ask for what there isn't.
+
+    ``yours`` are the operations of ``--kernels``, which stand for all where none is asked for.
+    """
 
     def words(option: str) -> Sequence[str]:
         given = config.getoption(option)
@@ -374,7 +382,7 @@ def sweep_from(config: pytest.Config) -> Sweep:
             dtypes=words("dtypes"),
             tokens=config.getoption("tokens") or (),
             backends=words("backends"),
-            operations=words("ops"),
+            operations=words("ops") or tuple(dict.fromkeys(yours)),
             total_tokens=config.getoption("total_tokens"),
             extent=config.getoption("sweep") or "quick",
             with_peers=bool(config.getoption("peers")),

@@ -12,18 +12,23 @@ from dataclasses import dataclass, field, replace
 import torch
 
 from linear_vit import kernels, options
-from linear_vit.bench import estimate, peers
+from linear_vit.bench import estimate, guests, peers
 from linear_vit.bench.instruments import memory
 from linear_vit.bench.problems import (
     DTYPES,
+    FORWARD,
+    FORWARD_BACKWARD,
     Case,
+    NotOffered,
     Operation,
     Wanted,
     case_name,
     least_work,
+    make_problem,
     operation,
     operations,
 )
+from linear_vit.kernels import registry
 from linear_vit.options import OptionError
 
 SWEEPS = ("quick", "full", "gpu", "cpu")
@@ -183,7 +188,8 @@ def _fitting(
             usable[of.name] = _timeable(asked, of, unusable)
         names = (*usable[of.name], *_peers(asked, of, one.dtype, left_out))
         if one.backends and not asked.backends:
-            names = tuple(name for name in names if name in one.backends)
+            yours = [name for name in names if guests.is_guest(of.name, name)]
+            names = tuple(name for name in names if name in (*one.backends, *yours))
         for name in names:
             case = Case(
                 of.name, one.mode, one.dtype, one.shape, name, total_tokens=one.total_tokens
@@ -194,10 +200,13 @@ def _fitting(
                     left_out[f"{what}, N from {one.shape.tokens}"] = reason
             elif cannot := of.unusable(one.shape, name, asked.on):
                 left_out[of.case_name(case)] = cannot
+            elif one.mode != FORWARD and (cannot := _only_forward(of, name, one, asked)):
+                left_out[f"{name}, {of.name} {one.mode}"] = cannot
             else:
                 captured = one.captured and asked.on.type == "cuda"
                 ways = [case, replace(case, captured=True)] if captured else [case]
-                fitting = [w for w in ways if not w.captured or of.can_be_captured(name)]
+                can_be = of.can_be_captured(name) and not guests.is_guest(of.name, name)
+                fitting = [w for w in ways if not w.captured or can_be]
                 yield from (way for way in fitting if way not in seen)
                 seen.update(fitting)
     for name, reasons in unusable.items():
@@ -205,6 +214,32 @@ def _fitting(
             left_out[f"backend {name}"] = "; ".join(dict.fromkeys(reasons.values()))
         else:
             left_out |= {f"{name}, {of_name}": reason for of_name, reason in reasons.items()}
+
+
+def _only_forward(of: Operation, backend: str, one: Wanted, asked: Asked) -> str | None:
+    """That a registered kernel has a forward pass alone; None for those that have both."""
+    if registry.registered(of.name, backend) is None or one.dtype not in DTYPES:
+        return None
+    return _no_gradient(of, backend, one.dtype, asked.on, registry.state())
+
+
+@functools.lru_cache
+def _no_gradient(
+    of: Operation, backend: str, dtype: str, device: torch.device, state: object
+) -> str | None:
+    small = make_problem(of.name, of.shape(64), DTYPES[dtype], device)
+    try:
+        if guests.is_guest(of.name, backend):
+            with guests.Guest(guests.files_of(of.name, backend)) as guest:
+                guest.open(small, backend, FORWARD_BACKWARD)
+                guest.run()
+        else:
+            small.gradients(backend, small.cotangents)
+    except NotOffered as error:
+        return str(error)
+    except Exception:  # that is for its cases to show
+        return None
+    return None
 
 
 def _too_much(asked: Asked, case: Case, available: int | None) -> tuple[str, str] | None:

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from linear_vit.kernels import registry
+from linear_vit.kernels import entry_points, registry
 from linear_vit.kernels.precision import full_precision
 from linear_vit.kernels.registry import Registered, functions, operation
 from linear_vit.kernels.rows import Backend, Operation
@@ -45,6 +45,7 @@ def backends(
         ValueError: an unknown operation; the message lists those there are.
     """
     device = torch.device(device)
+    entry_points.load()
     found = _backends_for(op, device, dtype, head_dim)
     missing = _no_such_device(device)
     return {name: reason or missing for name, reason in found.items()}
@@ -158,6 +159,9 @@ def _choose(
     """The backend that runs this; its function is in ``functions`` by then."""
     del state  # part of the key: it changes what is usable
     usable = _backends_for(op, device, dtype, head_dim)
+    if backend is not None and backend not in usable:  # an installed package may have it
+        entry_points.load()
+        usable = _backends_for(op, device, dtype, head_dim)
     if backend is None:
         candidates = _by_default(op, usable)
     elif backend not in usable:

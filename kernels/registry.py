@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from linear_vit.kernels import probes, rows
+from linear_vit.kernels import entry_points, probes, rows
 from linear_vit.kernels.rows import Backend, Operation
 
 Function = TypeVar("Function", bound=Callable[..., Any])
@@ -38,8 +38,8 @@ _backends = {row.name: row for row in rows.BACKEND_ROWS}
 _operations = {row.name: row for row in rows.OPERATION_ROWS}
 _registered: dict[tuple[str, str], Registered] = {}
 _changes = 0
-# Of the same palette as the built-in ones'.
-_COLOURS = ("#56B4E9", "#F0E442", "#000000")
+# Of the same palette as the built-in ones', and then of Paul Tol's muted one.
+_COLOURS = ("#56B4E9", "#F0E442", "#000000", "#882255", "#44AA99", "#999933", "#332288")
 
 
 class Functions:
@@ -58,6 +58,7 @@ functions = Functions()
 
 def backend_rows() -> dict[str, Backend]:
     """Every backend by name, the built-in ones first, then those that were registered."""
+    entry_points.load()
     return dict(_backends)
 
 
@@ -80,6 +81,11 @@ def operation(name: str) -> Operation:
 def registered(op: str, backend: str) -> Registered | None:
     """The user's function behind a backend of an operation; None where it is a built-in one."""
     return _registered.get((op, backend))
+
+
+def all_registered() -> dict[tuple[str, str], Registered]:
+    """The users' functions, by operation and backend, in the order in which they joined."""
+    return dict(_registered)
 
 
 def is_own(op: str, backend: str) -> bool:
@@ -227,6 +233,17 @@ def pretend_usable(name: str) -> Iterator[None]:
         _backends[name] = replaced(_backends[name], probe=probes.anywhere)
         _changed()
         yield
+
+
+def refuse_built_in(reason: str) -> None:
+    """From now on no built-in backend is usable in this process, for this reason."""
+
+    def refused(device: torch.device) -> str:
+        return reason
+
+    for name in BACKENDS:
+        _backends[name] = replaced(_backends[name], probe=refused)
+    _changed()
 
 
 def _changed() -> None:

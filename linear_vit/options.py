@@ -43,6 +43,14 @@ def numbers(text: str) -> tuple[int, ...]:
     return tuple(map(int, found))
 
 
+def paths(text: str) -> tuple[Path, ...]:
+    """``a.py,b.py`` as paths; they may have spaces in them, but no commas."""
+    found = tuple(Path(part) for part in text.split(",") if part)
+    if not found:
+        raise argparse.ArgumentTypeError("files with commas between them are wanted, not nothing")
+    return found
+
+
 def architectures(text: str) -> tuple[str, ...]:
     """``sm_90a``, ``sm-90a``, ``90a`` and ``9.0a`` are the same GPU architecture."""
     return tuple(map(_architecture, words(text)))
@@ -74,6 +82,7 @@ _SHARED: dict[str, tuple[Callable[[str], Any], str, str]] = {
     "device": (str, "NAME", "cpu or cuda[:i] (default: cuda if there)"),
     "minutes": (positive, "COUNT", "to spend, at most"),
     "out": (Path, "PATH", "where to write what was found"),
+    "kernels": (paths, "FILE", "a Python file that registers kernels of yours"),
     "arch": (architectures, "A,B", "GPU architectures, as sm_90a or 9.0a; all by default"),
 }
 _PLUGINS = "LINEAR_VIT_PLUGINS"  # modules, with commas, that a child process imports, too
@@ -86,7 +95,7 @@ def add(parser: Any, *names: str, **helps: str) -> None:
 
     Args:
         parser: has ``add_argument`` or ``addoption``.
-        names: among ops, backends, dtypes, tokens, device, minutes, out, arch.
+        names: among ops, backends, dtypes, tokens, device, minutes, out, kernels, arch.
         helps: more of them by keyword, with a text of the command's own.
     """
     for name, text in {**dict.fromkeys(names), **helps}.items():

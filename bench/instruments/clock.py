@@ -14,7 +14,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -25,6 +25,9 @@ from linear_vit.bench.instruments.telemetry import Watch
 _SHORTEST_ROUND_S = 1e-3
 # A call this long is its own warm-up, and is timed three times rather than five.
 _LONG_CALL_S = 0.2
+# Of a call in another process a round lasts longer, so that what asking for it takes is a small
+# part of what our clock sees of it.
+_SHORTEST_ELSEWHERE_S = 4e-3
 # Rounds of one call enqueued on CUDA in a turn, at most: a few calls of these stay below the
 # driver's queue of about 1,000 launches. Calls as long as a turn take one round.
 _ENQUEUED_ROUNDS = 16
@@ -76,6 +79,15 @@ class Timing:
         if self.turns is None or self.turns != other.turns:
             return self.median / other.median
         return statistics.median(a / b for a, b in zip(self.seconds, other.seconds, strict=False))
+
+
+@runtime_checkable
+class Elsewhere(Protocol):
+    """A call that another process makes and times."""
+
+    def rounds(self, calls: int) -> list[float]:
+        """Seconds a call: of one round of so many, or on CUDA of so many rounds of one."""
+        ...
 
 
 def median_interval(seconds: Sequence[float], draws: int = 1000) -> tuple[float, float]:
@@ -177,15 +189,31 @@ def warm_up(call: Callable[[], object], device: torch.device, *, least_s: float 
             return min(times)
 
 
-def _rounds_of(call: Callable[[], object], device: torch.device, min_rounds: int) -> "_Rounds":
-    estimate = warm_up(call, device)
+def _rounds_of(call: Callable[[], object], device: torch.device, min_rounds: int) -> "Rounds":
+    elsewhere = isinstance(call, Elsewhere)
+    estimate = _warm_up_elsewhere(call) if isinstance(call, Elsewhere) else warm_up(call, device)
     if estimate > _LONG_CALL_S:
         min_rounds = min(min_rounds, 3)
-    kind = _CudaRounds if device.type == "cuda" else _CpuRounds
+    kind = _ElsewhereRounds if elsewhere else rounds_on(device)
     return kind(call, device, estimate, min_rounds)
 
 
-class _Rounds(ABC):
+def rounds_on(device: torch.device) -> type["Rounds"]:
+    """How rounds are taken on a device, in the process that makes the calls."""
+    return _CudaRounds if device.type == "cuda" else _CpuRounds
+
+
+def _warm_up_elsewhere(call: Elsewhere, *, least_s: float = 0.02) -> float:
+    """As :func:`warm_up`: by the other process's clock, since asking takes a while."""
+    started, times = time.perf_counter(), list[float]()
+    while len(times) < 2 or time.perf_counter() - started < least_s:
+        times += call.rounds(1)
+        if times[-1] > _LONG_CALL_S:
+            break
+    return min(times)
+
+
+class Rounds(ABC):
     """The rounds of one call so far, and what they cost."""
 
     clock: str
@@ -231,6 +259,15 @@ class _Rounds(ABC):
     def finish(self) -> None:
         """Called when the device has nothing left to do."""
 
+    def ask_for(self, calls: int) -> None:
+        """The next turn is of so many calls: a round of them, or on CUDA so many rounds."""
+        self.calls_per_round = calls
+
+    def take(self) -> list[float]:
+        """The rounds of the turn, in seconds a call, to whoever keeps them himself."""
+        taken, self._of_turn = self._of_turn, []
+        return taken
+
     def end_turn(self, *, disturbed: bool) -> None:
         """Keep the rounds of a turn, or put them aside; the time that kept ones took is spent."""
         (self.disturbed if disturbed else self.seconds).extend(self._of_turn)
@@ -253,7 +290,7 @@ class _Rounds(ABC):
         )
 
 
-class _CpuRounds(_Rounds):
+class _CpuRounds(Rounds):
     clock = "host clock (perf_counter_ns)"
 
     def __init__(self, *arguments: Any) -> None:
@@ -271,7 +308,7 @@ class _CpuRounds(_Rounds):
         """Nothing: a CPU call is over when it returns."""
 
 
-class _CudaRounds(_Rounds):
+class _CudaRounds(Rounds):
     """Device time between two events around the call, with a cold L2.
 
     Each round enqueues, without waiting: a spin, a read of twice the L2, start event, call, stop
@@ -289,13 +326,15 @@ class _CudaRounds(_Rounds):
         self._flush = flush_of(self.device)
         self._spin = _spin_cycles(self.call, self.device)
         self._events: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
+        self.batch = _batch_of(self.estimate)
+
+    def ask_for(self, calls: int) -> None:
+        self.batch = calls
 
     def start(self) -> None:
-        # A batch of rounds a turn: waiting for the device costs more than a short call.
-        rounds = int(min(_ENQUEUED_ROUNDS, max(1.0, _TURN_S / max(self.estimate, 1e-6))))
         before = time.perf_counter()
         with torch.cuda.device(self.device):
-            for _ in range(rounds):
+            for _ in range(self.batch):
                 start = torch.cuda.Event(enable_timing=True)
                 stop = torch.cuda.Event(enable_timing=True)
                 torch.cuda._sleep(self._spin)
@@ -311,6 +350,31 @@ class _CudaRounds(_Rounds):
     def finish(self) -> None:
         self._of_turn = [start.elapsed_time(stop) * 1e-3 for start, stop in self._events]
         self._events.clear()
+
+
+class _ElsewhereRounds(Rounds):
+    """Rounds that the call's own process takes, as it would be done here."""
+
+    def __init__(self, *arguments: Any) -> None:
+        super().__init__(*arguments)
+        here = rounds_on(self.device)
+        self.clock, self.cache = f"{here.clock}, in a process of its own", here.cache
+        if self.device.type == "cuda":
+            self._calls = _batch_of(self.estimate)
+        else:
+            self._calls = max(1, round(_SHORTEST_ELSEWHERE_S / self.estimate))
+            self.calls_per_round = self._calls
+
+    def start(self) -> None:
+        self._of_turn = self.call.rounds(self._calls)  # type: ignore[attr-defined]
+
+    def finish(self) -> None:
+        """Nothing: it answers when its device has nothing left to do."""
+
+
+def _batch_of(estimate_s: float) -> int:
+    """How many rounds a turn has on CUDA: waiting for the device costs more than a short call."""
+    return int(min(_ENQUEUED_ROUNDS, max(1.0, _TURN_S / max(estimate_s, 1e-6))))
 
 
 def flush_of(device: torch.device) -> Callable[[], object]:

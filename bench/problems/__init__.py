@@ -24,11 +24,13 @@ from linear_vit.bench.problems.case import (
     Case,
     ChangedInput,
     Expected,
+    NotOffered,
     Operation,
     Problem,
     Shape,
     Wanted,
     Work,
+    WrongResult,
     check,
     check_call,
     judge,
@@ -40,9 +42,10 @@ from linear_vit.bench.problems.ripple import RippleShape
 
 __all__ = [
     "BACKWARD", "DTYPES", "FORWARD", "FORWARD_BACKWARD", "PASSES", "AttentionShape", "Case",
-    "ChangedInput", "Expected", "Operation", "Problem", "RippleShape", "Shape", "Wanted", "Work",
-    "case_name", "check", "check_call", "expected_of_peer", "judge", "least_work", "make_problem",
-    "operation", "operations", "own_kernels", "parse_case", "register", "worst",
+    "ChangedInput", "Expected", "NotOffered", "Operation", "Problem", "RippleShape", "Shape",
+    "Wanted", "Work", "WrongResult", "case_name", "check", "check_call", "expected_of_peer",
+    "judge", "least_work", "make_problem", "operation", "operations", "own_kernels", "parse_case",
+    "register", "worst",
 ]  # fmt: skip
 
 _registered: dict[str, Operation] = {}

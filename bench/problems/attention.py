@@ -1,8 +1,9 @@
 """What attention operations share: shapes, inputs, and the rows compared where there are many."""
 
+import random
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -79,6 +80,39 @@ class AttentionOperation(Drawn):
             AttentionShape(2, 6, 6, 197, 197, head_dim),
             AttentionShape(1, 4, 1, 77, 130, head_dim),
         )
+
+    def edge_shapes(self, head_dim: int) -> tuple[AttentionShape, ...]:
+        """No sequence, no query, no key; one of each; grouped heads; more than a tile of both."""
+        sizes = ((0, 2, 2, 5, 5), (2, 2, 1, 0, 5), (1, 2, 2, 5, 0), (1, 1, 1, 1, 2))
+        more = ((2, 6, 2, 33, 70), (1, 2, 2, 300, 290))
+        return tuple(AttentionShape(*size, head_dim) for size in (*sizes, *more))
+
+    def draw_shape(self, drawn: random.Random, head_dim: int) -> AttentionShape:
+        heads = drawn.randint(1, 3)
+        B, H = drawn.randint(1, 3), heads * drawn.randint(1, 3)
+        return AttentionShape(B, H, heads, drawn.randint(1, 150), drawn.randint(2, 150), head_dim)
+
+    def smaller(self, shape: AttentionShape) -> Iterator[AttentionShape]:
+        """Of the same head dim, and those that the accuracy rule is made for: two keys or more."""
+        if shape.Hk != shape.H:
+            yield replace(shape, H=shape.Hk)
+        elif shape.H > 1:
+            yield replace(shape, H=1, Hk=1)
+        for less in super().smaller(shape):
+            assert isinstance(less, AttentionShape)
+            if less.H % less.Hk == 0 and less.D == shape.D and (less.M > 1 or less.M == shape.M):
+                yield less
+
+    def rescale(self, inputs: Tensors, scale: float, mean: float) -> None:
+        """q and k times the scale, v plus the mean."""
+        for name, x in inputs.items():
+            if name in ("q", "k"):
+                x.mul_(scale)
+            elif name == "v":
+                x.add_(mean)
+            elif name == "qkv":
+                x[:, :, :2] *= scale
+                x[:, :, 2] += mean
 
     def static_shapes(self, head_dim: int, *, ragged: bool) -> tuple[AttentionShape, ...]:
         D = head_dim

@@ -9,10 +9,11 @@ an operation's name.
 import functools
 import importlib
 import math
+import random
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any, ClassVar
 
 import torch
@@ -140,14 +141,28 @@ class Problem:
             # torch.compile otherwise forbids a second backward pass through one graph.
             importlib.import_module("torch._functorch.config").donated_buffer = False  # type: ignore[attr-defined]
             outputs, leaves = self.run(self.inputs, backend), tuple(self.inputs.values())
+            if not all(x.requires_grad for x in outputs):
+                raise NotOffered("its gradient is not offered")
             return lambda: torch.autograd.grad(outputs, leaves, self.cotangents, retain_graph=True)
         return lambda: self.gradients(backend, self.cotangents)
 
     def gradients(self, backend: str, cotangents: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        """The outputs, then the gradient of each input."""
+        """The outputs, then the gradient of each input.
+
+        Raises:
+            NotOffered: the backend has a forward pass alone.
+        """
         outputs = self.run(self.inputs, backend)
         leaves = tuple(self.inputs.values())
-        return (*outputs, *torch.autograd.grad(outputs, leaves, cotangents))
+        if not all(x.requires_grad for x in outputs):
+            raise NotOffered("its gradient is not offered")
+        try:
+            return (*outputs, *torch.autograd.grad(outputs, leaves, cotangents))
+        except (NotImplementedError, RuntimeError) as error:
+            # An operator of torch.library, or of C++, that was given no formula.
+            if isinstance(error, NotImplementedError) or "no autograd formula" in str(error):
+                raise NotOffered("its gradient is not offered") from error
+            raise
 
     @property
     def named_cotangents(self) -> dict[str, Tensor]:
@@ -211,6 +226,8 @@ class Operation(ABC):
         has_reference: whether something says what is right, and how much work is least; a training
             step has neither, and is only timed.
         usual_backends: those of a sweep over lengths where none are asked for; empty for all.
+        settings: of the public function's other arguments, values that a strict check draws from.
+        scales: of its inputs, and means, for the strict check: see :meth:`rescale`.
     """
 
     name: str
@@ -223,6 +240,8 @@ class Operation(ABC):
     test: str = "test_kernel"
     has_reference: bool = True
     usual_backends: tuple[str, ...] = ()
+    settings: ClassVar[Mapping[str, Sequence[Any]]] = {}
+    scales: ClassVar[Sequence[tuple[float, float]]] = ()
 
     @property
     def title(self) -> str:
@@ -294,6 +313,28 @@ class Operation(ABC):
     def check_shapes(self, head_dim: int, *, interpreted: bool = False) -> Sequence[Shape]:
         """Ragged sizes that results are checked at. ``interpreted``: small enough for Triton's
         interpreter, which takes seconds for what a GPU does in microseconds."""
+
+    def edge_shapes(self, head_dim: int) -> Sequence[Shape]:
+        """Sizes at the edge of what there is, for the strict check: nothing at all, one of each."""
+        return ()
+
+    def draw_shape(self, drawn: random.Random, head_dim: int) -> Shape:
+        """Any small size, for the strict check."""
+        return drawn.choice(self.check_shapes(head_dim, interpreted=True))
+
+    def smaller(self, shape: Any) -> Iterator[Shape]:
+        """Sizes that are simpler than this one, the simplest first: what fails is reduced to them.
+
+        Of every field 1, 2, 3, a half and one less, where the operation takes it.
+        """
+        for name, size in asdict(shape).items():
+            for less in dict.fromkeys((1, 2, 3, size // 2, size - 1)):
+                if 0 < less < size:
+                    yield replace(shape, **{name: less})
+
+    def rescale(self, inputs: dict[str, Tensor], scale: float, mean: float) -> None:
+        """Give inputs another scale and mean, in place: one of ``scales``."""
+        raise NotImplementedError(f"{self.name} has no scales")
 
     def traffic_shapes(self, head_dim: int) -> Sequence[Shape]:
         """Sizes that take the operation's different kernels, small enough to be interpreted."""
@@ -368,6 +409,14 @@ def least_work(operation: Operation, mode: str, shape: Any, element_size: int) -
     both = operation.least_work(FORWARD_BACKWARD, shape, element_size)
     forward = operation.least_work(FORWARD, shape, element_size)
     return Work(both.bytes - forward.bytes, both.flop - forward.flop)
+
+
+class NotOffered(Exception):
+    """A pass that a backend does not have, and need not: the gradient of a forward alone."""
+
+
+class WrongResult(Exception):
+    """A case whose answer the accuracy rule refuses, or that another implementation gave."""
 
 
 class ChangedInput(Exception):

@@ -41,9 +41,9 @@ class Drawn(Operation):
         """Arguments of the public function beside the inputs."""
         return {}
 
-    def run(self, shape: Any) -> Run:
-        """What calls the operation of ``kernels`` with the inputs, in their order."""
-        options = self.options(shape)
+    def run(self, shape: Any, **settings: Any) -> Run:
+        """What calls the operation of ``kernels`` with the inputs, in their order, and settings."""
+        options = {**self.options(shape), **settings}
 
         def run(tensors: Tensors, backend: str) -> tuple[Tensor, ...]:
             out = getattr(kernels, self.name)(*tensors.values(), backend=backend, **options)

@@ -2,8 +2,8 @@
 
 import functools
 import importlib
-from collections.abc import Callable
-from typing import ClassVar
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -40,6 +40,9 @@ _SHORT = (functools.partial(square, 128, 6, 256), functools.partial(square, 16, 
 
 class _Linear(AttentionOperation):
     """What the four have in common."""
+
+    settings: ClassVar[Mapping[str, Sequence[Any]]] = {"eps": (1e-6, 1e-3, 0.0)}
+    scales: ClassVar[Sequence[tuple[float, float]]] = ((1e-2, 0.0), (1.0, 1.0), (30.0, 1.0))
 
     def probes(self, device: torch.device) -> dict[str, Callable[[], float]]:
         """FMAs on registers, FMAs that each load a vector from the L1 cache, any instructions."""
@@ -146,6 +149,7 @@ class _Part(_Linear):
 
 class LinearAttentionState(_Part):
     name = "linear_attention_state"
+    settings: ClassVar = {}
     per_fma: ClassVar = {"fma": 1, "load": 6 / 8, "instructions": 18 / 8}
     workloads: ClassVar = {
         "linear_attention.state": Workload(name, FORWARD, *_LONG, ("_state", "_feature_outer")),
@@ -175,6 +179,7 @@ class LinearAttentionState(_Part):
 
 class LinearAttentionApply(_Part):
     name = "linear_attention_apply"
+    scales: ClassVar = ()
     per_fma: ClassVar = {"fma": 1, "load": 4 / 4, "instructions": 8 / 4}
     workloads: ClassVar = {
         "linear_attention.apply": Workload(name, FORWARD, *_LONG, ("_apply",)),

@@ -1,6 +1,7 @@
 """The packed form of an attention operation: one (B, N, 3, H, D) projection and its gradient."""
 
-from collections.abc import Sequence
+import random
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 import torch
@@ -29,6 +30,23 @@ class Packed(AttentionOperation):
         if interpreted:
             return (square(1, 2, 37, head_dim),)
         return (square(2, 6, 197, head_dim),)
+
+    def edge_shapes(self, head_dim: int) -> tuple[AttentionShape, ...]:
+        sizes = ((0, 2, 5), (2, 2, 0), (1, 1, 2), (1, 2, 300))
+        return tuple(square(*size, head_dim) for size in sizes)
+
+    def draw_shape(self, drawn: random.Random, head_dim: int) -> AttentionShape:
+        return square(drawn.randint(1, 3), drawn.randint(1, 4), drawn.randint(2, 150), head_dim)
+
+    def smaller(self, shape: AttentionShape) -> Iterator[AttentionShape]:
+        for size in dict.fromkeys((1, shape.B // 2)):
+            if 0 < size < shape.B:
+                yield replace(shape, B=size)
+        if shape.H > 1:
+            yield replace(shape, H=1, Hk=1)
+        for size in dict.fromkeys((2, 3, shape.N // 2, shape.N - 1)):
+            if 1 < size < shape.N:
+                yield replace(shape, N=size, M=size)
 
     def traffic_shapes(self, head_dim: int) -> tuple[AttentionShape, ...]:
         return _alike(super().traffic_shapes(head_dim))

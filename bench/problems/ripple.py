@@ -1,8 +1,9 @@
 """Ripple pooling and expansion: one stage, and the whole pyramid in one call."""
 
 import math
+import random
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, ClassVar, TypeVar
@@ -89,6 +90,13 @@ class _Ripple(Drawn):
         if interpreted:
             return (RippleShape(1, 5, 4, 8, axis=0), RippleShape(1, 4, 5, 8, axis=1))
         return (RippleShape(2, 8, 8, 48, axis=0), RippleShape(1, 7, 5, 33, axis=1))
+
+    def edge_shapes(self, head_dim: int) -> tuple[RippleShape, ...]:
+        return (RippleShape(1, 1, 1, 1), RippleShape(1, 1, 7, 3, axis=1))
+
+    def draw_shape(self, drawn: random.Random, head_dim: int) -> RippleShape:
+        rows, cols, channels = drawn.randint(1, 9), drawn.randint(1, 9), drawn.randint(1, 70)
+        return RippleShape(drawn.randint(1, 3), rows, cols, channels, drawn.randint(0, 1))
 
     def traffic_shapes(self, head_dim: int) -> tuple[RippleShape, ...]:
         return tuple(RippleShape(2, 8, 8, 64, axis) for axis in (0, 1))
@@ -209,12 +217,24 @@ class _Pyramid(_Ripple):
     quick = False
     lists: tuple[str, ...]
 
-    def run(self, shape: RippleShape) -> Run:
+    def edge_shapes(self, head_dim: int) -> tuple[RippleShape, ...]:
+        return (RippleShape(1, 1, 7, 3),)
+
+    def draw_shape(self, drawn: random.Random, head_dim: int) -> RippleShape:
+        """A grid that can be halved."""
+        return replace(super().draw_shape(drawn, head_dim), rows=drawn.randint(2, 9), axis=0)
+
+    def smaller(self, shape: RippleShape) -> Iterator[RippleShape]:
+        for less in super().smaller(shape):
+            if isinstance(less, RippleShape) and less.tokens > 1:
+                yield less
+
+    def run(self, shape: RippleShape, **settings: Any) -> Run:
         axes, names = shape.axes, [_numbered(name, shape.axes) for name in self.lists]
 
         def run(t: Tensors, backend: str) -> tuple[Tensor, ...]:
             first, lists = next(iter(t.values())), [[t[n] for n in of] for of in names]
-            out = getattr(kernels, self.name)(first, *lists, axes=axes, backend=backend)
+            out = getattr(kernels, self.name)(first, *lists, axes=axes, backend=backend, **settings)
             return out if isinstance(out, tuple) else (out,)
 
         return run

@@ -65,7 +65,7 @@ def compile_unit(unit: Unit, cache: Path) -> list[dict[str, Any]]:
     listed, log = _nvcc(unit, cache)
     usage = machine_code.read_ptxas(log)
     code = machine_code.disassemble(listed)
-    readable = _demangle(usage)
+    readable = demangled(usage)
     with tempfile.TemporaryDirectory() as folder:
         library = _link_recorder(unit, listed, Path(folder), cache)
         reached = _reached(unit, library)
@@ -82,7 +82,7 @@ def compile_unit(unit: Unit, cache: Path) -> list[dict[str, Any]]:
             {
                 "backend": "cuda",
                 "room": unit.folder,
-                "kernel": _short(readable[name]),
+                "kernel": short(readable[name]),
                 "head_dim": head_dim,
                 "dtype": dtype,
                 "products": None,  # the machine code has to tell
@@ -98,7 +98,7 @@ def compile_unit(unit: Unit, cache: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def _short(readable: str) -> str:
+def short(readable: str) -> str:
     """``void (anonymous namespace)::apply_kernel<64, float>(...)`` -> ``apply_kernel``."""
     head = readable.replace("(anonymous namespace)::", "")
     return re.sub(r"[<(].*", "", head).split()[-1]
@@ -138,7 +138,8 @@ def _nvcc(unit: Unit, cache: Path) -> tuple[Path, str]:
     return target, log.read_text()
 
 
-def _demangle(names: Iterable[str]) -> dict[str, str]:
+def demangled(names: Iterable[str]) -> dict[str, str]:
+    """Mangled names to readable ones."""
     mangled = list(names)
     tool = shutil.which("c++filt") or shutil.which("cu++filt")
     if tool is None:

@@ -11,6 +11,7 @@ share of the copy rate that is possible at all. Exits with 1 where something is 
     python -m bench static --arch sm_90a --ops linear_attention --all
     python -m bench static --arch sm_90a --head-dims 64 --explain half_apply_kernel
     python -m bench static --out static.json
+    python -m bench static --kernels mine.py --arch sm_90a      # those of a file of yours
 
 What was compiled before, from the same sources, is not compiled again.
 """
@@ -24,10 +25,10 @@ from typing import Any
 import torch
 
 from linear_vit import options
-from linear_vit.bench import tables
+from linear_vit.bench import guests, tables
 from linear_vit.bench.instruments import machine
 from linear_vit.bench.problems import DTYPES
-from linear_vit.bench.static import launches, machine_code, steady
+from linear_vit.bench.static import launches, machine_code, steady, yours
 from linear_vit.bench.static.faults import Row
 from linear_vit.bench.static.units import (
     ARCHITECTURES,
@@ -61,7 +62,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     options.add(parser, "dtypes", arch=f"among {', '.join(ARCHITECTURES)}; all by default")
     text = "head dimensions; all by default"
     options.option(parser, "--head-dims", type=options.words, metavar="A,B", help=text)
-    options.add(parser, out=tables.OUT)
+    options.add(parser, "kernels", out=tables.OUT)
     tables.add_old_options(parser)
     parser.add_argument("--jobs", type=int, help="processes side by side (default: a core each)")
     text = "print every row, not each kernel's worst"
@@ -79,18 +80,23 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error(str(error))
 
     failure = ""
+    what: dict[str, Any] = {
+        "architectures": architectures,
+        "dtypes": dtypes,
+        "head_dims": head_dims,
+        "jobs": given.jobs,
+        "progress": lambda line: say(line, sys.stderr),
+    }
     try:
-        rows = compile_all(
-            backends=backends,
-            folders=folders,
-            architectures=architectures,
-            dtypes=dtypes,
-            head_dims=head_dims,
-            jobs=given.jobs,
-            progress=lambda line: say(line, sys.stderr),
-        )
+        if given.kernels:
+            rows = yours.compile_files(list(map(guests.spelled, given.kernels)), **what)
+        else:
+            rows = compile_all(backends=backends, folders=folders, **what)
     except Incomplete as error:
         rows, failure = error.rows, str(error)
+    except yours.Nothing as error:
+        say(f"--kernels: {error}", sys.stderr)
+        return 2
     tables.write(document(rows), COLUMNS, given)
     if given.explain:
         say(explained([row for row in rows if row["kernel"] == given.explain]))

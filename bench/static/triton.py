@@ -20,6 +20,7 @@ from unittest import mock
 import torch
 import triton
 from triton.backends.compiler import GPUTarget
+from triton.runtime.autotuner import Autotuner
 from triton.runtime.jit import JITFunction
 
 from linear_vit.bench.problems import DTYPES
@@ -79,12 +80,17 @@ def compile_unit(unit: Unit, cache: Path) -> list[dict[str, Any]]:
 
 
 def compile_exercises(
-    exercises: Iterable[launches.Exercise], architecture: str, head_dim: int | None, cache: Path
+    exercises: Iterable[launches.Exercise],
+    architecture: str,
+    head_dim: int | None,
+    cache: Path,
+    backend: str = "triton",
 ) -> list[dict[str, Any]]:
     """Compile what these launch for an architecture, without saying whose kernels they are.
 
     Args:
         head_dim: of the exercises, if they have one.
+        backend: that launches; every configuration that its autotuner may choose is compiled.
         cache: a folder; a kernel that was compiled before, from the same source and for the same
             launch, is read from there, whatever else has changed since.
     """
@@ -100,6 +106,10 @@ def compile_exercises(
         if key not in launched:
             launched.add(key)
             run(function, *args, grid=grid, warmup=True, **kwargs)
+
+    def compile_all(tuner: Any, *args: Any, **kwargs: Any) -> None:
+        for config in tuner.configs:
+            tuner.fn.run(*args, **{**kwargs, **config.all_kwargs()})
 
     def compile_kept(
         function: Any, key: Any, signature: Any, device: Any, constants: Any, options: Any,
@@ -135,9 +145,10 @@ def compile_exercises(
         _target(architecture),
         mock.patch.object(JITFunction, "run", compile_only),
         mock.patch.object(JITFunction, "_do_compile", compile_kept),
+        mock.patch.object(Autotuner, "run", compile_all),
     ):
         for exercise in exercises:
-            exercise.run("triton")
+            exercise.run(backend)
     return list(rows.values())
 
 

@@ -29,7 +29,7 @@ from linear_vit.screen import counted
 SCHEMA = 1
 ARCHITECTURES = tuple(machine_code.LIMITS)
 _HERE = Path(__file__).resolve().parent
-BACKENDS = tuple(name for name in kernels.backend_rows() if (_HERE / f"{name}.py").exists())
+BACKENDS = tuple(name for name in kernels.BACKENDS if (_HERE / f"{name}.py").exists())
 
 
 @dataclass(frozen=True)

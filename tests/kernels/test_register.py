@@ -13,6 +13,7 @@ from linear_vit import kernels
 from linear_vit.kernels import registry
 from linear_vit.kernels.backends import run
 from linear_vit.kernels.rows import BACKEND_ROWS, OPERATION_ROWS
+from tests import processes
 
 
 @pytest.fixture(autouse=True)
@@ -195,6 +196,50 @@ def test_it_is_given_what_autocast_makes_of_it() -> None:
     with torch.autocast("cpu", dtype=torch.bfloat16):
         kernels.linear_attention(Q, Q, Q, backend="mine")
     assert dtypes == [(torch.bfloat16, False)]
+
+
+# ---- entry points of installed packages ----------------------------------------------------------
+
+PACKAGE = """
+from linear_vit import kernels
+
+def register():
+    kernels.register("linear_attention", "packaged", devices=("cpu",))(lambda q, k, v, eps: 2 * q)
+"""
+ASKING = """
+import sys, torch, warnings
+warnings.simplefilter("always")
+from linear_vit import kernels
+q = torch.ones(1, 1, 2, 4)
+kernels.linear_attention(q, q, q)
+print("packaged_kernels" in sys.modules)
+print(kernels.linear_attention(q, q, q, backend="packaged").sum().item())
+print(kernels.backends("linear_attention", "cpu")["packaged"])
+print(kernels.backend_rows()["packaged"].title)
+"""
+
+
+def installed(folder: Path, *points: str) -> None:
+    info = folder / "packaged-1.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: packaged\nVersion: 1.0\n")
+    (info / "entry_points.txt").write_text("\n".join(["[linear_vit.kernels]", *points]))
+    (folder / "packaged_kernels.py").write_text(PACKAGE)
+
+
+def test_kernels_of_packages_are_loaded_when_backends_are_asked_for(tmp_path: Path) -> None:
+    installed(tmp_path, "packaged = packaged_kernels:register")
+    done = processes.python("-c", ASKING, PYTHONPATH=str(tmp_path))
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines() == ["False", "16.0", "None", "packaged"]
+
+
+def test_a_package_that_fails_is_a_warning(tmp_path: Path) -> None:
+    installed(tmp_path, "gone = gone_kernels", "packaged = packaged_kernels:register")
+    done = processes.python("-c", ASKING, PYTHONPATH=str(tmp_path))
+    assert done.stdout.splitlines() == ["False", "16.0", "None", "packaged"]
+    said = "kernels of gone_kernels (linear_vit.kernels, gone) are left out: ModuleNotFoundError"
+    assert done.stderr.count(said) == 1
 
 
 # ---- an operation --------------------------------------------------------------------------------
