@@ -29,6 +29,7 @@ def backends(
     *,
     dtype: torch.dtype | None = None,
     head_dim: int | None = None,
+    key_mask: bool = False,
 ) -> dict[str, str | None]:
     """Every backend of an operation, and why it can't be used here where it can't.
 
@@ -37,6 +38,7 @@ def backends(
         device: where the tensors are.
         dtype: the inputs' dtype; None asks about any of float32, float16, bfloat16.
         head_dim: the inputs' head dim (attention operations); None asks about any supported one.
+        key_mask: whether some keys are masked (attention operations).
 
     Returns:
         Backend name -> None where it is usable, else the reason and the remedy in one line.
@@ -46,17 +48,21 @@ def backends(
     """
     device = torch.device(device)
     entry_points.load()
-    found = _backends_for(op, device, dtype, head_dim)
+    found = _backends_for(op, device, dtype, head_dim, key_mask)
     missing = _no_such_device(device)
     return {name: reason or missing for name, reason in found.items()}
 
 
 def _backends_for(
-    op: str, device: torch.device, dtype: torch.dtype | None, head_dim: int | None
+    op: str,
+    device: torch.device,
+    dtype: torch.dtype | None,
+    head_dim: int | None,
+    key_mask: bool,
 ) -> dict[str, str | None]:
     """The same, for a device that is there, or that somebody pretends."""
-    row = operation(op)
-    return {b.name: _reason(b, row, device, dtype, head_dim) for b in registry.backends_of(op)}
+    row, asked = operation(op), (device, dtype, head_dim, key_mask)
+    return {b.name: _reason(b, row, *asked) for b in registry.backends_of(op)}
 
 
 def _no_such_device(device: torch.device) -> str | None:
@@ -83,7 +89,7 @@ def default_backend(
     where = torch.device(device)
     if missing := _no_such_device(where):
         raise ValueError(f"no backend can run {op} on {where}: {missing}")
-    return _choose(op, None, where, dtype, head_dim, registry.state())
+    return _choose(op, None, where, dtype, head_dim, False, registry.state())
 
 
 def is_timeable(backend: str, device: torch.device | str) -> bool:
@@ -111,8 +117,13 @@ def implementation(op: str, backend: str, *arguments: Any) -> str:
     return f"{backend}: {module.__name__.removeprefix('linear_vit.')}"
 
 
-def run(op: str, backend: str | None, *arguments: Any) -> Any:
+def run(op: str, backend: str | None, *arguments: Any, key_mask: Any = None) -> Any:
     """Run an operation whose arguments have been validated, on the chosen backend.
+
+    Args:
+        op, backend, arguments: what, where and of what.
+        key_mask: the operation's, handed on by name where it is not None. A backend that takes none
+            is not called with one: it can't run this.
 
     Raises:
         ValueError: the backend is unknown, or can't run this; the message lists the others.
@@ -124,22 +135,30 @@ def run(op: str, backend: str | None, *arguments: Any) -> Any:
     device = first.device
     # The choice is a constant of a compiled graph: index makes one of a head dim that varies, too.
     head_dim = operator.index(first.shape[-1]) if operation(op).has_head_dim else None
+    masked = key_mask is not None
+    options = {"key_mask": key_mask} if masked else {}
     if torch.compiler.is_compiling():
-        chosen = _resolve(op, backend, str(device), first.dtype, head_dim)
+        chosen = _resolve(op, backend, str(device), first.dtype, head_dim, masked)
         with full_precision(device.type):
-            return getattr(functions, f"{op}__{chosen}")(*arguments)
-    chosen = _choose(op, backend, device, first.dtype, head_dim, registry.state())
+            return getattr(functions, f"{op}__{chosen}")(*arguments, **options)
+    chosen = _choose(op, backend, device, first.dtype, head_dim, masked, registry.state())
     function = getattr(functions, f"{op}__{chosen}")
     if registry.is_own(op, chosen):  # in it there is no operator that the settings change
-        return function(*arguments)
+        return function(*arguments, **options)
     with full_precision(device.type):
-        return function(*arguments)
+        return function(*arguments, **options)
 
 
 def _resolve(
-    op: str, backend: str | None, device: str, dtype: torch.dtype, head_dim: int | None
+    op: str,
+    backend: str | None,
+    device: str,
+    dtype: torch.dtype,
+    head_dim: int | None,
+    key_mask: bool,
 ) -> str:
-    return _choose(op, backend, torch.device(device), dtype, head_dim, registry.state())
+    where = torch.device(device)
+    return _choose(op, backend, where, dtype, head_dim, key_mask, registry.state())
 
 
 # torch.compile takes the choice as a constant of the graph. This is what
@@ -154,14 +173,15 @@ def _choose(
     device: torch.device,
     dtype: torch.dtype | None,
     head_dim: int | None,
+    key_mask: bool,
     state: object,
 ) -> str:
     """The backend that runs this; its function is in ``functions`` by then."""
     del state  # part of the key: it changes what is usable
-    usable = _backends_for(op, device, dtype, head_dim)
+    usable = _backends_for(op, device, dtype, head_dim, key_mask)
     if backend is not None and backend not in usable:  # an installed package may have it
         entry_points.load()
-        usable = _backends_for(op, device, dtype, head_dim)
+        usable = _backends_for(op, device, dtype, head_dim, key_mask)
     if backend is None:
         candidates = _by_default(op, usable)
     elif backend not in usable:
@@ -233,6 +253,7 @@ def _reason(
     device: torch.device,
     dtype: torch.dtype | None,
     head_dim: int | None,
+    key_mask: bool,
 ) -> str | None:
     entry = registry.registered(op.name, backend.name)
     if dtype is not None and dtype not in DTYPES:
@@ -240,6 +261,8 @@ def _reason(
     if dtype == torch.float64 and (entry is not None or not backend.oracle):
         return "float64 is for the reference only: use backend='reference', or float32"
     if entry is not None:
+        if key_mask and not entry.takes_key_mask:
+            return f"{backend.name} takes no key_mask: its function has no parameter of that name"
         return _users_reason(backend.name, entry, device, dtype, head_dim)
     dims = op.head_dims.get(backend.name)
     if head_dim is not None and dims is not None and head_dim not in dims:

@@ -41,13 +41,18 @@ def compiled(
     first = inputs[0][0]
     backward = torch.is_grad_enabled() and needs_gradient(*(x for x, _ in inputs))
     known = _compile.cache_info().misses
-    kind = (first.shape[-1], first.dtype, first.device.type, backward)
+    kind = (first.shape[-1], first.dtype, first.device.type, backward, len(inputs))
     run = _compile(function, *kind, None if symbolic else False)
     # The first call is the one that is traced.
     if symbolic and _compile.cache_info().misses != known:
         for x, axes in inputs:
             torch._dynamo.maybe_mark_dynamic(x, axes)
     return run
+
+
+def masks(key_mask: Tensor | None) -> list[tuple[Tensor, tuple[int, ...]]]:
+    """Of a ``key_mask`` (B, M), or of none, what :func:`compiled` is told."""
+    return [] if key_mask is None else [(key_mask, (0, 1))]
 
 
 def forget() -> None:
@@ -62,6 +67,7 @@ def _compile(
     dtype: torch.dtype,
     device_type: str,
     backward: bool,
+    tensors: int,
     dynamic: bool | None,
 ) -> Callable[..., Any]:
     # Dynamo keeps its cache on the code object, so each kind of call gets a code object of its own:

@@ -51,6 +51,37 @@ def unpack_qkv(qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return q, k, v
 
 
+def without_masked(key_mask: Tensor | None, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """Keys and values (B, Hk, M, D) with zeros where ``key_mask`` (B, M) is False.
+
+    A key of zeros has a φ of zeros. What was there is not seen, NaN neither, and its gradient is
+    exactly 0, whatever comes back for the zeros.
+    """
+    if key_mask is None:
+        return k, v
+    there = key_mask[:, None, :, None]
+    return k.where(there, 0), v.where(there, 0)
+
+
+def without_masked_packed(key_mask: Tensor | None, qkv: Tensor) -> Tensor:
+    """The same of a packed projection (B, N, 3, H, D), whose queries stay."""
+    if key_mask is None:
+        return qkv
+    is_query = torch.arange(3, device=qkv.device) == 0
+    there = key_mask[:, :, None] | is_query
+    return qkv.where(there[..., None, None], 0)
+
+
+def attended(key_mask: Tensor | None) -> Tensor | None:
+    """Which keys a softmax over the zeros of :func:`without_masked` is of: (B, 1, 1, M).
+
+    Where no key is there all are: the mean of zeros is what is right, and is no 0/0.
+    """
+    if key_mask is None:
+        return None
+    return (key_mask | ~key_mask.any(dim=1, keepdim=True))[:, None, None, :]
+
+
 class _GradientInOrder(torch.autograd.Function):
     """Identity whose backward puts the gradient into the memory order of the input.
 

@@ -6,6 +6,7 @@ backends are the modules of a package anywhere.
 
 import contextlib
 import importlib.util
+import inspect
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -28,6 +29,15 @@ class Registered:
     function: Callable[..., Any]
     devices: tuple[str, ...]
     unusable: Unusable | None
+
+    @property
+    def takes_key_mask(self) -> bool:
+        """Whether it can be called with ``key_mask=``, by its signature."""
+        try:
+            parameters = inspect.signature(self.function).parameters.values()
+        except (TypeError, ValueError):  # some builtins have none
+            return False
+        return any(p.name == "key_mask" or p.kind == p.VAR_KEYWORD for p in parameters)
 
 
 # The built-in ones.
@@ -126,6 +136,9 @@ def register(
         def mine(q, k, v, eps): ...
 
         kernels.linear_attention(q, k, v, backend="mine")
+
+    A ``key_mask`` is given by name to a function that has such a parameter. Another can't run a
+    call with one, and its reasons say so.
 
     Args:
         op: the operation, one of ``kernels.operations()``.

@@ -109,6 +109,26 @@ def check_packed(qkv: Tensor) -> None:
         raise ValueError(f"qkv must have at least one head, got shape {tuple(qkv.shape)}")
 
 
+def check_key_mask(key_mask: object, x: Tensor, tokens: int) -> None:
+    """None, or bool (B, M) for ``tokens`` keys of x's batch, on x's device."""
+    if key_mask is None:
+        return
+    if not isinstance(key_mask, Tensor):
+        raise TypeError(
+            f"key_mask must be a torch.Tensor of shape (B, M) or None, got "
+            f"{type(key_mask).__name__}"
+        )
+    if key_mask.dtype != torch.bool:
+        raise TypeError(f"key_mask must be bool, True where a key is there, got {key_mask.dtype}")
+    if key_mask.shape != (x.shape[0], tokens):
+        raise ValueError(
+            f"key_mask must have the shape (B, M) = {(x.shape[0], tokens)}, got "
+            f"{tuple(key_mask.shape)}"
+        )
+    if key_mask.device != x.device:
+        raise ValueError(f"key_mask must be on the keys' device {x.device}, got {key_mask.device}")
+
+
 def check_state_dtype(q: Tensor, S: Tensor, z: Tensor) -> None:
     """S and z are float32, float64 for float64 queries, and on q's device."""
     expected = torch.float64 if q.dtype == torch.float64 else torch.float32

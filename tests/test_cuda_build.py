@@ -101,8 +101,10 @@ with FakeTensorMode(), torch.no_grad():
         dqkv = ops.cuda_linear_attention_packed_backward(packed, qkv, *[z.new_empty(0)] * 2, 1e-6)
         assert dqkv.shape == qkv.shape and packed.shape == qkv[:, :, 0].shape
     elif room == "softmax_attention":
-        out, lse = ops.cuda_softmax_attention(q, k, k, 0.125)
-        gradients = ops.cuda_softmax_attention_backward(out, q, k, k, out, lse, 0.125, 0b111)
+        out, lse = ops.cuda_softmax_attention(q, k, k, None, 0.125)
+        gradients = ops.cuda_softmax_attention_backward(
+            out, q, k, k, None, out, lse, 0.125, 0b111
+        )
     else:
         pooled = module.ripple_pool(x, weight, 0)
         out = module.ripple_expand(pooled, x, pair, weight, 0)

@@ -15,6 +15,7 @@ from linear_vit.kernels.layout import autocast_inputs
 from linear_vit.kernels.validation import (
     check_attention,
     check_grouping,
+    check_key_mask,
     check_key_value,
     check_packed,
     check_real,
@@ -26,7 +27,13 @@ from linear_vit.kernels.validation import (
 
 
 def linear_attention(
-    q: Tensor, k: Tensor, v: Tensor, *, eps: float = 1e-6, backend: str | None = None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    key_mask: Tensor | None = None,
+    eps: float = 1e-6,
+    backend: str | None = None,
 ) -> Tensor:
     """Non-causal linear attention.
 
@@ -35,13 +42,17 @@ def linear_attention(
             axis is contiguous, every other stride is free and read in place.
         k, v: keys and values (B, Hk, M, D), of q's dtype and device. H is a multiple of Hk; query
             head h reads key/value head ``h // (H // Hk)``.
+        key_mask: (B, M) bool, False for keys that are not there, of padding for one: what they and
+            their values hold (NaN too) is not seen, and their gradients are exactly 0. None: all
+            are there.
         eps: added to the normaliser, at least 0. A row whose normaliser is 0 before that comes out
             0, and has no gradient.
         backend: a name from :func:`kernels.backends`, or None for the fastest usable one.
 
     Returns:
-        (B, H, N, D) in q's dtype and memory order; all zeros where M = 0. The state and the
-        normaliser are accumulated in float32. Gradients have their inputs' dtype and memory order.
+        (B, H, N, D) in q's dtype and memory order; all zeros where no key is there. The state and
+        the normaliser are accumulated in float32. Gradients have their inputs' dtype and memory
+        order.
 
     Raises:
         TypeError, ValueError: a bad argument, named, before anything is launched; or a backend
@@ -50,17 +61,23 @@ def linear_attention(
     q, k, v = autocast_inputs(q, k, v)
     check_attention(q, k, v)
     check_same(q=q, k=k, v=v)
+    check_key_mask(key_mask, k, k.shape[2])
     eps = check_real("eps", eps, minimum=0.0)
-    return run("linear_attention", backend, q, k, v, eps)
+    return run("linear_attention", backend, q, k, v, eps, key_mask=key_mask)
 
 
 def linear_attention_packed(
-    qkv: Tensor, *, eps: float = 1e-6, backend: str | None = None
+    qkv: Tensor,
+    *,
+    key_mask: Tensor | None = None,
+    eps: float = 1e-6,
+    backend: str | None = None,
 ) -> Tensor:
     """:func:`linear_attention` of one packed projection, whose gradient comes in one piece.
 
     Args:
         qkv: (B, N, 3, H, D), the last axis contiguous: ``linear(x).view(B, N, 3, H, D)``.
+        key_mask: (B, N) bool, as for :func:`linear_attention`; every query is there.
         eps: added to the normaliser, at least 0.
         backend: a name from :func:`kernels.backends`, or None for the fastest usable one.
 
@@ -73,12 +90,13 @@ def linear_attention_packed(
     """
     (qkv,) = autocast_inputs(qkv)
     check_packed(qkv)
+    check_key_mask(key_mask, qkv, qkv.shape[1])
     eps = check_real("eps", eps, minimum=0.0)
-    return run("linear_attention_packed", backend, qkv, eps)
+    return run("linear_attention_packed", backend, qkv, eps, key_mask=key_mask)
 
 
 def linear_attention_state(
-    k: Tensor, v: Tensor, *, backend: str | None = None
+    k: Tensor, v: Tensor, *, key_mask: Tensor | None = None, backend: str | None = None
 ) -> tuple[Tensor, Tensor]:
     """The key-value state S = Σₘ φ(kₘ) vₘᵀ and normaliser z = Σₘ φ(kₘ).
 
@@ -87,6 +105,7 @@ def linear_attention_state(
 
     Args:
         k, v: keys and values (B, Hk, M, D), as for :func:`linear_attention`.
+        key_mask: (B, M) bool, as there.
         backend: a name from :func:`kernels.backends`, or None for the fastest usable one.
 
     Returns:
@@ -98,7 +117,8 @@ def linear_attention_state(
     k, v = autocast_inputs(k, v)
     check_key_value(k, v)
     check_same(k=k, v=v)
-    return run("linear_attention_state", backend, k, v)
+    check_key_mask(key_mask, k, k.shape[2])
+    return run("linear_attention_state", backend, k, v, key_mask=key_mask)
 
 
 def linear_attention_apply(

@@ -13,6 +13,9 @@
 // q, k, v, dout and writes each of out, dq, dk, dv once (k and v twice where several launches make the
 // state again); float32 too up to D = 64.
 //
+// A backward of which nothing but dq is asked for leaves out the launches that make dk and dv, and what
+// only they read. Any other makes all three gradients: the operator drops those not asked for.
+//
 // phi(x) = [relu(x), relu(-x)] is formed in registers from x, never in memory. No atomics: results
 // repeat bit for bit. Nothing is allocated or waited for, so CUDA graphs take all of it.
 //

@@ -19,7 +19,8 @@ A backend defines eight operators in the namespace ``linear_vit``::
         -> (Tensor dq, Tensor dS, Tensor dz)
 
 ``wanted`` says which gradients are asked for (``kernels.operators.wanted``); the others come out
-empty, and nothing is done for them alone: dq needs no dS, and without dk nothing needs dz.
+empty, and nothing is done for them alone: dq needs no dS, and without dk nothing needs dz. (The
+CUDA kernels leave out whole launches only, where nothing but dq is asked for.)
 
 qkv is (B, N, 3, H, D), out and dout of the packed form are (B, N, H, D), dqkv is one dense tensor
 in qkv's memory order.
@@ -28,6 +29,9 @@ S (B, Hk, 2D, D) and z (B, Hk, 2D) are float32. ``save_state`` asks the forward 
 they come out empty, of shape (0,), and a backward that is given empty ones works them out again
 from k and v. That pays for short sequences: the state of one head is as large as the k and v of
 8·D/e tokens, so below that writing and reading it costs more traffic than reading k and v twice.
+
+Operators know no ``key_mask``: the functions around them put zeros in the place of masked keys and
+values, a copy of both, for φ(0) = 0. A call without a mask costs nothing more.
 """
 
 from typing import Any, NamedTuple, Protocol
@@ -35,20 +39,30 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from linear_vit.kernels.layout import empty_like, needs_gradient, unpack_qkv
+from linear_vit.kernels.layout import (
+    empty_like,
+    needs_gradient,
+    unpack_qkv,
+    without_masked,
+    without_masked_packed,
+)
 from linear_vit.kernels.operators import empty_gradients, is_wanted, register, wanted
 
 
 class LinearAttention(Protocol):
-    def __call__(self, q: Tensor, k: Tensor, v: Tensor, eps: float) -> Tensor: ...
+    def __call__(
+        self, q: Tensor, k: Tensor, v: Tensor, eps: float, key_mask: Tensor | None = None
+    ) -> Tensor: ...
 
 
 class Packed(Protocol):
-    def __call__(self, qkv: Tensor, eps: float) -> Tensor: ...
+    def __call__(self, qkv: Tensor, eps: float, key_mask: Tensor | None = None) -> Tensor: ...
 
 
 class State(Protocol):
-    def __call__(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]: ...
+    def __call__(
+        self, k: Tensor, v: Tensor, key_mask: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]: ...
 
 
 class Apply(Protocol):
@@ -111,15 +125,24 @@ def attach(backend: str, *, recompute_tokens: int) -> Functions:
         flops_backward=_apply_backward_work,
     )
 
-    def linear_attention(q: Tensor, k: Tensor, v: Tensor, eps: float) -> Tensor:
+    def linear_attention(
+        q: Tensor, k: Tensor, v: Tensor, eps: float, key_mask: Tensor | None = None
+    ) -> Tensor:
+        k, v = without_masked(key_mask, k, v)
         training = torch.is_grad_enabled() and needs_gradient(q, k, v)
         return fused(q, k, v, eps, training and k.shape[2] > recompute_tokens)[0]
 
-    def linear_attention_packed(qkv: Tensor, eps: float) -> Tensor:
+    def linear_attention_packed(qkv: Tensor, eps: float, key_mask: Tensor | None = None) -> Tensor:
+        qkv = without_masked_packed(key_mask, qkv)
         training = torch.is_grad_enabled() and qkv.requires_grad
         return fused_packed(qkv, eps, training and qkv.shape[1] > recompute_tokens)[0]
 
-    return Functions(linear_attention, linear_attention_packed, state, apply)
+    def linear_attention_state(
+        k: Tensor, v: Tensor, key_mask: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        return state(*without_masked(key_mask, k, v))
+
+    return Functions(linear_attention, linear_attention_packed, linear_attention_state, apply)
 
 
 def empty_state(k: Tensor, save_state: bool) -> tuple[Tensor, Tensor]:

@@ -10,7 +10,12 @@ import math
 import torch
 from torch import Tensor
 
-from linear_vit.kernels.layout import gradients_in_order, in_order_of, unpack_qkv
+from linear_vit.kernels.layout import (
+    gradients_in_order,
+    in_order_of,
+    unpack_qkv,
+    without_masked,
+)
 from linear_vit.kernels.precision import product
 
 
@@ -19,17 +24,21 @@ def feature_map(x: Tensor) -> Tensor:
     return torch.cat([torch.relu(x), torch.relu(-x)], dim=-1)
 
 
-def linear_attention(q: Tensor, k: Tensor, v: Tensor, eps: float) -> Tensor:
-    return linear_attention_apply(q, *linear_attention_state(k, v), eps)
+def linear_attention(
+    q: Tensor, k: Tensor, v: Tensor, eps: float, key_mask: Tensor | None = None
+) -> Tensor:
+    return linear_attention_apply(q, *linear_attention_state(k, v, key_mask), eps)
 
 
-def linear_attention_packed(qkv: Tensor, eps: float) -> Tensor:
+def linear_attention_packed(qkv: Tensor, eps: float, key_mask: Tensor | None = None) -> Tensor:
     (qkv,) = gradients_in_order(qkv)
-    return linear_attention(*unpack_qkv(qkv), eps).transpose(1, 2)
+    return linear_attention(*unpack_qkv(qkv), eps, key_mask).transpose(1, 2)
 
 
-def linear_attention_state(k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    k, v = gradients_in_order(k, v)
+def linear_attention_state(
+    k: Tensor, v: Tensor, key_mask: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    k, v = without_masked(key_mask, *gradients_in_order(k, v))
     phi_k = feature_map(k.to(_accumulation_dtype(k)))
     state = product(phi_k.transpose(-2, -1), v.to(phi_k.dtype))
     return state, phi_k.sum(dim=2)

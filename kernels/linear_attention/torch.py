@@ -10,27 +10,37 @@ import math
 import torch
 from torch import Tensor
 
-from linear_vit.kernels.layout import gradients_in_order, in_order_of, unpack_qkv
+from linear_vit.kernels.layout import (
+    gradients_in_order,
+    in_order_of,
+    unpack_qkv,
+    without_masked,
+)
 from linear_vit.kernels.precision import product
 
 _LEAST_EPS = 1e-15  # of which a half-precision gradient over it is a float32
 
 
-def linear_attention(q: Tensor, k: Tensor, v: Tensor, eps: float) -> Tensor:
+def linear_attention(
+    q: Tensor, k: Tensor, v: Tensor, eps: float, key_mask: Tensor | None = None
+) -> Tensor:
     q_in, k, v = gradients_in_order(q, k, v)
-    state, normaliser = _state(k, v)
+    state, normaliser = _state(k, v, key_mask)
     return in_order_of(q, _apply(q_in, state, normaliser, eps))
 
 
-def linear_attention_packed(qkv: Tensor, eps: float) -> Tensor:
+def linear_attention_packed(qkv: Tensor, eps: float, key_mask: Tensor | None = None) -> Tensor:
     (packed,) = gradients_in_order(qkv)
     q, k, v = unpack_qkv(packed)
-    out = in_order_of(q, _apply(q, *_state(k, v), eps))
+    out = in_order_of(q, _apply(q, *_state(k, v, key_mask), eps))
     return out.transpose(1, 2)
 
 
-def linear_attention_state(k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    state, normaliser = _state(*gradients_in_order(k, v))
+def linear_attention_state(
+    k: Tensor, v: Tensor, key_mask: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    k, v = gradients_in_order(k, v)
+    state, normaliser = _state(k, v, key_mask)
     return state.contiguous(), normaliser
 
 
@@ -44,7 +54,8 @@ def _feature_map(x: Tensor) -> Tensor:
     return torch.cat([torch.relu(x), torch.relu(-x)], dim=-1)
 
 
-def _state(k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+def _state(k: Tensor, v: Tensor, key_mask: Tensor | None) -> tuple[Tensor, Tensor]:
+    k, v = without_masked(key_mask, k, v)
     phi_k = _feature_map(k)
     # Sᵀ = vᵀ φ(k): PyTorch's gradient of a transposed factor comes out transposed, to be copied to
     # its input's order, so the factor to transpose is v and not φ(k), of twice the size.

@@ -8,6 +8,9 @@
 // Formulas: FlashAttention-2, algorithms 1 and 2 (arXiv:2307.08691). Backward, P is recomputed from
 // lse. Logarithms are to base 2 inside, natural in lse. No atomics: results repeat bit for bit.
 //
+// Where keys are masked the first two have variants (kMasked), in which such a key has no weight; the
+// third makes gradients of masked keys, too, which nobody reads.
+//
 // A block owns rows of one side of one head; the other side passes by a tile at a time.
 //
 //   rows owned / passed by        float32               float16, bfloat16
@@ -48,18 +51,20 @@ extern "C" cudaError_t softmax_attention_forward(const SoftmaxForwardArguments* 
     constexpr int D = decltype(head_dim)::value;
     const Forward<T> forward{rows_of<const T>(p.q), rows_of<const T>(p.k), rows_of<const T>(p.v),
                              rows_of<T>(p.out),     p.heads,               p.group,
-                             p.query_tokens,        p.key_tokens,          p.lse,
-                             p.scale};
+                             p.query_tokens,        p.key_tokens,          p.key_mask,
+                             p.lse,                 p.scale};
     const int64_t heads = p.batch * p.heads;
     if constexpr (std::is_same_v<T, float>) {
       using namespace float32;
-      return launch(forward_kernel<D>, heads * ceil_div(p.query_tokens, Block<D>::kRows),
-                    sizeof(ForwardShared<D>), stream, forward);
+      return launch(p.key_mask ? forward_kernel<D, true> : forward_kernel<D, false>,
+                    heads * ceil_div(p.query_tokens, Block<D>::kRows), sizeof(ForwardShared<D>),
+                    stream, forward);
     } else {
       using namespace half_precision;
       using Tile = ForwardTile<D>;
-      return launch(forward_kernel<D, T>, heads * ceil_div(p.query_tokens, Tile::kOwned),
-                    Tile::kSharedBytes, stream, forward, kBlockThreads);
+      return launch(p.key_mask ? forward_kernel<D, T, true> : forward_kernel<D, T, false>,
+                    heads * ceil_div(p.query_tokens, Tile::kOwned), Tile::kSharedBytes, stream,
+                    forward, kBlockThreads);
     }
   });
 }
@@ -82,6 +87,7 @@ extern "C" cudaError_t softmax_attention_backward(const SoftmaxBackwardArguments
                                p.group,
                                p.query_tokens,
                                p.key_tokens,
+                               p.key_mask,
                                p.lse,
                                p.delta,
                                p.scale,
@@ -91,7 +97,8 @@ extern "C" cudaError_t softmax_attention_backward(const SoftmaxBackwardArguments
     if constexpr (std::is_same_v<T, float>) {
       using namespace float32;
       const cudaError_t error =
-          queries ? launch(query_gradient_kernel<D>,
+          queries ? launch(p.key_mask ? query_gradient_kernel<D, true>
+                                      : query_gradient_kernel<D, false>,
                            heads * ceil_div(p.query_tokens, Block<D>::kRows),
                            sizeof(QueryGradientShared<D>), stream, backward)
                   : cudaSuccess;
@@ -103,7 +110,8 @@ extern "C" cudaError_t softmax_attention_backward(const SoftmaxBackwardArguments
       using namespace half_precision;
       using Tile = BackwardTile<D>;
       const cudaError_t error =
-          queries ? launch(query_gradient_kernel<D, T>,
+          queries ? launch(p.key_mask ? query_gradient_kernel<D, T, true>
+                                      : query_gradient_kernel<D, T, false>,
                            heads * ceil_div(p.query_tokens, Tile::kOwned), Tile::kSharedBytes,
                            stream, backward, kBlockThreads)
                   : cudaSuccess;

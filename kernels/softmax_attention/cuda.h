@@ -1,5 +1,7 @@
 // The launchers of cuda.cu. Each enqueues on `stream` and returns CUDA's error; none allocates.
-// lse and delta are (batch, heads, query_tokens), contiguous float32.
+// lse and delta are (batch, heads, query_tokens), contiguous float32. key_mask is (batch, key_tokens)
+// bytes, contiguous, 0 for a key that is not there; null where all are. What a masked key and its value
+// hold has to be numbers, and there is something, of no use, in their gradients.
 #pragma once
 
 #include <cstddef>
@@ -10,6 +12,7 @@ struct SoftmaxForwardArguments {
   int32_t element, head_dim;
   int64_t batch, heads, group, query_tokens, key_tokens;  // query head h reads head h / group
   TensorView q, k, v, out;
+  const uint8_t* key_mask;
   float* lse;
   float scale;
 };
@@ -18,6 +21,7 @@ struct SoftmaxBackwardArguments {
   int32_t element, head_dim;
   int64_t batch, heads, group, query_tokens, key_tokens;
   TensorView dout, q, k, v, out, dq, dk, dv;
+  const uint8_t* key_mask;
   const float* lse;
   float* delta;  // workspace
   float scale;

@@ -93,7 +93,7 @@ struct ForwardShared {
   typename Block<D>::Probabilities p;
 };
 
-template <int D>
+template <int D, bool kMasked>
 __global__ void __launch_bounds__(kThreads) forward_kernel(Forward<float> a) {
   using B = Block<D>;
   auto& shared = *reinterpret_cast<ForwardShared<D>*>(shared_memory());
@@ -107,7 +107,7 @@ __global__ void __launch_bounds__(kThreads) forward_kernel(Forward<float> a) {
   float out[B::kPerThread][B::kColumns] = {};
   float maximum[B::kPerThread], sum[B::kPerThread] = {};
 #pragma unroll
-  for (float& value : maximum) value = -kInfinity;
+  for (float& value : maximum) value = kLeast<kMasked>;
 
   for (int64_t first = 0; first < a.key_tokens; first += kTile) {
     const int valid = valid_rows(a.key_tokens, first, kTile);
@@ -119,12 +119,13 @@ __global__ void __launch_bounds__(kThreads) forward_kernel(Forward<float> a) {
     __syncthreads();
     float score[B::kPerThread][kTilePerThread], rescale[B::kPerThread];
     multiply_rows<D>(score, shared.q, shared.k);
+    const Keys<kMasked> key(a, block.batch, first, valid);
 #pragma unroll
     for (int i = 0; i < B::kPerThread; ++i) {
       float largest = maximum[i];
 #pragma unroll
       for (int j = 0; j < kTilePerThread; ++j) {
-        score[i][j] = tx + kSide * j < valid ? score[i][j] * to_log2 : -kInfinity;
+        score[i][j] = key.there(tx + kSide * j) ? score[i][j] * to_log2 : -kInfinity;
         largest = fmaxf(largest, score[i][j]);
       }
       // fmaxf drops a NaN score, but its exponential below is NaN again and reaches sum and out.
@@ -173,7 +174,7 @@ struct QueryGradientShared {
   typename Block<D>::Probabilities ds;
 };
 
-template <int D>
+template <int D, bool kMasked>
 __global__ void __launch_bounds__(kThreads) query_gradient_kernel(Backward<float> a) {
   using B = Block<D>;
   auto& shared = *reinterpret_cast<QueryGradientShared<D>*>(shared_memory());
@@ -225,6 +226,7 @@ __global__ void __launch_bounds__(kThreads) query_gradient_kernel(Backward<float
     float score[B::kPerThread][kTilePerThread], dp[B::kPerThread][kTilePerThread];
     multiply_rows<D>(score, shared.q, shared.k);
     multiply_rows<D>(dp, shared.g, shared.v);
+    const Keys<kMasked> keys(a, block.batch, first, valid);
 #pragma unroll
     for (int i = 0; i < B::kPerThread; ++i) {
 #pragma unroll
@@ -232,7 +234,7 @@ __global__ void __launch_bounds__(kThreads) query_gradient_kernel(Backward<float
         const int key = tx + kSide * j;
         const float p = exp2f(score[i][j] * to_log2 - lse2[i]);
         shared.ds[ty + kSide * i][key] =
-            key < valid ? p * (dp[i][j] - delta[i]) * a.scale : 0.0f;
+            keys.there(key) ? p * (dp[i][j] - delta[i]) * a.scale : 0.0f;
       }
     }
     __syncwarp();

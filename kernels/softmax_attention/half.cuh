@@ -232,7 +232,7 @@ __device__ void accumulate(float (&total)[kRowTiles][D / 8][4],
 
 // ---- forward -------------------------------------------------------------------------------------
 
-template <int D, typename T>
+template <int D, typename T, bool kMasked>
 __global__ void __launch_bounds__(kBlockThreads) forward_kernel(Forward<T> a) {
   using Tile = ForwardTile<D>;
   constexpr int kRowTiles = Tile::kRowTiles, kPassed = Tile::kPassed;
@@ -273,7 +273,7 @@ __global__ void __launch_bounds__(kBlockThreads) forward_kernel(Forward<T> a) {
   float out[kRowTiles][D / 8][4] = {};
   float maximum[kRowTiles][2], sum[kRowTiles][2] = {};
 #pragma unroll
-  for (auto& row_tile : maximum) row_tile[0] = row_tile[1] = -kInfinity;
+  for (auto& row_tile : maximum) row_tile[0] = row_tile[1] = kLeast<kMasked>;
   int stage = 0;
   for (int64_t first = 0; first < a.key_tokens; first += kPassed, stage ^= 1) {
     if (first + kPassed < a.key_tokens) copy(stage ^ 1, first + kPassed);
@@ -282,12 +282,13 @@ __global__ void __launch_bounds__(kBlockThreads) forward_kernel(Forward<T> a) {
       const int valid = valid_rows(a.key_tokens, first, kPassed);
       float score[kRowTiles][kPassed / 8][4];
       multiply_rows<kRowTiles, kPassed>(score, q, keys);
-      if (valid < kPassed) {
+      if (kMasked || valid < kPassed) {
+        const Keys<kMasked> key(a, block.batch, first, valid);
 #pragma unroll
         for (int j = 0; j < kPassed / 8; ++j) {
 #pragma unroll
           for (int e = 0; e < 4; ++e) {
-            if (8 * j + 2 * (lane % 4) + e % 2 >= valid) {
+            if (!key.there(8 * j + 2 * (lane % 4) + e % 2)) {
 #pragma unroll
               for (int i = 0; i < kRowTiles; ++i) score[i][j][e] = -kInfinity;
             }
@@ -352,7 +353,7 @@ __global__ void __launch_bounds__(kBlockThreads) forward_kernel(Forward<T> a) {
 // ---- query_gradient ------------------------------------------------------------------------------
 // delta = rowsum(g out),  P = exp(scale q kᵀ - lse),  dS = P (g vᵀ - delta),  dq = scale dS k.
 
-template <int D, typename T>
+template <int D, typename T, bool kMasked>
 __global__ void __launch_bounds__(kBlockThreads) query_gradient_kernel(Backward<T> a) {
   using Tile = BackwardTile<D>;
   constexpr int kPassed = Tile::kPassed;
@@ -427,12 +428,13 @@ __global__ void __launch_bounds__(kBlockThreads) query_gradient_kernel(Backward<
           score[0][j][e] = p * (dp[0][j][e] * a.dscore_scale - delta[e / 2]);
         }
       }
-      if (valid < kPassed) {
+      if (kMasked || valid < kPassed) {
+        const Keys<kMasked> key(a, block.batch, first, valid);
 #pragma unroll
         for (int j = 0; j < kPassed / 8; ++j) {
 #pragma unroll
           for (int e = 0; e < 4; ++e) {
-            if (8 * j + 2 * (lane % 4) + e % 2 >= valid) score[0][j][e] = 0.0f;
+            if (!key.there(8 * j + 2 * (lane % 4) + e % 2)) score[0][j][e] = 0.0f;
           }
         }
       }

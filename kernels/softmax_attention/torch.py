@@ -12,41 +12,57 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from linear_vit.kernels.layout import gradients_in_order, in_order_of, unpack_qkv
+from linear_vit.kernels.layout import (
+    attended,
+    gradients_in_order,
+    in_order_of,
+    unpack_qkv,
+    without_masked,
+)
 from linear_vit.kernels.precision import guarded
 
 
-def softmax_attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+def softmax_attention(
+    q: Tensor, k: Tensor, v: Tensor, scale: float, key_mask: Tensor | None = None
+) -> Tensor:
     if q.dtype == torch.float32:
-        return guarded(_softmax_attention, q, k, v, scale)
-    return _softmax_attention(q, k, v, scale)
+        return guarded(_softmax_attention, q, k, v, scale, key_mask)
+    return _softmax_attention(q, k, v, scale, key_mask)
 
 
-def _softmax_attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+def _softmax_attention(
+    q: Tensor, k: Tensor, v: Tensor, scale: float, key_mask: Tensor | None
+) -> Tensor:
     query, key, value = gradients_in_order(q, k, v)
+    key, value = without_masked(key_mask, key, value)
+    seen = attended(key_mask)
     if q.shape[1] == k.shape[1]:
         with _fastest_first(q, k):
-            out = F.scaled_dot_product_attention(query, key, value, scale=scale)
+            out = F.scaled_dot_product_attention(query, key, value, seen, scale=scale)
     elif q.is_cuda and q.dtype == torch.float32:
-        out = grouped_as_rows(query, key, value, scale)
+        out = grouped_as_rows(query, key, value, scale, seen)
     else:
         with _fastest_first(q, k):
-            out = F.scaled_dot_product_attention(query, key, value, scale=scale, enable_gqa=True)
+            out = F.scaled_dot_product_attention(
+                query, key, value, seen, scale=scale, enable_gqa=True
+            )
     return in_order_of(q, out)
 
 
-def grouped_as_rows(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+def grouped_as_rows(
+    q: Tensor, k: Tensor, v: Tensor, scale: float, seen: Tensor | None = None
+) -> Tensor:
     """Grouped queries for the kernels that do not know them: a group's heads as rows of one head.
 
     No kernel for float32 knows them; PyTorch would store the N × M matrix.
     """
     rows = q.reshape(q.shape[0], k.shape[1], q.shape[1] // k.shape[1] * q.shape[2], q.shape[3])
-    return F.scaled_dot_product_attention(rows, k, v, scale=scale).reshape(q.shape)
+    return F.scaled_dot_product_attention(rows, k, v, seen, scale=scale).reshape(q.shape)
 
 
-def softmax_attention_packed(qkv: Tensor, scale: float) -> Tensor:
+def softmax_attention_packed(qkv: Tensor, scale: float, key_mask: Tensor | None = None) -> Tensor:
     (packed,) = gradients_in_order(qkv)
-    return softmax_attention(*unpack_qkv(packed), scale).transpose(1, 2)
+    return softmax_attention(*unpack_qkv(packed), scale, key_mask).transpose(1, 2)
 
 
 def implementation(op: str, *tensors: Tensor) -> str:

@@ -22,8 +22,10 @@ from it, P = exp(s − lse):
 
 Each gradient has one owner that adds in a fixed order, so results repeat bit for bit. Scores are
 masked only where keys end inside a tile: whole tiles have a loop without masks, what is left is one
-tile after it. Past the last query there is nothing to mask, since rows of zeros add nothing.
-Head dims 48 and 96 are padded to 64 and 128 columns of zeros.
+tile after it. With a key mask (MASKED) all are; a masked key is zeros, has no weight, and its own
+gradient, of which dK and dV make something, is dropped by the operators' functions. Past the last
+query there is nothing to mask, since rows of zeros add nothing. Head dims 48 and 96 are padded to
+64 and 128 columns of zeros.
 
 Products of half-precision operands run on tensor cores; P and dS are rounded to the inputs' dtype
 for them. Backward they are about 1/M, which is subnormal in float16 from M = 16,384 on, so for
@@ -110,12 +112,23 @@ def _add_product(total, weights, x):
 
 
 @triton.jit
+def _there(mask_rows, valid, MASKED: tl.constexpr):
+    """Which rows of a tile of keys are there: of the first ``valid``, those that are not masked."""
+    inside = tl.arange(0, mask_rows.shape[0]) < valid
+    if MASKED:
+        return inside & (tl.load(mask_rows, mask=inside, other=0) != 0)
+    else:
+        return inside
+
+
+@triton.jit
 def _attend(
     q,
     q_rows,
     q_valid,
     k_rows,
     v_rows,
+    mask_rows,
     valid,
     scale,
     maximum,
@@ -123,6 +136,7 @@ def _attend(
     accumulator,
     D: tl.constexpr,
     EDGE: tl.constexpr,
+    MASKED: tl.constexpr,
     NEGATIVE: tl.constexpr,
 ):
     """One tile of keys and values. |scale| takes scores to base-2 logarithms."""
@@ -132,8 +146,8 @@ def _attend(
     if NEGATIVE:  # the largest score is to become the largest logarithm
         scores = -scores
     # The maximum may drop a NaN: its exponential is one again, and reaches the sum and the result.
-    if EDGE:
-        inside = (tl.arange(0, k_rows.shape[0]) < valid)[None, :]
+    if EDGE or MASKED:
+        inside = _there(mask_rows, valid, MASKED)[None, :]
         scores = tl.where(inside, scores * scale, float("-inf"))
         new_maximum = tl.maximum(maximum, tl.max(scores, axis=1))
         weights = tl.exp2(scores - new_maximum[:, None])
@@ -152,6 +166,7 @@ def _forward(
     q_pointer,
     k_pointer,
     v_pointer,
+    mask_pointer,  # (B, M), contiguous, a byte each; any without MASKED
     out_pointer,
     lse_pointer,  # (B, H, N) float32
     num_queries,
@@ -172,6 +187,7 @@ def _forward(
     out_stride_n,
     scale,  # without its sign
     GROUP: tl.constexpr,
+    MASKED: tl.constexpr,
     NEGATIVE: tl.constexpr,
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -192,20 +208,25 @@ def _forward(
     scale_log2 = scale * _LOG2_E
     k_rows = _rows(k_head, 0, k_stride_n, PASSED)
     v_rows = _rows(v_head, 0, v_stride_n, PASSED)
-    maximum = tl.full((OWNED,), float("-inf"), dtype=tl.float32)
+    mask_rows = _rows(mask_pointer + b * num_keys, 0, 1, PASSED) if MASKED else k_rows
+    # A tile without a key has a maximum of -inf, and -inf from -inf is no number.
+    least = -1e38 if MASKED else float("-inf")
+    maximum = tl.full((OWNED,), least, dtype=tl.float32)
     total = tl.zeros((OWNED,), dtype=tl.float32)
     accumulator = tl.zeros((OWNED, BLOCK_D), dtype=tl.float32)
     for _ in range(num_keys // PASSED):
         maximum, total, accumulator = _attend(
-            q, q_rows, valid, k_rows, v_rows, PASSED, scale_log2,
-            maximum, total, accumulator, D, False, NEGATIVE,
+            q, q_rows, valid, k_rows, v_rows, mask_rows, PASSED, scale_log2,
+            maximum, total, accumulator, D, False, MASKED, NEGATIVE,
         )  # fmt: skip
         k_rows += tl.cast(PASSED, tl.int64) * k_stride_n
         v_rows += tl.cast(PASSED, tl.int64) * v_stride_n
+        if MASKED:
+            mask_rows += PASSED
     if num_keys % PASSED != 0:
         maximum, total, accumulator = _attend(
-            q, q_rows, valid, k_rows, v_rows, num_keys % PASSED, scale_log2,
-            maximum, total, accumulator, D, True, NEGATIVE,
+            q, q_rows, valid, k_rows, v_rows, mask_rows, num_keys % PASSED, scale_log2,
+            maximum, total, accumulator, D, True, MASKED, NEGATIVE,
         )  # fmt: skip
 
     divisor = tl.where(total == 0, 1.0, total)  # no key at all: 0
@@ -213,6 +234,8 @@ def _forward(
     out_rows = _rows(out_head, first, out_stride_n, OWNED)
     _store(out_rows, valid, accumulator / divisor[:, None], D, BLOCK_D)
     lse = (maximum + tl.log2(divisor)) / _LOG2_E
+    if MASKED:
+        lse = tl.where(total == 0, float("-inf"), lse)
     rows = tl.arange(0, OWNED)
     tl.store(lse_pointer + head * num_queries + first + rows, lse, mask=rows < valid)
 
@@ -231,12 +254,14 @@ def _add_query_gradient(
     delta,
     k_rows,
     v_rows,
+    mask_rows,
     valid,
     scale_log2,
     dscore_scale,
     dq,
     D: tl.constexpr,
     EDGE: tl.constexpr,
+    MASKED: tl.constexpr,
 ):
     """dq + dS k for one tile of keys and values, dS times ``dscore_scale``."""
     BLOCK_D: tl.constexpr = q.shape[1]
@@ -244,8 +269,8 @@ def _add_query_gradient(
     v = _load(v_rows, valid, D, BLOCK_D, EDGE)
     scores = _products(q, q_rows, q_valid, k, k_rows, valid, D, EDGE)
     weights = tl.exp2(scores * scale_log2 - lse[:, None])
-    if EDGE:
-        weights = tl.where((tl.arange(0, k_rows.shape[0]) < valid)[None, :], weights, 0.0)
+    if EDGE or MASKED:
+        weights = tl.where(_there(mask_rows, valid, MASKED)[None, :], weights, 0.0)
     dweights = _products(dout, dout_rows, q_valid, v, v_rows, valid, D, EDGE)
     dscores = weights * (dweights * dscore_scale - delta[:, None])
     return _add_product(dq, dscores, k)
@@ -257,6 +282,7 @@ def _query_gradient(
     q_pointer,
     k_pointer,
     v_pointer,
+    mask_pointer,  # as above
     out_pointer,
     lse_pointer,  # (B, H, N) float32
     delta_pointer,  # (B, H, N) float32, written here: rowsum(dO ∘ O)
@@ -287,6 +313,7 @@ def _query_gradient(
     dscore_scale,  # of dS as an operand, a power of two
     DQ: tl.constexpr,  # False: delta alone
     GROUP: tl.constexpr,
+    MASKED: tl.constexpr,
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
     OWNED: tl.constexpr,
@@ -318,20 +345,23 @@ def _query_gradient(
 
     k_rows = _rows(k_head, 0, k_stride_n, PASSED)
     v_rows = _rows(v_head, 0, v_stride_n, PASSED)
+    mask_rows = _rows(mask_pointer + b * num_keys, 0, 1, PASSED) if MASKED else k_rows
     dq = tl.zeros((OWNED, BLOCK_D), dtype=tl.float32)
     delta *= dscore_scale
     scale_log2 = scale * _LOG2_E
     for _ in range(num_keys // PASSED if DQ else 0):
         dq = _add_query_gradient(
-            q, dout, q_rows, dout_rows, valid, lse, delta, k_rows, v_rows, PASSED,
-            scale_log2, dscore_scale, dq, D, False,
+            q, dout, q_rows, dout_rows, valid, lse, delta, k_rows, v_rows, mask_rows, PASSED,
+            scale_log2, dscore_scale, dq, D, False, MASKED,
         )  # fmt: skip
         k_rows += tl.cast(PASSED, tl.int64) * k_stride_n
         v_rows += tl.cast(PASSED, tl.int64) * v_stride_n
+        if MASKED:
+            mask_rows += PASSED
     if DQ and num_keys % PASSED != 0:
         dq = _add_query_gradient(
-            q, dout, q_rows, dout_rows, valid, lse, delta, k_rows, v_rows, num_keys % PASSED,
-            scale_log2, dscore_scale, dq, D, True,
+            q, dout, q_rows, dout_rows, valid, lse, delta, k_rows, v_rows, mask_rows,
+            num_keys % PASSED, scale_log2, dscore_scale, dq, D, True, MASKED,
         )  # fmt: skip
     if DQ:
         dq_head = dq_pointer + b * dq_stride_b + h * dq_stride_h
@@ -455,7 +485,9 @@ def _dscore_scale(dtype: torch.dtype, num_keys: int) -> float:
     return 2.0 ** max(0, num_keys.bit_length() - 11) if dtype == torch.float16 else 1.0
 
 
-def _launch_forward(q: Tensor, k: Tensor, v: Tensor, out: Tensor, scale: float) -> Tensor:
+def _launch_forward(
+    q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None, out: Tensor, scale: float
+) -> Tensor:
     """Fill ``out``, (B, H, N, D); returns lse."""
     batch, heads, num_queries, head_dim = q.shape
     lse = q.new_empty((batch, heads, num_queries), dtype=torch.float32)
@@ -466,6 +498,7 @@ def _launch_forward(q: Tensor, k: Tensor, v: Tensor, out: Tensor, scale: float) 
             q,
             k,
             v,
+            _bytes(key_mask, k),
             out,
             lse,
             num_queries,
@@ -478,10 +511,16 @@ def _launch_forward(q: Tensor, k: Tensor, v: Tensor, out: Tensor, scale: float) 
             *out.stride()[:3],
             abs(scale),
             GROUP=heads // k.shape[1],
+            MASKED=key_mask is not None,
             NEGATIVE=scale < 0,
             **options,
         )
     return lse
+
+
+def _bytes(key_mask: Tensor | None, k: Tensor) -> Tensor:
+    """The mask as the kernels read it; k, of which they read nothing, where there is none."""
+    return k if key_mask is None else key_mask.contiguous().view(torch.uint8)
 
 
 def _launch_backward(
@@ -489,6 +528,7 @@ def _launch_backward(
     q: Tensor,
     k: Tensor,
     v: Tensor,
+    key_mask: Tensor | None,
     out: Tensor,
     lse: Tensor,
     dq: Tensor,
@@ -513,6 +553,7 @@ def _launch_backward(
             q,
             k,
             v,
+            _bytes(key_mask, k),
             out,
             lse,
             delta,
@@ -530,6 +571,7 @@ def _launch_backward(
             *scales,
             DQ=needs_dq,
             GROUP=heads // kv_heads,
+            MASKED=key_mask is not None,
             **options,
         )
     if k.numel() and (needs_dk or needs_dv):
@@ -564,9 +606,11 @@ def _launch_backward(
 
 
 @operator("softmax_attention")
-def _operator(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+def _operator(
+    q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None, scale: float
+) -> tuple[Tensor, Tensor]:
     out = empty_like(q)
-    return out, _launch_forward(q, k, v, out, scale)
+    return out, _launch_forward(q, k, v, key_mask, out, scale)
 
 
 @operator("softmax_attention_backward")
@@ -575,29 +619,30 @@ def _backward_operator(
     q: Tensor,
     k: Tensor,
     v: Tensor,
+    key_mask: Tensor | None,
     out: Tensor,
     lse: Tensor,
     scale: float,
     wanted: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     dq, dk, dv = empty_gradients(wanted, q, k, v)
-    _launch_backward(dout, q, k, v, out, lse, dq, dk, dv, scale, wanted)
+    _launch_backward(dout, q, k, v, key_mask, out, lse, dq, dk, dv, scale, wanted)
     return dq, dk, dv
 
 
 @operator("softmax_attention_packed")
-def _packed_operator(qkv: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+def _packed_operator(qkv: Tensor, key_mask: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
     out = empty_like(qkv[:, :, 0])
-    return out, _launch_forward(*unpack_qkv(qkv), out.transpose(1, 2), scale)
+    return out, _launch_forward(*unpack_qkv(qkv), key_mask, out.transpose(1, 2), scale)
 
 
 @operator("softmax_attention_packed_backward")
 def _packed_backward_operator(
-    dout: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, scale: float
+    dout: Tensor, qkv: Tensor, key_mask: Tensor | None, out: Tensor, lse: Tensor, scale: float
 ) -> Tensor:
     dqkv = empty_like(qkv)
     dout, out = dout.transpose(1, 2), out.transpose(1, 2)
-    _launch_backward(dout, *unpack_qkv(qkv), out, lse, *unpack_qkv(dqkv), scale, 0b111)
+    _launch_backward(dout, *unpack_qkv(qkv), key_mask, out, lse, *unpack_qkv(dqkv), scale, 0b111)
     return dqkv
 
 

@@ -7,20 +7,28 @@ from tests.cuda_host.emulator import ELEMENT_TYPES, Emulator, structure, view
 
 _SoftmaxForward = structure(
     "SoftmaxForwardArguments",
-    "i element head_dim; l batch heads group query_tokens key_tokens; view q k v out; p lse;"
-    "f scale",
+    "i element head_dim; l batch heads group query_tokens key_tokens; view q k v out;"
+    "p key_mask lse; f scale",
 )
 _SoftmaxBackward = structure(
     "SoftmaxBackwardArguments",
     "i element head_dim; l batch heads group query_tokens key_tokens;"
-    "view dout q k v out dq dk dv; p lse delta; f scale; i wanted",
+    "view dout q k v out dq dk dv; p key_mask lse delta; f scale; i wanted",
 )
 
 
 class SoftmaxAttention(Emulator):
-    """The operators of kernels/softmax_attention/cuda.cpp."""
+    """The operators of kernels/softmax_attention/cuda.cpp.
+
+    Attributes:
+        key_mask: theirs, contiguous; None unless a test sets it.
+    """
 
     room = "softmax_attention"
+    key_mask: Tensor | None = None
+
+    def _mask(self) -> int:
+        return 0 if self.key_mask is None else self.key_mask.data_ptr()
 
     def softmax_attention(
         self, q: Tensor, k: Tensor, v: Tensor, scale: float
@@ -53,7 +61,7 @@ class SoftmaxAttention(Emulator):
         lse = self.floats(batch, heads, tokens, name="lse")
         arguments = _SoftmaxForward(
             ELEMENT_TYPES[q.dtype], head_dim, batch, heads, heads // k.shape[1], tokens, k.shape[2],
-            view(q), view(k), view(v), view(out), lse.data_ptr(), scale,
+            view(q), view(k), view(v), view(out), self._mask(), lse.data_ptr(), scale,
         )  # fmt: skip
         self.launch("softmax_attention_forward", arguments)
         return lse
@@ -77,6 +85,6 @@ class SoftmaxAttention(Emulator):
         arguments = _SoftmaxBackward(
             ELEMENT_TYPES[q.dtype], head_dim, batch, heads, heads // k.shape[1], tokens, k.shape[2],
             view(dout), view(q), view(k), view(v), view(out), view(dq), view(dk), view(dv),
-            lse.data_ptr(), delta.data_ptr(), scale, wanted,
+            self._mask(), lse.data_ptr(), delta.data_ptr(), scale, wanted,
         )  # fmt: skip
         self.launch("softmax_attention_backward", arguments)

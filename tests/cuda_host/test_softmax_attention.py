@@ -263,6 +263,38 @@ def test_no_keys_gives_zeros(libraries: dict[str, Path], dtype: torch.dtype) -> 
     assert (result["lse"] == -torch.inf).all()
 
 
+def _check_mask(libraries: dict[str, Path], head_dim: int, dtype: torch.dtype) -> None:
+    """As if masked keys were not there; a sequence without any gives zeros."""
+    case = Case(head_dim, dtype, batch=4, heads=2, kv_heads=1, queries=37, keys=140)
+    q, k, v, gradient = case.inputs()
+    there = torch.ones(4, 140, dtype=torch.bool)
+    there[0, ::2], there[1, :133], there[2] = False, False, False
+    k, v = (guarded(x.masked_fill(~there[:, None, :, None], 0)) for x in (k, v))
+    emulated = SoftmaxAttention(libraries)
+    emulated.key_mask = there
+    found = run(emulated, q, k, v, gradient)
+    for b, mask in enumerate(there):
+        one = slice(b, b + 1)
+        expected = expect(q[one], k[one][:, :, mask], v[one][:, :, mask], gradient[one])
+        for name, x in expected.items():
+            masked = found[name][one]
+            if name in ("dk", "dv"):
+                masked = masked[:, :, mask]
+            if mask.any():
+                assert_all_accurate({name: masked}, {name: x})
+    for name in ("out", "dq"):
+        assert torch.equal(found[name][2], torch.zeros_like(found[name][2]))
+    assert (found["lse"][2] == -torch.inf).all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("head_dim", [16, 96])
+def test_masked_keys_are_not_there(
+    libraries: dict[str, Path], head_dim: int, dtype: torch.dtype
+) -> None:
+    _check_mask(libraries, head_dim, dtype)
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("empty", [{"queries": 0}, {"batch": 0}])
 def test_no_queries_and_no_batch(
@@ -312,6 +344,7 @@ def test_the_tiles_are_described(libraries: dict[str, Path]) -> None:
 # ---- do these tests fail when they should? -------------------------------------------------------
 
 HALF, FLOAT32 = "softmax_attention/half.cuh", "softmax_attention/float32.cuh"
+PROBLEM = "softmax_attention/problem.cuh"  # of both
 
 MUTATIONS = (
     Mutation(
@@ -414,6 +447,18 @@ MORE_MUTATIONS = (
         "",
     ),
     Mutation(
+        "a tile without a key makes no numbers",
+        PROBLEM,
+        "kMasked ? -1e38f : -kInfinity",
+        "-kInfinity",
+    ),
+    Mutation(
+        "the mask is that of the first sequence",
+        PROBLEM,
+        "a.key_mask + batch * a.key_tokens + first",
+        "a.key_mask + batch * 0 + first",
+    ),
+    Mutation(
         "one half of the row's lanes",
         HALF,
         "  x = fmaxf(x, __shfl_xor_sync(kFullWarp, x, 1));\n",
@@ -428,7 +473,7 @@ MORE_MUTATIONS = (
     Mutation(
         "keys past the end have a gradient",
         HALF,
-        "if (8 * j + 2 * (lane % 4) + e % 2 >= valid) score[0][j][e] = 0.0f;",
+        "if (!key.there(8 * j + 2 * (lane % 4) + e % 2)) score[0][j][e] = 0.0f;",
         "",
     ),
     Mutation(
@@ -452,7 +497,7 @@ MORE_MUTATIONS = (
     Mutation(
         "keys past the end count in float32",
         FLOAT32,
-        "score[i][j] = tx + kSide * j < valid ? score[i][j] * to_log2 : -kInfinity;",
+        "score[i][j] = key.there(tx + kSide * j) ? score[i][j] * to_log2 : -kInfinity;",
         "score[i][j] = score[i][j] * to_log2;",
     ),
     Mutation(
@@ -521,6 +566,7 @@ def narrow_checks(file: str, libraries: dict[str, Path]) -> list:
         ),
         partial(_check_negative_scale, libraries, 32, dtype),
         partial(_check_far_below_zero, libraries, 32, dtype),
+        partial(_check_mask, libraries, 32, dtype),
     ]
 
 

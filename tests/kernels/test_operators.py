@@ -57,12 +57,16 @@ def _operators(op: str, backend: str) -> list[tuple[Any, tuple[Any, ...]]]:
             (named(f"{op}_backward"), (gradient, *plain, S, z, 1e-6)),
         ]
     if op in ("softmax_attention", "softmax_attention_packed"):
-        out, lse = named(op)(*plain, 0.25)
-        mask = () if len(plain) == 1 else (0b101,)
-        return [
-            (named(op), (*plain, 0.25)),
-            (named(f"{op}_backward"), (gradient, *plain, out, lse, 0.25, *mask)),
-        ]
+        wanted = () if len(plain) == 1 else (0b101,)
+        key_mask = torch.ones(case.batch, case.keys, dtype=torch.bool, device=DEVICE)
+        key_mask[:, 1::2] = False
+        calls: list[tuple[Any, tuple[Any, ...]]] = []
+        for mask in (None, key_mask):
+            out, lse = named(op)(*plain, mask, 0.25)
+            calls.append((named(op), (*plain, mask, 0.25)))
+            saved = (*plain, mask, out, lse, 0.25)
+            calls.append((named(f"{op}_backward"), (gradient, *saved, *wanted)))
+        return calls
     assert isinstance(case, Ripple)
     return [
         (named(op), (*plain, case.axis)),
