@@ -247,6 +247,7 @@ def example(folder: Path, name: str) -> Path:
 def test_an_example_is_right(
     name: str, interpreted: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
     if interpreted:
         monkeypatch.setenv("TRITON_INTERPRET", "1")
     asked = ["--kernels", str(example(tmp_path, name)), "--dtypes", "float32", "--plain"]
