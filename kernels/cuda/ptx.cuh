@@ -158,6 +158,13 @@ __device__ inline unsigned pack2(float low, float high) {
 
 // ---- special functions -----------------------------------------------------------------------------
 
+// 1 / x within 1 ulp.
+__device__ inline float reciprocal(float x) {
+  float result;
+  asm("rcp.approx.f32 %0, %1;" : "=f"(result) : "f"(x));
+  return result;
+}
+
 // 2^x within 2 ulp; results below the smallest normal number are 0.
 __device__ inline float exp2(float x) {
   float result;

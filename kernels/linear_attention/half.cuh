@@ -77,6 +77,7 @@ struct StateTile {
   float z[2 * D];                         // z, or the bias of dphi(k)
   float mean[D];                          // m
   float partial[2][H::kGroups][H::kTokens];
+  float over_E[H::kTokens];  // 1 / E
   alignas(16) T weight[3][H::kTokens];  // a row's -c, in three terms
   alignas(16) T row_scale[H::kTokens];  // float16: what phi(q) is multiplied by
   float scratch[8];
@@ -103,6 +104,11 @@ __device__ float finite(float x) {
 __device__ inline float power_of_two(float x) {
   const float inside = fminf(fmaxf(x, 1e-30f), 1e30f);
   return __uint_as_float(__float_as_uint(inside) & 0x7f800000u);
+}
+
+// inverse(), by a reciprocal within 1 ulp: to round it right takes ten instructions more.
+__device__ inline float quick_inverse(float met, float eps) {
+  return met == 0.0f || fabsf(met + eps) < FLT_MIN ? 0.0f : ptx::reciprocal(met + eps);
 }
 
 // ---- sums over lanes and warps ---------------------------------------------------------------------
@@ -814,14 +820,21 @@ __device__ void multiply_state_rows(float (&product)[2 * Half<D>::kBlocks][4],
   }
 }
 
-// sum += |x| z, z's half taken by x's sign; NaN stays NaN.
-__device__ inline void weigh(float& sum, float2 x, float2 positive, float2 negative) {
-  sum += fabsf(x.x) * (x.x > 0.0f ? positive.x : negative.x);
-  sum += fabsf(x.y) * (x.y > 0.0f ? positive.y : negative.y);
-}
-
 __device__ inline float2 two(const float* x) {
   return *reinterpret_cast<const float2*>(x);
+}
+
+// Of z's halves the one of x's sign; they are kFeatures apart.
+template <int kFeatures>
+__device__ inline float2 by_sign(float2 x, const float* z) {
+  const float2 positive = two(z), negative = two(z + kFeatures);
+  return make_float2(x.x > 0.0f ? positive.x : negative.x, x.y > 0.0f ? positive.y : negative.y);
+}
+
+// sum += |x| z; NaN stays NaN.
+__device__ inline void weigh(float& sum, float2 x, float2 z) {
+  sum += fabsf(x.x) * z.x;
+  sum += fabsf(x.y) * z.y;
 }
 
 // out of a tile of queries.
@@ -837,8 +850,8 @@ __device__ void apply_tile(const State<T, D>& state, const TokenTile<T, D>& q, f
 #pragma unroll
     for (int i = 0; i < 4; ++i) {  // row lane_group() + 8 (i % 2), columns + 8 (i / 2)
       const float* const z = state.z + step * 16 + i / 2 * 8 + lane_pair();
-      weigh(dot[i % 2], ptx::unpack2<T>(x[i]), two(z),
-            two(z + D));
+      const float2 q_pair = ptx::unpack2<T>(x[i]);
+      weigh(dot[i % 2], q_pair, by_sign<D>(q_pair, z));
     }
     multiply_state_rows(product, state, x, step);
   }
@@ -846,7 +859,7 @@ __device__ void apply_tile(const State<T, D>& state, const TokenTile<T, D>& q, f
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
     dot[r] = quad_sum(dot[r]);
-    inverse_E[r] = inverse(dot[r], eps);
+    inverse_E[r] = quick_inverse(dot[r], eps);
   }
 #pragma unroll
   for (int n = 0; n < 2 * H::kBlocks; ++n) {
@@ -876,6 +889,10 @@ __device__ void query_gradient_tile(State<T, D>& state, Sums<D>& sums, TokenTile
   // Sixteen features at a time: of a's two halves a feature needs the one of q's sign, so that half of
   // the registers are free again for the next sixteen.
   float a[2 * H::kBlocks][4], a_dot[2] = {}, z_dot[2] = {}, mean_dot[2] = {};
+  // What is needed again of q and z stays in registers, where there are enough.
+  constexpr bool kKeep = D <= 64;
+  unsigned kept_q[H::kBlocks][4];
+  float2 kept_z[H::kBlocks][4];
 #pragma unroll
   for (int block = 0; block < H::kBlocks; ++block) {
     float both[2][2][4] = {};
@@ -905,7 +922,9 @@ __device__ void query_gradient_tile(State<T, D>& state, Sums<D>& sums, TokenTile
       kept[1] = x.y > 0.0f ? positive[1] : negative[1];
       a_dot[i % 2] += fabsf(x.x) * kept[0] + fabsf(x.y) * kept[1];
       const float* const z = state.z + (group * H::kBlocks + block) * 16 + i / 2 * 8 + lane_pair();
-      weigh(z_dot[i % 2], x, two(z), two(z + D));
+      const float2 of_z = by_sign<D>(x, z);
+      weigh(z_dot[i % 2], x, of_z);
+      if constexpr (kKeep) kept_q[block][i] = packed[i], kept_z[block][i] = of_z;
     }
   }
 #pragma unroll
@@ -929,23 +948,25 @@ __device__ void query_gradient_tile(State<T, D>& state, Sums<D>& sums, TokenTile
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
     const int row = rows + lane_group() + 8 * r;
-    inverse_E[r] = inverse(sum_of(0, row), eps);
+    inverse_E[r] = quick_inverse(sum_of(0, row), eps);
+    if (group == 0 && lane_pair() == 0) state.over_E[row] = inverse_E[r];
     c[r] = sum_of(1, row) * inverse_E[r] * inverse_E[r];
     inverse_E[r] *= state.unscale;
   }
 #pragma unroll
   for (int block = 0; block < H::kBlocks; ++block) {
-    unsigned packed[4];
-    load_rows<D>(packed, q.rows, rows, group * H::kBlocks + block);
+    if constexpr (!kKeep) load_rows<D>(kept_q[block], q.rows, rows, group * H::kBlocks + block);
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      const float2 x = ptx::unpack2<T>(packed[i]);
+      const float2 x = ptx::unpack2<T>(kept_q[block][i]);
       const float* const z = state.z + (group * H::kBlocks + block) * 16 + i / 2 * 8 + lane_pair();
+      if constexpr (!kKeep) kept_z[block][i] = by_sign<D>(x, z);
+      const float2 of_z = kept_z[block][i];
       float* const d = &a[2 * block + i / 2][i % 2 * 2];
 #pragma unroll
       for (int e = 0; e < 2; ++e) {
         const float value = e ? x.y : x.x;
-        const float by_phi = d[e] * inverse_E[i % 2] - z[(value > 0.0f ? 0 : D) + e] * c[i % 2];
+        const float by_phi = d[e] * inverse_E[i % 2] - (e ? of_z.y : of_z.x) * c[i % 2];
         d[e] = feature_gradient(value, by_phi, by_phi);
       }
     }
@@ -959,7 +980,7 @@ __device__ void query_gradient_tile(State<T, D>& state, Sums<D>& sums, TokenTile
   for (int step = 0; step < Sums<D>::kSteps; ++step) {
     sums.load(of_q[step], q, sums.first_token(step));
   }
-  __syncthreads();  // q and g have been read
+  __syncthreads();  // q and g have been read, and 1 / E is there
 
   // g / E: its high term takes g's place, the low one q's. A row's power of two, so that a float16
   // g / E has g's size, goes to phi(q).
@@ -968,10 +989,10 @@ __device__ void query_gradient_tile(State<T, D>& state, Sums<D>& sums, TokenTile
     const float power = power_of_two(1.0f / fabsf(over_E * state.dS_scale));
     return fminf(fmaxf(power, 1.0f / 32768.0f), 16384.0f);
   };
-#pragma unroll 2
-  for (int i = threadIdx.x; i < H::kTokens * H::kChunks; i += kThreads) {
-    const int row = i / H::kChunks;
-    const float over_E = inverse(sum_of(0, row), eps);
+#pragma unroll
+  for (int j = 0; j < H::kTokens * H::kChunks / kThreads; ++j) {
+    const int i = threadIdx.x + j * kThreads, row = i / H::kChunks;
+    const float over_E = state.over_E[row];
     const float scale = over_E * state.dS_scale * row_scale(over_E);
     const int at = H::at(row, i % H::kChunks);
     auto* const chunk = reinterpret_cast<Vector<unsigned, 4>*>(g.rows + at);
@@ -988,7 +1009,7 @@ __device__ void query_gradient_tile(State<T, D>& state, Sums<D>& sums, TokenTile
     *reinterpret_cast<Vector<unsigned, 4>*>(q.rows + at) = low;
   }
   for (int row = threadIdx.x; row < H::kTokens; row += kThreads) {
-    const float over_E = inverse(sum_of(0, row), eps), power = row_scale(over_E);
+    const float over_E = state.over_E[row], power = row_scale(over_E);
     float left = -sum_of(1, row) * over_E * state.weight_scale * (over_E * state.dS_scale * power);
 #pragma unroll
     for (int term = 0; term < 3; ++term) {

@@ -145,6 +145,8 @@ unsigned pack2(float low, float high) {
   return host::rounded<T>(low) | static_cast<unsigned>(host::rounded<T>(high)) << 16;
 }
 
+inline float reciprocal(float x) { return 1.0f / x; }
+
 inline float exp2(float x) {
   const float result = std::exp2(x);
   return result < std::numeric_limits<float>::min() ? 0.0f : result;  // a NaN compares false

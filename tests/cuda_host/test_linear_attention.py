@@ -556,6 +556,18 @@ MORE_MUTATIONS = (
         "if (++in_head == per_head) in_head = 0;",
     ),
     Mutation(
+        "no barrier before 1 / E is read, and g and q are overwritten",
+        HALF,
+        "__syncthreads();  // q and g have been read, and 1 / E is there",
+        "",
+    ),
+    Mutation(
+        "the wrong row's 1 / E",
+        HALF,
+        "state.over_E[row] = inverse_E[r];",
+        "state.over_E[row ^ 1] = inverse_E[r];",
+    ),
+    Mutation(
         "a head's last tile is taken for a whole one",
         HALF,
         "valid = in_head + 1 == per_head ? left : tile_tokens;",
