@@ -53,6 +53,12 @@ __global__ void product(Arguments p) {{
   ptx::mma_16816<T>(d, a, b);
   ptx::ldmatrix_x2(again, tile() + lane % 16 * 16);  // rows 0 to 15 of the first eight columns
   if (again[0] != a[0] || again[1] != a[1]) d[0] = __uint_as_float(0x7fc00000);
+  unsigned back[4];  // a's halves have changed places
+  ptx::stmatrix_x4(tile() + lane % 16 * 16 + (1 - lane / 16) * 8, a);
+  ptx::ldmatrix_x4(back, tile() + lane % 16 * 16 + lane / 16 * 8);
+  for (int i = 0; i < 4; ++i) {{
+    if (back[i] != a[i ^ 2]) d[0] = __uint_as_float(0x7fc00000);
+  }}
   p.out[group * 8 + pair] = d[0];
   p.out[group * 8 + pair + 1] = d[1];
   p.out[(group + 8) * 8 + pair] = d[2];

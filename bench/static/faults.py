@@ -29,15 +29,22 @@ def _times(row: Row) -> Row:
     """What a tile of every main loop takes: to start its instructions, and to copy its bytes.
 
     The share is what remains of memory's copy rate where instructions are started without a gap:
-    real kernels start two thirds of that.
+    real kernels start two thirds of that. Warp instructions for a KiB moved do not depend on how
+    many tokens a tile has, nor on the warps of a block.
     """
     if not row["loops"] or row["threads"] is None:
-        return {"issue_us": None, "copy_us": None, "copy_share": None}
+        return dict.fromkeys(("issue_us", "copy_us", "copy_share", "instructions_per_kib"))
     threads, architecture = row["threads"], row["architecture"]
-    issue = machine_code.issue_seconds(architecture, row["steady"] * -(-threads // 32))
+    instructions = row["steady"] * -(-threads // 32)
+    issue = machine_code.issue_seconds(architecture, instructions)
     copy = machine_code.copy_seconds(architecture, row["steady_bytes"] * threads)
     share = round(min(1.0, copy / issue), 4)
-    return {"issue_us": round(1e6 * issue, 4), "copy_us": round(1e6 * copy, 4), "copy_share": share}
+    return {
+        "issue_us": round(1e6 * issue, 4),
+        "copy_us": round(1e6 * copy, 4),
+        "copy_share": share,
+        "instructions_per_kib": round(instructions / (row["steady_bytes"] * threads / 1024), 1),
+    }
 
 
 def faults(row: Row) -> list[str]:

@@ -46,7 +46,8 @@ COLUMNS = (
     "threads", "registers", "spill_stores", "spill_loads", "stack", "static_shared",
     "dynamic_shared", "blocks_per_multiprocessor", "occupancy", "tensor_core", "tf32", "fma",
     "wide_loads", "narrow_loads", "wide_stores", "narrow_stores", "local", "float_atomics", "total",
-    *steady.COLUMNS, "issue_us", "copy_us", "copy_share", "faults",
+    *steady.COLUMNS, "issue_us", "copy_us", "copy_share", "instructions_per_kib",
+    "faults",
 )  # fmt: skip
 
 
@@ -146,6 +147,7 @@ def render(rows: list[Row], *, every: bool = False, width: int | None = None) ->
         "16-byte",
         "narrower",
         "a tile",
+        "a KiB",
         "barriers",
         "issue/copy",
         "copy share",
@@ -193,12 +195,13 @@ def _line(group: list[Row], every: bool) -> list[str]:
 
 
 def _steady(group: list[Row]) -> list[str]:
-    """A warp's instructions and barriers a tile, and their time beside that of the bytes."""
+    """Instructions of a warp for a tile, of all for a KiB; barriers; time beside the bytes'."""
     timed = [r for r in group if r.get("copy_share") is not None]  # older files have none
     if not timed:
-        return ["–"] * 4
+        return ["–"] * 5
     return [
         _range([r["steady"] for r in timed]),
+        _range([round(r["instructions_per_kib"]) for r in timed]),
         _range([r["steady_barriers"] for r in timed]),
         _range([round(100 * r["issue_us"] / r["copy_us"]) for r in timed]) + " %",
         _range([round(100 * r["copy_share"]) for r in timed]) + " %",

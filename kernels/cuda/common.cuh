@@ -249,19 +249,27 @@ cudaError_t for_element_type_and_head_dim(int32_t element, int32_t head_dim, Fun
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
+// Bytes that a block can have on the current device; 0 where it can't be asked.
+inline size_t most_shared_memory() {
+  int device = 0, most = 0;
+  if (cudaGetDevice(&device) != cudaSuccess) return 0;
+  const auto attribute = cudaDevAttrMaxSharedMemoryPerBlockOptin;
+  if (cudaDeviceGetAttribute(&most, attribute, device) != cudaSuccess) return 0;
+  return static_cast<size_t>(most);
+}
+
 // More than 48 KB of shared memory a kernel gets only if it asks: once on a device, for the most there
 // is. With a limit of each launch's own size, one host thread would lower what another just raised.
 inline cudaError_t allow_most_shared_memory(const void* kernel) {
   static std::mutex mutex;
   static std::set<std::pair<const void*, int>> asked;
-  int device = 0, most = 0;
+  int device = 0;
   cudaError_t error = cudaGetDevice(&device);
   if (error != cudaSuccess) return error;
   const std::lock_guard<std::mutex> lock(mutex);
   if (asked.count({kernel, device}) > 0) return cudaSuccess;
-  error = cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
-  if (error != cudaSuccess) return error;
-  error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, most);
+  error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                               static_cast<int>(most_shared_memory()));
   if (error == cudaSuccess) asked.insert({kernel, device});
   return error;
 }

@@ -19,6 +19,12 @@
 #include <cstdint>
 #include <type_traits>
 
+// Matrices are stored to shared memory as they are loaded from compute capability 9.0 on; before, word
+// by word. On the host LINEAR_VIT_NO_STMATRIX chooses that.
+#if !defined(LINEAR_VIT_NO_STMATRIX) && (defined(LINEAR_VIT_CUDA_HOST) || __CUDA_ARCH__ >= 900)
+#define LINEAR_VIT_STMATRIX
+#endif
+
 #ifdef LINEAR_VIT_CUDA_HOST
 #include <ptx_host.h>
 #else
@@ -62,6 +68,16 @@ __device__ inline void ldmatrix_x2_trans(unsigned (&d)[2], const void* row) {
                : "memory");
 }
 
+#ifdef LINEAR_VIT_STMATRIX
+// The inverse of ldmatrix_x4.
+__device__ inline void stmatrix_x4(void* row, const unsigned (&d)[4]) {
+  asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};"
+               :
+               : "r"(shared_address(row)), "r"(d[0]), "r"(d[1]), "r"(d[2]), "r"(d[3])
+               : "memory");
+}
+#endif
+
 // ---- tensor cores ----------------------------------------------------------------------------------
 
 // d += a b, accumulated in float32.
@@ -86,7 +102,7 @@ __device__ inline void mma_16816(float (&d)[4], const unsigned (&a)[4], const un
 // ---- asynchronous copies from global to shared memory ----------------------------------------------
 
 // 16 bytes, both addresses 16-byte aligned: the first `bytes` of them from `global`, the rest 0. With
-// bytes == 0 nothing is read, but `global` still has to be an address one may form.
+// bytes == 0 nothing is read, and `global` may be anywhere.
 __device__ inline void cp_async_16(void* shared, const void* global, int bytes) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;"
                :
@@ -137,11 +153,52 @@ __device__ inline unsigned relu2(unsigned x) {
   return result;
 }
 
+// The lesser of each pair and 0; a NaN stays one.
+template <typename T>
+__device__ inline unsigned least2(unsigned x) {
+  unsigned result;
+  if constexpr (std::is_same_v<T, __half>) {
+    asm("min.NaN.f16x2 %0, %1, %2;" : "=r"(result) : "r"(x), "r"(0u));
+  } else {
+    asm("min.NaN.bf16x2 %0, %1, %2;" : "=r"(result) : "r"(x), "r"(0u));
+  }
+  return result;
+}
+
+// Ones in the place of each element that is not zero, a NaN among them; whichever type they are of.
+__device__ inline unsigned nonzero2(unsigned x) {
+  unsigned result;
+  asm("set.neu.u32.f16x2 %0, %1, %2;" : "=r"(result) : "r"(x), "r"(0u));
+  return result;
+}
+
 // The product of float16 pairs.
 __device__ inline unsigned multiply_half2(unsigned a, unsigned b) {
   unsigned result;
   asm("mul.f16x2 %0, %1, %2;" : "=r"(result) : "r"(a), "r"(b));
   return result;
+}
+
+// a b + c of pairs, rounded once.
+template <typename T>
+__device__ inline unsigned fma2(unsigned a, unsigned b, unsigned c) {
+  unsigned result;
+  if constexpr (std::is_same_v<T, __half>) {
+    asm("fma.rn.f16x2 %0, %1, %2, %3;" : "=r"(result) : "r"(a), "r"(b), "r"(c));
+  } else {
+    asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(result) : "r"(a), "r"(b), "r"(c));
+  }
+  return result;
+}
+
+// A float16 beyond the largest is the largest, and not infinity; a NaN stays one.
+template <typename T>
+__device__ inline unsigned finite2(unsigned x) {
+  if constexpr (std::is_same_v<T, __half>) {
+    asm("min.NaN.f16x2 %0, %0, %1;" : "+r"(x) : "r"(0x7bff7bffu));
+    asm("max.NaN.f16x2 %0, %0, %1;" : "+r"(x) : "r"(0xfbfffbffu));
+  }
+  return x;
 }
 
 // Two float32, rounded to nearest even.
@@ -158,6 +215,13 @@ __device__ inline unsigned pack2(float low, float high) {
 
 // ---- special functions -----------------------------------------------------------------------------
 
+// 1 / x within 1 ulp.
+__device__ inline float reciprocal(float x) {
+  float result;
+  asm("rcp.approx.f32 %0, %1;" : "=f"(result) : "f"(x));
+  return result;
+}
+
 // 2^x within 2 ulp; results below the smallest normal number are 0.
 __device__ inline float exp2(float x) {
   float result;
@@ -172,6 +236,12 @@ __device__ inline float exp2(float x) {
 namespace ptx {
 
 __device__ inline unsigned negate2(unsigned x) { return x ^ 0x80008000u; }
+
+// Each element that is a NaN, and 0 for the others.
+template <typename T>
+__device__ inline unsigned nan2(unsigned x) {
+  return least2<T>(relu2<T>(x));
+}
 
 template <typename T>
 __device__ inline float2 unpack2(unsigned x) {

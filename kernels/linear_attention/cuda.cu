@@ -91,7 +91,9 @@ struct Plan {
     int64_t keys = 0;
     for_element_type_and_head_dim(p.element, p.head_dim, [&](auto type, auto head_dim) {
       using T = typename decltype(type)::type;
-      if constexpr (!std::is_same_v<T, float>) keys = staying_keys<T, decltype(head_dim)::value>();
+      if constexpr (!std::is_same_v<T, float>) {
+        keys = staying_keys<T, Short<decltype(head_dim)::value>>();
+      }
       return cudaSuccess;
     });
     return keys;
@@ -135,7 +137,8 @@ cudaError_t sum_splits(const Plan& plan, int64_t splits, float* S, float* z, flo
   float* const z_partials = partials + splits * plan.S_size;
   const cudaError_t error = sum(partials, z_partials);
   if (error != cudaSuccess || unread) return error;
-  return launch(reduce_kernel, ceil_div(plan.state_size(), 4 * kThreads), 0, stream,
+  return launch(reduce_kernel, ceil_div(plan.state_size(), 4 * Reduce::kQuads),
+                kThreads * sizeof(float4), stream,
                 Reduce{partials, z_partials, S, z, plan.S_size, plan.z_size, splits});
 }
 
@@ -152,7 +155,7 @@ cudaError_t run_state(const Arguments& p, const Plan& plan, float* S, float* z, 
     } else {
       Problem<T> problem = problem_of<T>(p);
       problem.num_splits = plan.state, problem.S_out = S_out, problem.z_out = z_out;
-      return launch(half_state_kernel<D, T>, plan.states * plan.state, sizeof(StateShared<T, D>),
+      return launch(half_state_kernel<D, T>, plan.states * plan.state, sizeof(StateShared<T, Long<D>>),
                     stream, problem);
     }
   });
@@ -171,7 +174,7 @@ cudaError_t run_apply(const Arguments& p, const Plan& plan, const float* S, cons
   } else {
     if (p.queries == 0) return cudaSuccess;
     problem.num_splits = plan.apply;
-    return launch(half_apply_kernel<D, T>, plan.states * plan.apply, sizeof(ApplyShared<T, D>),
+    return launch(half_apply_kernel<D, T>, plan.states * plan.apply, sizeof(ApplyShared<T, Long<D>>),
                   stream, problem);
   }
 }
@@ -211,7 +214,7 @@ cudaError_t run_query_gradient(const Arguments& p, const Plan& plan, const float
                         } else {
                           return launch(half_query_gradient_kernel<D, T>,
                                         plan.states * plan.query_gradient,
-                                        sizeof(GradientShared<T, D>), stream, problem);
+                                        sizeof(GradientShared<T, Long<D>>), stream, problem);
                         }
                       },
                       p.only_dq != 0);
@@ -232,7 +235,7 @@ cudaError_t run_key_value_gradient(const Arguments& p, const Plan& plan, const f
     if (p.keys == 0) return cudaSuccess;
     problem.num_splits = plan.key_value_gradient;
     return launch(half_key_value_gradient_kernel<D, T>, plan.states * plan.key_value_gradient,
-                  sizeof(GradientShared<T, D>), stream, problem);
+                  sizeof(GradientShared<T, Long<D>>), stream, problem);
   }
 }
 
@@ -245,7 +248,7 @@ cudaError_t run_forward(const Arguments& p, cudaStream_t stream) {
     if (plan.one_launch) {
       Problem<T> problem = problem_of<T>(p);
       problem.num_splits = 1, problem.S_out = p.S, problem.z_out = p.z;
-      return launch(half_forward_kernel<D, T>, plan.states, sizeof(ForwardShared<T, D>), stream,
+      return launch(half_forward_kernel<D, T>, plan.states, sizeof(ForwardShared<T, Short<D>>), stream,
                     problem);
     }
   }
@@ -265,12 +268,16 @@ cudaError_t run_backward(const Arguments& p, cudaStream_t stream) {
       problem.num_splits = 1;
       if (!plan.stay) {
         return launch(half_backward_kernel<D, false, T>, plan.states,
-                      sizeof(BackwardShared<T, D, false>), stream, problem);
+                      sizeof(BackwardShared<T, Short<D>, false>), stream, problem);
       }
-      if constexpr (staying_keys<T, D>() > 0) {
-        const int64_t tiles = ceil_div(p.keys, Half<D>::kTokens);
-        const size_t bytes =
-            sizeof(BackwardShared<T, D, true>) + tiles * 2 * sizeof(TokenTile<T, D>);
+      using H = Short<D>;
+      if constexpr (staying_keys<T, H>() > 0) {
+        // A second tile of queries, where there is one and room.
+        const int64_t query_tiles = p.group * ceil_div(p.queries, H::kTokens);
+        const size_t pair = 2 * sizeof(TokenTile<T, H>);
+        size_t bytes = sizeof(BackwardShared<T, H, true>) + ceil_div(p.keys, H::kTokens) * pair;
+        problem.query_stages = query_tiles > 1 && bytes + pair <= most_shared_memory() ? 2 : 1;
+        if (problem.query_stages == 2) bytes += pair;
         return launch(half_backward_kernel<D, true, T>, plan.states, bytes, stream, problem);
       }
     }
@@ -443,9 +450,11 @@ extern "C" const char* linear_attention_describe(int32_t element, int32_t head_d
   } else {
     const HalfTile tile = tile_of(kHalfTiles, head_dim);
     std::snprintf(line, sizeof(line),
-                  "D=%d half: %d tokens, 8 warps (sums %d x %d), %d stages, %d (%d) blocks, mma.sync",
-                  tile.head_dim, tile.tokens, tile.feature_warps, tile.column_warps, tile.stages,
-                  tile.blocks, tile.gradient_blocks);
+                  "D=%d half: %d (long %d) tokens, 8 warps (sums %d x %d), %d (%d) stages, "
+                  "%d (%d) blocks, mma.sync",
+                  tile.head_dim, tile.tokens, tile.long_tokens, tile.feature_warps,
+                  tile.column_warps, tile.stages, tile.long_stages, tile.blocks,
+                  tile.gradient_blocks);
   }
   return line;
 }

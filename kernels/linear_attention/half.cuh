@@ -20,8 +20,9 @@
 //
 // A high and a low term of S and dS, instead, would cost twice in every product that has them: at D = 64
 // 96 FLOP a byte of least traffic forward and 146 backward, and here it is 64 and 91, where a byte takes
-// as long as about 110 FLOP of mma.sync. z, phi(q) . z, E, m . g and c are float32 (c and z enter the
-// sums over tokens as three half-precision terms, which hold all of it; z's are ones).
+// as long as about 110 FLOP of mma.sync. z, phi(q) . z, E, m . g and c are float32. Where they meet the
+// tensor cores, z in phi(q) . z for out, m in m . g, and c in the sums over tokens, they are three
+// half-precision terms, which hold all of them.
 //
 // float16 has little range: powers of two, taken in float32 and given back there, bring the largest
 // S' (dS) to 2^13 and every row's g / E to g's size (phi(q) takes the row's other factor).
@@ -36,17 +37,18 @@ namespace {
 
 // ---- sizes -----------------------------------------------------------------------------------------
 
-template <int D>
+template <int kHeadDim, int kRows>
 struct Half {
+  static constexpr int D = kHeadDim, kTokens = kRows, kChunks = D / 8;  // 16 bytes of a row
   static constexpr HalfTile kTile = tile_of(kHalfTiles, D);
-  static constexpr int kTokens = kTile.tokens, kChunks = D / 8;  // chunks of 16 bytes in a row
 
   // Sums over tokens: a warp owns kM x 16 features (twice, for both halves of phi), kN x 8 columns.
   static constexpr int kFeatureWarps = kTile.feature_warps, kColumnWarps = kTile.column_warps;
   static constexpr int kTokenWarps = 8 / (kFeatureWarps * kColumnWarps);
   static constexpr int kM = D / 16 / kFeatureWarps, kN = D / 8 / kColumnWarps;
 
-  // Products of rows with the state: a warp owns 16 rows, and kBlocks x 16 features or columns.
+  // Products of rows with the state: a warp owns 16 rows, and kBlocks x 16 features or columns. With one
+  // group nobody else reads a warp's rows, so that results take the tile's place on their way out.
   static constexpr int kRowWarps = kTokens / 16, kGroups = 8 / kRowWarps;
   static constexpr int kBlocks = D / 16 / kGroups;
 
@@ -62,25 +64,63 @@ struct Half {
   __device__ static int at(int row, int chunk) {
     return row * kPitch + (kSwizzled ? chunk ^ (row & 7) : chunk) * 8;
   }
+  // Of row + lane_row and chunk 2 block + lane_chunk, with row a multiple of eight and lane_chunk 0 or 1:
+  // what depends on the lane is worked out once for all of them.
+  __device__ static int at(int row, int lane_row, int block, int lane_chunk) {
+    const int of_lane = at(lane_row, lane_chunk);
+    return row * kPitch + (kSwizzled ? of_lane ^ block * 16 : of_lane + block * 16);
+  }
 };
 
-template <typename T, int D>
+// Tiles of kernels that are launched for few tokens, and for many.
+template <int D>
+using Short = Half<D, tile_of(kHalfTiles, D).tokens>;
+template <int D>
+using Long = Half<D, tile_of(kHalfTiles, D).long_tokens>;
+
+template <typename T, typename H>
 struct TokenTile {
-  alignas(16) T rows[Half<D>::kTokens * Half<D>::kPitch];
+  alignas(16) T rows[H::kTokens * H::kPitch];
 };
 
-// The state as a tensor-core operand, and what goes with it in float32.
-template <typename T, int D>
+// z as three terms, times 1 / unscale: an operand, for out.
+template <typename T, typename H>
+struct TermsOfZ {
+  static constexpr int kPitch = 2 * H::D + 8;
+  alignas(16) T rows[3 * kPitch];
+  float unscale;
+};
+
+// The state as a tensor-core operand, and what goes with it in float32. Tensor cores are given
+// min(x, 0) where phi has relu(-x), which takes an instruction less, and so everything of that half of
+// the features has its sign turned here: S', dS, z, the bias.
+template <typename T, typename H>
 struct StateTile {
-  using H = Half<D>;
-  alignas(16) T rows[2 * D * H::kPitch];  // S' or dS, times 1 / unscale
-  float z[2 * D];                         // z, or the bias of dphi(k)
-  float mean[D];                          // m
-  float partial[2][H::kGroups][H::kTokens];
-  alignas(16) T weight[3][H::kTokens];  // a row's -c, in three terms
-  alignas(16) T row_scale[H::kTokens];  // float16: what phi(q) is multiplied by
+  static constexpr int D = H::D;
+  // At D = 128 m's terms are no more than 99 KB has room for.
+  static constexpr bool kMeanTerms = D <= 96;
+
+  // What a tile's rows have to tell other warps.
+  struct RowTerms {
+    float partial[2][H::kGroups][H::kTokens];
+    float scale[H::kTokens];              // of g on its way to dS
+    alignas(16) T weight[3][H::kTokens];  // -c, in three terms
+    alignas(16) T row_scale[H::kTokens];  // float16: what phi(q) is multiplied by
+  };
+
+  // S' or dS, times 1 / unscale; and three terms of m, times 1 / mean_unscale.
+  alignas(16) T rows[(2 * D + (kMeanTerms ? 3 : 0)) * H::kPitch];
+  union {
+    struct {
+      RowTerms row;
+      float z[2 * D];  // z, or the bias of dphi(k)
+    };
+    TermsOfZ<T, H> z_terms;  // of kernels that make out, in the end
+  };
+  float mean[D];  // m
   float scratch[8];
   float unscale;       // of the product with rows
+  float mean_unscale;
   float dS_scale;      // float16: a power of two near z, for g / E
   float weight_scale;  // float16: another, for c
 };
@@ -103,6 +143,11 @@ __device__ float finite(float x) {
 __device__ inline float power_of_two(float x) {
   const float inside = fminf(fmaxf(x, 1e-30f), 1e30f);
   return __uint_as_float(__float_as_uint(inside) & 0x7f800000u);
+}
+
+// inverse(), by a reciprocal within 1 ulp: to round it right takes ten instructions more.
+__device__ inline float quick_inverse(float met, float eps) {
+  return met == 0.0f || fabsf(met + eps) < FLT_MIN ? 0.0f : ptx::reciprocal(met + eps);
 }
 
 // ---- sums over lanes and warps ---------------------------------------------------------------------
@@ -135,31 +180,79 @@ __device__ inline float max_over_block(float x, float (&scratch)[8]) {
   return over_block(x, scratch, [](float a, float b) { return fmaxf(a, b); });
 }
 
+// Products with three terms, in a b operand's first three columns; the other five are the third's again.
+__device__ inline int term_of_lane() { return threadIdx.x % 8 < 3 ? threadIdx.x % 8 : 2; }
+
+// A lane's of them; four lanes' are the sum.
+__device__ inline float own_terms(const float (&product)[4], int r) {
+  const float second = lane_pair() == 0 ? product[2 * r + 1] : 0.0f;
+  return lane_pair() <= 2 ? product[2 * r] + second : 0.0f;
+}
+
 // ---- tiles of tokens -------------------------------------------------------------------------------
 
-// Begins to copy `valid` rows to a tile; the others are 0. Narrow rows are copied at once. Every thread
-// has as many chunks, so that the loop is none in the machine code.
-template <typename T, int D>
-__device__ void copy_tile(TokenTile<T, D>& tile, const T* source, int64_t stride, int valid,
-                          bool wide) {
-  using H = Half<D>;
+// Rows of a tile in global memory; those from `valid` on are not there.
+template <typename T>
+struct TileRows {
+  T* head;
+  int64_t stride;
+  unsigned first;
+  int valid;
+  bool wide;
+
+  __device__ T* at(int row) const { return head + int64_t{first + row} * stride; }
+};
+
+// Chunks of sixteen bytes that kOwners threads take by turns: thread `owner` has owner + i kOwners.
+template <int kOwners, typename H>
+struct Chunks {
+  // Then a thread's chunks are below one another, and need no product to be found.
+  static constexpr bool kBelow = kOwners % H::kChunks == 0;
+  static constexpr int kRows = kOwners / H::kChunks;
+  int owner;
+
+  __device__ int row(int i) const {
+    return kBelow ? owner / H::kChunks + i * kRows : (owner + i * kOwners) / H::kChunks;
+  }
+  __device__ int chunk(int i) const { return (kBelow ? owner : owner + i * kOwners) % H::kChunks; }
+
+  // In a shared tile, from a row on that is a multiple of eight.
+  __device__ int at(int i) const {
+    if constexpr (!kBelow || !H::kSwizzled) return H::at(row(i), chunk(i));
+    return (H::at(row(0), chunk(0)) ^ i * kRows % 8 * 8) + i * kRows * H::kPitch;
+  }
+
+  // In global memory, from a row on.
+  template <typename T>
+  __device__ T* in(const TileRows<T>& rows, int from, int i) const {
+    if constexpr (!kBelow) return rows.at(from + row(i)) + chunk(i) * 8;
+    return rows.at(from + row(0)) + chunk(0) * 8 + i * (kRows * rows.stride);
+  }
+};
+
+// Begins to copy the rows of a tile; those that are not there are 0. Narrow rows are copied at once.
+// Every thread has as many chunks, so that the loop is none in the machine code.
+template <typename T, typename H>
+__device__ void copy_tile(TokenTile<T, H>& tile, const TileRows<const T>& rows) {
   constexpr int kEach = H::kTokens * H::kChunks / kThreads;
   static_assert(kEach * kThreads == H::kTokens * H::kChunks);
+  const Chunks<kThreads, H> own{static_cast<int>(threadIdx.x)};
+  if (rows.wide) {
+#pragma unroll
+    for (int i = 0; i < kEach; ++i) {
+      ptx::cp_async_16(tile.rows + own.at(i), own.in(rows, 0, i), own.row(i) < rows.valid ? 16 : 0);
+    }
+    return;
+  }
 #pragma unroll
   for (int i = 0; i < kEach; ++i) {
-    const int own = threadIdx.x + i * kThreads, row = own / H::kChunks, chunk = own % H::kChunks;
-    T* const target = tile.rows + H::at(row, chunk);
-    const T* const from = source + (row < valid ? row * stride + chunk * 8 : 0);
-    if (wide) {
-      ptx::cp_async_16(target, from, row < valid ? 16 : 0);
-    } else {
-      Vector<T, 8> values = {};
-      if (row < valid) {
+    Vector<T, 8> values = {};
+    if (own.row(i) < rows.valid) {
+      const T* const from = own.in(rows, 0, i);
 #pragma unroll
-        for (int e = 0; e < 8; ++e) values.value[e] = load_global(from + e);
-      }
-      *reinterpret_cast<Vector<T, 8>*>(target) = values;
+      for (int e = 0; e < 8; ++e) values.value[e] = load_global(from + e);
     }
+    *reinterpret_cast<Vector<T, 8>*>(tile.rows + own.at(i)) = values;
   }
 }
 
@@ -198,6 +291,41 @@ struct Stream {
   }
 };
 
+// All tiles of a sequence, of which one or two are in shared memory at once, as there is room. The first
+// is asked for by start(), long before it is wanted.
+template <typename Load>
+struct ShortStream {
+  Load load;
+  int end, stages;
+
+  __device__ void start() const {
+    if (end > 0) load(0);
+    ptx::cp_async_commit();
+  }
+
+  template <typename Process>
+  __device__ void run(Process process) const {
+    for (int tile = 0; tile < end; ++tile) {
+      const bool more = tile + 1 < end;
+      ptx::cp_async_wait<0>();
+      __syncthreads();  // the tile is here
+      if (more && stages == 2) load((tile + 1) % 2);
+      ptx::cp_async_commit();
+      process(stages == 2 ? tile % 2 : 0);
+      if (more && stages == 1) {
+        __syncthreads();  // the only tile has been read
+        load(0);
+        ptx::cp_async_commit();
+      }
+    }
+  }
+};
+
+template <typename Load>
+__device__ ShortStream<Load> short_stream(int end, int stages, Load load) {
+  return {load, end, stages};
+}
+
 template <int kStages, typename Load>
 __device__ Stream<kStages, Load> stream(int begin, int end, Load load) {
   return {load, begin, end};
@@ -205,14 +333,14 @@ __device__ Stream<kStages, Load> stream(int begin, int end, Load load) {
 
 // Goes through the tiles of the heads from first_head on, in order. A tile's place would cost a division.
 struct TilePlace {
-  int64_t head, first = 0;
+  unsigned head, first = 0;
   int valid;
 
   __device__ TilePlace(int tile, int64_t first_head, int64_t tokens, int tile_tokens)
       : per_head(static_cast<int>((tokens + tile_tokens - 1) / tile_tokens)),
         tile_tokens(tile_tokens),
         left(static_cast<int>(tokens - int64_t{per_head - 1} * tile_tokens)) {
-    head = first_head;
+    head = static_cast<unsigned>(first_head);
     in_head = tile;
     if (per_head > 0 && tile >= per_head) head += tile / per_head, in_head = tile % per_head;
     find();
@@ -227,7 +355,7 @@ struct TilePlace {
   int in_head, per_head, tile_tokens, left;  // left: tokens of a head's last tile
 
   __device__ void find() {
-    first = static_cast<int64_t>(in_head) * tile_tokens;
+    first = static_cast<unsigned>(in_head) * tile_tokens;
     valid = in_head + 1 == per_head ? left : tile_tokens;
   }
 };
@@ -235,32 +363,31 @@ struct TilePlace {
 // ---- operands from shared memory -------------------------------------------------------------------
 // Sixteen rows and sixteen columns (block `block`) of a tile, as an a operand ...
 
-template <int D, typename T>
+template <typename H, typename T>
 __device__ void load_rows(unsigned (&a)[4], const T* tile, int row, int block) {
   const int lane = threadIdx.x % 32;
-  ptx::ldmatrix_x4(a, tile + Half<D>::at(row + lane % 16, 2 * block + lane / 16));
+  ptx::ldmatrix_x4(a, tile + H::at(row, lane % 16, block, lane / 16));
 }
 
 // ... transposed: a's rows are the tile's columns ...
-template <int D, typename T>
+template <typename H, typename T>
 __device__ void load_columns(unsigned (&a)[4], const T* tile, int row, int block) {
   const int lane = threadIdx.x % 32;
-  ptx::ldmatrix_x4_trans(
-      a, tile + Half<D>::at(row + lane / 16 * 8 + lane % 8, 2 * block + lane / 8 % 2));
+  ptx::ldmatrix_x4_trans(a, tile + H::at(row, lane / 16 * 8 + lane % 8, block, lane / 8 % 2));
 }
 
 // ... as two b operands side by side: b's rows are the tile's rows ...
-template <int D, typename T>
+template <typename H, typename T>
 __device__ void load_b_rows(unsigned (&b)[4], const T* tile, int row, int block) {
   const int lane = threadIdx.x % 32;
-  ptx::ldmatrix_x4_trans(b, tile + Half<D>::at(row + lane % 16, 2 * block + lane / 16));
+  ptx::ldmatrix_x4_trans(b, tile + H::at(row, lane % 16, block, lane / 16));
 }
 
 // ... or the tile's columns.
-template <int D, typename T>
+template <typename H, typename T>
 __device__ void load_b_columns(unsigned (&b)[4], const T* tile, int row, int block) {
   const int lane = threadIdx.x % 32;
-  ptx::ldmatrix_x4(b, tile + Half<D>::at(row + lane / 16 * 8 + lane % 8, 2 * block + lane / 8 % 2));
+  ptx::ldmatrix_x4(b, tile + H::at(row, lane / 16 * 8 + lane % 8, block, lane / 8 % 2));
 }
 
 template <typename T>
@@ -269,23 +396,67 @@ __device__ void multiply(float (&d)[4], const unsigned (&a)[4], const unsigned* 
   ptx::mma_16816<T>(d, a, pair);
 }
 
+// phi(x), its second half with the sign turned.
 template <typename T>
-__device__ void positive_and_negative(unsigned (&positive)[4], unsigned (&negative)[4],
-                                      const unsigned (&x)[4]) {
+__device__ void positive_and_negative(unsigned (&phi)[2][4], const unsigned (&x)[4]) {
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
-    positive[i] = ptx::relu2<T>(x[i]);
-    negative[i] = ptx::relu2<T>(ptx::negate2(x[i]));
+    phi[0][i] = ptx::relu2<T>(x[i]);
+    phi[1][i] = ptx::least2<T>(x[i]);
   }
 }
 
-// Two of a 16 x 16 block's 8-column products, as four packed registers, to global memory: 16 bytes
-// a lane, after the four lanes of a row have exchanged what they hold.
+// A float32 as three half-precision terms, which hold all of it.
 template <typename T>
-__device__ void store_block(T* target, int64_t stride, int valid, bool wide,
-                            const float (&left)[4], const float (&right)[4]) {
-  unsigned r[4] = {ptx::pack2<T>(left[0], left[1]), ptx::pack2<T>(left[2], left[3]),
-                   ptx::pack2<T>(right[0], right[1]), ptx::pack2<T>(right[2], right[3])};
+__device__ void three_terms(T (&terms)[3], float x) {
+#pragma unroll
+  for (int i = 0; i < 3; ++i) {
+    terms[i] = from_float<T>(finite<T>(x));
+    x -= to_float(terms[i]);
+  }
+}
+
+// A warp owns sixteen rows of a tile (its lanes' rows are lane_group() and that + 8), and a group of
+// features or columns.
+template <typename H>
+__device__ inline int own_rows() {
+  return (H::kGroups == 1 ? warp_index() : warp_index() % H::kRowWarps) * 16;
+}
+template <typename H>
+__device__ inline int own_group() {
+  return H::kGroups == 1 ? 0 : warp_index() / H::kRowWarps;
+}
+
+// Eight elements to global memory that are not on a 16-byte boundary there.
+template <typename T>
+__device__ void store_narrow(T* to, const uint4& value) {
+  const unsigned pairs[4] = {value.x, value.y, value.z, value.w};
+#pragma unroll
+  for (int e = 0; e < 8; ++e) {
+    const float2 both = ptx::unpack2<T>(pairs[e / 2]);
+    store_global(to + e, from_float<T>(e % 2 ? both.y : both.x));
+  }
+}
+
+// The inverse of load_rows.
+template <typename H, typename T>
+__device__ void store_rows(T* tile, const unsigned (&a)[4], int row, int block) {
+#ifdef LINEAR_VIT_STMATRIX
+  const int lane = threadIdx.x % 32;
+  ptx::stmatrix_x4(tile + H::at(row, lane % 16, block, lane / 16), a);
+#else
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    T* const to = tile + H::at(row, lane_group() + i % 2 * 8, block, i / 2) + lane_pair();
+    *reinterpret_cast<unsigned*>(to) = a[i];
+  }
+#endif
+}
+
+// A packed 16 x 16 block, from a row and column on, to global memory: 16 bytes a lane, after the four
+// lanes of a row have exchanged what they hold.
+template <typename T>
+__device__ void store_block(const TileRows<T>& target, int row, int column, unsigned (&r)[4]) {
 #pragma unroll
   for (int bit = 1; bit <= 2; bit *= 2) {  // transposes four registers of four lanes
     const bool upper = threadIdx.x & bit;
@@ -297,34 +468,57 @@ __device__ void store_block(T* target, int64_t stride, int valid, bool wide,
       r[i + bit] = upper ? r[i + bit] : received;
     }
   }
-  const int which = threadIdx.x % 4, row = lane_group() + 8 * (which % 2);
-  if (row >= valid) return;
-  T* const to = target + row * stride + 8 * (which / 2);
-  if (wide) {
-    store_global(reinterpret_cast<uint4*>(to), make_uint4(r[0], r[1], r[2], r[3]));
+  const int which = threadIdx.x % 4, own = row + lane_group() + 8 * (which % 2);
+  if (own >= target.valid) return;
+  T* const to = target.at(own) + column + 8 * (which / 2);
+  const uint4 value = make_uint4(r[0], r[1], r[2], r[3]);
+  if (target.wide) {
+    store_global(reinterpret_cast<uint4*>(to), value);
   } else {
+    store_narrow(to, value);
+  }
+}
+
+// A warp's own sixteen rows of a shared tile, as it has written them, to global memory.
+template <typename T, typename H>
+__device__ void store_own_rows(const TileRows<T>& target, const TokenTile<T, H>& tile) {
+  constexpr int kEach = 16 * H::kChunks / 32;
+  static_assert(H::kGroups == 1 && kEach * 32 == 16 * H::kChunks);
+  __syncwarp();
+  const Chunks<32, H> own{static_cast<int>(threadIdx.x % 32)};
+  const int rows = own_rows<H>(), valid = target.valid - rows;
+  const T* const from = tile.rows + rows * H::kPitch;
+  uint4 value[kEach];
 #pragma unroll
-    for (int e = 0; e < 8; ++e) {
-      const float2 both = ptx::unpack2<T>(r[e / 2]);
-      store_global(to + e, from_float<T>(e % 2 ? both.y : both.x));
+  for (int i = 0; i < kEach; ++i) value[i] = *reinterpret_cast<const uint4*>(from + own.at(i));
+  if (target.wide) {
+#pragma unroll
+    for (int i = 0; i < kEach; ++i) {
+      T* const to = own.in(target, rows, i);
+      if (own.row(i) < valid) store_global(reinterpret_cast<uint4*>(to), value[i]);
     }
+    return;
+  }
+#pragma unroll
+  for (int i = 0; i < kEach; ++i) {
+    if (own.row(i) < valid) store_narrow(own.in(target, rows, i), value[i]);
   }
 }
 
 // ---- sums over tokens: S and z of keys and values, dS and dz of queries and gradients ----------------
 
-template <int D>
+template <typename H>
 struct Sums {
-  using H = Half<D>;
+  static constexpr int D = H::D;
   float S[2][H::kM][H::kN][4];
   float z[2][H::kM][4];  // columns to be added up; in the first column's warps
 
   static __device__ int feature_warp() { return warp_index() % H::kFeatureWarps; }
   static __device__ int column_warp() {
-    return warp_index() / H::kFeatureWarps % H::kColumnWarps;
+    return H::kColumnWarps == 1 ? 0 : warp_index() / H::kFeatureWarps % H::kColumnWarps;
   }
   static __device__ int token_warp() {
-    return warp_index() / (H::kFeatureWarps * H::kColumnWarps);
+    return H::kTokenWarps == 1 ? 0 : warp_index() / (H::kFeatureWarps * H::kColumnWarps);
   }
   // Of the element i of S[half][m][n]; row 0 to 2 D - 1.
   static __device__ int row(int half, int m, int i) {
@@ -370,16 +564,24 @@ struct Sums {
     return (step * H::kTokenWarps + token_warp()) * 16;
   }
 
-  // S += phi(x)^T w for sixteen tokens; x's operands are a. With kWeighted, z += phi(x)^T of_z too.
-  template <bool kWeighted, typename T>
-  __device__ void add(const unsigned (&a)[H::kM][4], const TokenTile<T, D>& w, int token,
-                      const unsigned (&of_z)[2]) {
+  // The columns of z are the first column warps'.
+  static __device__ bool has_z() { return __any_sync(kFullWarp, column_warp() == 0); }
+
+  // S += phi(x)^T w for sixteen tokens; x's operands are a. And z += phi(x)^T of_z, or not.
+  template <typename T>
+  __device__ void add(const unsigned (&a)[H::kM][4], const TokenTile<T, H>& w, int token,
+                      const unsigned (&of_z)[2], bool with_z) {
     const int lane = threadIdx.x % 32, first_chunk = column_warp() * H::kN;
     unsigned b[H::kN + H::kN % 2][2];
 #pragma unroll
     for (int n = 0; n + 1 < H::kN; n += 2) {
       unsigned both[4];
-      ptx::ldmatrix_x4_trans(both, w.rows + H::at(token + lane % 16, first_chunk + n + lane / 16));
+      if constexpr (H::kN % 2 == 0) {
+        load_b_rows<H>(both, w.rows, token, first_chunk / 2 + n / 2);
+      } else {
+        ptx::ldmatrix_x4_trans(both,
+                               w.rows + H::at(token + lane % 16, first_chunk + n + lane / 16));
+      }
       b[n][0] = both[0], b[n][1] = both[1], b[n + 1][0] = both[2], b[n + 1][1] = both[3];
     }
     if constexpr (H::kN % 2 == 1) {
@@ -389,48 +591,52 @@ struct Sums {
 #pragma unroll
     for (int m = 0; m < H::kM; ++m) {
       unsigned phi[2][4];
-      positive_and_negative<T>(phi[0], phi[1], a[m]);
+      positive_and_negative<T>(phi, a[m]);
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
 #pragma unroll
         for (int n = 0; n < H::kN; ++n) multiply<T>(S[half][m][n], phi[half], b[n]);
-        if (kWeighted && column_warp() == 0) multiply<T>(z[half][m], phi[half], of_z);
+        if (with_z) multiply<T>(z[half][m], phi[half], of_z);
       }
     }
   }
 
   template <typename T>
-  static __device__ void load(unsigned (&a)[H::kM][4], const TokenTile<T, D>& x, int token) {
+  static __device__ void load(unsigned (&a)[H::kM][4], const TokenTile<T, H>& x, int token) {
 #pragma unroll
     for (int m = 0; m < H::kM; ++m) {
-      load_columns<D>(a[m], x.rows, token, feature_warp() * H::kM + m);
+      load_columns<H>(a[m], x.rows, token, feature_warp() * H::kM + m);
     }
   }
 
   // S and z of a tile of keys and values.
   template <typename T>
-  __device__ void add_keys(const TokenTile<T, D>& k, const TokenTile<T, D>& v) {
+  __device__ void add_keys(const TokenTile<T, H>& k, const TokenTile<T, H>& v, int valid) {
     const unsigned one = lane_group() == 0 ? ptx::pack2<T>(1.0f, 1.0f) : 0u;
     const unsigned ones[2] = {one, one};
-#pragma unroll 1
+    const bool with_z = has_z();
+#pragma unroll
     for (int step = 0; step < kSteps; ++step) {
+      if (first_token(step) >= valid) break;
       unsigned a[H::kM][4];
       load(a, k, first_token(step));
-      add<true>(a, v, first_token(step), ones);
+      add(a, v, first_token(step), ones, with_z);
     }
   }
 
   // dS and dz' of a tile of queries, whose operands `q` were loaded before g / E took the tile's place.
   template <typename T>
-  __device__ void add_queries(unsigned (&q)[kSteps][H::kM][4], const TokenTile<T, D>& high,
-                              const TokenTile<T, D>& low, const StateTile<T, D>& state) {
+  __device__ void add_queries(unsigned (&q)[kSteps][H::kM][4], const TokenTile<T, H>& high,
+                              const TokenTile<T, H>& low, const StateTile<T, H>& state, int valid) {
     auto two_of = [](const T* x) { return *reinterpret_cast<const unsigned*>(x); };
+    const bool with_z = has_z();
 #pragma unroll
     for (int step = 0; step < kSteps; ++step) {
+      if (first_token(step) >= valid) break;
       const int token = first_token(step), pair = token + lane_pair();
       if constexpr (std::is_same_v<T, __half>) {
-        const unsigned scale[2] = {two_of(state.row_scale + pair),
-                                   two_of(state.row_scale + pair + 8)};
+        const unsigned scale[2] = {two_of(state.row.row_scale + pair),
+                                   two_of(state.row.row_scale + pair + 8)};
 #pragma unroll
         for (int m = 0; m < H::kM; ++m) {
 #pragma unroll
@@ -439,27 +645,26 @@ struct Sums {
           }
         }
       }
-      const int term = lane_group() < 3 ? lane_group() : 0;
-      const unsigned weights[2] = {two_of(state.weight[term] + pair),
-                                   two_of(state.weight[term] + pair + 8)};
-      const unsigned of_z[2] = {lane_group() < 3 ? weights[0] : 0u,
-                                lane_group() < 3 ? weights[1] : 0u};
-      add<true>(q[step], high, token, of_z);
-      add<false>(q[step], low, token, of_z);
+      const T* const weight = state.row.weight[lane_group() < 3 ? lane_group() : 2] + pair;
+      const unsigned of_z[2] = {two_of(weight), two_of(weight + 8)};
+      add(q[step], high, token, of_z, with_z);
+      add(q[step], low, token, of_z, false);
     }
   }
 
   // Adds up the warps that shared the tokens, in order, into the first of them, and z's columns, in
-  // every lane of four. Needs two tiles' memory to itself, and ends with all of it read.
+  // every lane of four. Needs kBytes to itself, and ends with all of it read.
+  template <int kBytes>
   __device__ void combine(float* scratch) {
     constexpr int kPerThread = sizeof(Sums) / sizeof(float), kOwners = kThreads / H::kTokenWarps;
-    constexpr int kRoom = 2 * H::kTokens * H::kPitch * 2 / sizeof(float) / kOwners;
+    constexpr int kRoom = kBytes / static_cast<int>(sizeof(float)) / kOwners;
+    static_assert(kRoom > 0 || H::kTokenWarps == 1);
     auto* const own = reinterpret_cast<float*>(this);
     const int owner = threadIdx.x % kOwners;
 #pragma unroll 1
     for (int warp = 1; warp < H::kTokenWarps; ++warp) {
 #pragma unroll
-      for (int first = 0; first < kPerThread; first += kRoom) {
+      for (int first = 0; first < kPerThread; first += kRoom > 0 ? kRoom : kPerThread) {
         __syncthreads();
         if (token_warp() == warp) {
 #pragma unroll
@@ -481,8 +686,8 @@ struct Sums {
 #pragma unroll
       for (int m = 0; m < H::kM; ++m) {
         float(&d)[4] = z[half][m];
-        d[0] = quad_sum(d[0] + d[1]);
-        d[2] = quad_sum(d[2] + d[3]);
+        d[0] = quad_sum(own_terms(d, 0));
+        d[2] = quad_sum(own_terms(d, 1));
       }
     }
     __syncthreads();
@@ -515,14 +720,16 @@ struct Sums {
     }
   }
 
-  // After combine: to global memory. A lane has two columns of two rows, and its neighbour the next two:
-  // they exchange, so that each stores four of one row.
+  // After combine: to global memory, with the signs that S and z have. A lane has two columns of two
+  // rows, and its neighbour the next two: they exchange, so that each stores four of one row.
   __device__ void store(float* S_out, float* z_out) const {
     const bool odd = threadIdx.x % 2 == 1;
     for_features([&](int half, int m) {
 #pragma unroll
       for (int n = 0; n < H::kN; ++n) {
-        const float(&d)[4] = S[half][m][n];
+        const float sign = half ? -1.0f : 1.0f;
+        const float d[4] = {sign * S[half][m][n][0], sign * S[half][m][n][1],
+                            sign * S[half][m][n][2], sign * S[half][m][n][3]};
         const float x = __shfl_xor_sync(kFullWarp, odd ? d[0] : d[2], 1);
         const float y = __shfl_xor_sync(kFullWarp, odd ? d[1] : d[3], 1);
         float* const to = S_out + row(half, m, odd ? 2 : 0) * D + column(n, 0) - (odd ? 2 : 0);
@@ -532,7 +739,7 @@ struct Sums {
 #pragma unroll
       for (int i = 0; i < 4; i += 2) {
         if (column_warp() == 0 && lane_pair() == 0) {
-          store_global(z_out + row(half, m, i), z[half][m][i]);
+          store_global(z_out + row(half, m, i), half ? -z[half][m][i] : z[half][m][i]);
         }
       }
     });
@@ -541,9 +748,9 @@ struct Sums {
 
 // ---- the state as an operand -----------------------------------------------------------------------
 
-template <typename T, int D>
-struct State : StateTile<T, D> {
-  using H = Half<D>;
+template <typename T, typename H>
+struct State : StateTile<T, H> {
+  static constexpr int D = H::D;
   // S in global memory is read four columns a thread, kRows rows at a time.
   static constexpr int kQuads = D / 4, kRows = kThreads / kQuads;
   static constexpr int kPerThread = (2 * D + kRows - 1) / kRows;
@@ -561,6 +768,17 @@ struct State : StateTile<T, D> {
       if (row < 2 * D) {
         value[i] = load_global(reinterpret_cast<const float4*>(S + row * D + own_column()));
       }
+    }
+  }
+
+  // Of a feature's numbers here: relu(-x) has the second half.
+  __device__ static float sign_of(int row) { return row < D ? 1.0f : -1.0f; }
+
+  __device__ static void turn_signs(float4 (&value)[kPerThread]) {
+#pragma unroll
+    for (int i = 0; i < kPerThread; ++i) {
+      const float sign = sign_of(own_row(i));
+      value[i].x *= sign, value[i].y *= sign, value[i].z *= sign, value[i].w *= sign;
     }
   }
 
@@ -592,6 +810,40 @@ struct State : StateTile<T, D> {
     this->weight_scale = half ? power_of_two(this->dS_scale / this->weight_scale) : 1.0f;
   }
 
+  // What brings the largest of some numbers near 2^13, in float16.
+  __device__ static float scale_of_terms(float largest) {
+    return std::is_same_v<T, __half> ? 8192.0f / power_of_two(largest) : 1.0f;
+  }
+
+  // z or m, which are there, as an operand of three terms: z for out, whose own place they take (its sum
+  // is no less than its largest), m for the gradients.
+  __device__ void write_terms(float z_total, bool for_out) {
+    T terms[3];
+    if (for_out) {
+      TermsOfZ<T, H>& to = this->z_terms;
+      const float scale = scale_of_terms(z_total);
+      if (threadIdx.x < 2 * D) three_terms<T>(terms, this->z[threadIdx.x] * scale);
+      __syncthreads();  // z has been read
+      if (threadIdx.x == 0) to.unscale = 1.0f / scale;
+      if (threadIdx.x >= 2 * D) return;
+#pragma unroll
+      for (int i = 0; i < 3; ++i) to.rows[i * to.kPitch + threadIdx.x] = terms[i];
+    } else if constexpr (StateTile<T, H>::kMeanTerms) {
+      if (threadIdx.x >= D) return;
+      float most = 0.0f;
+      if constexpr (std::is_same_v<T, __half>) {
+        for (int d = 0; d < D; ++d) most = fmaxf(most, fabsf(this->mean[d]));
+      }
+      const float scale = scale_of_terms(most);
+      if (threadIdx.x == 0) this->mean_unscale = 1.0f / scale;
+      three_terms<T>(terms, this->mean[threadIdx.x] * scale);
+#pragma unroll
+      for (int i = 0; i < 3; ++i) {
+        this->rows[H::at(2 * D + i, threadIdx.x / 8) + threadIdx.x % 8] = terms[i];
+      }
+    }
+  }
+
   __device__ void write(const float4 (&value)[kPerThread], float scale) {
 #pragma unroll
     for (int i = 0; i < kPerThread; ++i) {
@@ -607,8 +859,8 @@ struct State : StateTile<T, D> {
 
   // S' and what goes with it, from S and z in global memory. Needs a tile's memory to itself; what it
   // leaves is seen after a barrier.
-  __device__ void load_centred(const float* S, const float* z_in, float* scratch) {
-    static_assert(sizeof(TokenTile<T, D>) >= kRows * D * sizeof(float));
+  __device__ void load_centred(const float* S, const float* z_in, float* scratch, bool for_out) {
+    static_assert(sizeof(TokenTile<T, H>) >= kRows * D * sizeof(float));
     float4 value[kPerThread];
     read(value, S);
     float4 sum = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
@@ -620,7 +872,8 @@ struct State : StateTile<T, D> {
       *reinterpret_cast<float4*>(scratch + threadIdx.x / kQuads * D + own_column()) = sum;
     }
     const float own_z = threadIdx.x < 2 * D ? load_global(z_in + threadIdx.x) : 0.0f;
-    if (threadIdx.x < 2 * D) this->z[threadIdx.x] = own_z;
+    if (threadIdx.x < 2 * D) this->z[threadIdx.x] = sign_of(threadIdx.x) * own_z;
+    turn_signs(value);
     const float z_total = sum_over_block(own_z, this->scratch);  // a barrier for scratch, too
     if (threadIdx.x < D) {
       float column_sum = 0.0f;
@@ -639,11 +892,12 @@ struct State : StateTile<T, D> {
       most = fmaxf(most, largest(value[i]));
     }
     write(value, choose_scale(most));
+    write_terms(z_total, for_out);
     choose_gradient_scales(z_total);
   }
 
   // The mean of a tile's columns, a NaN aside, which has no say in other rows' gradients.
-  __device__ void take_mean(const TokenTile<T, D>& tile, int valid) {
+  __device__ void take_mean(const TokenTile<T, H>& tile, int valid) {
     if (threadIdx.x >= D) return;
     float sum = 0.0f;
     for (int row = 0; row < valid; ++row) {
@@ -658,12 +912,15 @@ struct State : StateTile<T, D> {
   __device__ void load_gradient(const float* dS, const float* dz, const float* m) {
     float4 value[kPerThread];
     read(value, dS);
+    turn_signs(value);
     float most = 0.0f;
 #pragma unroll
     for (int i = 0; i < kPerThread; ++i) most = fmaxf(most, largest(value[i]));
     write(value, choose_scale(most));
     if (m && threadIdx.x < D) this->mean[threadIdx.x] = load_global(m + threadIdx.x);
-    if (threadIdx.x < 2 * D) this->z[threadIdx.x] = load_global(dz + threadIdx.x);
+    if (threadIdx.x < 2 * D) {
+      this->z[threadIdx.x] = sign_of(threadIdx.x) * load_global(dz + threadIdx.x);
+    }
     subtract_mean(m ? nullptr : dS);
   }
 
@@ -679,7 +936,9 @@ struct State : StateTile<T, D> {
 #pragma unroll
         for (int e = 0; e < 8; ++e) {
           float x = to_float(values.value[e]) * this->unscale;
-          if (exact) x -= load_global(exact + threadIdx.x * D + chunk * 8 + e);
+          if (exact) {
+            x -= sign_of(threadIdx.x) * load_global(exact + threadIdx.x * D + chunk * 8 + e);
+          }
           sum += x * this->mean[chunk * 8 + e];
         }
       }
@@ -687,8 +946,8 @@ struct State : StateTile<T, D> {
     }
   }
 
-  // The same two from a block's own sums. Needs kFeatureWarps x D floats of a tile's memory.
-  __device__ void take_centred(Sums<D>& sums, float* scratch) {
+  // The same two from a block's own sums. Needs kFeatureWarps x D floats in `scratch`.
+  __device__ void take_centred(Sums<H>& sums, float* scratch, bool for_out) {
     if (sums.column_warp() == 0 && lane_pair() == 0) take_z(sums);
     if (sums.token_warp() == 0) {
 #pragma unroll
@@ -697,7 +956,8 @@ struct State : StateTile<T, D> {
         for (int i = 0; i < 2; ++i) {
           float sum = 0.0f;
           sums.for_features([&](int half, int m) {
-            sum += sums.S[half][m][n][i] + sums.S[half][m][n][i + 2];
+            const float two_rows = sums.S[half][m][n][i] + sums.S[half][m][n][i + 2];
+            sum += half ? -two_rows : two_rows;
           });
 #pragma unroll
           for (int lane = 4; lane < 32; lane *= 2) sum += __shfl_xor_sync(kFullWarp, sum, lane);
@@ -707,7 +967,8 @@ struct State : StateTile<T, D> {
     }
     __syncthreads();
     const float z_total =
-        sum_over_block(threadIdx.x < 2 * D ? this->z[threadIdx.x] : 0.0f, this->scratch);
+        sum_over_block(threadIdx.x < 2 * D ? sign_of(threadIdx.x) * this->z[threadIdx.x] : 0.0f,
+                       this->scratch);
     if (threadIdx.x < D) {
       float column_sum = 0.0f;
       for (int warp = 0; warp < H::kFeatureWarps; ++warp) {
@@ -727,23 +988,24 @@ struct State : StateTile<T, D> {
       }
     });
     take_S(sums);
+    write_terms(z_total, for_out);
     choose_gradient_scales(z_total);
   }
 
-  __device__ void take_gradient(const Sums<D>& sums) {
+  __device__ void take_gradient(const Sums<H>& sums) {
     if (sums.column_warp() == 0 && lane_pair() == 0) take_z(sums);
     take_S(sums);
     subtract_mean();
   }
 
-  __device__ void take_z(const Sums<D>& sums) {
+  __device__ void take_z(const Sums<H>& sums) {
     sums.for_features([&](int half, int m) {
       this->z[sums.row(half, m, 0)] = sums.z[half][m][0];
       this->z[sums.row(half, m, 2)] = sums.z[half][m][2];
     });
   }
 
-  __device__ void take_S(const Sums<D>& sums) {
+  __device__ void take_S(const Sums<H>& sums) {
     float most = 0.0f;
     sums.for_features([&](int half, int m) {
 #pragma unroll
@@ -769,292 +1031,399 @@ struct State : StateTile<T, D> {
 };
 
 // ---- products of a tile's rows with the state --------------------------------------------------------
-// A warp owns sixteen rows (its lanes' rows are lane_group() and that + 8) and a group of features or
-// columns.
-
-template <int D>
-__device__ inline int own_rows() {
-  return warp_index() % Half<D>::kRowWarps * 16;
-}
-template <int D>
-__device__ inline int own_group() {
-  return warp_index() / Half<D>::kRowWarps;
-}
 
 // product += rows (their columns of block `step` are a) times both halves of the state's block `block` of
 // features, transposed: a = S' g.
-template <typename T, int D>
-__device__ void multiply_state_columns(float (&product)[2][2][4], const State<T, D>& state,
+template <typename T, typename H>
+__device__ void multiply_state_columns(float (&product)[2][2][4], const State<T, H>& state,
                                        const unsigned (&a)[4], int step, int block) {
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
     unsigned b[4];
-    load_b_columns<D>(b, state.rows, half * D + block * 16, step);
+    load_b_columns<H>(b, state.rows, half * H::D + block * 16, step);
     multiply<T>(product[half][0], a, b);
     multiply<T>(product[half][1], a, b + 2);
   }
 }
 
-// product += phi(x) S' for sixteen features (block `step`) of x.
-template <typename T, int D>
-__device__ void multiply_state_rows(float (&product)[2 * Half<D>::kBlocks][4],
-                                    const State<T, D>& state, const unsigned (&x)[4], int step) {
-  using H = Half<D>;
-  unsigned phi[2][4];
-  positive_and_negative<T>(phi[0], phi[1], x);
+// product += phi S' for sixteen features (block `step`).
+template <typename T, typename H>
+__device__ void multiply_state_rows(float (&product)[2 * H::kBlocks][4], const State<T, H>& state,
+                                    const unsigned (&phi)[2][4], int step) {
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
 #pragma unroll
     for (int block = 0; block < H::kBlocks; ++block) {
       unsigned b[4];
-      load_b_rows<D>(b, state.rows, half * D + step * 16, own_group<D>() * H::kBlocks + block);
+      load_b_rows<H>(b, state.rows, half * H::D + step * 16, own_group<H>() * H::kBlocks + block);
       multiply<T>(product[2 * block], phi[half], b);
       multiply<T>(product[2 * block + 1], phi[half], b + 2);
     }
   }
 }
 
-// sum += |x| z, z's half taken by x's sign; NaN stays NaN.
-__device__ inline void weigh(float& sum, float2 x, float2 positive, float2 negative) {
-  sum += fabsf(x.x) * (x.x > 0.0f ? positive.x : negative.x);
-  sum += fabsf(x.y) * (x.y > 0.0f ? positive.y : negative.y);
+// product += phi z for sixteen features (block `step`).
+template <typename T, typename H>
+__device__ void multiply_z(float (&product)[4], const State<T, H>& state,
+                           const unsigned (&phi)[2][4], int step) {
+  const int lane = threadIdx.x % 32, feature = lane / 16 * H::D + lane / 8 % 2 * 8 + step * 16;
+  unsigned b[4];
+  ptx::ldmatrix_x4(b, state.z_terms.rows + term_of_lane() * state.z_terms.kPitch + feature);
+  multiply<T>(product, phi[0], b);
+  multiply<T>(product, phi[1], b + 2);
+}
+
+// product += rows (their columns of block `step` are a) times m, likewise.
+template <typename T, typename H>
+__device__ void multiply_mean(float (&product)[4], const State<T, H>& state,
+                              const unsigned (&a)[4], int step) {
+  const int lane = threadIdx.x % 32;
+  unsigned b[2];
+  ptx::ldmatrix_x2(b, state.rows + H::at(2 * H::D, term_of_lane(), step, lane / 8 % 2));
+  multiply<T>(product, a, b);
+}
+
+// Float16's operands are scaled, and their products with the state have to be given back what that was.
+template <typename T, typename H>
+__device__ float unscale_of(const State<T, H>& state) {
+  return std::is_same_v<T, __half> ? state.unscale : 1.0f;
 }
 
 __device__ inline float2 two(const float* x) {
   return *reinterpret_cast<const float2*>(x);
 }
 
-// out of a tile of queries.
-template <typename T, int D>
-__device__ void apply_tile(const State<T, D>& state, const TokenTile<T, D>& q, float eps, T* out,
-                           int64_t stride, int valid, bool wide) {
-  using H = Half<D>;
-  float product[2 * H::kBlocks][4] = {}, dot[2] = {};
-#pragma unroll
-  for (int step = 0; step < D / 16; ++step) {
-    unsigned x[4];
-    load_rows<D>(x, q.rows, own_rows<D>(), step);
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {  // row lane_group() + 8 (i % 2), columns + 8 (i / 2)
-      const float* const z = state.z + step * 16 + i / 2 * 8 + lane_pair();
-      weigh(dot[i % 2], ptx::unpack2<T>(x[i]), two(z),
-            two(z + D));
-    }
-    multiply_state_rows(product, state, x, step);
-  }
-  float inverse_E[2];
-#pragma unroll
-  for (int r = 0; r < 2; ++r) {
-    dot[r] = quad_sum(dot[r]);
-    inverse_E[r] = inverse(dot[r], eps);
-  }
-#pragma unroll
-  for (int n = 0; n < 2 * H::kBlocks; ++n) {
-    const int column = own_group<D>() * H::kBlocks * 16 + n * 8 + lane_pair();
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      product[n][i] =
-          (product[n][i] * state.unscale + dot[i / 2] * state.mean[column + i % 2]) *
-          inverse_E[i / 2];
-    }
-  }
-#pragma unroll
-  for (int block = 0; block < H::kBlocks; ++block) {
-    const int column = (own_group<D>() * H::kBlocks + block) * 16;
-    store_block<T>(out + own_rows<D>() * stride + column, stride, valid - own_rows<D>(), wide,
-                   product[2 * block], product[2 * block + 1]);
-  }
+// Of both halves the one of x's sign, of a pair: element i of a 16 x 16 a operand, of products ...
+__device__ inline float2 by_sign(float2 x, const float (&both)[2][2][4], int i) {
+  const float(&positive)[4] = both[0][i / 2];
+  const float(&negative)[4] = both[1][i / 2];
+  const int first = i % 2 * 2;
+  return make_float2(x.x > 0.0f ? positive[first] : negative[first],
+                     x.y > 0.0f ? positive[first + 1] : negative[first + 1]);
 }
 
-// dq of a tile of queries, and its part of dS and dz'.
-template <typename T, int D>
-__device__ void query_gradient_tile(State<T, D>& state, Sums<D>& sums, TokenTile<T, D>& q,
-                                    TokenTile<T, D>& g, float eps, T* dq, int64_t stride, int valid,
-                                    bool wide) {
-  using H = Half<D>;
-  const int group = own_group<D>(), rows = own_rows<D>();
-  // Sixteen features at a time: of a's two halves a feature needs the one of q's sign, so that half of
-  // the registers are free again for the next sixteen.
-  float a[2 * H::kBlocks][4], a_dot[2] = {}, z_dot[2] = {}, mean_dot[2] = {};
+// ... or of z, whose halves are kFeatures apart.
+template <int kFeatures>
+__device__ inline float2 by_sign(float2 x, const float* z) {
+  const float2 positive = two(z), negative = two(z + kFeatures);
+  return make_float2(x.x > 0.0f ? positive.x : negative.x, x.y > 0.0f ? positive.y : negative.y);
+}
+
+// out of a tile of queries.
+template <typename T, typename H>
+__device__ void apply_tile(const State<T, H>& state, TokenTile<T, H>& q, float eps,
+                           const TileRows<T>& out) {
+  constexpr bool kHalf = std::is_same_v<T, __half>;
+  const int rows = own_rows<H>();
+  if (!__any_sync(kFullWarp, rows < out.valid)) return;
+  float product[2 * H::kBlocks][4] = {}, met[4] = {};
+#pragma unroll
+  for (int step = 0; step < H::D / 16; ++step) {
+    unsigned x[4], phi[2][4];
+    load_rows<H>(x, q.rows, rows, step);
+    positive_and_negative<T>(phi, x);
+    multiply_z(met, state, phi, step);
+    multiply_state_rows(product, state, phi, step);
+  }
+  float of_product[2], of_mean[2];
+#pragma unroll
+  for (int r = 0; r < 2; ++r) {
+    const float dot = quad_sum(own_terms(met, r)) * (kHalf ? state.z_terms.unscale : 1.0f);
+    const float inverse_E = quick_inverse(dot, eps);
+    of_product[r] = inverse_E * unscale_of(state), of_mean[r] = dot * inverse_E;
+  }
 #pragma unroll
   for (int block = 0; block < H::kBlocks; ++block) {
-    float both[2][2][4] = {};
-#pragma unroll
-    for (int step = 0; step < D / 16; ++step) {
-      unsigned of_g[4];
-      load_rows<D>(of_g, g.rows, rows, step);
-      multiply_state_columns(both, state, of_g, step, group * H::kBlocks + block);
-      if (block == 0 && step % H::kGroups == group) {
-#pragma unroll
-        for (int i = 0; i < 4; ++i) {
-          const float2 x = ptx::unpack2<T>(of_g[i]);
-          const float2 m = two(state.mean + step * 16 + i / 2 * 8 + lane_pair());
-          mean_dot[i % 2] += x.x * m.x + x.y * m.y;
-        }
-      }
-    }
+    const int column = (own_group<H>() * H::kBlocks + block) * 16;
     unsigned packed[4];
-    load_rows<D>(packed, q.rows, rows, group * H::kBlocks + block);
 #pragma unroll
     for (int i = 0; i < 4; ++i) {  // row lane_group() + 8 (i % 2), columns + 8 (i / 2)
-      const float2 x = ptx::unpack2<T>(packed[i]);
-      float* const kept = &a[2 * block + i / 2][i % 2 * 2];
-      const float* const positive = &both[0][i / 2][i % 2 * 2];
-      const float* const negative = &both[1][i / 2][i % 2 * 2];
-      kept[0] = x.x > 0.0f ? positive[0] : negative[0];
-      kept[1] = x.y > 0.0f ? positive[1] : negative[1];
-      a_dot[i % 2] += fabsf(x.x) * kept[0] + fabsf(x.y) * kept[1];
-      const float* const z = state.z + (group * H::kBlocks + block) * 16 + i / 2 * 8 + lane_pair();
-      weigh(z_dot[i % 2], x, two(z), two(z + D));
+      const float2 m = two(state.mean + column + i / 2 * 8 + lane_pair());
+      const float* const d = &product[2 * block + i / 2][i % 2 * 2];
+      packed[i] = ptx::pack2<T>(d[0] * of_product[i % 2] + m.x * of_mean[i % 2],
+                                d[1] * of_product[i % 2] + m.y * of_mean[i % 2]);
+    }
+    if constexpr (H::kGroups == 1) {
+      store_rows<H>(q.rows, packed, rows, block);
+    } else {
+      store_block(out, rows, column, packed);
     }
   }
-#pragma unroll
-  for (int r = 0; r < 2; ++r) {
-    const float numerator = quad_sum(a_dot[r] * state.unscale - eps * mean_dot[r]);
-    const float normaliser = quad_sum(z_dot[r]);
-    if (lane_pair() == 0) {
-      state.partial[0][group][rows + lane_group() + 8 * r] = normaliser;
-      state.partial[1][group][rows + lane_group() + 8 * r] = numerator;
-    }
-  }
-  __syncthreads();
-  auto sum_of = [&](int which, int row) {
-    float sum = 0.0f;
-#pragma unroll
-    for (int i = 0; i < H::kGroups; ++i) sum += state.partial[which][i][row];
-    return sum;
-  };
+  if constexpr (H::kGroups == 1) store_own_rows(out, q);
+}
 
-  float inverse_E[2], c[2];
-#pragma unroll
-  for (int r = 0; r < 2; ++r) {
-    const int row = rows + lane_group() + 8 * r;
-    inverse_E[r] = inverse(sum_of(0, row), eps);
-    c[r] = sum_of(1, row) * inverse_E[r] * inverse_E[r];
-    inverse_E[r] *= state.unscale;
+// A query's power of two, for phi(q) in float16, which brings its g / E to g's size.
+__device__ inline float power_of_row(float scale) {
+  if (scale == 0.0f) return 1.0f;
+  return fminf(fmaxf(power_of_two(ptx::reciprocal(fabsf(scale))), 1.0f / 32768.0f), 16384.0f);
+}
+
+// A scale as two half-precision terms, and a pair times it as two again: the first, rounded, of the
+// product with the scale's first; what that leaves is exact, and the rest is added to it.
+template <typename T>
+struct TwoTerms {
+  unsigned first, second;
+
+  __device__ explicit TwoTerms(float scale) : first(ptx::pack2<T>(scale, scale)) {
+    const float rest = scale - ptx::unpack2<T>(first).x;
+    second = ptx::pack2<T>(rest, rest);
   }
+
+  __device__ void times(unsigned x, unsigned& high, unsigned& low) const {
+    high = ptx::finite2<T>(ptx::fma2<T>(x, first, ptx::negate2(0u)));
+    low = ptx::finite2<T>(ptx::fma2<T>(x, second, ptx::fma2<T>(x, first, ptx::negate2(high))));
+  }
+};
+
+// What a warp finds of its queries on the way to dq, and needs again. Of a's two halves a feature needs
+// the one of q's sign; where registers are scarce, q and z are read twice.
+template <typename T, typename H>
+struct QueryRows {
+  static constexpr bool kKeepsG = H::kGroups == 1, kKeeps = H::D <= 64;
+  static constexpr bool kHalf = std::is_same_v<T, __half>;
+  unsigned g[H::D / 16][4], q[H::kBlocks][4];
+  float2 a[H::kBlocks][4], z[H::kBlocks][4];
+  float met[2], numerator[2];  // phi(q) . z, phi(q) . S' g - eps (m . g); summed up over the group
+
+  // Sixteen features at a time, so that half of the registers are free again for the next sixteen.
+  __device__ void find(const State<T, H>& state, const TokenTile<T, H>& q_tile,
+                       const TokenTile<T, H>& g_tile, float eps) {
+    const int group = own_group<H>(), rows = own_rows<H>();
+    float a_dot[2] = {}, z_dot[2] = {}, mean_dot[2] = {}, of_mean[4] = {};
 #pragma unroll
-  for (int block = 0; block < H::kBlocks; ++block) {
-    unsigned packed[4];
-    load_rows<D>(packed, q.rows, rows, group * H::kBlocks + block);
+    for (int block = 0; block < H::kBlocks; ++block) {
+      float both[2][2][4] = {};
 #pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      const float2 x = ptx::unpack2<T>(packed[i]);
-      const float* const z = state.z + (group * H::kBlocks + block) * 16 + i / 2 * 8 + lane_pair();
-      float* const d = &a[2 * block + i / 2][i % 2 * 2];
+      for (int step = 0; step < H::D / 16; ++step) {
+        if (!kKeepsG || block == 0) load_rows<H>(g[step], g_tile.rows, rows, step);
+        multiply_state_columns(both, state, g[step], step, group * H::kBlocks + block);
+        if (block > 0 || step % H::kGroups != group) continue;
+        if constexpr (State<T, H>::kMeanTerms) {
+          multiply_mean(of_mean, state, g[step], step);
+        } else {
 #pragma unroll
-      for (int e = 0; e < 2; ++e) {
-        const float value = e ? x.y : x.x;
-        const float by_phi = d[e] * inverse_E[i % 2] - z[(value > 0.0f ? 0 : D) + e] * c[i % 2];
-        d[e] = feature_gradient(value, by_phi, by_phi);
+          for (int i = 0; i < 4; ++i) {
+            const float2 pair = ptx::unpack2<T>(g[step][i]);
+            const float2 m = two(state.mean + step * 16 + i / 2 * 8 + lane_pair());
+            mean_dot[i % 2] += pair.x * m.x + pair.y * m.y;
+          }
+        }
+      }
+      load_rows<H>(q[block], q_tile.rows, rows, group * H::kBlocks + block);
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {  // row lane_group() + 8 (i % 2), columns + 8 (i / 2)
+        const float2 x = ptx::unpack2<T>(q[block][i]);
+        a[block][i] = by_sign(x, both, i);
+        z[block][i] = by_sign<H::D>(x, state.z + column(block, i));
+        a_dot[i % 2] += x.x * a[block][i].x;
+        a_dot[i % 2] += x.y * a[block][i].y;
+        z_dot[i % 2] += x.x * z[block][i].x;
+        z_dot[i % 2] += x.y * z[block][i].y;
       }
     }
-    const int column = (group * H::kBlocks + block) * 16;
-    store_block<T>(dq + rows * stride + column, stride, valid - rows, wide, a[2 * block],
-                   a[2 * block + 1]);
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      if constexpr (State<T, H>::kMeanTerms) {
+        mean_dot[r] = own_terms(of_mean, r) * (kHalf ? state.mean_unscale : 1.0f);
+      }
+      met[r] = quad_sum(z_dot[r]);
+      numerator[r] = quad_sum(a_dot[r] * unscale_of(state) - eps * mean_dot[r]);
+    }
   }
 
-  unsigned of_q[Sums<D>::kSteps][H::kM][4];
+  // dq, packed, of a block of sixteen features.
+  __device__ void gradient(unsigned (&packed)[4], const State<T, H>& state,
+                           const TokenTile<T, H>& q_tile, int block, const float (&inverse_E)[2],
+                           const float (&c)[2]) {
+    if constexpr (!kKeeps) {
+      load_rows<H>(q[block], q_tile.rows, own_rows<H>(), own_group<H>() * H::kBlocks + block);
+    }
 #pragma unroll
-  for (int step = 0; step < Sums<D>::kSteps; ++step) {
+    for (int i = 0; i < 4; ++i) {
+      if constexpr (!kKeeps) {
+        z[block][i] = by_sign<H::D>(ptx::unpack2<T>(q[block][i]), state.z + column(block, i));
+      }
+      const float over_E = inverse_E[i % 2] * unscale_of(state);
+      packed[i] = ptx::pack2<T>(a[block][i].x * over_E - z[block][i].x * c[i % 2],
+                                a[block][i].y * over_E - z[block][i].y * c[i % 2]) &
+                  ptx::nonzero2(q[block][i]);
+    }
+  }
+
+  __device__ static int column(int block, int i) {
+    return (own_group<H>() * H::kBlocks + block) * 16 + i / 2 * 8 + lane_pair();
+  }
+};
+
+// dq of a tile of queries, and its part of dS and dz'.
+template <typename T, typename H>
+__device__ void query_gradient_tile(State<T, H>& state, Sums<H>& sums, TokenTile<T, H>& q,
+                                    TokenTile<T, H>& g, float eps, const TileRows<T>& dq) {
+  constexpr bool kAlone = H::kGroups == 1, kHalf = std::is_same_v<T, __half>;
+  const int group = own_group<H>(), rows = own_rows<H>();
+  const bool any = __any_sync(kFullWarp, rows < dq.valid);
+  QueryRows<T, H> own;
+  if (any) own.find(state, q, g, eps);
+  if constexpr (!kAlone) {
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      if (any && lane_pair() == 0) {
+        state.row.partial[0][group][rows + lane_group() + 8 * r] = own.met[r];
+        state.row.partial[1][group][rows + lane_group() + 8 * r] = own.numerator[r];
+      }
+    }
+    __syncthreads();  // every group's part is there
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      own.met[r] = own.numerator[r] = 0.0f;
+#pragma unroll
+      for (int i = 0; i < H::kGroups; ++i) {
+        own.met[r] += state.row.partial[0][i][rows + lane_group() + 8 * r];
+        own.numerator[r] += state.row.partial[1][i][rows + lane_group() + 8 * r];
+      }
+    }
+  }
+
+  float scale[2] = {};  // of g, on its way to dS
+  if (any) {
+    float over_E[2], c[2];
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      over_E[r] = quick_inverse(own.met[r], eps);
+      c[r] = own.numerator[r] * over_E[r] * over_E[r];
+      scale[r] = over_E[r];
+      if constexpr (kHalf) {
+        scale[r] *= state.dS_scale;
+        const float power = power_of_row(scale[r]);
+        scale[r] *= power;
+        const int row = rows + lane_group() + 8 * r;
+        if (group == 0 && lane_pair() == 0) state.row.row_scale[row] = from_float<T>(1.0f / power);
+      }
+    }
+    if (group == 0 && lane_pair() == 0) {
+#pragma unroll
+      for (int r = 0; r < 2; ++r) {
+        const int row = rows + lane_group() + 8 * r;
+        T terms[3];
+        const float weight =
+            kHalf ? own.numerator[r] * over_E[r] * state.weight_scale * scale[r] : c[r];
+        three_terms<T>(terms, -weight);
+#pragma unroll
+        for (int term = 0; term < 3; ++term) state.row.weight[term][row] = terms[term];
+        if constexpr (!kAlone) state.row.scale[row] = scale[r];
+      }
+    }
+#pragma unroll
+    for (int block = 0; block < H::kBlocks; ++block) {
+      unsigned packed[4];
+      own.gradient(packed, state, q, block, over_E, c);
+      if constexpr (kAlone) {
+        store_rows<H>(g.rows, packed, rows, block);
+      } else {
+        store_block(dq, rows, (group * H::kBlocks + block) * 16, packed);
+      }
+    }
+    if constexpr (kAlone) store_own_rows(dq, g);
+  }
+
+  unsigned of_q[Sums<H>::kSteps][H::kM][4];
+#pragma unroll
+  for (int step = 0; step < Sums<H>::kSteps; ++step) {
     sums.load(of_q[step], q, sums.first_token(step));
   }
-  __syncthreads();  // q and g have been read
+  __syncthreads();  // q and g have been read, and a row's scale is there
 
-  // g / E: its high term takes g's place, the low one q's. A row's power of two, so that a float16
-  // g / E has g's size, goes to phi(q).
-  auto row_scale = [&](float over_E) {
-    if (!std::is_same_v<T, __half> || over_E == 0.0f) return 1.0f;
-    const float power = power_of_two(1.0f / fabsf(over_E * state.dS_scale));
-    return fminf(fmaxf(power, 1.0f / 32768.0f), 16384.0f);
-  };
-#pragma unroll 2
-  for (int i = threadIdx.x; i < H::kTokens * H::kChunks; i += kThreads) {
-    const int row = i / H::kChunks;
-    const float over_E = inverse(sum_of(0, row), eps);
-    const float scale = over_E * state.dS_scale * row_scale(over_E);
-    const int at = H::at(row, i % H::kChunks);
-    auto* const chunk = reinterpret_cast<Vector<unsigned, 4>*>(g.rows + at);
-    Vector<unsigned, 4> high = *chunk, low;
+  // g / E: its high term takes g's place, the low one q's.
+  if constexpr (kAlone) {
+    const TwoTerms<T> scales[2] = {TwoTerms<T>(scale[0]), TwoTerms<T>(scale[1])};
 #pragma unroll
-    for (int e = 0; e < 4; ++e) {
-      float2 x = ptx::unpack2<T>(high.value[e]);
-      x = make_float2(finite<T>(x.x * scale), finite<T>(x.y * scale));
-      high.value[e] = ptx::pack2<T>(x.x, x.y);
-      const float2 rounded = ptx::unpack2<T>(high.value[e]);
-      low.value[e] = ptx::pack2<T>(x.x - rounded.x, x.y - rounded.y);
-    }
-    *chunk = high;
-    *reinterpret_cast<Vector<unsigned, 4>*>(q.rows + at) = low;
-  }
-  for (int row = threadIdx.x; row < H::kTokens; row += kThreads) {
-    const float over_E = inverse(sum_of(0, row), eps), power = row_scale(over_E);
-    float left = -sum_of(1, row) * over_E * state.weight_scale * (over_E * state.dS_scale * power);
+    for (int step = 0; step < H::D / 16; ++step) {
+      unsigned high[4], low[4];
 #pragma unroll
-    for (int term = 0; term < 3; ++term) {
-      const T rounded = from_float<T>(finite<T>(left));
-      state.weight[term][row] = rounded;
-      left -= to_float(rounded);
+      for (int i = 0; i < 4; ++i) scales[i % 2].times(own.g[step][i], high[i], low[i]);
+      store_rows<H>(g.rows, high, rows, step);
+      store_rows<H>(q.rows, low, rows, step);
     }
-    state.row_scale[row] = from_float<T>(1.0f / power);
+  } else {
+#pragma unroll
+    for (int j = 0; j < H::kTokens * H::kChunks / kThreads; ++j) {
+      const int i = threadIdx.x + j * kThreads, row = i / H::kChunks;
+      const TwoTerms<T> scale_of_row(state.row.scale[row]);
+      const int at = H::at(row, i % H::kChunks);
+      auto* const chunk = reinterpret_cast<Vector<unsigned, 4>*>(g.rows + at);
+      Vector<unsigned, 4> high = *chunk, low;
+#pragma unroll
+      for (int e = 0; e < 4; ++e) {
+        const unsigned x = high.value[e];
+        scale_of_row.times(x, high.value[e], low.value[e]);
+      }
+      *chunk = high;
+      *reinterpret_cast<Vector<unsigned, 4>*>(q.rows + at) = low;
+    }
   }
   __syncthreads();  // g / E and the weights are there
-  sums.add_queries(of_q, g, q, state);
+  sums.add_queries(of_q, g, q, state, dq.valid);
 }
 
 // dk and dv of a tile of keys and values; `state` holds dS and the bias of dphi(k).
-template <typename T, int D>
-__device__ void key_value_gradient_tile(const State<T, D>& state, const TokenTile<T, D>& k,
-                                        const TokenTile<T, D>& v, T* dk, int64_t dk_stride,
-                                        bool dk_wide, T* dv, int64_t dv_stride, bool dv_wide,
-                                        int valid) {
-  using H = Half<D>;
-  const int group = own_group<D>(), rows = own_rows<D>();
+template <typename T, typename H>
+__device__ void key_value_gradient_tile(const State<T, H>& state, TokenTile<T, H>& k,
+                                        TokenTile<T, H>& v, const TileRows<T>& dk,
+                                        const TileRows<T>& dv) {
+  constexpr bool kAlone = H::kGroups == 1;
+  const int group = own_group<H>(), rows = own_rows<H>();
+  if (!__any_sync(kFullWarp, rows < dk.valid)) return;
+  const float unscale = unscale_of(state);
+  unsigned of_k[H::D / 16][4], of_v[H::D / 16][4];
 #pragma unroll
   for (int block = 0; block < H::kBlocks; ++block) {
     float both[2][2][4] = {};
 #pragma unroll
-    for (int step = 0; step < D / 16; ++step) {
-      unsigned of_v[4];
-      load_rows<D>(of_v, v.rows, rows, step);
-      multiply_state_columns(both, state, of_v, step, group * H::kBlocks + block);
+    for (int step = 0; step < H::D / 16; ++step) {
+      if (!kAlone || block == 0) load_rows<H>(of_v[step], v.rows, rows, step);
+      multiply_state_columns(both, state, of_v[step], step, group * H::kBlocks + block);
     }
-    unsigned packed[4];
-    load_rows<D>(packed, k.rows, rows, group * H::kBlocks + block);
+    unsigned(&x)[4] = of_k[block], packed[4];
+    load_rows<H>(x, k.rows, rows, group * H::kBlocks + block);
     const int column = (group * H::kBlocks + block) * 16;
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      const float2 x = ptx::unpack2<T>(packed[i]);
-      const float* const bias = state.z + column + i / 2 * 8 + lane_pair();
-      float* const positive = &both[0][i / 2][i % 2 * 2];
-      const float* const negative = &both[1][i / 2][i % 2 * 2];
-#pragma unroll
-      for (int e = 0; e < 2; ++e) {
-        positive[e] = feature_gradient(e ? x.y : x.x, positive[e] * state.unscale + bias[e],
-                                       negative[e] * state.unscale + bias[D + e]);
-      }
+      const float2 pair = ptx::unpack2<T>(x[i]);
+      const float2 bias = by_sign<H::D>(pair, state.z + column + i / 2 * 8 + lane_pair());
+      const float2 d = by_sign(pair, both, i);
+      packed[i] = ptx::pack2<T>(d.x * unscale + bias.x, d.y * unscale + bias.y);
+      packed[i] = (packed[i] & ptx::nonzero2(x[i])) | ptx::nan2<T>(x[i]);
     }
-    store_block<T>(dk + rows * dk_stride + column, dk_stride, valid - rows, dk_wide, both[0][0],
-                   both[0][1]);
+    if constexpr (kAlone) {
+      store_rows<H>(k.rows, packed, rows, block);
+    } else {
+      store_block(dk, rows, column, packed);
+    }
   }
+  if constexpr (kAlone) store_own_rows(dk, k);
   float product[2 * H::kBlocks][4] = {};
 #pragma unroll
-  for (int step = 0; step < D / 16; ++step) {
-    unsigned x[4];
-    load_rows<D>(x, k.rows, rows, step);
-    multiply_state_rows(product, state, x, step);
+  for (int step = 0; step < H::D / 16; ++step) {
+    unsigned phi[2][4];
+    if constexpr (!kAlone) load_rows<H>(of_k[step], k.rows, rows, step);
+    positive_and_negative<T>(phi, of_k[step]);
+    multiply_state_rows(product, state, phi, step);
   }
 #pragma unroll
   for (int block = 0; block < H::kBlocks; ++block) {
+    unsigned packed[4];
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      product[2 * block][i] *= state.unscale;
-      product[2 * block + 1][i] *= state.unscale;
+      const float* const d = &product[2 * block + i / 2][i % 2 * 2];
+      packed[i] = ptx::pack2<T>(d[0] * unscale, d[1] * unscale);
     }
-    const int column = (group * H::kBlocks + block) * 16;
-    store_block<T>(dv + rows * dv_stride + column, dv_stride, valid - rows, dv_wide,
-                   product[2 * block], product[2 * block + 1]);
+    if constexpr (kAlone) {
+      store_rows<H>(v.rows, packed, rows, block);
+    } else {
+      store_block(dv, rows, (group * H::kBlocks + block) * 16, packed);
+    }
   }
+  if constexpr (kAlone) store_own_rows(dv, v);
 }
 
 }  // namespace

@@ -23,55 +23,54 @@ constexpr size_t kSharedLimit = 99 * 1024;  // of a block, on compute capability
 
 // ---- shared memory of each kernel --------------------------------------------------------------------
 
-template <typename T, int D>
+template <typename T, typename H>
 struct StateShared {
   static constexpr int kStages = 3;
-  TokenTile<T, D> tile[kStages][2];
+  TokenTile<T, H> tile[kStages][2];
 };
 
-template <typename T, int D>
+template <typename T, typename H>
 struct ApplyShared {
   static constexpr int kStages = 3;
-  State<T, D> state;
-  TokenTile<T, D> tile[kStages];
+  State<T, H> state;
+  TokenTile<T, H> tile[kStages];
 };
 
-template <typename T, int D>
+template <typename T, typename H>
 struct GradientShared {
-  static constexpr int kStages = Half<D>::kTile.stages;
-  State<T, D> state;
-  TokenTile<T, D> tile[kStages][2];
+  static constexpr int kStages = H::kTile.long_stages;
+  State<T, H> state;
+  TokenTile<T, H> tile[kStages][2];
 };
 
-template <typename T, int D>
+template <typename T, typename H>
 struct ForwardShared {
-  static constexpr int kStages = Half<D>::kTile.stages - 1, kQueryStages = 2;
-  State<T, D> state;
-  TokenTile<T, D> query[kQueryStages];
-  TokenTile<T, D> tile[kStages][2];
+  static constexpr int kStages = H::kTile.stages - 1, kQueryStages = 2;
+  State<T, H> state;
+  TokenTile<T, H> query[kQueryStages];
+  TokenTile<T, H> tile[kStages][2];
 };
 
-// With keys and values that stay, as many tiles of them as there are follow.
-template <typename T, int D, bool kStay>
+// With keys and values that stay, a second tile of queries follows if there is room, and then as many
+// tiles of them as there are.
+template <typename T, typename H, bool kStay>
 struct BackwardShared {
-  static constexpr int kStages = kStay ? 1 : Half<D>::kTile.stages;
-  State<T, D> state;
-  TokenTile<T, D> tile[kStages][2];
+  static constexpr int kStages = kStay ? 1 : H::kTile.stages;
+  State<T, H> state;
+  TokenTile<T, H> tile[kStages][2];
 
-  __device__ TokenTile<T, D>* staying(int tile_index) {
-    return &tile[kStages][0] + 2 * tile_index;
-  }
+  __device__ TokenTile<T, H>* pair(int index) { return &tile[0][0] + 2 * index; }
 };
 
 // One launch for a backward: at D = 128 it would spill, in float16 on compute capability 9.0.
 constexpr bool backward_in_one(int64_t head_dim) { return head_dim <= 96; }
 
 // How many key tokens can stay.
-template <typename T, int D>
+template <typename T, typename H>
 constexpr int64_t staying_keys() {
-  if (!backward_in_one(D)) return 0;
-  return (kSharedLimit - sizeof(BackwardShared<T, D, true>)) / (2 * sizeof(TokenTile<T, D>)) *
-         Half<D>::kTokens;
+  if (!backward_in_one(H::D)) return 0;
+  return (kSharedLimit - sizeof(BackwardShared<T, H, true>)) / (2 * sizeof(TokenTile<T, H>)) *
+         H::kTokens;
 }
 
 template <typename Shared>
@@ -79,63 +78,63 @@ __device__ Shared& shared() {
   return *reinterpret_cast<Shared*>(shared_memory());
 }
 
-// Begins to copy the tile of a tensor that is at a place.
-template <typename T, int D>
-__device__ void copy(TokenTile<T, D>& target, const Rows<const T>& source, const Part& part,
+// The rows of a tensor that are at a place.
+template <typename T>
+__device__ TileRows<T> rows_at(const Rows<T>& tensor, const Part& part, const TilePlace& place) {
+  return {tensor.at(part.batch, place.head, 0), tensor.stride[2], place.first, place.valid,
+          tensor.wide};
+}
+
+// Begins to copy them.
+template <typename T, typename H>
+__device__ void copy(TokenTile<T, H>& target, const Rows<const T>& source, const Part& part,
                      const TilePlace& place) {
-  copy_tile(target, source.at(part.batch, place.head, place.first), source.stride[2], place.valid,
-            source.wide);
+  copy_tile(target, rows_at(source, part, place));
 }
 
 // Where a block's first tile of queries, or of keys, is.
-template <int D, typename T>
+template <typename H, typename T>
 __device__ TilePlace first_queries(const Problem<T>& p, const Part& part) {
-  return TilePlace(part.begin, part.kv_head * p.group, p.queries, Half<D>::kTokens);
+  return TilePlace(part.begin, part.kv_head * p.group, p.queries, H::kTokens);
 }
-template <int D, typename T>
+template <typename H, typename T>
 __device__ TilePlace first_keys(const Problem<T>& p, const Part& part) {
-  return TilePlace(part.begin, part.kv_head, p.keys, Half<D>::kTokens);
+  return TilePlace(part.begin, part.kv_head, p.keys, H::kTokens);
 }
 
 // ---- what more than one kernel does ------------------------------------------------------------------
 
-template <typename T, int D>
-__device__ void apply_one(const Problem<T>& p, const Part& part, const State<T, D>& state,
-                          const TokenTile<T, D>& q, const TilePlace& place) {
-  apply_tile(state, q, p.eps, p.out.at(part.batch, place.head, place.first), p.out.stride[2],
-             place.valid, p.out.wide);
+template <typename T, typename H>
+__device__ void apply_one(const Problem<T>& p, const Part& part, const State<T, H>& state,
+                          TokenTile<T, H>& q, const TilePlace& place) {
+  apply_tile(state, q, p.eps, rows_at(p.out, part, place));
 }
 
-template <typename T, int D>
-__device__ void query_gradient_one(const Problem<T>& p, const Part& part, State<T, D>& state,
-                                   TokenTile<T, D> (&tile)[2], Sums<D>& sums,
+template <typename T, typename H>
+__device__ void query_gradient_one(const Problem<T>& p, const Part& part, State<T, H>& state,
+                                   TokenTile<T, H>* tile, Sums<H>& sums,
                                    const TilePlace& place) {
-  query_gradient_tile(state, sums, tile[0], tile[1], p.eps,
-                      p.dq.at(part.batch, place.head, place.first), p.dq.stride[2], place.valid,
-                      p.dq.wide);
+  query_gradient_tile(state, sums, tile[0], tile[1], p.eps, rows_at(p.dq, part, place));
 }
 
-template <typename T, int D>
+template <typename T, typename H>
 __device__ void key_value_gradient_one(const Problem<T>& p, const Part& part,
-                                       const State<T, D>& state, const TokenTile<T, D>& k,
-                                       const TokenTile<T, D>& v, const TilePlace& place) {
-  key_value_gradient_tile(state, k, v, p.dk.at(part.batch, place.head, place.first),
-                          p.dk.stride[2], p.dk.wide,
-                          p.dv.at(part.batch, place.head, place.first), p.dv.stride[2],
-                          p.dv.wide, place.valid);
+                                       const State<T, H>& state, TokenTile<T, H>& k,
+                                       TokenTile<T, H>& v, const TilePlace& place) {
+  key_value_gradient_tile(state, k, v, rows_at(p.dk, part, place), rows_at(p.dv, part, place));
 }
 
-// After the last query of dS's sums.
-template <typename T, int D>
-__device__ void finish_gradient(Sums<D>& sums, const State<T, D>& state, float* scratch) {
-  sums.combine(scratch);
+template <typename T, typename H>
+__device__ float* scratch_of(TokenTile<T, H>& tile) {
+  return reinterpret_cast<float*>(tile.rows);
+}
+
+// After the last query of dS's sums; with two tiles' memory.
+template <typename T, typename H>
+__device__ void finish_gradient(Sums<H>& sums, const State<T, H>& state, TokenTile<T, H>* tile) {
+  sums.template combine<2 * sizeof(TokenTile<T, H>)>(scratch_of(tile[0]));
   const float of_S = 1.0f / state.dS_scale;
   sums.rescale(of_S, of_S / state.weight_scale);
-}
-
-template <typename T, int D>
-__device__ float* scratch_of(TokenTile<T, D>& tile) {
-  return reinterpret_cast<float*>(tile.rows);
 }
 
 // ---- state, apply --------------------------------------------------------------------------------------
@@ -152,24 +151,26 @@ constexpr int kWidestOfTwoLevels = 96;
 
 template <int D, typename T>
 __global__ void __launch_bounds__(kThreads, 1) half_state_kernel(Problem<T> p) {
-  using Shared = StateShared<T, D>;
+  using H = Long<D>;
+  using Shared = StateShared<T, H>;
   constexpr bool kTwoLevels = D <= kWidestOfTwoLevels;
-  constexpr int kChunk = 256 / Half<D>::kTokens;
+  constexpr int kChunk = 256 / H::kTokens;
   Shared& s = shared<Shared>();
-  const Part part(p.kv_heads, p.num_splits, tiles_of(1, p.keys, Half<D>::kTokens));
-  TilePlace coming = first_keys<D>(p, part);
+  const Part part(p.kv_heads, p.num_splits, tiles_of(1, p.keys, H::kTokens));
+  TilePlace coming = first_keys<H>(p, part), place = coming;
   const auto tiles = stream<Shared::kStages>(part.begin, part.end, [&](int stage) {
     copy(s.tile[stage][0], p.k, part, coming);
     copy(s.tile[stage][1], p.v, part, coming);
     coming.next();
   });
   tiles.start();
-  Sums<D> sums, total;
+  Sums<H> sums, total;
   sums.clear();
   total.clear();
   int in_sums = 0;  // tiles
   tiles.run([&](int stage) {
-    sums.add_keys(s.tile[stage][0], s.tile[stage][1]);
+    sums.add_keys(s.tile[stage][0], s.tile[stage][1], place.valid);
+    place.next();
     if constexpr (kTwoLevels) {
       if (++in_sums == kChunk) {
         total.add(sums);
@@ -179,24 +180,25 @@ __global__ void __launch_bounds__(kThreads, 1) half_state_kernel(Problem<T> p) {
     }
   });
   if constexpr (kTwoLevels) sums.add(total);
-  sums.combine(scratch_of(s.tile[0][0]));
+  sums.template combine<sizeof(s.tile[0])>(scratch_of(s.tile[0][0]));
   const int64_t index = part.split * p.states + part.state;
   sums.store(p.S_out + index * 2 * D * D, p.z_out + index * 2 * D);
 }
 
 template <int D, typename T>
-__global__ void __launch_bounds__(kThreads, Half<D>::kTile.blocks) half_apply_kernel(Problem<T> p) {
-  using Shared = ApplyShared<T, D>;
+__global__ void __launch_bounds__(kThreads, Long<D>::kTile.blocks) half_apply_kernel(Problem<T> p) {
+  using H = Long<D>;
+  using Shared = ApplyShared<T, H>;
   Shared& s = shared<Shared>();
-  const Part part(p.kv_heads, p.num_splits, tiles_of(p.group, p.queries, Half<D>::kTokens));
-  TilePlace coming = first_queries<D>(p, part), place = coming;
+  const Part part(p.kv_heads, p.num_splits, tiles_of(p.group, p.queries, H::kTokens));
+  TilePlace coming = first_queries<H>(p, part), place = coming;
   const auto tiles = stream<Shared::kStages>(part.begin, part.end, [&](int stage) {
     copy(s.tile[stage], p.q, part, coming);
     coming.next();
   });
   tiles.start();
   s.state.load_centred(p.S + part.state * 2 * D * D, p.z + part.state * 2 * D,
-                       scratch_of(s.tile[Shared::kStages - 1]));
+                       scratch_of(s.tile[Shared::kStages - 1]), true);
   tiles.run([&](int stage) {
     apply_one(p, part, s.state, s.tile[stage], place);
     place.next();
@@ -206,13 +208,14 @@ __global__ void __launch_bounds__(kThreads, Half<D>::kTile.blocks) half_apply_ke
 // ---- forward in one launch -----------------------------------------------------------------------------
 
 template <int D, typename T>
-__global__ void __launch_bounds__(kThreads, Half<D>::kTile.blocks)
+__global__ void __launch_bounds__(kThreads, Long<D>::kTile.blocks)
     half_forward_kernel(Problem<T> p) {
-  using Shared = ForwardShared<T, D>;
-  using H = Half<D>;
+  using H = Short<D>;
+  using Shared = ForwardShared<T, H>;
   Shared& s = shared<Shared>();
   const Part part(p.kv_heads, 1, 0);
-  TilePlace coming = first_queries<D>(p, part), place = coming, coming_keys = first_keys<D>(p, part);
+  TilePlace coming = first_queries<H>(p, part), place = coming;
+  TilePlace coming_keys = first_keys<H>(p, part), key_place = coming_keys;
   const auto queries = stream<Shared::kQueryStages>(
       0, static_cast<int>(tiles_of(p.group, p.queries, H::kTokens)), [&](int stage) {
         copy(s.query[stage], p.q, part, coming);
@@ -226,12 +229,15 @@ __global__ void __launch_bounds__(kThreads, Half<D>::kTile.blocks)
       });
   queries.start();
   keys.start();
-  Sums<D> sums;
+  Sums<H> sums;
   sums.clear();
-  keys.run([&](int stage) { sums.add_keys(s.tile[stage][0], s.tile[stage][1]); });
-  sums.combine(scratch_of(s.tile[0][0]));
+  keys.run([&](int stage) {
+    sums.add_keys(s.tile[stage][0], s.tile[stage][1], key_place.valid);
+    key_place.next();
+  });
+  sums.template combine<sizeof(s.tile[0])>(scratch_of(s.tile[0][0]));
   if (p.S_out) sums.store(p.S_out + part.state * 2 * D * D, p.z_out + part.state * 2 * D);
-  s.state.take_centred(sums, scratch_of(s.tile[0][0]));
+  s.state.take_centred(sums, scratch_of(s.tile[0][0]), true);
   queries.run([&](int stage) {
     apply_one(p, part, s.state, s.query[stage], place);
     place.next();
@@ -241,12 +247,13 @@ __global__ void __launch_bounds__(kThreads, Half<D>::kTile.blocks)
 // ---- backward, by steps --------------------------------------------------------------------------------
 
 template <int D, typename T>
-__global__ void __launch_bounds__(kThreads, Half<D>::kTile.gradient_blocks)
+__global__ void __launch_bounds__(kThreads, Long<D>::kTile.gradient_blocks)
     half_query_gradient_kernel(Problem<T> p) {
-  using Shared = GradientShared<T, D>;
+  using H = Long<D>;
+  using Shared = GradientShared<T, H>;
   Shared& s = shared<Shared>();
-  const Part part(p.kv_heads, p.num_splits, tiles_of(p.group, p.queries, Half<D>::kTokens));
-  TilePlace coming = first_queries<D>(p, part), place = coming;
+  const Part part(p.kv_heads, p.num_splits, tiles_of(p.group, p.queries, H::kTokens));
+  TilePlace coming = first_queries<H>(p, part), place = coming;
   const auto tiles = stream<Shared::kStages>(part.begin, part.end, [&](int stage) {
     copy(s.tile[stage][0], p.q, part, coming);
     copy(s.tile[stage][1], p.dout, part, coming);
@@ -254,28 +261,29 @@ __global__ void __launch_bounds__(kThreads, Half<D>::kTile.gradient_blocks)
   });
   tiles.start();
   s.state.load_centred(p.S + part.state * 2 * D * D, p.z + part.state * 2 * D,
-                       scratch_of(s.tile[Shared::kStages - 1][0]));
+                       scratch_of(s.tile[Shared::kStages - 1][0]), false);
   if (part.split == 0 && threadIdx.x < D) {
     store_global(p.mean_out + part.state * D + threadIdx.x, s.state.mean[threadIdx.x]);
   }
-  Sums<D> sums;
+  Sums<H> sums;
   sums.clear();
   tiles.run([&](int stage) {
     query_gradient_one(p, part, s.state, s.tile[stage], sums, place);
     place.next();
   });
-  finish_gradient(sums, s.state, scratch_of(s.tile[0][0]));
+  finish_gradient(sums, s.state, s.tile[0]);
   const int64_t index = part.split * p.states + part.state;
   sums.store(p.S_out + index * 2 * D * D, p.z_out + index * 2 * D);
 }
 
 template <int D, typename T>
-__global__ void __launch_bounds__(kThreads, Half<D>::kTile.blocks)
+__global__ void __launch_bounds__(kThreads, Long<D>::kTile.blocks)
     half_key_value_gradient_kernel(Problem<T> p) {
-  using Shared = GradientShared<T, D>;
+  using H = Long<D>;
+  using Shared = GradientShared<T, H>;
   Shared& s = shared<Shared>();
-  const Part part(p.kv_heads, p.num_splits, tiles_of(1, p.keys, Half<D>::kTokens));
-  TilePlace coming = first_keys<D>(p, part), place = coming;
+  const Part part(p.kv_heads, p.num_splits, tiles_of(1, p.keys, H::kTokens));
+  TilePlace coming = first_keys<H>(p, part), place = coming;
   const auto tiles = stream<Shared::kStages>(part.begin, part.end, [&](int stage) {
     copy(s.tile[stage][0], p.k, part, coming);
     copy(s.tile[stage][1], p.v, part, coming);
@@ -299,63 +307,74 @@ __global__ void __launch_bounds__(kThreads, Half<D>::kTile.blocks)
 // ---- backward in one launch ----------------------------------------------------------------------------
 
 template <int D, bool kStay, typename T>
-__global__ void __launch_bounds__(kThreads, Half<D>::kTile.gradient_blocks)
+__global__ void __launch_bounds__(kThreads, Short<D>::kTile.gradient_blocks)
     half_backward_kernel(Problem<T> p) {
-  using Shared = BackwardShared<T, D, kStay>;
-  using H = Half<D>;
+  using H = Short<D>;
+  using Shared = BackwardShared<T, H, kStay>;
   Shared& s = shared<Shared>();
   const Part part(p.kv_heads, 1, 0);
   const int key_tiles = static_cast<int>(tiles_of(1, p.keys, H::kTokens));
   const int query_tiles = static_cast<int>(tiles_of(p.group, p.queries, H::kTokens));
-  float* const scratch = scratch_of(s.tile[Shared::kStages - 1][0]);
-  Sums<D> sums;
+  Sums<H> sums;
 
-  TilePlace coming = first_queries<D>(p, part), place = coming;
-  const auto queries = stream<Shared::kStages>(0, query_tiles, [&](int stage) {
-    copy(s.tile[stage][0], p.q, part, coming);
-    copy(s.tile[stage][1], p.dout, part, coming);
+  TilePlace coming = first_queries<H>(p, part), place = coming;
+  const auto load_queries = [&](int stage) {
+    copy(s.pair(stage)[0], p.q, part, coming);
+    copy(s.pair(stage)[1], p.dout, part, coming);
     coming.next();
-  });
+  };
+  const auto differentiate = [&](int stage) {
+    query_gradient_one(p, part, s.state, s.pair(stage), sums, place);
+    place.next();
+  };
   if constexpr (kStay) {
-    TilePlace keys = first_keys<D>(p, part);
+    TokenTile<T, H>* const staying = s.pair(p.query_stages);
+    TilePlace keys = first_keys<H>(p, part);
     for (int tile = 0; tile < key_tiles; ++tile, keys.next()) {
-      copy(s.staying(tile)[0], p.k, part, keys);
-      copy(s.staying(tile)[1], p.v, part, keys);
+      copy(staying[2 * tile], p.k, part, keys);
+      copy(staying[2 * tile + 1], p.v, part, keys);
     }
     ptx::cp_async_commit();
-    ptx::cp_async_wait<0>();
+    const auto queries = short_stream(query_tiles, p.query_stages, load_queries);
+    queries.start();
+    ptx::cp_async_wait<1>();
     __syncthreads();  // every key and value is here
     sums.clear();
-    for (int tile = 0; tile < key_tiles; ++tile) {
-      sums.add_keys(s.staying(tile)[0], s.staying(tile)[1]);
+    keys = first_keys<H>(p, part);
+    for (int tile = 0; tile < key_tiles; ++tile, keys.next()) {
+      sums.add_keys(staying[2 * tile], staying[2 * tile + 1], keys.valid);
     }
-    sums.combine(scratch);
-    s.state.take_centred(sums, scratch);
-  } else {
-    queries.start();
-    s.state.load_centred(p.S + part.state * 2 * D * D, p.z + part.state * 2 * D, scratch);
-  }
-
-  sums.clear();
-  queries.run([&](int stage) {
-    query_gradient_one(p, part, s.state, s.tile[stage], sums, place);
-    place.next();
-  });
-  coming = place = first_keys<D>(p, part);
-  const auto keys = stream<Shared::kStages>(0, key_tiles, [&](int stage) {
-    copy(s.tile[stage][0], p.k, part, coming);
-    copy(s.tile[stage][1], p.v, part, coming);
-    coming.next();
-  });
-  finish_gradient(sums, s.state, scratch);
-  s.state.take_gradient(sums);
-  if constexpr (kStay) {
+    // There is no S' yet.
+    auto* const scratch = reinterpret_cast<float*>(s.state.rows);
+    sums.template combine<sizeof(s.state.rows)>(scratch);
+    s.state.take_centred(sums, scratch, false);
+    sums.clear();
+    queries.run(differentiate);
+    finish_gradient(sums, s.state, s.pair(0));
+    s.state.take_gradient(sums);
     __syncthreads();  // dS is there
-    for (int tile = 0; tile < key_tiles; ++tile, place.next()) {
-      key_value_gradient_one(p, part, s.state, s.staying(tile)[0], s.staying(tile)[1], place);
+    keys = first_keys<H>(p, part);
+    for (int tile = 0; tile < key_tiles; ++tile, keys.next()) {
+      key_value_gradient_one(p, part, s.state, staying[2 * tile], staying[2 * tile + 1], keys);
     }
   } else {
+    TokenTile<T, H>* const last = s.tile[Shared::kStages - 1];
+    const auto queries = stream<Shared::kStages>(0, query_tiles, load_queries);
+    queries.start();
+    s.state.load_centred(p.S + part.state * 2 * D * D, p.z + part.state * 2 * D,
+                         scratch_of(last[0]), false);
+    sums.clear();
+    queries.run(differentiate);
+    coming = place = first_keys<H>(p, part);
+    const auto keys = stream<Shared::kStages>(0, key_tiles, [&](int stage) {
+      copy(s.tile[stage][0], p.k, part, coming);
+      copy(s.tile[stage][1], p.v, part, coming);
+      coming.next();
+    });
+    __syncthreads();  // the last queries have been read
     keys.start();
+    finish_gradient(sums, s.state, last);
+    s.state.take_gradient(sums);
     keys.run([&](int stage) {
       key_value_gradient_one(p, part, s.state, s.tile[stage][0], s.tile[stage][1], place);
       place.next();

@@ -11,6 +11,7 @@ struct Problem {
   Rows<T> out, dq, dk, dv;
   int64_t kv_heads, group, queries, keys, states;  // states: batch * kv_heads
   int64_t num_splits;                              // blocks that share the tiles of a state
+  int query_stages;                                // backward with keys that stay: 1 or 2
   float eps;
   const float* S;    // what is read: of one state (2 D x D), (2 D), (D)
   const float* z;
@@ -42,10 +43,12 @@ __device__ inline int64_t tiles_of(int64_t heads, int64_t tokens, int tile_token
   return heads * ((tokens + tile_tokens - 1) / tile_tokens);
 }
 
-// ---- reduce: adds up the partial sums of the splits, in order ------------------------------------------
-// One thread four elements of S, then of z; both sizes are multiples of four.
+// ---- reduce: adds up the partial sums of the splits, in a fixed order -----------------------------------
+// A thread adds four elements of S, or of z, of every kAdders-th split; a block's kAdders threads of the
+// same elements then add up what they have. Both sizes are multiples of four.
 
 struct Reduce {
+  static constexpr int kAdders = 8, kQuads = kThreads / kAdders;
   const float* S;  // [num_splits][S_size]
   const float* z;  // [num_splits][z_size]
   float* S_out;
@@ -53,18 +56,31 @@ struct Reduce {
   int64_t S_size, z_size, num_splits;
 };
 
+__device__ inline void add_to(float4& sum, const float4& x) {
+  sum.x += x.x, sum.y += x.y, sum.z += x.z, sum.w += x.w;
+}
+
 __global__ void __launch_bounds__(kThreads) reduce_kernel(Reduce p) {
-  int64_t i = (static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x) * 4;
+  const int adder = threadIdx.x / Reduce::kQuads, quad = threadIdx.x % Reduce::kQuads;
+  int64_t i = (static_cast<int64_t>(blockIdx.x) * Reduce::kQuads + quad) * 4;
   const bool of_S = i < p.S_size;
   if (!of_S) i -= p.S_size;
   const int64_t size = of_S ? p.S_size : p.z_size;
   const float* const partials = (of_S ? p.S : p.z) + i;
-  if (i >= size) return;
   float4 sum = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+  if (i < size) {
 #pragma unroll 4
-  for (int64_t split = 0; split < p.num_splits; ++split) {
-    const float4 x = load_global(reinterpret_cast<const float4*>(partials + split * size));
-    sum.x += x.x, sum.y += x.y, sum.z += x.z, sum.w += x.w;
+    for (int64_t split = adder; split < p.num_splits; split += Reduce::kAdders) {
+      add_to(sum, load_global(reinterpret_cast<const float4*>(partials + split * size)));
+    }
+  }
+  auto* const sums = reinterpret_cast<float4*>(shared_memory());
+  sums[threadIdx.x] = sum;
+  __syncthreads();
+  if (adder > 0 || i >= size) return;
+#pragma unroll
+  for (int other = 1; other < Reduce::kAdders; ++other) {
+    add_to(sum, sums[other * Reduce::kQuads + quad]);
   }
   store_global(reinterpret_cast<float4*>((of_S ? p.S_out : p.z_out) + i), sum);
 }

@@ -2,7 +2,7 @@
 // dimension D and element type: retune here. Plain numbers, checked where they are used.
 //
 // Half precision (tensor cores), blocks of eight warps:
-//   tokens          of a tile, a multiple of 16
+//   tokens          of a tile, a multiple of 16, where one launch does all of a short sequence
 //   feature_warps   the warps of a sum over tokens (S, dS) as a grid over its D features (both halves
 //   column_warps    of phi go with a feature) and D columns; what is left of the eight warps share the
 //                   tile's tokens, and are added up at the end
@@ -10,6 +10,8 @@
 //   blocks          a multiprocessor is to hold at once: caps registers at 65536 / (256 blocks). Not of
 //                   the state's kernel, of which there is one, so that there are few partial sums
 //   gradient_blocks likewise of the kernels that have dq and dS in one
+//   long_tokens     of the other launches: with 128 a warp has rows of its own, whose phi nobody else
+//   long_stages     forms too, and a tile's fixed costs are shared by more tokens
 //
 // float32 (FMA), blocks of 16 x 16 threads:
 //   tokens          of a tile that meets the state, a multiple of 16
@@ -18,7 +20,8 @@
 #pragma once
 
 struct HalfTile {
-  int head_dim, tokens, feature_warps, column_warps, stages, blocks, gradient_blocks;
+  int head_dim, tokens, feature_warps, column_warps, stages, blocks, gradient_blocks, long_tokens,
+      long_stages;
 };
 
 struct FloatTile {
@@ -26,13 +29,13 @@ struct FloatTile {
 };
 
 constexpr HalfTile kHalfTiles[] = {
-    // D, tokens, feature_warps, column_warps, stages, blocks, gradient_blocks
-    {16, 128, 1, 1, 3, 2, 2},
-    {32, 64, 2, 2, 3, 2, 2},
-    {48, 128, 1, 2, 2, 1, 1},  // three 16-feature tiles: no grid of eight warps fits them better
-    {64, 64, 4, 2, 3, 2, 1},   // 16 x 32 x 2 of S a warp: 32 registers a thread
-    {96, 64, 2, 4, 2, 1, 1},   // the state is 40 KB of shared memory
-    {128, 32, 4, 2, 2, 1, 1},  // the state is 64 KB, and 128 registers a thread
+    // D, tokens, feature_warps, column_warps, stages, blocks, gradient_blocks, long_tokens, long_stages
+    {16, 128, 1, 1, 3, 2, 2, 128, 3},
+    {32, 64, 2, 2, 3, 2, 2, 128, 3},
+    {48, 128, 1, 2, 2, 1, 1, 128, 2},  // three 16-feature tiles: no grid of eight warps fits better
+    {64, 64, 4, 2, 3, 2, 1, 128, 2},   // 16 x 32 x 2 of S a warp: 32 registers a thread
+    {96, 64, 2, 4, 2, 1, 1, 64, 2},    // the state is 40 KB of shared memory
+    {128, 32, 4, 2, 2, 1, 1, 32, 2},   // the state is 64 KB, and 128 registers a thread
 };
 
 constexpr FloatTile kFloatTiles[] = {

@@ -71,6 +71,23 @@ void ldmatrix(unsigned (&d)[kMatrices], const void* row) {
 
 }  // namespace host
 
+inline void stmatrix_x4(void* row, const unsigned (&d)[4]) {
+  struct Stored {
+    void* row;
+    unsigned d[4];
+  } mine{row, {d[0], d[1], d[2], d[3]}};
+  cuda_host::check_shared(row, 16);
+  const unsigned lane = cuda_host::scheduler.current % cuda_host::kWarpSize;
+  const cuda_host::Deposit* const lanes = cuda_host::exchange(&mine, sizeof(mine));
+  // Its own row, of matrix lane / 8, whose pairs four lanes hold.
+  for (unsigned pair = 0; pair < 4; ++pair) {
+    Stored other;
+    std::memcpy(&other, lanes[lane % 8 * 4 + pair].bytes, sizeof(other));
+    std::memcpy(static_cast<char*>(row) + 4 * pair, &other.d[lane / 8], 4);
+  }
+  __syncwarp();
+}
+
 inline void ldmatrix_x4(unsigned (&d)[4], const void* row) { host::ldmatrix<4, false>(d, row); }
 inline void ldmatrix_x4_trans(unsigned (&d)[4], const void* row) { host::ldmatrix<4, true>(d, row); }
 inline void ldmatrix_x2(unsigned (&d)[2], const void* row) { host::ldmatrix<2, false>(d, row); }
@@ -141,9 +158,46 @@ unsigned relu2(unsigned x) {
 }
 
 template <typename T>
+unsigned least2(unsigned x) {
+  unsigned result = 0;
+  for (int e = 0; e < 2; ++e) {
+    const float value = host::element<T>(x, e);
+    const unsigned bits = value >= 0.0f ? 0 : x >> (16 * e) & 0xffff;  // a NaN compares false
+    result |= bits << (16 * e);
+  }
+  return result;
+}
+
+inline unsigned nonzero2(unsigned x) {
+  return (x & 0x7fffu ? 0xffffu : 0u) | (x & 0x7fff0000u ? 0xffff0000u : 0u);
+}
+
+template <typename T>
+unsigned finite2(unsigned x) {
+  if constexpr (std::is_same_v<T, __half>) {
+    for (int e = 0; e < 2; ++e) {  // infinities: one less is the largest number
+      if ((x >> (16 * e) & 0x7fff) == 0x7c00) x -= 1u << (16 * e);
+    }
+  }
+  return x;
+}
+
+template <typename T>
 unsigned pack2(float low, float high) {
   return host::rounded<T>(low) | static_cast<unsigned>(host::rounded<T>(high)) << 16;
 }
+
+template <typename T>
+unsigned fma2(unsigned a, unsigned b, unsigned c) {
+  auto one = [&](int e) {
+    // Exact in float64, but for a rounding to it that half precision's hides.
+    return static_cast<float>(static_cast<double>(host::element<T>(a, e)) * host::element<T>(b, e) +
+                              host::element<T>(c, e));
+  };
+  return pack2<T>(one(0), one(1));
+}
+
+inline float reciprocal(float x) { return 1.0f / x; }
 
 inline float exp2(float x) {
   const float result = std::exp2(x);
