@@ -20,6 +20,7 @@ def linear_attention_sharded(
     v: Tensor,
     group: "dist.ProcessGroup | None" = None,
     *,
+    key_mask: Tensor | None = None,
     eps: float = 1e-6,
     backend: str | None = None,
 ) -> Tensor:
@@ -32,6 +33,7 @@ def linear_attention_sharded(
             differ from process to process, and be 0; B, H, Hk, D and dtype may not.
         k, v: its keys and values (B, Hk, M, D); M may differ, and be 0.
         group: the processes; None: all of them.
+        key_mask: (B, M) bool, of this process's keys: False for those that are not there.
         eps: added to the normaliser, at least 0.
         backend: a name from :func:`kernels.backends`, or None for the fastest usable one.
 
@@ -50,7 +52,7 @@ def linear_attention_sharded(
         )
     if dist.get_rank(group) < 0:
         raise RuntimeError("linear_attention_sharded: this process is not of the group")
-    S, z = linear_attention_state(k, v, backend=backend)
+    S, z = linear_attention_state(k, v, key_mask=key_mask, backend=backend)
     S, z = _Summed.apply(S, z, group)
     return linear_attention_apply(q, S, z, eps=eps, backend=backend)
 

@@ -110,6 +110,21 @@ def test_it_compiles_as_one_graph() -> None:
     assert processes.together(2, _compiled) == [True, True]
 
 
+def _masked(rank: int) -> float:
+    """How far the result is from that of the keys that are there."""
+    x = torch.randn(2, 2, 12, 16, generator=torch.Generator().manual_seed(0))
+    there = torch.arange(12).expand(2, 12) < torch.tensor([[9], [2]])
+    mine = slice(6 * rank, 6 * rank + 6)
+    y = x[:, :, mine]
+    out = kernels.linear_attention_sharded(y, y, y, key_mask=there[:, mine], backend="torch")
+    right = kernels.linear_attention(x, x, x, key_mask=there, backend="torch")
+    return (out - right[:, :, mine]).abs().max().item()
+
+
+def test_masked_keys_are_those_of_a_process() -> None:
+    assert max(processes.together(2, _masked)) < 1e-6
+
+
 def test_without_processes_it_says_what_to_do() -> None:
     x = torch.ones(1, 1, 4, 8)
     with pytest.raises(RuntimeError, match="start the processes with torchrun and call"):
