@@ -4,6 +4,7 @@ All attentions of a model and resolution take turns, in inference and in a train
 also says what attention takes of it: measured in place, and as its kernels take by themselves.
 """
 
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -17,6 +18,7 @@ from linear_vit.bench import problems
 from linear_vit.bench.problems import Case, Operation, Problem, Shape, Work
 from linear_vit.options import OptionError
 from linear_vit.training import shares
+from linear_vit.training.errors import first_line
 from linear_vit.training.models import ORIGINAL, build, builder
 from linear_vit.training.step import autocast, make_optimizer, make_scaler, training_step
 
@@ -106,12 +108,12 @@ class WholeModel(Operation):
         return {name: why for name, why in known.items() if name in asked}
 
     def unusable(self, shape: Any, backend: str, device: torch.device) -> str | None:
-        """The original runs no kernels of ours: it is timed once."""
+        """Why a model can't be built, or can't become this; the original is timed once."""
         known = self.backends(device, self.asked.backends)
         first = next(name for name, why in known.items() if why is None)
         if shape.attention == ORIGINAL and backend != first:
             return "the original has its own attention: it is timed once"
-        return None
+        return _cannot(shape.model, shape.attention, min(self.asked.resolutions))
 
     def problem(
         self, shape: Any, dtype: torch.dtype, device: torch.device, seed: int = 0
@@ -179,6 +181,16 @@ class WholeModel(Operation):
 
 WHOLE_MODEL = WholeModel()
 problems.register(WHOLE_MODEL)
+
+
+@functools.cache
+def _cannot(model: str, kind: str, resolution: int) -> str | None:
+    """Why a model can't be built with this attention; None where it can."""
+    try:
+        build(model, kind, resolution)
+    except Exception as error:  # of a library, or of a user's file
+        return f"{type(error).__name__}: {first_line(error)}"
+    return None
 
 
 @dataclass(frozen=True)

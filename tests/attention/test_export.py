@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from linear_vit import attention
+from linear_vit import attention, kernels
 
 timm = pytest.importorskip("timm")
 
@@ -39,6 +39,17 @@ def test_torch_export_of_any_batch(kind: str) -> None:
         torch.testing.assert_close(program.module()(given), model(given))
     names = {str(node.target) for node in program.graph.nodes if node.op == "call_function"}
     assert not [name for name in names if "linear_vit" in name]
+
+
+def test_own_kernels_are_named_by_the_exported_program() -> None:
+    if why := kernels.backends("linear_attention", "cpu")["cpu"]:
+        pytest.skip(why)
+    model = timm.create_model("vit_tiny_patch16_224", img_size=64, embed_dim=24, depth=1).eval()
+    attention.replace(model, "linear", backend="cpu")
+    program = torch.export.export(model, (images(),))
+    torch.testing.assert_close(program.module()(images()), model(images()))
+    names = {str(node.target) for node in program.graph.nodes if node.op == "call_function"}
+    assert "linear_vit.cpu_linear_attention.default" in names
 
 
 ELSEWHERE = """

@@ -51,6 +51,7 @@ def test_it_begins_with_the_weights_and_settings_of_a_run(baseline: Path, tmp_pa
     assert began["val_accuracy"] > 0
 
 
+@pytest.mark.slow
 def test_baseline_to_baseline_is_where_it_was(baseline: Path, tmp_path: Path) -> None:
     source = json.loads((baseline / "run.json").read_text())
     command = f"--init_from {baseline / 'best.pt'} --attention_type baseline --epochs 1"
@@ -59,6 +60,7 @@ def test_baseline_to_baseline_is_where_it_was(baseline: Path, tmp_path: Path) ->
     assert record["init_from"]["val_accuracy"] == best
 
 
+@pytest.mark.slow
 def test_a_finished_run_is_not_made_again_and_is_no_other(
     baseline: Path, tmp_path: Path, capsys: Any
 ) -> None:
@@ -84,6 +86,7 @@ def test_other_sizes_are_refused(baseline: Path, tmp_path: Path, capsys: Any) ->
         Start(tmp_path / "none.pt")
 
 
+@pytest.mark.slow
 def test_a_resumed_run_still_knows_where_it_began(baseline: Path, tmp_path: Path) -> None:
     """As after a kill: what is in last.pt is what the record says."""
     command = f"--init_from {baseline / 'best.pt'} --attention_type linear --epochs 1 --device cpu"

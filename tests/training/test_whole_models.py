@@ -1,8 +1,10 @@
 """Whole models as cases: how they are named and built, and what a case says of itself."""
 
 import json
+import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -112,7 +114,7 @@ def test_a_sweep_has_every_attention_at_every_resolution(mine: str) -> None:
 
 def test_the_original_is_timed_once(mine: str) -> None:
     of = WholeModel()
-    of.ask(Asked(models=(mine,), backends=("torch", "compiled")))
+    of.ask(Asked(models=(mine,), resolutions=(32,), backends=("torch", "compiled")))
     original, linear = (ModelShape(1, mine, kind, 32) for kind in ("original", "linear"))
     assert of.backends(CPU, ()) == {DEFAULT: None}
     assert of.backends(CPU, ("torch", "compiled")).keys() == {"torch", "compiled"}
@@ -121,6 +123,51 @@ def test_the_original_is_timed_once(mine: str) -> None:
         "the original has its own attention: it is timed once"
     )
     assert of.unusable(linear, "compiled", CPU) is None
+
+
+def test_what_a_model_cannot_become_is_left_out_with_the_reason(tmp_path: Path) -> None:
+    path = tmp_path / "mine.py"
+    path.write_text(f"{MINE}\ndef none():\n    return torch.nn.Linear(2, 2)\n")
+    of, shape = WholeModel(), ModelShape(1, f"{path}:none", "linear", 32)
+    of.ask(Asked(models=(shape.model,), resolutions=(32,)))
+    assert of.unusable(shape, DEFAULT, CPU) == "NameError: name 'torch' is not defined"
+    path = tmp_path / "other.py"
+    path.write_text(f"import torch\n{MINE}\ndef none():\n    return torch.nn.Linear(2, 2)\n")
+    shape = replace(shape, model=f"{path}:none")
+    why = of.unusable(shape, DEFAULT, CPU)
+    assert why is not None
+    assert why.startswith("ValueError: no attention module in Linear is known")
+    assert of.unusable(replace(shape, attention="original"), DEFAULT, CPU) is None
+
+
+@pytest.mark.slow
+def test_sana_beside_our_kernels_as_the_docs_have_it(tmp_path: Path) -> None:
+    pytest.importorskip("diffusers")
+    text = (ROOT / "docs/your-model.md").read_text()
+    [code] = [x for x in re.findall(r"```python\n(.*?)```", text, re.DOTALL) if "Denoiser" in x]
+    path = tmp_path / "sana.py"
+    path.write_text(code)
+    outputs = {}
+    for kind in ("original", "linear"):
+        shape = ModelShape(1, f"{path}:build", kind, 16)
+        problem = problems.make_problem(WHOLE_MODEL.name, shape, torch.float32, CPU)
+        [outputs[kind]] = problem.call("torch", INFERENCE)()
+        facts = WHOLE_MODEL.facts(Case("", INFERENCE, "float32", shape, "torch"), 1.0)
+        assert facts["N"] == 16 * 16
+        assert facts["attention_s"] > 0
+        assert (facts["attention_alone_s"] is None) == (kind == "original")
+    torch.testing.assert_close(outputs["linear"], outputs["original"], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["timm:vit_tiny_patch16_224", "transformers:dinov2"])
+def test_models_of_libraries_are_built_for_a_side(name: str) -> None:
+    pytest.importorskip(name.partition(":")[0])
+    for kind in ("original", "ripple"):
+        with torch.inference_mode():
+            out = build(name, kind, 112, "torch").eval()(torch.randn(1, 3, 112, 112))
+        assert out.dim() == 2
+        assert out.isfinite().all()
 
 
 @pytest.mark.parametrize(
