@@ -42,6 +42,7 @@ from linear_vit.training.checkpoints import load_checkpoint, load_weights
 from linear_vit.training.config import Config, build_model, model_settings
 from linear_vit.training.data import datasets
 from linear_vit.training.data.loader import Loader
+from linear_vit.training.data.streams import stream
 from linear_vit.training.errors import UserError, first_line, notice
 from linear_vit.training.evaluation import check_usable
 from linear_vit.training.finetune import Start
@@ -56,7 +57,6 @@ from linear_vit.training.options import (
 )
 from linear_vit.training.record import check_writable, environment, finished_record
 from linear_vit.training.step import make_optimizer, make_scaler, training_step
-from linear_vit.training.streams import stream
 
 
 def learning_rate(step: int, *, total: int, warmup: int, peak: float) -> float:

@@ -12,8 +12,8 @@ from linear_vit.training.config import DATASETS, RECIPES, Config, DatasetInfo, r
 from linear_vit.training.data.augmentation import LightDraws, Mixer, crop_flip, image_transform
 from linear_vit.training.data.datasets import Split
 from linear_vit.training.data.loader import Loader, sample_order, share
+from linear_vit.training.data.streams import drawing_from, generator, stream
 from linear_vit.training.errors import UserError
-from linear_vit.training.streams import drawing_from, generator, stream
 
 CPU = torch.device("cpu")
 GREY = DatasetInfo("grey", 16, 1, 10, (0.3,), (0.4,), crop_padding=2, flip=True)

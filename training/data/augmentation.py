@@ -15,8 +15,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from linear_vit.training.config import DatasetInfo, Recipe
+from linear_vit.training.data.streams import drawing_from, generator
 from linear_vit.training.errors import UserError, first_line
-from linear_vit.training.streams import drawing_from, generator
 
 _PADDING = 4  # of the recipes' random crop; the light one takes the data set's
 

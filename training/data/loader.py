@@ -20,7 +20,7 @@ from linear_vit.training import distributed
 from linear_vit.training.config import RECIPES, Config, DatasetInfo
 from linear_vit.training.data.augmentation import LightDraws, Mixer, image_transform, normalise
 from linear_vit.training.data.datasets import Split
-from linear_vit.training.streams import drawing_from, generator
+from linear_vit.training.data.streams import drawing_from, generator
 
 
 class Loader:
