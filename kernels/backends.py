@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from linear_vit.kernels import entry_points, registry
+from linear_vit.kernels import entry_points, registry, sharding
 from linear_vit.kernels.precision import full_precision
 from linear_vit.kernels.registry import Registered, functions, operation
 from linear_vit.kernels.rows import Backend, Operation
@@ -158,7 +158,9 @@ def _resolve(
     key_mask: bool,
 ) -> str:
     where = torch.device(device)
-    return _choose(op, backend, where, dtype, head_dim, key_mask, registry.state())
+    chosen = _choose(op, backend, where, dtype, head_dim, key_mask, registry.state())
+    sharding.tell_dtensor()  # an operator in a graph has no other occasion to
+    return chosen
 
 
 # torch.compile takes the choice as a constant of the graph. This is what

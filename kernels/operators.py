@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
+from linear_vit.kernels import sharding
 from linear_vit.kernels.functions import transformable
 from linear_vit.kernels.layout import empty_like
 
@@ -33,6 +34,8 @@ def register(
     backward: Callable[..., Any],
     flops: Callable[..., int],
     flops_backward: Callable[..., int],
+    cut: str | None = None,
+    cut_backward: str | None = None,
     batch_first: bool = True,
     pack: Callable[..., tuple[Any, ...]] | None = None,
     pack_backward: Callable[..., tuple[Any, ...]] | None = None,
@@ -46,6 +49,8 @@ def register(
         backward: ``backward(kernel, ctx, *gradients)``, where ``kernel`` is the backward operator.
             What it returns for an input that needs no gradient is dropped.
         flops, flops_backward: the least work, from each operator's arguments, for FlopCounterMode.
+        cut, cut_backward: how each operator may be cut over devices, as a rule of
+            ``kernels.sharding``; None: not at all.
         batch_first: whether every tensor's first axis counts sequences, none of which reads
             another: ``vmap`` is then a larger batch, and else a loop.
         pack, pack_backward: from what the returned function, and ``kernel``, are called with (no
@@ -61,6 +66,9 @@ def register(
 
     _uncounted[getattr(operators, name)] = flops
     _uncounted[getattr(operators, f"{name}_backward")] = flops_backward
+    for operator, text in ((name, cut), (f"{name}_backward", cut_backward)):
+        if text is not None:
+            sharding.remember(getattr(operators, operator).default, text)
 
     calls = (
         _calling(getattr(operators, name).default, pack),
@@ -166,6 +174,7 @@ def _calling(
     def forward(*inputs: Any) -> Any:
         if not torch.compiler.is_compiling():
             _tell_flop_counter()
+            sharding.tell_dtensor()
         output = operator(*(inputs if pack is None else pack(*inputs)))
         return tuple(output) if isinstance(output, list) else output
 

@@ -93,6 +93,8 @@ def attach(backend: str, *, recompute_tokens: int) -> Functions:
         backward=_backward,
         flops=_work,
         flops_backward=_backward_work,
+        cut="bhnd,bgmd,bgmd -> bhnd,bgxd,bgx; b gh n",
+        cut_backward="bhnd,bhnd,bgmd,bgmd,bgxd,bgx -> bhnd,bgmd,bgmd; b gh n+",
     )
     fused_packed = register(
         backend,
@@ -103,6 +105,8 @@ def attach(backend: str, *, recompute_tokens: int) -> Functions:
         backward=_packed_backward,
         flops=_packed_work,
         flops_backward=_packed_backward_work,
+        cut="bnthd -> bnhd,bhxd,bhx; b h",
+        cut_backward="bnhd,bnthd,bhxd,bhx -> bnthd; b h",
     )
     state = register(
         backend,
@@ -113,6 +117,8 @@ def attach(backend: str, *, recompute_tokens: int) -> Functions:
         backward=_state_backward,
         flops=_state_work,
         flops_backward=_state_backward_work,
+        cut="bgmd,bgmd -> bgxd,bgx; b g m+",
+        cut_backward="bgxd,bgx,bgmd,bgmd -> bgmd,bgmd; b g m",
     )
     apply = register(
         backend,
@@ -123,6 +129,8 @@ def attach(backend: str, *, recompute_tokens: int) -> Functions:
         backward=_apply_backward,
         flops=_apply_work,
         flops_backward=_apply_backward_work,
+        cut="bhnd,bgxd,bgx -> bhnd; b gh n",
+        cut_backward="bhnd,bhnd,bgxd,bgx -> bhnd,bgxd,bgx; b gh n+",
     )
 
     def linear_attention(

@@ -65,6 +65,8 @@ def attach(backend: str) -> Functions:
         backward=_backward,
         flops=_work,
         flops_backward=_backward_work,
+        cut="bhnd,bgmd,bgmd,bm -> bhnd,bhn; b gh n",
+        cut_backward="bhnd,bhnd,bgmd,bgmd,bm,bhnd,bhn -> bhnd,bgmd,bgmd; b gh n+",
     )
     packed = register(
         backend,
@@ -75,6 +77,8 @@ def attach(backend: str) -> Functions:
         backward=_packed_backward,
         flops=_packed_work,
         flops_backward=_packed_backward_work,
+        cut="bnthd,bn -> bnhd,bhn; b h",
+        cut_backward="bnhd,bnthd,bn,bnhd,bhn -> bnthd; b h",
     )
 
     def softmax_attention(

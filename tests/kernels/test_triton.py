@@ -64,6 +64,7 @@ QUICK = (
         pytest.param(("softmax_attention",), ("triton",), 20, id="softmax", marks=pytest.mark.slow),
         pytest.param(("transforms",), ("triton",), 25, id="transforms", marks=pytest.mark.slow),
         pytest.param(("needs",), ("triton",), 15, id="needs", marks=pytest.mark.slow),
+        pytest.param(("dtensor",), ("triton",), 8, id="dtensor", marks=pytest.mark.slow),
     ],
 )
 def test_interpreted(files: tuple[str, ...], selection: tuple[str, ...], least: int) -> None:
