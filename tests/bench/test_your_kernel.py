@@ -202,26 +202,35 @@ def test_what_makes_no_sense_is_a_failure_of_its_own(
 # ---- the benchmark -------------------------------------------------------------------------------
 
 
-def test_it_is_timed_beside_ours_and_on_the_page(tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path]:
+    """What a benchmark of the file says, and its folder."""
+    tmp_path = tmp_path_factory.mktemp("run")
     plain = written(tmp_path, EXAMPLES["plain.py"], "plain.py")
-    options = ["--device", "cpu", "--tokens", "64,256", "-k", "torch or plain"]
+    options = ["--device", "cpu", "--tokens", "64", "-k", "(torch or plain) and not backward"]
     done = processes.pytest("--benchmark-only", f"--kernels={plain}", *options, f"--out={tmp_path}")
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "yours: plain (linear_attention), each case in a process of its own" in done.stdout
-    document = json.loads((tmp_path / "benchmark.json").read_text())
+    return done.stdout, tmp_path
+
+
+def test_it_is_timed_beside_ours(run: tuple[str, Path]) -> None:
+    shown, folder = run
+    assert "yours: plain (linear_attention), each case in a process of its own" in shown
+    document = json.loads((folder / "benchmark.json").read_text())
     cases = [case["extra_info"] for case in document["benchmarks"]]
     assert {case["operation"] for case in cases} == {"linear_attention"}
     assert {case["backend"] for case in cases} == {"torch", "plain"}
     yours: list[dict[str, Any]] = [case for case in cases if case["backend"] == "plain"]
-    assert {case["pass"] for case in yours} == {"forward", "forward+backward"}
     assert all(case["guest"]["calls_judged"] >= 5 for case in yours)
     turns = {(case["pass"], case["N"]): case["turns"] for case in cases if case not in yours}
     assert all(turns[case["pass"], case["N"]] == case["turns"] for case in yours)
     assert document["kernel_suite"]["backends"]["plain"]["colour"] == "#56B4E9"
-    page = tmp_path / "index.html"
-    made = processes.python(
-        "-m", "reports", "page", str(tmp_path / "benchmark.json"), "--out", str(page)
-    )
+
+
+@pytest.mark.slow
+def test_it_is_on_the_page(run: tuple[str, Path]) -> None:
+    saved, page = (run[1] / name for name in ("benchmark.json", "index.html"))
+    made = processes.python("-m", "reports", "page", str(saved), "--out", str(page))
     assert made.returncode == 0, made.stderr
     assert "plain" in page.read_text()
 
@@ -238,7 +247,7 @@ def example(folder: Path, name: str) -> Path:
 @pytest.mark.parametrize(
     ("name", "interpreted"),
     [
-        ("plain.py", False),
+        pytest.param("plain.py", False, marks=pytest.mark.slow),
         pytest.param("compiled.py", False, marks=pytest.mark.slow),
         pytest.param("cpp_kernel.py", False, marks=pytest.mark.slow),
         pytest.param("triton_kernel.py", True, marks=pytest.mark.slow),
@@ -272,6 +281,7 @@ def test_static_finds_the_kernels_of_a_file(name: str, kernel: str, tmp_path: Pa
     assert all(row["registers"] > 16 for row in rows)
 
 
+@pytest.mark.slow
 def test_static_of_a_file_without_gpu_kernels_says_so(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
