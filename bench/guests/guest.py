@@ -44,13 +44,17 @@ class OutOfMemory(Failed):
 
 @dataclass(frozen=True)
 class Entry:
-    """A kernel that a file registers, as its process tells it."""
+    """A kernel that a file registers, as its process tells it.
+
+    ``interpreted``: Triton is imported, and would interpret.
+    """
 
     operation: str
     name: str
     devices: tuple[str, ...]
     title: str
     colour: str
+    interpreted: bool
     module: str
     function: str
 

@@ -294,9 +294,3 @@ def settle(most_s: float = 0.03) -> None:
         time.sleep(1e-3)
         if time.process_time() - before < 3e-4:
             return
-
-
-def closed(call: object) -> None:
-    """End the process of a call that has one."""
-    if isinstance(call, TimedCall):
-        call.close()

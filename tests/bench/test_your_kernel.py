@@ -16,6 +16,7 @@ from linear_vit.bench.__main__ import main as command
 from linear_vit.bench.guests import Entry, Failed, Guest, trials
 from linear_vit.bench.guests.trials import Trial, touched
 from linear_vit.bench.problems import AttentionShape, RippleShape, operation
+from linear_vit.bench.sweep import Asked, make_sweep
 from linear_vit.kernels import registry
 from linear_vit.options import OptionError
 from tests import processes
@@ -64,7 +65,7 @@ def test_a_file_is_listed_with_its_reasons_and_never_chosen(tmp_path: Path) -> N
     before = kernels.default_backend("linear_attention", "cpu")
     entries = guests.announce([written(tmp_path, TAIL)])
     assert entries[0] == Entry(
-        "linear_attention", "mine", ("cpu",), "Mine", "#123456", "mine", "mine"
+        "linear_attention", "mine", ("cpu",), "Mine", "#123456", False, "mine", "mine"
     )
     assert kernels.backends("linear_attention", "cpu")["mine"] is None
     reason = "mine is registered for cuda, not for cpu"
@@ -90,6 +91,21 @@ def test_its_own_reasons_come_from_its_process(tmp_path: Path) -> None:
     guests.announce([written(tmp_path, text)])
     said = [kernels.backends("linear_attention", "cpu", head_dim=d)["choosy"] for d in (16, 32)]
     assert said == [None, "no 32 on cpu"]
+
+
+def test_what_is_interpreted_is_not_timed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    text = """
+        import sys
+        from linear_vit import kernels
+        sys.modules["triton"] = sys
+        kernels.register("linear_attention", "slowly", devices=("cpu",))(lambda q, k, v, eps: q)
+        """
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    guests.announce([written(tmp_path, text)])
+    asked = Asked("cpu", tokens=(64,), operations=("linear_attention",))
+    swept = make_sweep(asked)
+    assert "slowly" not in {case.backend for case in swept.cases}
+    assert "interpreter" in swept.left_out["backend slowly"]
 
 
 @pytest.mark.parametrize(
