@@ -96,7 +96,7 @@ def cross_check(
             "backend": backend,
             "dtype": dtype,
             "device": device.type,
-            "mode": "native" if kernels.is_timeable(backend, device) else "interpreter",
+            "mode": "interpreter" if _is_interpreted(name, backend, device) else "native",
             **(
                 _check_guest(operations()[name], backend, dtype, device, draws, progress)
                 if guests.is_guest(name, backend)
@@ -132,6 +132,11 @@ def _check(
     progress(f"{operation.name} {dtype} {backend}")
     prepared = _prepared(operation, head_dim, interpreted, dtype, device)
     return _check_shapes(prepared[: 1 if sparing else None], backend)
+
+
+def _is_interpreted(operation: str, backend: str, device: torch.device) -> bool:
+    guest = guests.is_interpreted(operation, backend)
+    return guest or not kernels.is_timeable(backend, device)
 
 
 def _check_guest(
@@ -307,8 +312,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         given.out.parent.mkdir(parents=True, exist_ok=True)
         given.out.write_text(json.dumps(document(results, device), indent=1) + "\n")
     say(matrix(results))
-    for result in results:
-        if "snippet" in result:
+    shown = set()
+    for result in results:  # the first dtype's will do
+        of = (result["operation"], result["backend"])
+        if "snippet" in result and of not in shown:
+            shown.add(of)
             what = f"{result['operation']} {result['dtype']} {result['backend']}"
             say(f"\nTo see it fail in a Python of yours ({what}):\n")
             say(textwrap.indent(result["snippet"], "    "))

@@ -263,7 +263,8 @@ def _timeable(asked: Asked, of: Operation, unusable: dict[str, dict[str, str]]) 
     """Backends to time, in table order; why the others are not goes to ``unusable``."""
     usable = []
     for name, reason in of.backends(asked.on, asked.backends).items():
-        if reason is None and not kernels.is_timeable(name, asked.on):
+        interpreted = guests.is_interpreted(of.name, name)
+        if reason is None and (interpreted or not kernels.is_timeable(name, asked.on)):
             reason = _INTERPRETED
         if reason is None and asked.extent != "full" and not asked.backends:
             row = kernels.backend_rows().get(name)

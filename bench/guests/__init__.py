@@ -18,12 +18,14 @@ from linear_vit.options import OptionError
 
 __all__ = [
     "Entry", "Failed", "Guest", "OutOfMemory", "announce", "announce_again", "files_of", "is_guest",
+    "is_interpreted",
     "spelled", "stop_all",
 ]  # fmt: skip
 
 # Files, that a process which measures for this one has to know, too.
 _KEPT = "LINEAR_VIT_KERNELS"
 _files: dict[tuple[str, str], tuple[str, ...]] = {}
+_interpreted: set[tuple[str, str]] = set()
 
 
 def announce(files: Iterable[Path | str]) -> list[Entry]:
@@ -53,6 +55,8 @@ def announce(files: Iterable[Path | str]) -> list[Entry]:
         for entry in entries:
             _register(entry, guest)
             _files[entry.operation, entry.name] = (file,)
+            if entry.interpreted:
+                _interpreted.add((entry.operation, entry.name))
         found += entries
         kept[file] = None
     os.environ[_KEPT] = ",".join(kept)
@@ -70,6 +74,11 @@ def is_guest(operation: str, backend: str) -> bool:
     """Whether a backend's kernel is a guest."""
     known = registry.registered(operation, backend) is not None
     return known and (operation, backend) in _files
+
+
+def is_interpreted(operation: str, backend: str) -> bool:
+    """Whether Triton interprets a guest's kernel: it is right, but has no time worth reporting."""
+    return is_guest(operation, backend) and (operation, backend) in _interpreted
 
 
 def files_of(operation: str, backend: str) -> tuple[str, ...]:

@@ -25,6 +25,7 @@ from torch import Tensor
 from linear_vit.bench.guests import memory
 from linear_vit.bench.guests.memory import Plan
 from linear_vit.bench.guests.process import serve
+from linear_vit.bench.instruments.machine import read
 from linear_vit.bench.problems import NotOffered, Problem, WrongResult
 
 # A first call may build an extension.
@@ -43,13 +44,17 @@ class OutOfMemory(Failed):
 
 @dataclass(frozen=True)
 class Entry:
-    """A kernel that a file registers, as its process tells it."""
+    """A kernel that a file registers, as its process tells it.
+
+    ``interpreted``: Triton is imported, and would interpret.
+    """
 
     operation: str
     name: str
     devices: tuple[str, ...]
     title: str
     colour: str
+    interpreted: bool
     module: str
     function: str
 
@@ -137,6 +142,11 @@ class Guest:
         if self._process is not None and not self._resting:
             os.killpg(self._process.pid, signal.SIGSTOP)
             self._resting = True
+
+    def ran(self) -> float:
+        """Seconds that its main thread has been on a core, by Linux; 0 where that does not tell."""
+        words = read(Path(f"/proc/{self.pid}/task/{self.pid}/schedstat")).split()
+        return int(words[0]) * 1e-9 if words else 0.0
 
     @property
     def pid(self) -> int | None:

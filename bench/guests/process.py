@@ -38,7 +38,7 @@ from linear_vit.bench.instruments import clock, proof
 from linear_vit.bench.instruments.memory import is_out_of_memory, peak_beyond_outputs
 from linear_vit.bench.problems import BACKWARD, NotOffered, Problem
 from linear_vit.bench.problems.inputs import Drawn
-from linear_vit.kernels import entry_points, registry
+from linear_vit.kernels import entry_points, probes, registry
 
 OURS_REFUSED = "a kernel from outside may not fall back to one of this suite"
 _WAYS: dict[str, Callable[[], contextlib.AbstractContextManager[Any]]] = {
@@ -91,11 +91,8 @@ def _answer(connection: Connection, reply: dict[str, Any]) -> None:
 
 def _in_a_line(error: BaseException) -> str:
     lines = str(error).strip().splitlines() or ["no message"]
-    return lines[0][:500] if isinstance(error, NotOffered) else f"{_kind(error)}: {lines[0][:500]}"
-
-
-def _kind(error: BaseException) -> str:
-    return type(error).__name__
+    kind = "" if isinstance(error, NotOffered) else f"{type(error).__name__}: "
+    return f"{kind}{lines[0][:500]}"
 
 
 # ---- files ---------------------------------------------------------------------------------------
@@ -116,7 +113,8 @@ def load(name: str) -> None:
     except (Exception, SystemExit) as error:
         lines = str(error).strip().splitlines() or ["no message"]
         where = f", line {line}" if (line := _line_of(error, path)) else ""
-        raise ImportError(f"{path.name}{where}: {_kind(error)}: {lines[0]}") from error
+        text = f"{path.name}{where}: {type(error).__name__}: {lines[0]}"
+        raise ImportError(text) from error
 
 
 def _load_file(path: Path) -> None:
@@ -169,6 +167,7 @@ class _Served:
         gc.freeze()  # what there is by now takes a tenth of a second to look through
         gc.disable()
         rows = kernels.backend_rows()
+        interpreted = "triton" in sys.modules and probes.switched_on(probes.INTERPRETER)
         return {
             "registered": [
                 {
@@ -177,6 +176,7 @@ class _Served:
                     "devices": list(entry.devices),
                     "title": rows[name].title,
                     "colour": rows[name].colour,
+                    "interpreted": interpreted,
                     "module": entry.function.__module__,
                     "function": getattr(entry.function, "__qualname__", str(entry.function)),
                 }

@@ -49,6 +49,7 @@ class _Account:
     checking_s: float = 0.0
     total_s: float = 0.0
     lags: list[float] = field(default_factory=list)
+    overruns: list[float] = field(default_factory=list)
     claimed: list[float] = field(default_factory=list)
     fresh: list[float] = field(default_factory=list)
     again: list[float] = field(default_factory=list)
@@ -205,15 +206,18 @@ class TimedCall:
     def _run_and_ping(self, calls: int) -> Round:
         """A round, by both clocks, and what waking the process takes at about the same time."""
         self._guest.rest()
+        before = self._guest.ran()
         taken = self._guest.run(calls, rounds=True)
         if self._device.type != "cuda":  # there rounds have spins and cache flushes between them
             self._guest.rest()
+            worked = self._guest.ran() - before
             began = time.perf_counter()
             self._guest.ask("ping")
             waking = time.perf_counter() - began
             claimed = sum(taken.seconds) * calls
             self._account.claimed.append(claimed)
             self._account.lags.append(taken.wall - claimed - waking)
+            self._account.overruns.append(worked - claimed)
             self._calls = calls
         return taken
 
@@ -235,7 +239,7 @@ class TimedCall:
         if library := own_library(self._guest.pid):
             raise WrongResult(f"it falls back to this suite's own {library}")
         self._raise_for_clock()
-        fresh, again = statistics.median(account.fresh), statistics.median(account.again)
+        fresh, again = min(account.fresh), min(account.again)  # a busy machine makes some longer
         if fresh > _KEPT_RATIO * again + _KEPT_S:
             raise WrongResult(
                 f"it keeps answers: a call on fresh numbers takes {1e6 * fresh:,.0f} µs, the next "
@@ -253,12 +257,12 @@ class TimedCall:
         account = self._account
         if not account.lags or not _lags(account):
             return
-        account.lags.clear()
-        account.claimed.clear()
+        for told in (account.lags, account.overruns, account.claimed):
+            told.clear()
         for _ in range(_MORE_ROUNDS):
             self._run_and_ping(self._calls)
         if _lags(account):
-            claimed, lag = statistics.median(account.claimed), statistics.median(account.lags)
+            claimed, lag = statistics.median(account.claimed), _lag(account)
             raise WrongResult(
                 f"its clock can't be right: a round took {1e3 * claimed:.2f} ms by its own, and "
                 f"{1e3 * (claimed + lag):.2f} ms by ours"
@@ -266,8 +270,15 @@ class TimedCall:
 
 
 def _lags(account: _Account) -> bool:
-    claimed = statistics.median(account.claimed)
-    return statistics.median(account.lags) > _MOST_LAG * claimed + _WAKING_S
+    return _lag(account) > _MOST_LAG * statistics.median(account.claimed) + _WAKING_S
+
+
+def _lag(account: _Account) -> float:
+    """What a round took beyond what it is said to: by our clock, or of a core as Linux counts it.
+
+    The first sees who sleeps or has others work, the second can't be hidden by a busy machine.
+    """
+    return max(statistics.median(account.lags), statistics.median(account.overruns))
 
 
 def _fitting(problem: Problem, expected: Expected) -> tuple[Problem, Expected]:
@@ -283,9 +294,3 @@ def settle(most_s: float = 0.03) -> None:
         time.sleep(1e-3)
         if time.process_time() - before < 3e-4:
             return
-
-
-def closed(call: object) -> None:
-    """End the process of a call that has one."""
-    if isinstance(call, TimedCall):
-        call.close()

@@ -240,7 +240,8 @@ def named(operation: Operation, dtype: str, head_dims: Sequence[int]) -> Iterato
     yield from (Attempt(plain, FORWARD, way) for way in WAYS)
     yield from (Attempt(trial, FORWARD_BACKWARD) for trial in trials)
     inputs = operation.problem(base, torch.float32, torch.device("cpu")).inputs
-    yield from (Attempt(replace(plain, poisoned=name)) for name in inputs)
+    poisoned = [name for name in inputs if name in operation.poisoned]
+    yield from (Attempt(replace(plain, poisoned=name)) for name in poisoned)
 
 
 def drawn(

@@ -4,6 +4,7 @@ import random
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -55,6 +56,8 @@ def square(batch: int, heads: int, tokens: int, head_dim: int) -> AttentionShape
 
 class AttentionOperation(Drawn):
     """An operation on queries, keys and values, or on what is made of them."""
+
+    poisoned: ClassVar[Sequence[str]] = ("q", "k", "v", "qkv")
 
     def shape(self, tokens: int, batch: int = 1) -> AttentionShape:
         return square(batch, HEADS, tokens, HEAD_DIM)

@@ -157,12 +157,18 @@ class Problem:
         if not all(x.requires_grad for x in outputs):
             raise NotOffered("its gradient is not offered")
         try:
-            return (*outputs, *torch.autograd.grad(outputs, leaves, cotangents))
+            found = torch.autograd.grad(outputs, leaves, cotangents, allow_unused=True)
         except (NotImplementedError, RuntimeError) as error:
             # An operator of torch.library, or of C++, that was given no formula.
             if isinstance(error, NotImplementedError) or "no autograd formula" in str(error):
                 raise NotOffered("its gradient is not offered") from error
             raise
+        gradients = []
+        for (name, x), gradient in zip(self.inputs.items(), found, strict=True):
+            if gradient is None and x.numel():
+                raise RuntimeError(f"{name} has no gradient, and others have")
+            gradients.append(torch.zeros_like(x) if gradient is None else gradient)
+        return (*outputs, *gradients)
 
     @property
     def named_cotangents(self) -> dict[str, Tensor]:
@@ -228,6 +234,7 @@ class Operation(ABC):
         usual_backends: those of a sweep over lengths where none are asked for; empty for all.
         settings: of the public function's other arguments, values that a strict check draws from.
         scales: of its inputs, and means, for the strict check: see :meth:`rescale`.
+        poisoned: inputs in which a NaN has to come out where it does in the reference.
     """
 
     name: str
@@ -242,6 +249,7 @@ class Operation(ABC):
     usual_backends: tuple[str, ...] = ()
     settings: ClassVar[Mapping[str, Sequence[Any]]] = {}
     scales: ClassVar[Sequence[tuple[float, float]]] = ()
+    poisoned: ClassVar[Sequence[str]] = ()
 
     @property
     def title(self) -> str:

@@ -3,7 +3,7 @@
 import math
 import random
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, ClassVar, TypeVar
@@ -77,6 +77,7 @@ class _Ripple(Drawn):
     """What the four have in common."""
 
     quick = True
+    poisoned: ClassVar[Sequence[str]] = ("x",)
 
     def shape(self, tokens: int, batch: int = 1) -> RippleShape:
         """The squarest grid of N tokens."""

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from linear_vit import kernels
-from linear_vit.bench import check
+from linear_vit.bench import check, sweep
 from linear_vit.bench.__main__ import COMMANDS
 from linear_vit.bench.__main__ import main as command
 from linear_vit.kernels import registry
@@ -93,6 +93,48 @@ def test_a_forward_pass_that_is_wrong_by_itself_is_seen(wrong: Any, reason: str)
         (found,) = check.cross_check(CPU, **{**TWO, "backends": ["lazy"]})
     assert found["status"] == "failed"
     assert f"wrong out, {reason}" in found["reason"]
+
+
+def test_a_forward_pass_alone_is_fine() -> None:
+    """In the check, and in a sweep, which leaves out what is not offered."""
+    with registry.temporarily():
+
+        @kernels.register("ripple_pool", "forward_only", devices=("cpu",))
+        def forward_only(x: torch.Tensor, weight: torch.Tensor, axis: int) -> torch.Tensor:
+            plain: torch.Tensor = kernels.ripple_pool(x, weight, axis=axis, backend="torch")
+            return plain.detach()
+
+        (found,) = check.cross_check(CPU, **{**TWO, "backends": ["forward_only"]})
+        swept = sweep.make_sweep(
+            sweep.Asked(
+                "cpu", tokens=(64,), backends=("forward_only",), operations=("ripple_pool",)
+            )
+        )
+    assert found["status"] == "passed"
+    assert "its gradient is not offered" in found["reason"]
+    assert {t["way"] for t in found["tensors"]} == {
+        "without gradients",
+        "under no_grad",
+        "in inference mode",
+    }
+    assert [case.mode for case in swept.cases] == ["forward"]
+    assert swept.left_out["forward_only, ripple_pool forward+backward"] == (
+        "its gradient is not offered"
+    )
+
+
+def test_a_gradient_that_is_missing_is_named() -> None:
+    with registry.temporarily():
+
+        @kernels.register("ripple_pool", "half", devices=("cpu",))
+        def half(x: torch.Tensor, weight: torch.Tensor, axis: int) -> torch.Tensor:
+            plain: torch.Tensor = kernels.ripple_pool(
+                x, weight.detach(), axis=axis, backend="torch"
+            )
+            return plain
+
+        (found,) = check.cross_check(CPU, **{**TWO, "backends": ["half"]})
+    assert "RuntimeError: weight has no gradient, and others have" in found["reason"]
 
 
 def test_who_writes_over_its_inputs_is_found_and_costs_no_other() -> None:

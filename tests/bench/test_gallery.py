@@ -1,8 +1,9 @@
 """The gallery of cheats: each is caught, with the sentence a user reads. Honest kernels pass."""
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -54,7 +55,7 @@ CHECKED = {
     "without_a_tail": "wrong out: rms error",
     "without_nan": "NaN in q",
     "blind_to_strides": "transposed in memory",
-    "other_bits": "other bits in call 2 of the same numbers",
+    "other_bits": "other bits in call",
     "crashes": "its process ended with signal SIGSEGV",
     "leaves": "its process ended with code 0",
 }
@@ -94,23 +95,29 @@ def test_every_cheat_is_looked_for() -> None:
     assert there == {*CHECKED, *TIMED, "honest", "forward_only"}
 
 
-@pytest.mark.parametrize("name", CHECKED)
+def some_slow(names: Iterable[str], quick: Sequence[str]) -> list[Any]:
+    """Parameters, of which only some are for `make test`."""
+    marks = {name: () if name in quick else (pytest.mark.slow,) for name in names}
+    return [pytest.param(name, marks=marks[name]) for name in names]
+
+
+@pytest.mark.parametrize("name", some_slow(CHECKED, [n for n in CHECKED if n != "without_nan"]))
 def test_a_check_catches(name: str, guest: Guest, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(strict, "_MOST_TRIES", 4)
+    monkeypatch.setattr(strict, "_MOST_TRIES", 0)
     finding = checked(name, guest).finding
     assert finding is not None
     assert CHECKED[name] in str(finding)
 
 
-@pytest.mark.parametrize("name", ["honest", "forward_only"])
+@pytest.mark.parametrize("name", some_slow(["honest", "forward_only"], ["honest"]))
 def test_a_check_lets_pass(name: str, guest: Guest) -> None:
-    report = checked(name, guest, draws=3)
+    report = checked(name, guest, draws=2)
     assert report.finding is None, report.finding
     assert report.gradient == (name == "honest")
     assert {verdict[1] for verdict in report.verdicts} >= {"out"}
 
 
-@pytest.mark.parametrize("name", PATCHES)
+@pytest.mark.parametrize("name", some_slow(PATCHES, ["torch.allclose", "time.perf_counter_ns"]))
 def test_a_patch_is_named(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(strict, "_MOST_TRIES", 0)
     file = tmp_path / "patches.py"
@@ -144,14 +151,14 @@ def timed_results(*names: str, mode: str = FORWARD, tokens: int = 64) -> dict[st
     return {case.backend: r for case, r in zip(cases, found, strict=True)}
 
 
-@pytest.mark.parametrize("name", TIMED)
+@pytest.mark.parametrize("name", some_slow(TIMED, ["by_all_numbers", "with_a_slow_clock"]))
 def test_timing_catches(name: str) -> None:
     (found,) = timed_results(name, tokens=1024 if name == "by_all_numbers" else 64).values()
     assert found.status == FAILED, found.info.get("guest")
     assert TIMED[name] in str(found.reason)
 
 
-@pytest.mark.parametrize("mode", [FORWARD, FORWARD_BACKWARD])
+@pytest.mark.parametrize("mode", some_slow([FORWARD, FORWARD_BACKWARD], [FORWARD]))
 def test_honest_kernels_take_turns_with_ours(mode: str) -> None:
     found = timed_results("honest", "torch", mode=mode)
     assert {r.status for r in found.values()} == {MEASURED}, found
