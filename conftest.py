@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from linear_vit import options
+from linear_vit.bench.problems import operations
 from linear_vit.training import steps as _steps  # noqa: F401 (training steps are cases, too)
 from linear_vit.training import whole_models
 
@@ -124,6 +125,7 @@ def _ask_for_models(config: pytest.Config) -> None:
     """With --models the sweep is of these, and of --ops that are named."""
     names = ("models", "attention", "resolutions", "backends")
     given = {name: config.getoption(name) or () for name in names}
+    given |= {name: () for name, asked in given.items() if asked == ("all",)}
     if not given["models"]:
         if given["attention"] or given["resolutions"]:
             raise pytest.UsageError("--attention and --resolutions are of --models: name some")
@@ -132,7 +134,9 @@ def _ask_for_models(config: pytest.Config) -> None:
         whole_models.WHOLE_MODEL.ask(whole_models.Asked(**given))
     except options.OptionError as error:
         raise pytest.UsageError(str(error)) from error
-    config.option.ops = (*(config.getoption("ops") or ()), whole_models.WHOLE_MODEL.name)
+    ops = config.getoption("ops") or ()
+    every = ops == ("all",)
+    config.option.ops = tuple(operations()) if every else (*ops, whole_models.WHOLE_MODEL.name)
 
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:

@@ -28,7 +28,8 @@ def duration(value: float) -> str:
 def mebibytes(value: float) -> str:
     for unit, size in (("GiB", 1024.0), ("MiB", 1.0), ("KiB", 1 / 1024)):
         if value >= size * 0.9999:
-            return f"{value / size:.3g} {unit}"
+            amount = value / size
+            return f"{amount:.0f} {unit}" if amount >= 999.5 else f"{amount:.3g} {unit}"
     return f"{value * 2**20:.0f} B"
 
 

@@ -31,7 +31,8 @@
             init_from       of runs that began with another model's weights, their attention
                             swapped: {model, model_title, swapped, epochs}, swapped being validation
                             accuracy in percent before anything was trained; else not there. They
-                            stand in the table of the runs that they began with, by these runs' seed
+                            stand in the table of the runs that they began with, by these runs'
+                            seed, and their time to the baseline has no speed-up
             verdict         "reproduced", "not reproduced", "not run" or "no claim"
             verdict_reason  a sentence
         subset: true where the runs had a part of the data set's classes; its title says so, and no
@@ -219,6 +220,9 @@ def _row(dataset: str, model: str, by_model: ByModel, timed: Steps, fits: Fits) 
         row["init_from"] |= {"swapped": 100 * swapped, "epochs": first["config"]["epochs"]}
     if runs:
         row |= _measured(model, runs, by_model.get(BASELINE, {}), timed)
+    if began and row["time_to_baseline"]:
+        # What the baseline itself took, which such a run begins after, is no part of its time.
+        row["time_to_baseline"]["speedup"] = None
     row["verdict"], row["verdict_reason"] = _verdict(row, first)
     if subset:
         row["verdict_reason"] = "of a part of the classes, about which the original states nothing"

@@ -140,6 +140,7 @@ def test_the_command_writes_tables_and_plots(tmp_path: Path, capsys: Any) -> Non
     assert "side ≈ 3" in capsys.readouterr().out
     text = " ".join((tmp_path / "out" / "models.md").read_text().split())
     assert "lost its accuracy, which has to be trained back" in text
+    assert "| 1000 MiB |" in text
     header, *lines = (tmp_path / "out" / "models.csv").read_text().splitlines()
     assert len(lines) == 2 * len(SIDES)
     assert header.startswith("model,pass,batch,attention,backend,resolution,N,median_s,")

@@ -110,6 +110,7 @@ def test_the_results_table_shows_what_came_back(baseline: Path, tmp_path: Path) 
     assert (row["attention_type"], row["local_branch"]) == ("linear", False)
     assert row["seeds"] == [3]
     assert row["gain"]["values"]
+    assert row["time_to_baseline"]["speedup"] is None
     said = " ".join((tmp_path / "table.md").read_text().split())
     assert "right after its attention was swapped" in said
     assert "1 epoch more" in said

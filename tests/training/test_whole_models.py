@@ -200,7 +200,7 @@ def test_it_has_nothing_to_check_and_no_lengths() -> None:
 def test_models_are_timed_by_turns_and_reported(mine: str, tmp_path: Path) -> None:
     """From the command line to the saved run, its table and its plots."""
     command = ["-m", "pytest", "--benchmark-only", "--models", mine, "--attention", "linear,ripple"]
-    command += ["--resolutions", "64,128", "--device", "cpu", "--out", str(tmp_path)]
+    command += ["--resolutions", "64,128", "--device", "cpu", f"--out={tmp_path}"]
     done = subprocess.run(
         [sys.executable, *command], cwd=ROOT, capture_output=True, text=True, check=False
     )
