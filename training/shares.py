@@ -25,7 +25,7 @@ from linear_vit.bench.problems import (
     make_problem,
 )
 from linear_vit.training.clock import Stopwatch
-from linear_vit.training.models import ORIGINAL, attention_sizes
+from linear_vit.training.models import DEFAULT, ORIGINAL, attention_sizes
 
 _CALLS, _LONG_S = 3, 0.5  # one of a call that takes longer
 _BUDGET_S = 0.2  # of each kernel, at most
@@ -120,7 +120,7 @@ def _alone(
         backend = case.backend
         if kind == ORIGINAL and type(module) not in _OWN:
             backend = _PYTORCH
-        elif backend not in kernels.BACKENDS:
+        elif backend == DEFAULT:
             backend = kernels.default_backend(name, device, dtype=dtype, head_dim=shape.dim)
         calls[name] = make_problem(name, shape, dtype, device).call(backend, mode)
     timed = runner.measure(calls, device=device, budget_s=_BUDGET_S)
