@@ -20,6 +20,7 @@ from linear_vit import attention
 from linear_vit.options import OptionError
 
 ORIGINAL = "original"  # a model as it comes
+DEFAULT = "default"  # the backend that a model takes where none is named
 _LIBRARIES = ("timm", "transformers")
 Build = Callable[[int], nn.Module]
 

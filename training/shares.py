@@ -25,7 +25,7 @@ from linear_vit.bench.problems import (
     make_problem,
 )
 from linear_vit.training.clock import Stopwatch
-from linear_vit.training.models import ORIGINAL, attention_sizes
+from linear_vit.training.models import DEFAULT, ORIGINAL, attention_sizes
 
 _CALLS, _LONG_S = 3, 0.5  # one of a call that takes longer
 _BUDGET_S = 0.2  # of each kernel, at most
@@ -58,21 +58,29 @@ def of_attention(
         lambda _, arguments, named: seen.append(_tokens_of(arguments, named).shape),
         with_kwargs=True,
     )
-    in_place = _in_place(modules, call, device, 1 if median_s > _LONG_S else _CALLS)
+    share = _in_place(modules, call, device, 1 if median_s > _LONG_S else _CALLS)
     handle.remove()
     alone = [
         (_alone(module, kind, seen[0], case, device), count)
         for module, count in _alike(modules).values()
     ]
-    known = [seconds * count for seconds, count in alone if seconds is not None]
-    whole = sum(known) if len(known) == len(alone) else None
-    return {"N": int(seen[0][1]), "attention_s": in_place, "attention_alone_s": whole}
+    known = [(found, count) for found, count in alone if found is not None]
+    whole = sum(found[0] * count for found, count in known) if len(known) == len(alone) else None
+    return {
+        "N": int(seen[0][1]),
+        "attention_s": share * median_s,
+        "attention_alone_s": whole,
+        "attention_alone_disturbed": next((found[1] for found, _ in known if found[1]), None),
+    }
 
 
 def _in_place(
     modules: list[nn.Module], call: Callable[[], object], device: torch.device, calls: int
 ) -> float:
-    """Seconds a call spends in these modules, but for the linear layers in them."""
+    """The share of a call in these modules, but for the linear layers in them.
+
+    Of the same calls, hooks and all: what else the machine does meanwhile, it does to both.
+    """
     watch = Stopwatch(device)
     for module in modules:
         watch.watch(module, "attention")
@@ -80,10 +88,11 @@ def _in_place(
             if isinstance(part, nn.Linear):
                 watch.watch(part, "projections")
     for _ in range(calls):
-        call()
+        with watch.span("call"):
+            call()
     watch.release()
     spent = watch.seconds()
-    return max(0.0, spent["attention"] - spent.get("projections", 0.0)) / calls
+    return max(0.0, spent["attention"] - spent.get("projections", 0.0)) / spent["call"]
 
 
 def _alike(modules: list[nn.Module]) -> dict[tuple[int, int], tuple[nn.Module, int]]:
@@ -98,9 +107,9 @@ def _alike(modules: list[nn.Module]) -> dict[tuple[int, int], tuple[nn.Module, i
 
 def _alone(
     module: nn.Module, kind: str, tokens: torch.Size, case: Case, device: torch.device
-) -> float | None:
-    """Seconds of the kernels that a module calls, on random inputs of its shapes; None where it is
-    another library's that has none of these operations."""
+) -> tuple[float, str | None] | None:
+    """Seconds of the kernels that a module calls, on random inputs of its shapes, and what
+    disturbed them; None where it is another library's that has none of these operations."""
     known = _kind_of(module) if kind == ORIGINAL else kind
     if known is None:
         return None
@@ -111,11 +120,12 @@ def _alone(
         backend = case.backend
         if kind == ORIGINAL and type(module) not in _OWN:
             backend = _PYTORCH
-        elif backend not in kernels.BACKENDS:
+        elif backend == DEFAULT:
             backend = kernels.default_backend(name, device, dtype=dtype, head_dim=shape.dim)
         calls[name] = make_problem(name, shape, dtype, device).call(backend, mode)
     timed = runner.measure(calls, device=device, budget_s=_BUDGET_S)
-    return sum(timing.median for timing in timed.values())
+    by = next((timing.disturbed for timing in timed.values() if timing.disturbed), None)
+    return sum(timing.median for timing in timed.values()), by
 
 
 def _operations(module: nn.Module, kind: str, tokens: torch.Size) -> list[tuple[str, Shape]]:

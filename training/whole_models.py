@@ -19,11 +19,10 @@ from linear_vit.bench.problems import Case, Operation, Problem, Shape, Work
 from linear_vit.options import OptionError
 from linear_vit.training import shares
 from linear_vit.training.errors import first_line
-from linear_vit.training.models import ORIGINAL, build, builder
+from linear_vit.training.models import DEFAULT, ORIGINAL, build, builder
 from linear_vit.training.step import autocast, make_optimizer, make_scaler, training_step
 
 INFERENCE, STEP = "inference", "step"
-DEFAULT = "default"  # the backend that a model takes where none is named
 _AMP = {"cpu": "off", "cuda": "bf16"}
 _DTYPES = {"off": "float32", "bf16": "bfloat16 autocast"}
 _BATCH = {"cpu": 1, "cuda": 8}

@@ -189,7 +189,7 @@ Step = of(Info, model=Name, model_title=Name, images_per_s=Rate, settings=StepSe
 WholeModel = of(
     Info, N=free(Size), whole_model=Name, attention=Name, resolution=Size, batch=Size,
     images_per_s=Rate, parameters=free(Count),
-    attention_s=free(Amount), attention_alone_s=free(Amount),
+    attention_s=free(Amount), attention_alone_s=free(Amount), attention_alone_disturbed=free(Name),
 )  # fmt: skip
 Case = of(name=Name, stats=Stats, extra_info=Kernel)
 StepCase = of(name=Name, stats=Stats, extra_info=Step)

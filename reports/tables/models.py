@@ -78,7 +78,7 @@ class Swapped:
         own, base = self.quiet(name, resolution), self.quiet(ORIGINAL, resolution)
         if own is None or base is None:
             return None
-        alone = known(own["attention_alone_s"]), known(base["attention_alone_s"])
+        alone = _alone(own), _alone(base)
         if alone[0] is None or alone[1] is None:
             return None
         rest = float(base["median_s"]) - alone[1]
@@ -157,12 +157,23 @@ def _over(swapped: Swapped, name: str, resolution: int) -> Cell:
 
 
 def _share(case: Case) -> Cell:
-    measured, alone = known(case["attention_s"]), known(case["attention_alone_s"])
-    if measured is None or alone is None:
+    measured, alone = known(case["attention_s"]), _alone(case)
+    if measured is None:
         return Cell(NOTHING)
-    share, kernels = (seconds / case["median_s"] for seconds in (measured, alone))
-    tip = f"{exact(1e3 * measured, 'ms')} in place, {exact(1e3 * alone, 'ms')} of kernels alone"
-    return replace(number(share, "{:.0%}", tip), text=f"{share:.0%} ({kernels:.0%})")
+    share, tip = measured / case["median_s"], f"{exact(1e3 * measured, 'ms')} in place"
+    if alone is None:
+        why = case["info"].get("attention_alone_disturbed")
+        return number(share, "{:.0%}", f"{tip}; its kernels alone: {why or 'not known'}")
+    tip += f", {exact(1e3 * alone, 'ms')} of kernels alone"
+    return replace(
+        number(share, "{:.0%}", tip), text=f"{share:.0%} ({alone / case['median_s']:.0%})"
+    )
+
+
+def _alone(case: Case) -> float | None:
+    """Seconds of a model's attention kernels alone, where nothing disturbed them."""
+    disturbed = case["info"].get("attention_alone_disturbed")
+    return None if disturbed else known(case["attention_alone_s"])
 
 
 def known(value: Any) -> float | None:

@@ -122,6 +122,16 @@ def test_a_disturbed_case_is_compared_with_nothing(tmp_path: Path) -> None:
     assert "‡ disturbed" in models.as_table(found).note
 
 
+def test_kernels_that_were_disturbed_predict_nothing(tmp_path: Path) -> None:
+    name = "timm:vit-linear-1024-inference-default"
+    found = swapped(tmp_path, **{name: {"attention_alone_disturbed": "steal"}})
+    assert found.expected("linear", 1024) is None
+    assert found.expected("linear", 512) is not None
+    line = models.as_table(found).lines[-1]
+    assert line["Share of attention"].text == "22%"
+    assert line["Share of attention"].tip.endswith("its kernels alone: steal")
+
+
 def test_shares_that_are_not_known_are_left_out(tmp_path: Path) -> None:
     unknown = {"attention_s": None, "attention_alone_s": None, "N": None}
     changes = {

@@ -15,9 +15,8 @@ from torch import nn
 from linear_vit.bench import problems
 from linear_vit.bench.problems import Case
 from linear_vit.options import OptionError
-from linear_vit.training.models import Logits, build, builder
+from linear_vit.training.models import DEFAULT, Logits, build, builder
 from linear_vit.training.whole_models import (
-    DEFAULT,
     INFERENCE,
     STEP,
     WHOLE_MODEL,
@@ -175,9 +174,10 @@ def test_models_of_libraries_are_built_for_a_side(name: str) -> None:
 )
 def test_a_case_runs_and_says_what_attention_takes(mine: str, kind: str, mode: str) -> None:
     shape = ModelShape(2, mine, kind, 64)
-    case = Case(WHOLE_MODEL.name, mode, "float32", shape, "torch")
+    backend = DEFAULT if kind == "original" else "torch"
+    case = Case(WHOLE_MODEL.name, mode, "float32", shape, backend)
     problem = problems.make_problem(WHOLE_MODEL.name, shape, torch.float32, CPU)
-    call = problem.call("torch", mode)
+    call = problem.call(backend, mode)
     assert [x.shape for x in call()] == ([(2, 5)] if mode == INFERENCE else [])
     facts = WHOLE_MODEL.facts(case, 0.5)
     assert (facts["attention"], facts["resolution"], facts["batch"]) == (kind, 64, 2)
@@ -186,7 +186,7 @@ def test_a_case_runs_and_says_what_attention_takes(mine: str, kind: str, mode: s
     assert 0 < facts["attention_s"] < 0.5
     assert 0 < facts["attention_alone_s"] < 0.5
     assert not [
-        m for m in problem.running.made[("torch", mode)].model.modules() if m._forward_hooks
+        m for m in problem.running.made[(backend, mode)].model.modules() if m._forward_hooks
     ]
 
 
