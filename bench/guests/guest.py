@@ -61,10 +61,14 @@ class Entry:
 
 @dataclass(frozen=True)
 class Round:
-    """What some calls took: ``seconds`` a call by the process's clock, ``wall`` of all by ours."""
+    """What some calls took: ``seconds`` a call by the process's clock, ``wall`` of all by ours.
+
+    ``answer`` is the last call's, as it was when that returned; None where it was not looked at.
+    """
 
     seconds: list[float]
     wall: float
+    answer: tuple[Tensor, ...] | None
 
 
 @contextlib.contextmanager
@@ -261,13 +265,29 @@ class Guest:
         }
         return [of_storage[number] for number in range(len(self._plan.storages))]
 
-    def run(self, calls: int = 1, *, poisoned: bool = False, rounds: bool = False) -> Round:
-        """Have it make so many calls, of which it keeps the last one's answer."""
+    def run(
+        self, calls: int = 1, *, poisoned: bool = False, rounds: bool = False, share: float = 1.0
+    ) -> Round:
+        """Have it make so many calls, of which it keeps the last one's answer.
+
+        ``share`` of such answers are looked at, which is drawn when the calls are over.
+
+        Raises:
+            WrongResult: as :meth:`answer`.
+        """
         began = time.perf_counter()
-        reply = self.ask("run", calls=calls, poisoned=poisoned, rounds=rounds)
+        asked: dict[str, Any] = {
+            "calls": calls,
+            "poisoned": poisoned,
+            "rounds": rounds,
+            "share": share,
+        }
+        reply = self.ask("run", **asked)
         wall, self._has_run = time.perf_counter() - began, True
         with _sensible():
-            return Round([float(seconds) for seconds in reply["seconds"]], wall)
+            seconds = [float(of_one) for of_one in reply["seconds"]]
+            found = self._taken(reply["results"]) if "results" in reply else None
+        return Round(seconds, wall, found)
 
     def answer(self, back: int = 0) -> tuple[Tensor, ...]:
         """The last answer, or the one before that, as it is now.
@@ -276,10 +296,12 @@ class Guest:
             WrongResult: it is no plain tensor, or not of the dtype, sizes or device that it has to
                 be.
         """
-        assert self._problem is not None
-        names = self._problem.names(self._mode)
         with _sensible():
-            self._look_at(names, self.ask("answer", back=back)["results"])
+            return self._taken(self.ask("answer", back=back)["results"])
+
+    def _taken(self, found: Sequence[Mapping[str, Any]]) -> tuple[Tensor, ...]:
+        assert self._problem is not None
+        self._look_at(self._problem.names(self._mode), found)
         return tuple(memory.result_in(self._arena, at).clone() for at in self._plan.results)
 
     def _look_at(self, names: Sequence[str], found: Sequence[Mapping[str, Any]]) -> None:

@@ -221,8 +221,8 @@ class _Calls:
 
     def make(self, problem: Problem, which: str, *, poisoned: bool = False) -> None:
         """One call, of the numbers that are there, held to all that can be said of it."""
-        self._guest.run(1, poisoned=poisoned)
-        answer, number = self._guest.answer(), len(self._answers) + 1
+        answer, number = self._guest.run(1, poisoned=poisoned).answer, len(self._answers) + 1
+        assert answer is not None
         if changed := self._guest.changed():
             what = ", ".join(changed)
             raise _Wrong("changes its input", f"it writes over its input: {what}")

@@ -1,7 +1,7 @@
 """A guest's kernel among the calls that take turns, and what keeps it honest while it is timed.
 
-Some rounds, drawn at random, are of other numbers, and the answer of their last call is judged. Now
-and then one call on numbers that never were before is timed beside the next on the same: a kernel
+Some rounds, drawn at random, are of other numbers, and the last answer of some is judged. Now and
+then one call on numbers that never were before is timed beside the next on the same: a kernel
 that keeps answers is fast in the second alone. Between its turns the process is stopped, so that it
 can't work on in a neighbour's. What it says of its time is held against a clock of ours.
 """
@@ -29,7 +29,8 @@ from linear_vit.bench.problems import (
     worst,
 )
 
-# Of the rounds, how many are of other numbers and judged; and how many have a probe before them.
+# Of the rounds, how many are of other numbers, how many (others) are judged; and how many have a
+# probe before them.
 CHECKED, PROBED = 0.25, 0.1
 # What our clock may see beyond the process's own: a share, and what waking up may take.
 _MOST_LAG, _WAKING_S = 0.1, 3e-4
@@ -95,8 +96,9 @@ class TimedCall:
             WrongResult, Failed.
         """
         problem, expected = self._now
-        took = [self._guest.run(poisoned=poisoned).wall for poisoned in (True, False)]
-        verdicts = judge(problem, self._case.mode, self._guest.answer(), expected)
+        first, second = (self._guest.run(poisoned=poisoned) for poisoned in (True, False))
+        assert second.answer is not None
+        verdicts = judge(problem, self._case.mode, second.answer, expected)
         name, verdict = worst(verdicts)
         if not verdict.passed:
             raise WrongResult(f"wrong result: {name}: {verdict}")
@@ -105,7 +107,7 @@ class TimedCall:
         facts = self._guest.ask("facts")
         self._draw_more()
         return {
-            "compile_s": max(0.0, took[0] - took[1]),
+            "compile_s": max(0.0, first.wall - second.wall),
             "verdicts": verdicts,
             "operators": tuple(facts["operators"]),
             "kernels": tuple(facts["kernels"]),
@@ -127,7 +129,7 @@ class TimedCall:
 
     def __call__(self) -> None:
         """One call."""
-        self._guest.run(rounds=True)
+        self._guest.run(rounds=True, share=CHECKED)
 
     def rounds(self, calls: int) -> list[float]:
         """A round of so many calls, or a few more; seconds a call.
@@ -146,13 +148,11 @@ class TimedCall:
         settle()
         if self._random.random() < PROBED:
             self._checking(self._probe)
-        checked = self._random.random() < CHECKED
-        if checked:
+        if self._random.random() < CHECKED:
             self._checking(self._take_other)
         more = 0 if self._device.type == "cuda" else self._random.randrange(calls // 8 + 2)
         taken = self._run_and_ping(calls + more)
-        if checked:
-            self._checking(lambda: self._judge("a timed call", *self._now))
+        self._checking(lambda: self._judge("a timed call", taken, *self._now))
         self._guest.rest()
         account.rounds += 1
         account.total_s += time.perf_counter() - began
@@ -172,12 +172,12 @@ class TimedCall:
         expected = None
         if self._expected_s < _SHORT_S or self._random.random() < CHECKED:
             numbers, expected = _fitting(numbers, self._expected(numbers))
-        self._guest.run(self._random.randint(1, 3), rounds=True)
+        self._guest.run(self._random.randint(1, 3), rounds=True, share=CHECKED)
         self._guest.write(numbers)
         first, second = (self._guest.run(rounds=True) for _ in range(2))
         if expected is not None:
-            self._judge("a call on fresh numbers", numbers, expected, back=1)
-            self._judge("the call after it", numbers, expected)
+            self._judge("a call on fresh numbers", first, numbers, expected)
+            self._judge("the call after it", second, numbers, expected)
         self._account.fresh += first.seconds
         self._account.again += second.seconds
         self._guest.write(self._now[0])
@@ -188,8 +188,11 @@ class TimedCall:
         self._now = self._random.choice(others)
         self._guest.write(self._now[0])
 
-    def _judge(self, which: str, problem: Problem, expected: Expected, back: int = 0) -> None:
-        found = judge(problem, self._case.mode, self._guest.answer(back), expected)
+    def _judge(self, which: str, taken: Round, problem: Problem, expected: Expected) -> None:
+        """The answer of a round, if it was looked at."""
+        if taken.answer is None:
+            return
+        found = judge(problem, self._case.mode, taken.answer, expected)
         name, verdict = worst(found)
         self._account.checked += 1
         if not verdict.passed:
@@ -207,8 +210,9 @@ class TimedCall:
         """A round, by both clocks, and what waking the process takes at about the same time."""
         self._guest.rest()
         before = self._guest.ran()
-        taken = self._guest.run(calls, rounds=True)
-        if self._device.type != "cuda":  # there rounds have spins and cache flushes between them
+        taken = self._guest.run(calls, rounds=True, share=CHECKED)
+        # On CUDA rounds have spins and cache flushes between them; and copying takes time, too.
+        if self._device.type != "cuda" and taken.answer is None:
             self._guest.rest()
             worked = self._guest.ran() - before
             began = time.perf_counter()
@@ -232,8 +236,8 @@ class TimedCall:
             self._probe()
         while account.checked < _LEAST_JUDGED:
             self._take_other()
-            self._guest.run(self._random.randint(1, 3), rounds=True)
-            self._judge("a timed call", *self._now)
+            taken = self._guest.run(self._random.randint(1, 3), rounds=True, share=CHECKED)
+            self._judge("a timed call", taken, *self._now)
         if patched := self._guest.ask("patched")["patched"]:
             raise WrongResult(f"it patches {', '.join(patched[:5])}")
         if library := own_library(self._guest.pid):
@@ -261,7 +265,7 @@ class TimedCall:
             told.clear()
         for _ in range(_MORE_ROUNDS):
             self._run_and_ping(self._calls)
-        if _lags(account):
+        if account.lags and _lags(account):
             claimed, lag = statistics.median(account.claimed), _lag(account)
             raise WrongResult(
                 f"its clock can't be right: a round took {1e3 * claimed:.2f} ms by its own, and "
