@@ -172,10 +172,10 @@ __device__ inline unsigned nonzero2(unsigned x) {
   return result;
 }
 
-// The product of float16 pairs.
-__device__ inline unsigned multiply_half2(unsigned a, unsigned b) {
+// The greater of the products of float16 pairs and 0; a NaN stays one.
+__device__ inline unsigned multiply_relu_half2(unsigned a, unsigned b) {
   unsigned result;
-  asm("mul.f16x2 %0, %1, %2;" : "=r"(result) : "r"(a), "r"(b));
+  asm("fma.rn.relu.f16x2 %0, %1, %2, %3;" : "=r"(result) : "r"(a), "r"(b), "r"(0u));
   return result;
 }
 
@@ -210,6 +210,18 @@ __device__ inline unsigned pack2(float low, float high) {
   } else {
     asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(result) : "f"(high), "f"(low));
   }
+  return result;
+}
+
+// The lesser and the greater of two, or NaN if one of them is.
+__device__ inline float min_nan(float x, float y) {
+  float result;
+  asm("min.NaN.f32 %0, %1, %2;" : "=f"(result) : "f"(x), "f"(y));
+  return result;
+}
+__device__ inline float max_nan(float x, float y) {
+  float result;
+  asm("max.NaN.f32 %0, %1, %2;" : "=f"(result) : "f"(x), "f"(y));
   return result;
 }
 
@@ -252,5 +264,33 @@ __device__ inline float2 unpack2(unsigned x) {
     return make_float2(__uint_as_float(x << 16), __uint_as_float(x & 0xffff0000u));
   }
 }
+
+// Which elements of a pair are greater than 0: both by one comparison, where there is one.
+template <typename T>
+struct Signs {
+  bool low, high;
+
+  __device__ explicit Signs(unsigned x) {
+#if defined(__CUDA_ARCH__)
+    constexpr bool kHalf = std::is_same_v<T, __half>;
+    if constexpr (kHalf || __CUDA_ARCH__ >= 900) {
+      unsigned first, second;
+      if constexpr (kHalf) {
+        asm("{.reg .pred p, q; setp.gt.f16x2 p|q, %2, %3; selp.u32 %0, 1, 0, p; selp.u32 %1, 1, 0, q;}"
+            : "=r"(first), "=r"(second)
+            : "r"(x), "r"(0u));
+      } else {
+        asm("{.reg .pred p, q; setp.gt.bf16x2 p|q, %2, %3; selp.u32 %0, 1, 0, p; selp.u32 %1, 1, 0, q;}"
+            : "=r"(first), "=r"(second)
+            : "r"(x), "r"(0u));
+      }
+      low = first != 0, high = second != 0;
+      return;
+    }
+#endif
+    const float2 pair = unpack2<T>(x);
+    low = pair.x > 0.0f, high = pair.y > 0.0f;
+  }
+};
 
 }  // namespace ptx

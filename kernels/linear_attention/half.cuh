@@ -103,9 +103,15 @@ struct StateTile {
   // What a tile's rows have to tell other warps.
   struct RowTerms {
     float partial[2][H::kGroups][H::kTokens];
-    float scale[H::kTokens];              // of g on its way to dS
+    float scale[H::kTokens];  // of g on its way to dS
+    // In the order in which an operand's lanes want them, side by side: see place_of.
     alignas(16) T weight[3][H::kTokens];  // -c, in three terms
     alignas(16) T row_scale[H::kTokens];  // float16: what phi(q) is multiplied by
+
+    // Of a token of a tile: a lane has two tokens, and the two that are eight further on.
+    __device__ static int place_of(int token) {
+      return token / 16 * 16 + token % 8 / 2 * 4 + token / 8 % 2 * 2 + token % 2;
+    }
   };
 
   // S' or dS, times 1 / unscale; and three terms of m, times 1 / mean_unscale.
@@ -133,7 +139,7 @@ __device__ inline int warp_index() { return threadIdx.x / 32; }
 template <typename T>
 __device__ float finite(float x) {
   if constexpr (std::is_same_v<T, __half>) {
-    return x > 65504.0f ? 65504.0f : x < -65504.0f ? -65504.0f : x;
+    return ptx::max_nan(ptx::min_nan(x, 65504.0f), -65504.0f);
   } else {
     return x;
   }
@@ -567,9 +573,9 @@ struct Sums {
   // The columns of z are the first column warps'.
   static __device__ bool has_z() { return __any_sync(kFullWarp, column_warp() == 0); }
 
-  // S += phi(x)^T w for sixteen tokens; x's operands are a. And z += phi(x)^T of_z, or not.
+  // S += phi^T w for sixteen tokens; and z += phi^T of_z, or not.
   template <typename T>
-  __device__ void add(const unsigned (&a)[H::kM][4], const TokenTile<T, H>& w, int token,
+  __device__ void add(const unsigned (&phi)[H::kM][2][4], const TokenTile<T, H>& w, int token,
                       const unsigned (&of_z)[2], bool with_z) {
     const int lane = threadIdx.x % 32, first_chunk = column_warp() * H::kN;
     unsigned b[H::kN + H::kN % 2][2];
@@ -590,13 +596,11 @@ struct Sums {
     }
 #pragma unroll
     for (int m = 0; m < H::kM; ++m) {
-      unsigned phi[2][4];
-      positive_and_negative<T>(phi, a[m]);
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
 #pragma unroll
-        for (int n = 0; n < H::kN; ++n) multiply<T>(S[half][m][n], phi[half], b[n]);
-        if (with_z) multiply<T>(z[half][m], phi[half], of_z);
+        for (int n = 0; n < H::kN; ++n) multiply<T>(S[half][m][n], phi[m][half], b[n]);
+        if (with_z) multiply<T>(z[half][m], phi[m][half], of_z);
       }
     }
   }
@@ -618,37 +622,47 @@ struct Sums {
 #pragma unroll
     for (int step = 0; step < kSteps; ++step) {
       if (first_token(step) >= valid) break;
-      unsigned a[H::kM][4];
+      unsigned a[H::kM][4], phi[H::kM][2][4];
       load(a, k, first_token(step));
-      add(a, v, first_token(step), ones, with_z);
+#pragma unroll
+      for (int m = 0; m < H::kM; ++m) positive_and_negative<T>(phi[m], a[m]);
+      add(phi, v, first_token(step), ones, with_z);
     }
   }
 
   // dS and dz' of a tile of queries, whose operands `q` were loaded before g / E took the tile's place.
+  // In float16 the second half of phi is relu(-q), which takes no more where a factor goes with it.
   template <typename T>
-  __device__ void add_queries(unsigned (&q)[kSteps][H::kM][4], const TokenTile<T, H>& high,
+  __device__ void add_queries(const unsigned (&q)[kSteps][H::kM][4], const TokenTile<T, H>& high,
                               const TokenTile<T, H>& low, const StateTile<T, H>& state, int valid) {
-    auto two_of = [](const T* x) { return *reinterpret_cast<const unsigned*>(x); };
     const bool with_z = has_z();
 #pragma unroll
     for (int step = 0; step < kSteps; ++step) {
-      if (first_token(step) >= valid) break;
-      const int token = first_token(step), pair = token + lane_pair();
+      const int token = first_token(step);
+      if (token >= valid) break;
+      unsigned phi[H::kM][2][4];
       if constexpr (std::is_same_v<T, __half>) {
-        const unsigned scale[2] = {two_of(state.row.row_scale + pair),
-                                   two_of(state.row.row_scale + pair + 8)};
+        const auto scale = *reinterpret_cast<const Vector<unsigned, 2>*>(
+            state.row.row_scale + token + 2 * lane_pair());
 #pragma unroll
         for (int m = 0; m < H::kM; ++m) {
 #pragma unroll
           for (int i = 0; i < 4; ++i) {
-            q[step][m][i] = ptx::multiply_half2(q[step][m][i], scale[i / 2]);
+            const unsigned x = q[step][m][i], of_rows = scale.value[i / 2];
+            phi[m][0][i] = ptx::multiply_relu_half2(x, of_rows);
+            phi[m][1][i] = ptx::multiply_relu_half2(x, ptx::negate2(of_rows));
           }
         }
+      } else {
+#pragma unroll
+        for (int m = 0; m < H::kM; ++m) positive_and_negative<T>(phi[m], q[step][m]);
       }
-      const T* const weight = state.row.weight[lane_group() < 3 ? lane_group() : 2] + pair;
-      const unsigned of_z[2] = {two_of(weight), two_of(weight + 8)};
-      add(q[step], high, token, of_z, with_z);
-      add(q[step], low, token, of_z, false);
+      const T* const weight = state.row.weight[lane_group() < 3 ? lane_group() : 2];
+      const auto weights =
+          *reinterpret_cast<const Vector<unsigned, 2>*>(weight + token + 2 * lane_pair());
+      const unsigned of_z[2] = {weights.value[0], weights.value[1]};
+      add(phi, high, token, of_z, with_z);
+      add(phi, low, token, of_z, false);
     }
   }
 
@@ -693,10 +707,11 @@ struct Sums {
     __syncthreads();
   }
 
-  // Times two powers of two.
-  __device__ void rescale(float of_S, float of_z) {
+  // Times two powers of two, and the second half's sign turned or not.
+  __device__ void rescale(float of_S, float of_z, bool turn) {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
+      if (half == 1 && turn) of_S = -of_S, of_z = -of_z;
 #pragma unroll
       for (int m = 0; m < H::kM; ++m) {
 #pragma unroll
@@ -1093,20 +1108,21 @@ __device__ inline float2 two(const float* x) {
   return *reinterpret_cast<const float2*>(x);
 }
 
-// Of both halves the one of x's sign, of a pair: element i of a 16 x 16 a operand, of products ...
-__device__ inline float2 by_sign(float2 x, const float (&both)[2][2][4], int i) {
+// Of both halves the one of x's sign: of products, for element i of a 16 x 16 a operand ...
+template <typename T>
+__device__ float2 by_sign(const ptx::Signs<T>& x, const float (&both)[2][2][4], int i) {
   const float(&positive)[4] = both[0][i / 2];
   const float(&negative)[4] = both[1][i / 2];
   const int first = i % 2 * 2;
-  return make_float2(x.x > 0.0f ? positive[first] : negative[first],
-                     x.y > 0.0f ? positive[first + 1] : negative[first + 1]);
+  return make_float2(x.low ? positive[first] : negative[first],
+                     x.high ? positive[first + 1] : negative[first + 1]);
 }
 
 // ... or of z, whose halves are kFeatures apart.
-template <int kFeatures>
-__device__ inline float2 by_sign(float2 x, const float* z) {
+template <int kFeatures, typename T>
+__device__ float2 by_sign(const ptx::Signs<T>& x, const float* z) {
   const float2 positive = two(z), negative = two(z + kFeatures);
-  return make_float2(x.x > 0.0f ? positive.x : negative.x, x.y > 0.0f ? positive.y : negative.y);
+  return make_float2(x.low ? positive.x : negative.x, x.high ? positive.y : negative.y);
 }
 
 // out of a tile of queries.
@@ -1152,10 +1168,16 @@ __device__ void apply_tile(const State<T, H>& state, TokenTile<T, H>& q, float e
   if constexpr (H::kGroups == 1) store_own_rows(out, q);
 }
 
-// A query's power of two, for phi(q) in float16, which brings its g / E to g's size.
+// A query's power of two, for phi(q) in float16, which brings its g / E to g's size: times it, 1 / E is
+// between a half and one, but for rows that meet next to nothing, or far more than others.
 __device__ inline float power_of_row(float scale) {
-  if (scale == 0.0f) return 1.0f;
-  return fminf(fmaxf(power_of_two(ptx::reciprocal(fabsf(scale))), 1.0f / 32768.0f), 16384.0f);
+  const int inverse = 0x7e000000 - static_cast<int>(__float_as_uint(scale) & 0x7f800000u);
+  return __uint_as_float(min(max(inverse, 112 << 23), 141 << 23));  // 2^-15, 2^14
+}
+
+// 1 / x of a power of two.
+__device__ inline float inverse_power(float x) {
+  return __uint_as_float(0x7f000000u - __float_as_uint(x));
 }
 
 // A scale as two half-precision terms, and a pair times it as two again: the first, rounded, of the
@@ -1169,9 +1191,13 @@ struct TwoTerms {
     second = ptx::pack2<T>(rest, rest);
   }
 
+  // kFinite: of a scale above one, which could make a float16 infinite.
+  template <bool kFinite>
   __device__ void times(unsigned x, unsigned& high, unsigned& low) const {
-    high = ptx::finite2<T>(ptx::fma2<T>(x, first, ptx::negate2(0u)));
-    low = ptx::finite2<T>(ptx::fma2<T>(x, second, ptx::fma2<T>(x, first, ptx::negate2(high))));
+    high = ptx::fma2<T>(x, first, ptx::negate2(0u));
+    if (kFinite) high = ptx::finite2<T>(high);
+    low = ptx::fma2<T>(x, second, ptx::fma2<T>(x, first, ptx::negate2(high)));
+    if (kFinite) low = ptx::finite2<T>(low);
   }
 };
 
@@ -1213,8 +1239,9 @@ struct QueryRows {
 #pragma unroll
       for (int i = 0; i < 4; ++i) {  // row lane_group() + 8 (i % 2), columns + 8 (i / 2)
         const float2 x = ptx::unpack2<T>(q[block][i]);
-        a[block][i] = by_sign(x, both, i);
-        z[block][i] = by_sign<H::D>(x, state.z + column(block, i));
+        const ptx::Signs<T> signs(q[block][i]);
+        a[block][i] = by_sign(signs, both, i);
+        z[block][i] = by_sign<H::D>(signs, state.z + column(block, i));
         a_dot[i % 2] += x.x * a[block][i].x;
         a_dot[i % 2] += x.y * a[block][i].y;
         z_dot[i % 2] += x.x * z[block][i].x;
@@ -1241,7 +1268,7 @@ struct QueryRows {
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       if constexpr (!kKeeps) {
-        z[block][i] = by_sign<H::D>(ptx::unpack2<T>(q[block][i]), state.z + column(block, i));
+        z[block][i] = by_sign<H::D>(ptx::Signs<T>(q[block][i]), state.z + column(block, i));
       }
       const float over_E = inverse_E[i % 2] * unscale_of(state);
       packed[i] = ptx::pack2<T>(a[block][i].x * over_E - z[block][i].x * c[i % 2],
@@ -1296,8 +1323,10 @@ __device__ void query_gradient_tile(State<T, H>& state, Sums<H>& sums, TokenTile
         scale[r] *= state.dS_scale;
         const float power = power_of_row(scale[r]);
         scale[r] *= power;
-        const int row = rows + lane_group() + 8 * r;
-        if (group == 0 && lane_pair() == 0) state.row.row_scale[row] = from_float<T>(1.0f / power);
+        if (group == 0 && lane_pair() == 0) {
+          const int place = state.row.place_of(rows + lane_group() + 8 * r);
+          state.row.row_scale[place] = from_float<T>(inverse_power(power));
+        }
       }
     }
     if (group == 0 && lane_pair() == 0) {
@@ -1309,7 +1338,9 @@ __device__ void query_gradient_tile(State<T, H>& state, Sums<H>& sums, TokenTile
             kHalf ? own.numerator[r] * over_E[r] * state.weight_scale * scale[r] : c[r];
         three_terms<T>(terms, -weight);
 #pragma unroll
-        for (int term = 0; term < 3; ++term) state.row.weight[term][row] = terms[term];
+        for (int term = 0; term < 3; ++term) {
+          state.row.weight[term][state.row.place_of(row)] = terms[term];
+        }
         if constexpr (!kAlone) state.row.scale[row] = scale[r];
       }
     }
@@ -1336,13 +1367,23 @@ __device__ void query_gradient_tile(State<T, H>& state, Sums<H>& sums, TokenTile
   // g / E: its high term takes g's place, the low one q's.
   if constexpr (kAlone) {
     const TwoTerms<T> scales[2] = {TwoTerms<T>(scale[0]), TwoTerms<T>(scale[1])};
+    auto put = [&](auto finite) {
 #pragma unroll
-    for (int step = 0; step < H::D / 16; ++step) {
-      unsigned high[4], low[4];
+      for (int step = 0; step < H::D / 16; ++step) {
+        unsigned high[4], low[4];
 #pragma unroll
-      for (int i = 0; i < 4; ++i) scales[i % 2].times(own.g[step][i], high[i], low[i]);
-      store_rows<H>(g.rows, high, rows, step);
-      store_rows<H>(q.rows, low, rows, step);
+        for (int i = 0; i < 4; ++i) {
+          const TwoTerms<T>& of_row = scales[i % 2];
+          of_row.template times<decltype(finite)::value>(own.g[step][i], high[i], low[i]);
+        }
+        store_rows<H>(g.rows, high, rows, step);
+        store_rows<H>(q.rows, low, rows, step);
+      }
+    };
+    if (kHalf && __any_sync(kFullWarp, fmaxf(fabsf(scale[0]), fabsf(scale[1])) > 1.0f)) {
+      put(std::true_type{});
+    } else {
+      put(std::false_type{});
     }
   } else {
 #pragma unroll
@@ -1355,7 +1396,7 @@ __device__ void query_gradient_tile(State<T, H>& state, Sums<H>& sums, TokenTile
 #pragma unroll
       for (int e = 0; e < 4; ++e) {
         const unsigned x = high.value[e];
-        scale_of_row.times(x, high.value[e], low.value[e]);
+        scale_of_row.template times<true>(x, high.value[e], low.value[e]);
       }
       *chunk = high;
       *reinterpret_cast<Vector<unsigned, 4>*>(q.rows + at) = low;
@@ -1388,9 +1429,9 @@ __device__ void key_value_gradient_tile(const State<T, H>& state, TokenTile<T, H
     const int column = (group * H::kBlocks + block) * 16;
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      const float2 pair = ptx::unpack2<T>(x[i]);
-      const float2 bias = by_sign<H::D>(pair, state.z + column + i / 2 * 8 + lane_pair());
-      const float2 d = by_sign(pair, both, i);
+      const ptx::Signs<T> signs(x[i]);
+      const float2 bias = by_sign<H::D>(signs, state.z + column + i / 2 * 8 + lane_pair());
+      const float2 d = by_sign(signs, both, i);
       packed[i] = ptx::pack2<T>(d.x * unscale + bias.x, d.y * unscale + bias.y);
       packed[i] = (packed[i] & ptx::nonzero2(x[i])) | ptx::nan2<T>(x[i]);
     }

@@ -134,7 +134,7 @@ template <typename T, typename H>
 __device__ void finish_gradient(Sums<H>& sums, const State<T, H>& state, TokenTile<T, H>* tile) {
   sums.template combine<2 * sizeof(TokenTile<T, H>)>(scratch_of(tile[0]));
   const float of_S = 1.0f / state.dS_scale;
-  sums.rescale(of_S, of_S / state.weight_scale);
+  sums.rescale(of_S, of_S / state.weight_scale, std::is_same_v<T, __half>);
 }
 
 // ---- state, apply --------------------------------------------------------------------------------------

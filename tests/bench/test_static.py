@@ -89,8 +89,8 @@ def healthy(rows: list[Row]) -> None:
 MOST_INSTRUCTIONS_A_TOKEN = {
     "state": 22,
     "apply": 30,
-    "query_gradient": 74,
-    "key_value_gradient": 47,
+    "query_gradient": 72,
+    "key_value_gradient": 44,
 }
 # The time to start them, over the time to copy what they are for.
 MOST_ISSUE_OVER_COPY = {

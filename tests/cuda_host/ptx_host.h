@@ -204,9 +204,11 @@ inline float exp2(float x) {
   return result < std::numeric_limits<float>::min() ? 0.0f : result;  // a NaN compares false
 }
 
-inline unsigned multiply_half2(unsigned a, unsigned b) {
-  auto product = [&](int e) { return host::element<__half>(a, e) * host::element<__half>(b, e); };
-  return pack2<__half>(product(0), product(1));
+inline unsigned multiply_relu_half2(unsigned a, unsigned b) {
+  return relu2<__half>(fma2<__half>(a, b, 0));
 }
+
+inline float min_nan(float x, float y) { return x != x || x < y ? x : y; }
+inline float max_nan(float x, float y) { return x != x || x > y ? x : y; }
 
 }  // namespace ptx

@@ -534,8 +534,8 @@ MORE_MUTATIONS = (
     Mutation(
         "the rounding of dS is not corrected for the mean",
         HALF,
-        "if (exact) x -= load_global(exact",
-        "if (exact) x -= 0.0f * load_global(exact",
+        "x -= sign_of(threadIdx.x) * load_global(exact",
+        "x -= 0.0f * load_global(exact",
     ),
     Mutation("no mean in out", HALF, "+ m.x * of_mean[i % 2],", ","),
     Mutation(
@@ -552,10 +552,10 @@ MORE_MUTATIONS = (
         "",
     ),
     Mutation(
-        "a weight's first term is taken for its second",
+        "a weight's first term is lost",
         HALF,
-        "state.row.weight[lane_group() < 3 ? lane_group() : 2] + pair;",
-        "state.row.weight[lane_group() == 1 ? 0 : 2] + pair;",
+        "state.row.weight[lane_group() < 3 ? lane_group() : 2];",
+        "state.row.weight[lane_group() == 1 ? 1 : 2];",
     ),
     Mutation(
         "the operand's scale is not undone",
@@ -590,8 +590,20 @@ MORE_MUTATIONS = (
     Mutation(
         "the wrong row's 1 / E in a warp's own rows",
         HALF,
-        "scales[i % 2].times(own.g[step][i], high[i], low[i]);",
-        "scales[0].times(own.g[step][i], high[i], low[i]);",
+        "const TwoTerms<T>& of_row = scales[i % 2];",
+        "const TwoTerms<T>& of_row = scales[0];",
+    ),
+    Mutation(
+        "a token's weight in another's place",
+        HALF,
+        "token % 8 / 2 * 4 + token / 8 % 2 * 2 + token % 2;",
+        "token % 8 / 2 * 4 + token % 2 * 2 + token / 8 % 2;",
+    ),
+    Mutation(
+        "a sign is turned twice",
+        HALF,
+        "if (half == 1 && turn) of_S = -of_S, of_z = -of_z;",
+        "",
     ),
     Mutation(
         "the low term of a warp's own rows is lost",
@@ -606,12 +618,6 @@ MORE_MUTATIONS = (
         "store_global(",
     ),
     Mutation(
-        "no wait for the warp before its own rows are stored",
-        HALF,
-        "  __syncwarp();\n  const Chunks<32, H> own",
-        "  const Chunks<32, H> own",
-    ),
-    Mutation(
         "a matrix is stored with its blocks swapped",
         HALF,
         "ptx::stmatrix_x4(tile + H::at(row, lane % 16, block, lane / 16), a);",
@@ -622,12 +628,6 @@ MORE_MUTATIONS = (
         HALF,
         "i * (kRows * rows.stride);",
         "i * (kRows * rows.stride + 8);",
-    ),
-    Mutation(
-        "no barrier before z gives its place to its terms",
-        HALF,
-        "__syncthreads();  // z has been read",
-        "",
     ),
     Mutation(
         "z's first term is lost",
@@ -662,8 +662,8 @@ MORE_MUTATIONS = (
     Mutation(
         "a's halves swapped",
         HALF,
-        "x.x > 0.0f ? positive[first] : negative[first],",
-        "x.x > 0.0f ? negative[first] : positive[first],",
+        "x.low ? positive[first] : negative[first],",
+        "x.low ? negative[first] : positive[first],",
     ),
     Mutation(
         "the last sixteen tokens of a tile are left out of a sum",
