@@ -373,6 +373,17 @@ Value __shfl_down_sync(unsigned, Value value, unsigned delta) {
   return cuda_host::value_of(value, lane < cuda_host::kWarpSize ? lane : cuda_host::lane());
 }
 
+inline unsigned __ballot_sync(unsigned, int predicate) {
+  const cuda_host::Deposit* const all = cuda_host::exchange(&predicate, sizeof(predicate));
+  unsigned bits = 0;
+  for (unsigned lane = 0; lane < cuda_host::kWarpSize; ++lane) {
+    int of_lane;
+    std::memcpy(&of_lane, all[lane].bytes, sizeof(of_lane));
+    bits |= static_cast<unsigned>(of_lane != 0) << lane;
+  }
+  return bits;
+}
+
 // Once a kernel and device: another host thread's launch may be between two of them.
 inline cudaError_t cudaFuncSetAttribute(const void* kernel, cudaFuncAttribute, int value) {
   if (static_cast<size_t>(value) > kMostSharedBytes) return cudaErrorInvalidValue;
