@@ -66,6 +66,33 @@ __device__ inline float quad_max(float x) {
   return fmaxf(x, __shfl_xor_sync(kFullWarp, x, 2));
 }
 
+// Which keys of a tile of kPassed are there, at a lane's places of a product: e of each 8 from 8 j on.
+// Of a mask a lane reads one byte in 32, and has a bit of each: bytes would not fit in the registers.
+template <bool kMasked, int kPassed>
+struct LaneKeys {
+  unsigned bits[kPassed / 32];
+  int column, valid;
+
+  template <typename Arguments>
+  __device__ LaneKeys(const Arguments& a, int64_t batch, int64_t first, int valid)
+      : column(2 * (lane_index() % 4)), valid(valid) {
+    if constexpr (kMasked) {
+      const Keys<true> keys(a, batch, first, valid);
+#pragma unroll
+      for (int i = 0; i < kPassed / 32; ++i) {
+        bits[i] = __ballot_sync(kFullWarp, keys.there(32 * i + lane_index())) >> column;
+      }
+    }
+  }
+  __device__ bool there(int j, int e) const {
+    if constexpr (kMasked) {
+      return bits[j / 4] >> (8 * (j % 4) + e) & 1;
+    } else {
+      return 8 * j + column + e < valid;
+    }
+  }
+};
+
 // ---- tiles ---------------------------------------------------------------------------------------
 
 // kRows rows of x, from `source` on, into a tile; rows from `valid` on are 0. By asynchronous copies
@@ -283,12 +310,12 @@ __global__ void __launch_bounds__(kBlockThreads) forward_kernel(Forward<T> a) {
       float score[kRowTiles][kPassed / 8][4];
       multiply_rows<kRowTiles, kPassed>(score, q, keys);
       if (kMasked || valid < kPassed) {
-        const Keys<kMasked> key(a, block.batch, first, valid);
+        const LaneKeys<kMasked, kPassed> present(a, block.batch, first, valid);
 #pragma unroll
         for (int j = 0; j < kPassed / 8; ++j) {
 #pragma unroll
           for (int e = 0; e < 4; ++e) {
-            if (!key.there(8 * j + 2 * (lane % 4) + e % 2)) {
+            if (!present.there(j, e % 2)) {
 #pragma unroll
               for (int i = 0; i < kRowTiles; ++i) score[i][j][e] = -kInfinity;
             }
@@ -429,12 +456,12 @@ __global__ void __launch_bounds__(kBlockThreads) query_gradient_kernel(Backward<
         }
       }
       if (kMasked || valid < kPassed) {
-        const Keys<kMasked> key(a, block.batch, first, valid);
+        const LaneKeys<kMasked, kPassed> present(a, block.batch, first, valid);
 #pragma unroll
         for (int j = 0; j < kPassed / 8; ++j) {
 #pragma unroll
           for (int e = 0; e < 4; ++e) {
-            if (!key.there(8 * j + 2 * (lane % 4) + e % 2)) score[0][j][e] = 0.0f;
+            if (!present.there(j, e % 2)) score[0][j][e] = 0.0f;
           }
         }
       }

@@ -373,15 +373,19 @@ Value __shfl_down_sync(unsigned, Value value, unsigned delta) {
   return cuda_host::value_of(value, lane < cuda_host::kWarpSize ? lane : cuda_host::lane());
 }
 
-inline int __any_sync(unsigned, int predicate) {
-  const cuda_host::Deposit* const lanes = cuda_host::exchange(&predicate, sizeof(predicate));
-  int any = 0;
+inline unsigned __ballot_sync(unsigned, int predicate) {
+  const cuda_host::Deposit* const all = cuda_host::exchange(&predicate, sizeof(predicate));
+  unsigned bits = 0;
   for (unsigned lane = 0; lane < cuda_host::kWarpSize; ++lane) {
-    int other;
-    std::memcpy(&other, lanes[lane].bytes, sizeof(other));
-    any |= other != 0;
+    int of_lane;
+    std::memcpy(&of_lane, all[lane].bytes, sizeof(of_lane));
+    bits |= static_cast<unsigned>(of_lane != 0) << lane;
   }
-  return any;
+  return bits;
+}
+
+inline int __any_sync(unsigned lanes, int predicate) {
+  return __ballot_sync(lanes, predicate) != 0;
 }
 
 // Once a kernel and device: another host thread's launch may be between two of them.

@@ -473,7 +473,7 @@ MORE_MUTATIONS = (
     Mutation(
         "keys past the end have a gradient",
         HALF,
-        "if (!key.there(8 * j + 2 * (lane % 4) + e % 2)) score[0][j][e] = 0.0f;",
+        "if (!present.there(j, e % 2)) score[0][j][e] = 0.0f;",
         "",
     ),
     Mutation(

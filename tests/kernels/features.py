@@ -9,6 +9,7 @@ import os
 import re
 import subprocess
 import sys
+import tempfile
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -17,6 +18,7 @@ import torch
 from torch import Tensor
 
 from linear_vit import kernels
+from tests import processes
 
 ROOT = Path(__file__).parents[2]
 PAGE = ROOT / "docs" / "features.md"
@@ -66,6 +68,30 @@ def export(backend: str) -> None:
     tensors = inputs(requires_grad=False)
     program = torch.export.export(Module(backend), tuple(tensors))
     agree(program.module()(*tensors), attend("reference")(*tensors))
+
+
+_LOAD = """
+import sys, torch
+run = torch._inductor.aoti_load_package("attention.pt2")
+torch.save(run(*torch.load("inputs.pt")), "out.pt")
+assert not [name for name in sys.modules if name.startswith("linear_vit")]
+"""
+
+
+def aot_inductor(backend: str) -> None:
+    """One file, made here, and run by a process in which this project is not."""
+    tensors = inputs(requires_grad=False)
+    program = torch.export.export(Module(backend), tuple(tensors))
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        package = str(folder / "attention.pt2")
+        torch._inductor.aoti_compile_and_package(program, package_path=package)
+        torch.save(tensors, folder / "inputs.pt")
+        done = processes.python("-c", _LOAD, cwd=folder, fresh=True)
+        if done.returncode != 0:
+            said = done.stderr.strip().splitlines()[-1]
+            raise RuntimeError(said.removeprefix("RuntimeError: "))
+        agree(torch.load(folder / "out.pt"), attend("reference")(*tensors))
 
 
 def func_grad(backend: str) -> None:
@@ -145,6 +171,7 @@ FEATURES: dict[str, Callable[[str], None]] = {
     "`torch.compile(fullgraph=True)`": lambda backend: compiled(backend, False),
     "the same with `dynamic=True`": lambda backend: compiled(backend, True),
     "`torch.export`": export,
+    "its package by AOTInductor, run without this project": aot_inductor,
     "`torch.func.grad`": func_grad,
     "`torch.func.vmap`": vmap,
     "`torch.func.jvp`": jvp,

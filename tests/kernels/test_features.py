@@ -5,7 +5,12 @@ import pytest
 from linear_vit import kernels
 from tests.kernels import features
 
-COMPILING = ("`torch.compile(fullgraph=True)`", "the same with `dynamic=True`", "`torch.export`")
+COMPILING = (
+    "`torch.compile(fullgraph=True)`",
+    "the same with `dynamic=True`",
+    "`torch.export`",
+    "its package by AOTInductor, run without this project",
+)
 
 
 def test_the_page_has_every_feature_of_every_backend() -> None:

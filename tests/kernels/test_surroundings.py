@@ -4,7 +4,6 @@ import copy
 import pickle
 import threading
 from collections.abc import Callable, Iterator
-from pathlib import Path
 
 import pytest
 import torch
@@ -13,9 +12,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, Dataset
 
-from linear_vit import attention, kernels
-from tests import processes
-from tests.kernels import features
+from linear_vit import attention
 from tests.kernels.cases import DEVICE, PACKED, Attention, Case, Ripple, op_backend_pairs, results
 
 CASES: dict[str, Case] = {
@@ -122,28 +119,3 @@ def test_fsdp2(kind: str, one_rank: None) -> None:
     torch.testing.assert_close(out, expected)
     for parameter, gradient in zip(sharded.parameters(), gradients, strict=True):
         torch.testing.assert_close(parameter.grad.full_tensor(), gradient)  # type: ignore[union-attr]
-
-
-@pytest.mark.slow
-def test_a_compiled_package_needs_nothing_of_ours(tmp_path: Path) -> None:
-    """AOTInductor of plain PyTorch's backend: one file, loaded where this project is not."""
-    if kernels.backends("linear_attention", "cpu")["compiled"] is not None:
-        pytest.skip("torch.compile is not usable here")
-    tensors = features.inputs(requires_grad=False)
-    program = torch.export.export(features.Module("torch"), tuple(tensors))
-    package = torch._inductor.aoti_compile_and_package(
-        program, package_path=str(tmp_path / "model.pt2")
-    )
-    torch.save(tensors, tmp_path / "inputs.pt")
-    done = processes.python(
-        "-c",
-        "import sys, torch\n"
-        f"run = torch._inductor.aoti_load_package({str(package)!r})\n"
-        "torch.save(run(*torch.load('inputs.pt')), 'out.pt')\n"
-        "assert not [name for name in sys.modules if name.startswith('linear_vit')]\n",
-        cwd=tmp_path,
-        fresh=True,
-    )
-    assert done.returncode == 0, done.stderr
-    expected = features.attend("reference")(*tensors)
-    features.agree(torch.load(tmp_path / "out.pt"), expected)

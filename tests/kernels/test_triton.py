@@ -39,7 +39,7 @@ def interpreter_reason() -> str | None:
 
 
 SUITE = ("cross_check", "identities", "operators", "triton_paths")
-ALL = (*SUITE, "ripple_stages", "softmax_attention", "transforms")
+ALL = (*SUITE, "ripple_stages", "softmax_attention", "transforms", "key_mask")
 # A part of each proof, in one process: every operation's numbers, edges, operators and paths.
 QUICK = (
     "named and (M77 and float16 or D48 and linear_attention_packed or 5x6x20-float32 or 1x7)",
@@ -52,6 +52,7 @@ QUICK = (
     "test_pool and 5x6x20 or test_expand and 1x1x7x9",
     "many_tiles and 200-130 and bfloat16 or any_scale and float16",
     "refuse_tangents and linear_attention_apply",
+    "masked_keys_are_not_there and float16 and softmax_attention_packed",
 )
 
 
@@ -63,8 +64,9 @@ QUICK = (
         pytest.param(("ripple_stages",), ("triton",), 20, id="ripple", marks=pytest.mark.slow),
         pytest.param(("softmax_attention",), ("triton",), 20, id="softmax", marks=pytest.mark.slow),
         pytest.param(("transforms",), ("triton",), 25, id="transforms", marks=pytest.mark.slow),
-        pytest.param(("needs",), ("triton",), 15, id="needs", marks=pytest.mark.slow),
+        pytest.param(("needs",), ("triton",), 40, id="needs", marks=pytest.mark.slow),
         pytest.param(("dtensor",), ("triton",), 8, id="dtensor", marks=pytest.mark.slow),
+        pytest.param(("key_mask",), ("triton",), 60, id="key_mask", marks=pytest.mark.slow),
     ],
 )
 def test_interpreted(files: tuple[str, ...], selection: tuple[str, ...], least: int) -> None:
