@@ -4,7 +4,6 @@ A module keeps its projections, norms and dropout of the output. :class:`Core` s
 softmax attention was, and :class:`Pyramid` around the whole module where it becomes ripple.
 """
 
-import inspect
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -68,10 +67,10 @@ class Core(nn.Module):
         key_mask: Tensor | None = None,
         scale: float | None = None,
     ) -> Tensor:
-        masked = masking(key_mask) if key_mask is not None else {}
+        given: dict[str, Any] = {"key_mask": key_mask, "backend": self.backend}
         if self.attention_type == "baseline":
-            return softmax_attention(q, k, v, scale=scale, backend=self.backend, **masked)
-        return linear_attention(q, k, v, backend=self.backend, **masked)
+            return softmax_attention(q, k, v, scale=scale, **given)
+        return linear_attention(q, k, v, **given)
 
     def extra_repr(self) -> str:
         return f"{self.attention_type}, backend={self.backend}"
@@ -119,13 +118,6 @@ class Pyramid(nn.Module):
 
 
 # What nothing passes in silence.
-
-
-def masking(key_mask: Tensor) -> dict[str, Any]:
-    """The argument of a masked operation; ValueError where the operations have no masks."""
-    if "key_mask" not in inspect.signature(linear_attention).parameters:
-        raise ValueError("this attention takes no mask of keys yet: leave the padding out")
-    return {"key_mask": key_mask}
 
 
 def refuse(*, is_causal: bool | None, dropout: float, training: bool) -> None:

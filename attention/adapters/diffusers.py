@@ -12,7 +12,7 @@ import torch
 from diffusers.models.attention_processor import Attention, SanaLinearAttnProcessor2_0
 from torch import Tensor, nn
 
-from linear_vit.attention.adapters.core import Change, Wanted, key_mask_of, masking
+from linear_vit.attention.adapters.core import Change, Wanted, key_mask_of
 from linear_vit.kernels import linear_attention
 
 _EPS = 1e-15
@@ -42,8 +42,9 @@ class LinearProcessor:
             project(x).unflatten(2, (attn.heads, -1)).transpose(1, 2)
             for project, x in ((attn.to_q, hidden_states), (attn.to_k, source), (attn.to_v, source))
         )
-        masked = {} if key_mask is None else masking(key_mask)
-        out = linear_attention(q.relu(), k.relu(), v, eps=_EPS, backend=self.backend, **masked)
+        out = linear_attention(
+            q.relu(), k.relu(), v, key_mask=key_mask, eps=_EPS, backend=self.backend
+        )
         out = out.transpose(1, 2).flatten(2).to(hidden_states.dtype)
         for layer in attn.to_out:
             out = layer(out)
