@@ -1205,7 +1205,7 @@ struct TwoTerms {
 // the one of q's sign; where registers are scarce, q and z are read twice.
 template <typename T, typename H>
 struct QueryRows {
-  static constexpr bool kKeepsG = H::kGroups == 1, kKeeps = H::D <= 64;
+  static constexpr bool kKeepsG = H::kGroups == 1, kKeeps = H::D == 64;
   static constexpr bool kHalf = std::is_same_v<T, __half>;
   unsigned g[H::D / 16][4], q[H::kBlocks][4];
   float2 a[H::kBlocks][4], z[H::kBlocks][4];
