@@ -307,10 +307,10 @@ __global__ void __launch_bounds__(kBlockThreads) forward_kernel(Forward<T> a) {
     if (busy) {
       const T* const keys = stages + stage * Tile::kStage;
       const int valid = valid_rows(a.key_tokens, first, kPassed);
+      const LaneKeys<kMasked, kPassed> present(a, block.batch, first, valid);
       float score[kRowTiles][kPassed / 8][4];
       multiply_rows<kRowTiles, kPassed>(score, q, keys);
       if (kMasked || valid < kPassed) {
-        const LaneKeys<kMasked, kPassed> present(a, block.batch, first, valid);
 #pragma unroll
         for (int j = 0; j < kPassed / 8; ++j) {
 #pragma unroll
