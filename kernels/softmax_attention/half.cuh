@@ -259,8 +259,9 @@ __device__ void accumulate(float (&total)[kRowTiles][D / 8][4],
 
 // ---- forward -------------------------------------------------------------------------------------
 
+// With a mask the registers for one block more would not be enough: it spilled at D = 128.
 template <int D, typename T, bool kMasked>
-__global__ void __launch_bounds__(kBlockThreads) forward_kernel(Forward<T> a) {
+__global__ void __launch_bounds__(kBlockThreads, kMasked ? 1 : 0) forward_kernel(Forward<T> a) {
   using Tile = ForwardTile<D>;
   constexpr int kRowTiles = Tile::kRowTiles, kPassed = Tile::kPassed;
   T* const stages = reinterpret_cast<T*>(shared_memory());
