@@ -641,7 +641,8 @@ struct Sums {
         for (int m = 0; m < H::kM; ++m) {
 #pragma unroll
           for (int i = 0; i < 4; ++i) {
-            q[step][m][i] = ptx::multiply_half2(q[step][m][i], scale[i / 2]);
+            // Beyond float16 only where no key has the feature, or next to none of it.
+            q[step][m][i] = ptx::finite2<T>(ptx::multiply_half2(q[step][m][i], scale[i / 2]));
           }
         }
       }
@@ -1164,8 +1165,9 @@ template <typename T>
 struct TwoTerms {
   unsigned first, second;
 
-  __device__ explicit TwoTerms(float scale) : first(ptx::pack2<T>(scale, scale)) {
-    const float rest = scale - ptx::unpack2<T>(first).x;
+  __device__ explicit TwoTerms(float scale)
+      : first(ptx::pack2<T>(finite<T>(scale), finite<T>(scale))) {
+    const float rest = finite<T>(scale) - ptx::unpack2<T>(first).x;
     second = ptx::pack2<T>(rest, rest);
   }
 
