@@ -469,6 +469,13 @@ def test_nan_goes_where_it_must_and_nowhere_else(
     assert dv[0, 0, 33].isnan().all()
     assert dv.isnan().sum() == dv.shape[-1]
 
+    q, k, v, gradient = (guarded(x) for x in clean)
+    v[0, 0, 33, 5] = torch.inf
+    dk, dv = LinearAttention(libraries).linear_attention_state_backward(dS, dz, k, v)
+    dk[0, 0, 33] = 0
+    assert dk.isfinite().all()
+    assert dv.isfinite().all()
+
 
 @pytest.mark.parametrize("eps", [0.0, 1e-50, 1e-39, 1e-37, 1e-15, 1e-6])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
