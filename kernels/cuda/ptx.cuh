@@ -172,10 +172,11 @@ __device__ inline unsigned nonzero2(unsigned x) {
   return result;
 }
 
-// The greater of the products of float16 pairs and 0; a NaN stays one.
+// The greater of the products of float16 pairs and 0, and not infinity; a NaN stays one.
 __device__ inline unsigned multiply_relu_half2(unsigned a, unsigned b) {
   unsigned result;
   asm("fma.rn.relu.f16x2 %0, %1, %2, %3;" : "=r"(result) : "r"(a), "r"(b), "r"(0u));
+  asm("min.NaN.f16x2 %0, %0, %1;" : "+r"(result) : "r"(0x7bff7bffu));
   return result;
 }
 

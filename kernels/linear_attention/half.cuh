@@ -911,13 +911,13 @@ struct State : StateTile<T, H> {
     choose_gradient_scales(z_total);
   }
 
-  // The mean of a tile's columns, a NaN aside, which has no say in other rows' gradients.
+  // The mean of a tile's columns, NaN and infinity aside, which have no say in other rows' gradients.
   __device__ void take_mean(const TokenTile<T, H>& tile, int valid) {
     if (threadIdx.x >= D) return;
     float sum = 0.0f;
     for (int row = 0; row < valid; ++row) {
       const float x = to_float(tile.rows[H::at(row, threadIdx.x / 8) + threadIdx.x % 8]);
-      sum += x == x ? x : 0.0f;
+      sum += fabsf(x) <= FLT_MAX ? x : 0.0f;
     }
     this->mean[threadIdx.x] = valid > 0 ? sum / valid : 0.0f;
   }
@@ -1186,8 +1186,9 @@ template <typename T>
 struct TwoTerms {
   unsigned first, second;
 
-  __device__ explicit TwoTerms(float scale) : first(ptx::pack2<T>(scale, scale)) {
-    const float rest = scale - ptx::unpack2<T>(first).x;
+  __device__ explicit TwoTerms(float scale)
+      : first(ptx::pack2<T>(finite<T>(scale), finite<T>(scale))) {
+    const float rest = finite<T>(scale) - ptx::unpack2<T>(first).x;
     second = ptx::pack2<T>(rest, rest);
   }
 

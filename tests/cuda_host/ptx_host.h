@@ -205,7 +205,7 @@ inline float exp2(float x) {
 }
 
 inline unsigned multiply_relu_half2(unsigned a, unsigned b) {
-  return relu2<__half>(fma2<__half>(a, b, 0));
+  return finite2<__half>(relu2<__half>(fma2<__half>(a, b, 0)));
 }
 
 inline float min_nan(float x, float y) { return x != x || x < y ? x : y; }

@@ -226,6 +226,45 @@ def test_float16_of_great_range(libraries: dict[str, Path], num_splits: int | No
     assert_accurate("dq", dq, expected, gradient=True)
 
 
+@pytest.mark.parametrize("num_splits", [1, None])
+@pytest.mark.parametrize("head_dim", [32, 64])
+def test_float16_of_a_query_that_hardly_meets_a_key(
+    libraries: dict[str, Path], head_dim: int, num_splits: int | None
+) -> None:
+    """Large where no key has anything, and nearly 0 where they have: 1 / E times it is beyond
+    float16, but nobody else's gradient may hear of it."""
+    q, k, v, gradient = Case(head_dim, torch.float16, 1, 1, 1, 40, 40).inputs()
+    k.abs_()
+    q[0, 0, 5] = -60.0
+    q[0, 0, 5, 3] = 1e-4
+    actual = run(LinearAttention(libraries, num_splits=num_splits), q, k, v, gradient, 1e-6)
+    exact = double(q, k, v)
+    reference.linear_attention(*exact, 1e-6).backward(gradient.double())
+    for name, x in zip(("dq", "dk", "dv"), exact, strict=True):
+        assert_accurate(name, actual[name], grad(x), gradient=True)
+
+
+@pytest.mark.parametrize("num_splits", [1, None])
+@pytest.mark.parametrize("head_dim", [32, 64])
+def test_float16_of_a_query_whose_inverse_is_beyond_its_range(
+    libraries: dict[str, Path], head_dim: int, num_splits: int | None
+) -> None:
+    """The smallest float16, which meets small keys among large ones: its own part is lost, and
+    the others' is not."""
+    q, k, v, gradient = Case(head_dim, torch.float16, 1, 1, 1, 40, 64).inputs()
+    k *= 100
+    k[..., 7] *= 1e-4
+    q[0, 0, 5] = 0
+    q[0, 0, 5, 7] = 6e-8
+    actual = run(LinearAttention(libraries, num_splits=num_splits), q, k, v, gradient, 1e-6)
+    exact = double(q, k, v)
+    reference.linear_attention(*exact, 1e-6).backward(gradient.double())
+    others = torch.arange(head_dim) != 7
+    assert_accurate("dk", actual["dk"][..., others], grad(exact[1])[..., others], gradient=True)
+    assert actual["dk"].isfinite().all()
+    assert actual["dv"].isfinite().all()
+
+
 # ---- traffic -------------------------------------------------------------------------------------
 
 
@@ -429,6 +468,13 @@ def test_nan_goes_where_it_must_and_nowhere_else(
     assert dk.isnan().sum() == 1
     assert dv[0, 0, 33].isnan().all()
     assert dv.isnan().sum() == dv.shape[-1]
+
+    q, k, v, gradient = (guarded(x) for x in clean)
+    v[0, 0, 33, 5] = torch.inf
+    dk, dv = LinearAttention(libraries).linear_attention_state_backward(dS, dz, k, v)
+    dk[0, 0, 33] = 0
+    assert dk.isfinite().all()
+    assert dv.isfinite().all()
 
 
 @pytest.mark.parametrize("eps", [0.0, 1e-50, 1e-39, 1e-37, 1e-15, 1e-6])
