@@ -186,7 +186,7 @@ MUTATIONS = [
     Mutation(
         "keys past the end have a gradient",
         SOFTMAX,
-        "weights = tl.where((tl.arange(0, k_rows.shape[0]) < valid)[None, :], weights, 0.0)",
+        "weights = tl.where(_there(mask_rows, valid, MASKED)[None, :], weights, 0.0)",
         "weights = weights",
         "far_below and float32",
     ),
