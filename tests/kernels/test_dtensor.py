@@ -140,7 +140,9 @@ def _cut_grids(rank: int, op: str, backend: str) -> list[str]:
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("op", ["ripple_pool", "ripple_expand"])
+@pytest.mark.parametrize(
+    "op", ["ripple_pool", pytest.param("ripple_expand", marks=pytest.mark.slow)]
+)
 def test_grids_are_cut(op: str, backend: str) -> None:
     assert processes.together(2, _cut_grids, op, backend) == [[], []]
 
@@ -159,6 +161,7 @@ def _compiled(rank: int, backend: str) -> bool:
     return all(torch.equal(a.full_tensor(), b.full_tensor()) for a, b in pairs)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_it_compiles_as_one_graph(backend: str) -> None:
     assert processes.together(2, _compiled, backend) == [True, True]

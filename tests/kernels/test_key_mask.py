@@ -163,7 +163,9 @@ def small(op: str) -> tuple[Attention, list[Tensor], Tensor]:
 
 
 @pytest.mark.parametrize(("op", "backend"), op_backend_pairs(*MASKED, compiled=False))
-@pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
+@pytest.mark.parametrize(
+    "dynamic", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["static", "dynamic"]
+)
 def test_full_graph(op: str, backend: str, dynamic: bool) -> None:
     torch._dynamo.reset()
     case, inputs, there = small(op)

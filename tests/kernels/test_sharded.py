@@ -69,7 +69,9 @@ def _check(lengths: Lengths, backend: str, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    "dtype", [torch.float32, pytest.param(torch.bfloat16, marks=pytest.mark.slow)]
+)
 def test_uneven_shards_give_the_whole_sequences_result(backend: str, dtype: torch.dtype) -> None:
     _check([(33, 40), (70, 5)], backend, dtype)
 
@@ -106,6 +108,7 @@ def _compiled(rank: int) -> bool:
     return all(torch.allclose(a, b, atol=1e-5) for a, b in pairs)
 
 
+@pytest.mark.slow
 def test_it_compiles_as_one_graph() -> None:
     assert processes.together(2, _compiled) == [True, True]
 
