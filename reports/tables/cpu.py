@@ -198,7 +198,7 @@ def document(run: Runs, found: Sequence[targets.Verdict]) -> Iterator[table.Part
     yield targets.as_table(found)
     done = products(run)
     unit = [case for case in run.kernels.to_dict("records") if targets.is_on_matrix_unit(case)]
-    if done or not unit:
+    if done:
         yield WHAT_LIMITS
     if unit and (limits := run.limits(unit[0]["file"])).get("probes"):
         yield _FRESH.format(

@@ -37,7 +37,7 @@ def test_the_results_page_is_what_the_measurements_say(tmp_path: Path, capsys) -
         assert figure in text, figure
     sources = [path for path in MEASUREMENTS.glob("xeon*/**/*.json") if "ablation-runs" not in
                str(path) and path.name != "check.json"]  # fmt: skip
-    assert len(sources) == 10
+    assert len(sources) == 11
     for path in sources:
         assert f"reports/measurements/{path.relative_to(MEASUREMENTS)}" in text.replace("\n", " ")
 
@@ -56,7 +56,7 @@ def test_prose_is_wrapped_and_every_part_names_a_file_and_a_machine() -> None:
 @pytest.mark.parametrize(
     "name",
     [f"xeon-2.5ghz-2-cores/{name}" for name in ("cpu", "cpu-memory-kept")]
-    + ["xeon-2.1ghz-amx-2-cores/cpu"],
+    + [f"xeon-2.1ghz-amx-2-cores/{name}" for name in ("cpu", "ripple")],
 )
 def test_pages_of_targets_are_those_of_their_runs(tmp_path: Path, name: str) -> None:
     run = MEASUREMENTS / f"{name}.json"
