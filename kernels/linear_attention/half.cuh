@@ -28,6 +28,8 @@
 // S' (dS) to 2^13 and every row's g / E to g's size (phi(q) takes the row's other factor).
 #pragma once
 
+#include <cfloat>
+
 #include "../cuda/common.cuh"
 #include "../cuda/ptx.cuh"
 #include "features.cuh"
