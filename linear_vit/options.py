@@ -11,13 +11,16 @@ parsers and for pytest's groups of options::
 import argparse
 import codecs
 import importlib
+import importlib.util
 import io
 import math
 import os
 import re
 import sys
+import traceback
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from types import ModuleType
 from typing import Any, TypeVar
 
 Name = TypeVar("Name")
@@ -230,3 +233,44 @@ def load_plugins(names: Iterable[str] = ()) -> None:
             raise OptionError(f"-p {name}: there is no module of this name to import") from error
     if wanted:
         os.environ[_PLUGINS] = ",".join(wanted)
+
+
+def load_module(name: str) -> ModuleType:
+    """Import a user's file, or a module by its dotted name.
+
+    Raises:
+        ImportError: it fails; the message is one line with its own error, and the file's line.
+    """
+    path = Path(name)
+    try:
+        if path.suffix == ".py" or path.exists():
+            return _load_file(path)
+        return importlib.import_module(name)
+    except (Exception, SystemExit) as error:
+        lines = str(error).strip().splitlines() or ["no message"]
+        where = f", line {line}" if (line := _line_of(error, path)) else ""
+        text = f"{path.name}{where}: {type(error).__name__}: {lines[0]}"
+        raise ImportError(text) from error
+
+
+def _load_file(path: Path) -> ModuleType:
+    if not path.is_file():
+        raise FileNotFoundError("there is no such file")
+    # As Python itself does for a program: what lies beside it can be imported.
+    sys.path.insert(0, str(path.parent.resolve()))
+    name = path.stem if path.stem not in sys.modules else f"yours_{path.stem}"
+    spec = importlib.util.spec_from_file_location(name, path.resolve())
+    if spec is None or spec.loader is None:
+        raise ImportError("it is no Python file")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+def _line_of(error: BaseException, path: Path) -> int | None:
+    if isinstance(error, SyntaxError) and error.filename == str(path.resolve()):
+        return error.lineno
+    frames = traceback.extract_tb(error.__traceback__)
+    found = [frame.lineno for frame in frames if frame.filename == str(path.resolve())]
+    return found[-1] if found else None

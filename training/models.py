@@ -16,11 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from linear_vit import attention
+from linear_vit import attention, options
 from linear_vit.options import OptionError
 
 ORIGINAL = "original"  # a model as it comes
-DEFAULT = "default"  # the backend that a model takes where none is named
 _LIBRARIES = ("timm", "transformers")
 Build = Callable[[int], nn.Module]
 
@@ -103,17 +102,12 @@ def _of_transformers(kind: str, side: int) -> nn.Module:
 @functools.cache
 def _loaded(path: Path) -> ModuleType:
     """A user's file, imported once; OptionError, with its own error, where that fails."""
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
     try:
-        spec.loader.exec_module(module)
-    except Exception as error:
-        raise OptionError(
-            f"--models: {path} can't be imported: {type(error).__name__}: {error}"
-        ) from error
-    return module
+        return options.load_module(str(path))
+    except ImportError as error:
+        why = error.__cause__ or error
+        text = f"--models: {path} can't be imported: {type(why).__name__}: {why}"
+        raise OptionError(text) from error
 
 
 def attention_sizes(module: Any) -> tuple[int, int]:

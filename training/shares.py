@@ -25,7 +25,8 @@ from linear_vit.bench.problems import (
     make_problem,
 )
 from linear_vit.training.clock import Stopwatch
-from linear_vit.training.models import DEFAULT, ORIGINAL, attention_sizes
+from linear_vit.training.models import ORIGINAL, attention_sizes
+from linear_vit.training.steps import DEFAULT
 
 _CALLS, _LONG_S = 3, 0.5  # one of a call that takes longer
 _BUDGET_S = 0.2  # of each kernel, at most

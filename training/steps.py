@@ -33,7 +33,7 @@ SIZES: dict[str, dict[str, Any]] = {
     "cpu": {"preset": "small", "dataset": "digits", "amp": "off"},
     "cuda": {"preset": "full", "dataset": "cifar100", "amp": "bf16"},
 }
-_DTYPES = {"off": "float32", "bf16": "bfloat16 autocast", "fp16": "float16 autocast"}
+DTYPES = {"off": "float32", "bf16": "bfloat16 autocast", "fp16": "float16 autocast"}
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,7 @@ class TrainingStep(Operation):
     def problem(
         self, shape: Any, dtype: torch.dtype, device: torch.device, seed: int = 0
     ) -> Problem:
-        return _StepProblem(self, shape, dtype, {}, (), (), _no_inputs, device)
+        return _StepProblem(self, shape, dtype, {}, (), (), no_inputs, device)
 
     def lengths(self, device_type: str, extent: str) -> tuple[int, ...]:
         return ()
@@ -87,7 +87,7 @@ class TrainingStep(Operation):
                 yield shape
 
     def dtypes(self, device_type: str, chosen: Sequence[str]) -> tuple[str]:
-        return (_DTYPES[SIZES[device_type]["amp"]],)
+        return (DTYPES[SIZES[device_type]["amp"]],)
 
     def backends(self, device: torch.device, asked: Sequence[str]) -> dict[str, str | None]:
         """The one that a model takes by itself, and those asked for by name, or all."""
@@ -130,7 +130,7 @@ class TrainingStep(Operation):
             if shape.config.amp != "bf16"
         ]
         return [
-            Wanted(200, STEP, _DTYPES[shape.config.amp], shape, names) for shape in (*usual, *half)
+            Wanted(200, STEP, DTYPES[shape.config.amp], shape, names) for shape in (*usual, *half)
         ]
 
     def can_be_captured(self, backend: str) -> bool:
@@ -182,8 +182,8 @@ class _StepProblem(Problem):
         return lambda: (step(), ())[1]
 
 
-def _no_inputs(tensors: dict[str, torch.Tensor], backend: str) -> tuple[torch.Tensor, ...]:
-    raise TypeError("a training step makes its own batch: take Problem.call")
+def no_inputs(tensors: dict[str, torch.Tensor], backend: str) -> tuple[torch.Tensor, ...]:
+    raise TypeError("it makes its own images: take Problem.call")
 
 
 def step_shape(config: Config, variant: str = "") -> StepShape:
@@ -195,7 +195,7 @@ def step_case(config: Config, backend: str | None = None, variant: str = "") -> 
     """The step of a configuration as a case; ``backend`` comes before the configuration's own."""
     name = backend or config.backend or DEFAULT
     shape = step_shape(replace(config, backend=None, seed=0), variant)
-    return Case(TRAINING_STEP.name, STEP, _DTYPES[config.amp], shape, name)
+    return Case(TRAINING_STEP.name, STEP, DTYPES[config.amp], shape, name)
 
 
 def compared_backends() -> list[str]:

@@ -19,12 +19,12 @@ from linear_vit.bench.problems import Case, Operation, Problem, Shape, Work
 from linear_vit.options import OptionError
 from linear_vit.training import shares
 from linear_vit.training.errors import first_line
-from linear_vit.training.models import DEFAULT, ORIGINAL, build, builder
+from linear_vit.training.models import ORIGINAL, build, builder
 from linear_vit.training.step import autocast, make_optimizer, make_scaler, training_step
+from linear_vit.training.steps import DEFAULT, DTYPES, STEP, no_inputs
 
-INFERENCE, STEP = "inference", "step"
+INFERENCE = "inference"
 _AMP = {"cpu": "off", "cuda": "bf16"}
-_DTYPES = {"off": "float32", "bf16": "bfloat16 autocast"}
 _BATCH = {"cpu": 1, "cuda": 8}
 _RESOLUTIONS = (224, 448, 896)
 _TINY = 64  # of a rehearsal
@@ -97,7 +97,7 @@ class WholeModel(Operation):
                     yield ModelShape(_BATCH[device_type], model, kind, resolution)
 
     def dtypes(self, device_type: str, chosen: Sequence[str]) -> tuple[str]:
-        return (_DTYPES[_AMP[device_type]],)
+        return (DTYPES[_AMP[device_type]],)
 
     def backends(self, device: torch.device, asked: Sequence[str]) -> dict[str, str | None]:
         """Those of linear attention that are asked for, or what a model takes by itself."""
@@ -118,7 +118,7 @@ class WholeModel(Operation):
         self, shape: Any, dtype: torch.dtype, device: torch.device, seed: int = 0
     ) -> Problem:
         running = self._running[shape] = _Running(shape, device)
-        return _ModelProblem(self, shape, dtype, {}, (), (), _no_inputs, running)
+        return _ModelProblem(self, shape, dtype, {}, (), (), no_inputs, running)
 
     def turn_key(self, shape: ModelShape) -> object:
         return replace(shape, attention="")
@@ -224,10 +224,6 @@ class _ModelProblem(Problem):
 
     def call(self, backend: str, mode: str) -> Callable[[], tuple[Tensor, ...]]:
         return self.running.call(backend, mode)
-
-
-def _no_inputs(tensors: dict[str, Tensor], backend: str) -> tuple[Tensor, ...]:
-    raise TypeError("a model makes its own images: take Problem.call")
 
 
 def _images(shape: ModelShape, device: torch.device) -> Tensor:

@@ -30,7 +30,6 @@ from linear_vit.bench.problems import NotOffered, Problem, WrongResult
 
 # A first call may build an extension.
 BEGIN_S, BUILD_S, PATIENCE_S = 180.0, 900.0, 120.0
-_DTYPE_NAMES = {torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "bfloat16"}
 _alive: set["Guest"] = set()
 
 
@@ -236,7 +235,7 @@ class Guest:
                 backend=backend,
                 mode=mode,
                 shape=asdict(problem.shape),
-                dtype=_DTYPE_NAMES[problem.dtype],
+                dtype=str(problem.dtype).removeprefix("torch."),
                 device=str(device),
                 settings=dict(settings or {}),
                 inputs=list(problem.inputs),

@@ -9,22 +9,18 @@ import contextlib
 import ctypes
 import functools
 import gc
-import importlib
-import importlib.util
 import itertools
 import json
 import os
 import random
 import signal
 import sys
-import traceback
 import warnings
 from collections.abc import Callable, Iterator
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
 from multiprocessing import reduction
 from multiprocessing.connection import Connection
-from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -97,50 +93,6 @@ def _in_a_line(error: BaseException) -> str:
     return f"{kind}{lines[0][:500]}"
 
 
-# ---- files ---------------------------------------------------------------------------------------
-
-
-def load(name: str) -> None:
-    """Import a file, or a module by its dotted name.
-
-    Raises:
-        ImportError: it fails; the message is one line with its own error, and the file's line.
-    """
-    path = Path(name)
-    try:
-        if path.suffix == ".py" or path.exists():
-            _load_file(path)
-        else:
-            importlib.import_module(name)
-    except (Exception, SystemExit) as error:
-        lines = str(error).strip().splitlines() or ["no message"]
-        where = f", line {line}" if (line := _line_of(error, path)) else ""
-        text = f"{path.name}{where}: {type(error).__name__}: {lines[0]}"
-        raise ImportError(text) from error
-
-
-def _load_file(path: Path) -> None:
-    if not path.is_file():
-        raise FileNotFoundError("there is no such file")
-    # As Python itself does for a program: what lies beside it can be imported.
-    sys.path.insert(0, str(path.parent.resolve()))
-    name = path.stem if path.stem not in sys.modules else f"yours_{path.stem}"
-    spec = importlib.util.spec_from_file_location(name, path.resolve())
-    if spec is None or spec.loader is None:
-        raise ImportError("it is no Python file")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module
-    spec.loader.exec_module(module)
-
-
-def _line_of(error: BaseException, path: Path) -> int | None:
-    if isinstance(error, SyntaxError) and error.filename == str(path.resolve()):
-        return error.lineno
-    frames = traceback.extract_tb(error.__traceback__)
-    found = [frame.lineno for frame in frames if frame.filename == str(path.resolve())]
-    return found[-1] if found else None
-
-
 # ---- what is asked -------------------------------------------------------------------------------
 
 
@@ -164,7 +116,7 @@ class _Served:
         sys.meta_path.insert(0, _Refusing())
         self._watch = Watch()
         for file in files:
-            load(file)
+            options.load_module(file)
         gc.collect()
         gc.freeze()  # what there is by now takes a tenth of a second to look through
         gc.disable()

@@ -19,11 +19,11 @@ from unittest import mock
 import torch
 
 from linear_vit.bench import problems
-from linear_vit.bench.guests.process import load
 from linear_vit.bench.problems import DTYPES, NotOffered, make_problem
 from linear_vit.bench.static import cuda, launches, machine_code, units
 from linear_vit.bench.static.faults import Row, finished
 from linear_vit.kernels import registry, toolchains
+from linear_vit.options import load_module
 from linear_vit.screen import counted
 
 _CUDA = torch.device("cuda")
@@ -98,7 +98,7 @@ def compile_one(
     units.cache_folder().mkdir(parents=True, exist_ok=True)
     with mock.patch("torch.utils.cpp_extension.load", build):
         for file in files:
-            load(file)
+            load_module(file)
         rows, failures = _of_triton(architecture, dtypes, head_dims)
     for path, flags in built.items():
         try:

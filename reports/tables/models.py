@@ -12,11 +12,11 @@ from linear_vit.reports.saved.runs import Runs
 from linear_vit.reports.statistics import turns
 from linear_vit.reports.statistics.fits import Crossover, crossover
 from linear_vit.reports.tables import table
+from linear_vit.reports.tables.steps import DEFAULT
 from linear_vit.reports.tables.table import NOTHING, Cell, Line, Table, number, word
 from linear_vit.reports.units import exact, mebibytes
 
 ORIGINAL = "original"
-DEFAULT = "default"
 ACCURACY = (
     "Weights are random here: these are times and memory. A model whose attention was swapped has "
     "lost its accuracy, which has to be trained back."

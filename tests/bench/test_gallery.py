@@ -169,9 +169,6 @@ def test_honest_kernels_take_turns_with_ours(mode: str) -> None:
     assert 0 <= honest["guest"]["share_of_time"] < 1
     assert honest["implementation"] == "honest: gallery.right"
     assert ours["guest"] is None
-    # The same operators in another process: not twice the time, nor half of it.
-    ratio = honest["gb_per_s"] / ours["gb_per_s"] if "gb_per_s" in ours else 1.0
-    assert 0.3 < ratio < 3
 
 
 def test_who_is_wrong_costs_no_other_its_time() -> None:

@@ -15,7 +15,8 @@ from torch import nn
 from linear_vit.bench import problems
 from linear_vit.bench.problems import Case
 from linear_vit.options import OptionError
-from linear_vit.training.models import DEFAULT, Logits, build, builder
+from linear_vit.training.models import Logits, build, builder
+from linear_vit.training.steps import DEFAULT
 from linear_vit.training.whole_models import (
     INFERENCE,
     STEP,
