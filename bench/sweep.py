@@ -89,6 +89,15 @@ class Asked:
         return options.device(self.device)
 
 
+def _each_once(left_out: dict[str, str]) -> Iterator[str]:
+    """Every reason, with the first that was left out for it and how many others were."""
+    of_reason: dict[str, list[str]] = {}
+    for what, reason in left_out.items():
+        of_reason.setdefault(reason, []).append(what)
+    for reason, (first, *others) in of_reason.items():
+        yield f"{first}{f' (and {len(others)} more)' if others else ''}: {reason}"
+
+
 def make_sweep(asked: Asked) -> Sweep:
     """Enumerate the cases.
 
@@ -102,7 +111,7 @@ def make_sweep(asked: Asked) -> Sweep:
     asked_for = list(_tiny(wanted) if asked.rehearse else wanted)
     cases = list(_fitting(asked, asked_for, left_out))
     if not cases:
-        why = "; ".join(f"{what}: {reason}" for what, reason in left_out.items())
+        why = "; ".join(_each_once(left_out))
         raise OptionError(f"nothing to time{': ' if why else ''}{why}")
     energy = None
     if asked.extent in SPECIAL:

@@ -1,5 +1,6 @@
 """What a benchmark run consists of, and what its options refuse."""
 
+import re
 from dataclasses import replace
 from typing import Any
 
@@ -128,6 +129,14 @@ def test_interpreted_triton_is_never_timed(monkeypatch) -> None:
     assert "interpreter" in sweep.left_out["backend triton"]
     with pytest.raises(OptionError, match=r"nothing to time: backend triton: .*interpreter"):
         make_sweep(Asked(device="cpu", operations=["linear_attention"], backends=["triton"]))
+
+
+def test_a_reason_is_said_once(monkeypatch) -> None:
+    monkeypatch.setattr(type(STEP), "unusable", lambda *_: "out of order")
+    with pytest.raises(OptionError) as error:
+        make_sweep(Asked(device="cpu", operations=[TRAINING_STEP], backends=["torch"]))
+    assert str(error.value).count("out of order") == 1
+    assert re.fullmatch(r"nothing to time: \S+ \(and \d+ more\): out of order", str(error.value))
 
 
 @pytest.mark.parametrize(
