@@ -308,9 +308,9 @@ __global__ void __launch_bounds__(kBlockThreads, kMasked ? 1 : 0) forward_kernel
     if (busy) {
       const T* const keys = stages + stage * Tile::kStage;
       const int valid = valid_rows(a.key_tokens, first, kPassed);
-      const LaneKeys<kMasked, kPassed> present(a, block.batch, first, valid);
       float score[kRowTiles][kPassed / 8][4];
       multiply_rows<kRowTiles, kPassed>(score, q, keys);
+      const LaneKeys<kMasked, kPassed> present(a, block.batch, first, valid);
       if (kMasked || valid < kPassed) {
 #pragma unroll
         for (int j = 0; j < kPassed / 8; ++j) {
