@@ -8,8 +8,9 @@ writes down what came (``bench.static.triton``, ``bench.static.cuda``).
 
 import dataclasses
 import importlib.util
+import inspect
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -17,7 +18,8 @@ from torch import Tensor
 
 from linear_vit import kernels
 from linear_vit.bench import problems
-from linear_vit.bench.problems import FORWARD, FORWARD_BACKWARD, Problem, make_problem
+from linear_vit.bench.problems import AttentionShape, Problem, make_problem
+from linear_vit.bench.problems.inputs import Drawn
 
 ALIGNED, RAGGED = "aligned", "ragged"
 _CPU = torch.device("cpu")
@@ -25,15 +27,30 @@ _CPU = torch.device("cpu")
 
 @dataclass(frozen=True)
 class Exercise:
-    """One problem to run forward and backward; ``layout`` says how its tensors lie in memory."""
+    """One problem to run forward and backward.
+
+    ``layout`` says how its tensors lie in memory; ``settings`` are further arguments.
+    """
 
     problem: Problem
     layout: str
+    settings: dict[str, Tensor] = field(default_factory=dict)
 
     def run(self, backend: str) -> None:
-        """Both passes. Results are whatever was in memory, since no kernel wrote them."""
-        for mode in (FORWARD, FORWARD_BACKWARD):
-            self.problem.call(backend, mode)()
+        """Both passes, backward for all gradients and for each alone.
+
+        Results are whatever was in memory, since no kernel wrote them.
+        """
+        inputs, of = self.problem.inputs, self.problem.operation
+        assert isinstance(of, Drawn)
+        run = of.run(self.problem.shape, **self.settings)
+        for needed in ((), tuple(inputs), *((name,) for name in inputs)):
+            leaves = {n: x.detach().requires_grad_(n in needed) for n, x in inputs.items()}
+            outputs = run(leaves, backend)
+            pairs = zip(outputs, self.problem.cotangents, strict=True)
+            depends = {x: g for x, g in pairs if x.requires_grad}
+            if depends:
+                torch.autograd.backward(list(depends), list(depends.values()))
 
 
 def operations(backend: str) -> tuple[str, ...]:
@@ -90,7 +107,15 @@ def exercises(
             if ragged:
                 inputs = {name: _ragged(x) for name, x in problem.inputs.items()}
                 problem = dataclasses.replace(problem, inputs=inputs)
-            yield Exercise(problem, RAGGED if ragged else ALIGNED)
+            layout = RAGGED if ragged else ALIGNED
+            yield Exercise(problem, layout)
+            if isinstance(shape, AttentionShape) and _takes_key_mask(name):
+                mask = torch.ones(shape.B, shape.M, dtype=torch.bool)
+                yield Exercise(problem, layout, {"key_mask": mask})
+
+
+def _takes_key_mask(operation: str) -> bool:
+    return "key_mask" in inspect.signature(getattr(kernels, operation)).parameters
 
 
 def _folder(package: str) -> str:
