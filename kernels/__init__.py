@@ -29,6 +29,7 @@ from linear_vit.kernels.ripple import (
     ripple_pool_stages,
 )
 from linear_vit.kernels.softmax_attention import softmax_attention, softmax_attention_packed
+from linear_vit.kernels.softmax_attention.sharded import softmax_attention_sharded
 
 __all__ = [
     "BACKENDS",
@@ -52,6 +53,7 @@ __all__ = [
     "ripple_pool_stages",
     "softmax_attention",
     "softmax_attention_packed",
+    "softmax_attention_sharded",
 ]
 
 if __name__ == "kernels":  # imported from a checkout's root

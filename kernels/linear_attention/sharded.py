@@ -12,6 +12,7 @@ from torch import Tensor
 from torch import distributed as dist
 
 from linear_vit.kernels.linear_attention import linear_attention_apply, linear_attention_state
+from linear_vit.kernels.validation import check_group
 
 
 def linear_attention_sharded(
@@ -45,13 +46,7 @@ def linear_attention_sharded(
         TypeError, ValueError: as :func:`kernels.linear_attention`, before anything is exchanged.
         RuntimeError: torch.distributed is not initialised, or this process is not of the group.
     """
-    if not (dist.is_available() and dist.is_initialized()):
-        raise RuntimeError(
-            "linear_attention_sharded needs torch.distributed: start the processes with torchrun "
-            "and call torch.distributed.init_process_group first"
-        )
-    if dist.get_rank(group) < 0:
-        raise RuntimeError("linear_attention_sharded: this process is not of the group")
+    check_group("linear_attention_sharded", group)
     S, z = linear_attention_state(k, v, key_mask=key_mask, backend=backend)
     S, z = _Summed.apply(S, z, group)
     return linear_attention_apply(q, S, z, eps=eps, backend=backend)

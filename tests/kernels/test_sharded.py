@@ -1,4 +1,5 @@
-"""A sequence over several processes: the whole sequence's result, for one exchange of a state."""
+"""A sequence over several processes: the whole sequence's result, for one exchange of a state, or
+of every key and value."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -9,14 +10,16 @@ from torch import Tensor
 from torch import distributed as dist
 
 from linear_vit import kernels
+from linear_vit.bench.instruments.exchanged import Exchanged
 from linear_vit.kernels import accuracy
 from tests import processes
 from tests.kernels.cases import DEVICE, usable_backends
 
 B, H, HK, D = 2, 4, 2, 16
 BACKENDS = [
-    name
-    for name in usable_backends("linear_attention_state")
+    (op, name)
+    for op in ("linear_attention", "softmax_attention")
+    for name in usable_backends(op)
     if not kernels.backend_rows()[name].compiles
 ]
 Lengths = Sequence[tuple[int, int]]  # queries and keys of each process
@@ -30,37 +33,42 @@ def _inputs(lengths: Lengths, dtype: torch.dtype) -> list[Tensor]:
     return [torch.randn(B, h, t, D, generator=generator).to(DEVICE, dtype) for h, t in sizes]
 
 
-def _part(rank: int, lengths: Lengths, backend: str, dtype: torch.dtype) -> dict[str, Any]:
-    """Twice the output and gradients of one process, and the bytes that it exchanged."""
+def _part(rank: int, op: str, lengths: Lengths, backend: str, dtype: torch.dtype) -> dict[str, Any]:
+    """Twice the output and gradients of one process, and the bytes that it sent each time."""
     n, m = ([sum(numbers[:r]) for r in (rank, rank + 1)] for numbers in zip(*lengths, strict=True))
     where = [slice(*n), slice(*m), slice(*m), slice(*n)]
     given = [x[:, :, at] for x, at in zip(_inputs(lengths, dtype), where, strict=True)]
-    exchanged, all_reduce = [], dist.all_reduce
-
-    def counted(x: Tensor, **options: Any) -> Any:
-        exchanged.append(x.numel() * x.element_size())
-        return all_reduce(x, **options)
-
-    dist.all_reduce = counted
-    answers = []
+    sharded = getattr(kernels, f"{op}_sharded")
+    answers, sent = [], []
     for _ in range(2):
         q, k, v = (x.clone().requires_grad_() for x in given[:3])
-        out = kernels.linear_attention_sharded(q, k, v, backend=backend)
-        answers.append([out.detach(), *torch.autograd.grad(out, (q, k, v), given[3])])
-    return {"answers": [[x.cpu() for x in one] for one in answers], "exchanged": exchanged}
+        with Exchanged() as exchanged:
+            out = sharded(q, k, v, backend=backend)
+            gradients = torch.autograd.grad(out, (q, k, v), given[3])
+        answers.append([x.detach().cpu() for x in (out, *gradients)])
+        sent.append(exchanged.bytes)
+    return {"answers": answers, "sent": sent}
 
 
-def _check(lengths: Lengths, backend: str, dtype: torch.dtype) -> None:
-    parts = processes.together(len(lengths), _part, lengths, backend, dtype)
+def _sent(op: str, lengths: Lengths, dtype: torch.dtype) -> float:
+    """Of both passes, where each exchange goes around a ring."""
+    processes, longest = len(lengths), max(m for _, m in lengths)
+    if op == "linear_attention":  # S and z, and their gradients, whatever the lengths
+        return 2 * 4 * B * HK * (2 * D * D + 2 * D) * 2 * (processes - 1) / processes
+    # k and v, then their gradients; and how many keys each has.
+    return (processes - 1) * (2 * 2 * B * HK * longest * D * dtype.itemsize + 8)
+
+
+def _check(op: str, lengths: Lengths, backend: str, dtype: torch.dtype) -> None:
+    parts = processes.together(len(lengths), _part, op, lengths, backend, dtype)
     q, k, v, dout = (x.cpu() for x in _inputs(lengths, dtype))
     q, k, v = (x.double().requires_grad_() for x in (q, k, v))
-    out = kernels.linear_attention(q, k, v, backend="reference")
+    out = getattr(kernels, op)(q, k, v, backend="reference")
     expected = [out.detach(), *torch.autograd.grad(out, (q, k, v), dout.double())]
     for part in parts:
         first, second = part["answers"]
         assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
-        # Forward and backward, whatever the lengths: S and z.
-        assert part["exchanged"] == [4 * B * HK * (2 * D * D + 2 * D)] * 4
+        assert part["sent"] == pytest.approx([_sent(op, lengths, dtype)] * 2)
     for number, right in enumerate(expected):
         found = torch.cat([part["answers"][0][number] for part in parts], dim=2)
         assert found.dtype == dtype
@@ -68,17 +76,20 @@ def _check(lengths: Lengths, backend: str, dtype: torch.dtype) -> None:
         assert comparison.passed, comparison
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(("op", "backend"), BACKENDS)
 @pytest.mark.parametrize(
     "dtype", [torch.float32, pytest.param(torch.bfloat16, marks=pytest.mark.slow)]
 )
-def test_uneven_shards_give_the_whole_sequences_result(backend: str, dtype: torch.dtype) -> None:
-    _check([(33, 40), (70, 5)], backend, dtype)
+def test_uneven_shards_give_the_whole_sequences_result(
+    op: str, backend: str, dtype: torch.dtype
+) -> None:
+    _check(op, [(33, 40), (70, 5)], backend, dtype)
 
 
+@pytest.mark.parametrize("op", ["linear_attention", "softmax_attention"])
 @pytest.mark.parametrize("lengths", [[(5, 3), (0, 0), (7, 0), (0, 9)], [(3, 4)]])
-def test_a_process_may_have_no_tokens(lengths: Lengths) -> None:
-    _check(lengths, "torch", torch.float32)
+def test_a_process_may_have_no_tokens(op: str, lengths: Lengths) -> None:
+    _check(op, lengths, "torch", torch.float32)
 
 
 def _in_a_subgroup(rank: int) -> str:
@@ -113,22 +124,25 @@ def test_it_compiles_as_one_graph() -> None:
     assert processes.together(2, _compiled) == [True, True]
 
 
-def _masked(rank: int) -> float:
+def _masked(rank: int, op: str) -> float:
     """How far the result is from that of the keys that are there."""
     x = torch.randn(2, 2, 12, 16, generator=torch.Generator().manual_seed(0))
     there = torch.arange(12).expand(2, 12) < torch.tensor([[9], [2]])
     mine = slice(6 * rank, 6 * rank + 6)
     y = x[:, :, mine]
-    out = kernels.linear_attention_sharded(y, y, y, key_mask=there[:, mine], backend="torch")
-    right = kernels.linear_attention(x, x, x, key_mask=there, backend="torch")
+    sharded, whole = (getattr(kernels, name) for name in (f"{op}_sharded", op))
+    out = sharded(y, y, y, key_mask=there[:, mine], backend="torch")
+    right = whole(x, x, x, key_mask=there, backend="torch")
     return (out - right[:, :, mine]).abs().max().item()
 
 
-def test_masked_keys_are_those_of_a_process() -> None:
-    assert max(processes.together(2, _masked)) < 1e-6
+@pytest.mark.parametrize("op", ["linear_attention", "softmax_attention"])
+def test_masked_keys_are_those_of_a_process(op: str) -> None:
+    assert max(processes.together(2, _masked, op)) < 1e-6
 
 
-def test_without_processes_it_says_what_to_do() -> None:
+@pytest.mark.parametrize("op", ["linear_attention_sharded", "softmax_attention_sharded"])
+def test_without_processes_it_says_what_to_do(op: str) -> None:
     x = torch.ones(1, 1, 4, 8)
     with pytest.raises(RuntimeError, match="start the processes with torchrun and call"):
-        kernels.linear_attention_sharded(x, x, x)
+        getattr(kernels, op)(x, x, x)
