@@ -2,8 +2,6 @@
 
 import json
 import re
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -25,8 +23,8 @@ from linear_vit.training.whole_models import (
     ModelShape,
     WholeModel,
 )
+from tests import processes
 
-ROOT = Path(__file__).resolve().parents[2]
 CPU = torch.device("cpu")
 MINE = """
 from linear_vit.attention import VisionTransformer
@@ -143,7 +141,7 @@ def test_what_a_model_cannot_become_is_left_out_with_the_reason(tmp_path: Path) 
 @pytest.mark.slow
 def test_sana_beside_our_kernels_as_the_docs_have_it(tmp_path: Path) -> None:
     pytest.importorskip("diffusers")
-    text = (ROOT / "docs/your-model.md").read_text()
+    text = (processes.ROOT / "docs/your-model.md").read_text()
     [code] = [x for x in re.findall(r"```python\n(.*?)```", text, re.DOTALL) if "Denoiser" in x]
     path = tmp_path / "sana.py"
     path.write_text(code)
@@ -200,11 +198,9 @@ def test_it_has_nothing_to_check_and_no_lengths() -> None:
 @pytest.mark.slow
 def test_models_are_timed_by_turns_and_reported(mine: str, tmp_path: Path) -> None:
     """From the command line to the saved run, its table and its plots."""
-    command = ["-m", "pytest", "--benchmark-only", "--models", mine, "--attention", "linear,ripple"]
-    command += ["--resolutions", "64,128", "--device", "cpu", f"--out={tmp_path}"]
-    done = subprocess.run(
-        [sys.executable, *command], cwd=ROOT, capture_output=True, text=True, check=False
-    )
+    options = ["--benchmark-only", "--models", mine, "--attention", "linear,ripple"]
+    options += ["--resolutions", "64,128", "--device", "cpu", f"--out={tmp_path}"]
+    done = processes.pytest(*options)
     assert done.returncode == 0, done.stdout + done.stderr
     saved = json.loads((tmp_path / "benchmark.json").read_text())
     infos = [benchmark["extra_info"] for benchmark in saved["benchmarks"]]
@@ -212,14 +208,8 @@ def test_models_are_timed_by_turns_and_reported(mine: str, tmp_path: Path) -> No
     assert len({info["turns"] for info in infos}) == 4
     assert all(info["peak_memory_bytes"] > 0 for info in infos)
     assert "side" in done.stdout
-    report = [sys.executable, "-m", "linear_vit.reports", "models", str(tmp_path)]
-    done = subprocess.run(
-        [*report, "--out", str(tmp_path / "shown")],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    report = ["-m", "linear_vit.reports", "models", str(tmp_path)]
+    done = processes.python(*report, "--out", str(tmp_path / "shown"))
     assert done.returncode == 0, done.stderr
     assert "has to be trained back" in " ".join(done.stdout.split())
     written = {path.suffix for path in (tmp_path / "shown").iterdir()}
