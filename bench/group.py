@@ -242,7 +242,9 @@ def _prepare(case: Case, plan: Plan) -> _Ready:
             raise WrongResult(f"wrong result: {name}: {verdict}")
         checked["error"] = _errors(verdicts)
         checked["ran"] = _proven(case, *proof.names_of(call, plan.device), plan.device)
-    peak, how = memory.peak_beyond_outputs(call, plan.device)
+    peak, how = None, "not measured of other processes"
+    if not isinstance(call, clock.Elsewhere):
+        peak, how = memory.peak_beyond_outputs(call, plan.device)
     checked |= {"peak_memory_bytes": peak, "peak_memory_how": how}
     if case.captured:
         call = _captured(call, plan.device, exact=own_kernels(case.backend))
@@ -340,10 +342,10 @@ def _captured(
 def _result(ready: _Ready, timing: Timing, watch: telemetry.Watch, plan: Plan) -> Result:
     case, problem, name = ready.case, ready.problem, case_name(ready.case)
     of = operation(case.operation)
-    elsewhere = isinstance(ready.call, TimedCall)
+    elsewhere = isinstance(ready.call, clock.Elsewhere)
     joules, joules_how = None, "not asked for"
     if elsewhere:
-        joules_how = "not measured of a process of its own"
+        joules_how = "not measured of other processes"
     elif plan.measures_energy(case):
         joules, joules_how = energy.per_call(ready.call, plan.device, timing.median)
     traced = None
@@ -371,7 +373,7 @@ def _result(ready: _Ready, timing: Timing, watch: telemetry.Watch, plan: Plan) -
         else second_clock.compare(name, ready.call, plan.device, timing.median),
         "profile": traced,
         "guest": ready.call.verdict() if isinstance(ready.call, TimedCall) else None,
-        "checked_again": elsewhere,
+        "checked_again": isinstance(ready.call, TimedCall),
         "device": plan.device.type,
         "clock": timing.clock,
         "cache": timing.cache,

@@ -1,6 +1,7 @@
 """The table a benchmark run ends with: backends side by side, one block per operation and pass."""
 
 import statistics
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,6 +26,8 @@ class Row:
             return f"{i['model']} {i['backend']}"
         if "whole_model" in i:
             return f"{i['whole_model']} {i['attention']} {i['resolution']} {i['pass']}"
+        if "processes" in i:
+            return f"{i['pass']} {i['dtype']} N={i['N']} {_over(i)}"
         return f"{i['operation']} {i['pass']} {i['dtype']} N={i['N']} {i['backend']}"
 
     @property
@@ -47,13 +50,16 @@ class Row:
             return f"{i['operation']} {i['model']:15} {spread}  {i['images_per_s']:8.0f} images/s"
         if "whole_model" in i:
             return f"{self.name:62} {spread}  {i['images_per_s']:7.1f} images/s"
+        if "processes" in i:
+            return f"{self.name:62} {spread}  {i['sent_bytes'] / 2**20:7.1f} MiB sent"
         return f"{self.name:62} {spread}  {i['tflop_per_s'] * 1e3:7.1f} GFLOP/s"
 
 
 def render(rows: list[Row], width: int, colour: bool) -> str:
     """Blocks of text, at most ``width`` columns wide."""
     blocks = []
-    kernels = [row for row in rows if not {"model", "whole_model"} & set(row.info)]
+    apart = {"model", "whole_model", "processes"}
+    kernels = [row for row in rows if not apart & set(row.info)]
 
     plain = [_title(row.info) for row in kernels]
     settings: dict[str, set[str]] = {}
@@ -75,6 +81,11 @@ def render(rows: list[Row], width: int, colour: bool) -> str:
     for title in dict.fromkeys(titles):
         block = [row for row, its in zip(whole, titles, strict=True) if its == title]
         blocks.append(_model_block(title, block))
+    over = [row for row in rows if "processes" in row.info]
+    titles = [f"attention over processes, {r.info['pass']}, {r.info['dtype']}" for r in over]
+    for title in dict.fromkeys(titles):
+        block = [row for row, its in zip(over, titles, strict=True) if its == title]
+        blocks.append(_side_by_side(title, block, "N", lambda row: row.info["N"], _over_of))
     notes = [
         "Median time per call, ± half the interquartile range of the rounds; * fastest. Of limit: "
         "the time that the measured copy or matmul rate allows for the least traffic or work, over "
@@ -195,14 +206,32 @@ def _model_block(title: str, rows: list[Row]) -> _Block:
         backend = row.info["backend"]
         return row.info["attention"] + ("" if backend == "default" else f" ({backend})")
 
+    return _side_by_side(title, rows, "side", lambda row: row.info["resolution"], column)
+
+
+def _over(info: dict[str, Any]) -> str:
+    count = info["processes"]
+    return f"{info['backend']}, {count} process{'' if count == 1 else 'es'}"
+
+
+def _over_of(row: Row) -> str:
+    return _over(row.info)
+
+
+def _side_by_side(
+    title: str, rows: list[Row], head: str, size: Callable[[Row], int], column: Callable[[Row], str]
+) -> _Block:
+    """A line per size, and how many tokens that is; a column for each kind of case."""
     columns = list(dict.fromkeys(map(column, rows)))
+    with_tokens = [] if head == "N" else ["N"]
     table = []
-    for side in sorted({row.info["resolution"] for row in rows}):
-        at = {column(row): row for row in rows if row.info["resolution"] == side}
+    for at_size in sorted({size(row) for row in rows}):
+        at = {column(row): row for row in rows if size(row) == at_size}
         able = [row for row in at.values() if row.competes]
         fastest = min(able, key=lambda row: row.median, default=None)
         marks = {name: "*" if row is fastest and len(able) > 1 else "" for name, row in at.items()}
         cells = [marks[name] + at[name].time if name in at else "–" for name in columns]
         tokens = next(iter(at.values())).info.get("N")
-        table.append([str(side), f"{tokens:,}" if tokens else "–", *cells])
-    return title, ["side", "N", *columns], table
+        more = [f"{tokens:,}" if tokens else "–"] if with_tokens else []
+        table.append([f"{at_size:,}", *more, *cells])
+    return title, [head, *with_tokens, *columns], table

@@ -83,7 +83,7 @@ class Timing:
 
 @runtime_checkable
 class Elsewhere(Protocol):
-    """A call that another process makes and times."""
+    """A call that another process makes and times; or several, with a ``clock`` of their own."""
 
     def rounds(self, calls: int) -> list[float]:
         """Seconds a call: of one round of so many, or on CUDA of so many rounds of one."""
@@ -358,7 +358,8 @@ class _ElsewhereRounds(Rounds):
     def __init__(self, *arguments: Any) -> None:
         super().__init__(*arguments)
         here = rounds_on(self.device)
-        self.clock, self.cache = f"{here.clock}, in a process of its own", here.cache
+        self.clock = getattr(self.call, "clock", f"{here.clock}, in a process of its own")
+        self.cache = getattr(self.call, "cache", here.cache)
         if self.device.type == "cuda":
             self._calls = _batch_of(self.estimate)
         else:
