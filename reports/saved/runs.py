@@ -21,6 +21,7 @@ MEASUREMENTS = ROOT / "measurements"
 HOW_TO_MEASURE = "pytest --benchmark-only --benchmark-json=reports/out/benchmark.json"
 TRAINING_STEP = "training_step"
 WHOLE_MODEL = "whole_model"
+OVER_PROCESSES = "over_processes"
 
 # Sizes of one and the same sweep; any other sweep is a list of cases of its own, and stands apart.
 _EXTENTS = ("quick", "full", None)
@@ -30,6 +31,8 @@ _COLUMNS |= {"peak_memory_bytes", "N", "implementation", "other_function", "leas
 _COLUMNS |= {"gb_per_s", "tflop_per_s", "share_of_limit", "model", "model_title", "images_per_s"}
 _COLUMNS |= {"whole_model", "attention", "resolution", "batch", "parameters"}
 _COLUMNS |= {"attention_s", "attention_alone_s"}
+_COLUMNS |= {"processes", "heads", "head_dim", "sent_bytes", "exchanges"}
+_COLUMNS |= {"all_reduce_latency_s", "all_reduce_bytes_per_s"}
 # What tells the cases of a machine and backend apart.
 PLACE = ["sweep", "total_tokens", "setting", "operation", "pass", "dtype", "N"]
 # Fields of a shape that are its length.
@@ -87,8 +90,9 @@ class Runs:
     shape says, in words; ``other_function`` says what a peer computes instead; ``disturbed`` what
     disturbed the measurement, None where nothing did; ``info`` is all that the file says of the
     case. A call replayed from a graph is of a backend of its own.
-    ``training``: a row per training step, ``models`` per whole model. ``skipped``: a line per file
-    that could not be used. ``heads``: per file, where and when. ``words``: titles and colours.
+    ``training``: a row per training step, ``models`` per whole model, ``over`` per sequence over
+    processes. ``skipped``: a line per file that could not be used. ``heads``: per file, where and
+    when. ``words``: titles and colours.
     """
 
     kernels: pd.DataFrame
@@ -97,6 +101,7 @@ class Runs:
     skipped: list[str] = field(default_factory=list)
     words: Words = field(default_factory=Words)
     models: pd.DataFrame = field(default_factory=pd.DataFrame)
+    over: pd.DataFrame = field(default_factory=pd.DataFrame)
 
     def limits(self, file: str) -> Content:
         """The machine's limits that a run measured; empty where it has none."""
@@ -109,7 +114,7 @@ class Runs:
             for head in self.heads
             if head["limits"].get("disturbed")
         ]
-        for frame in (self.kernels, self.training, self.models):
+        for frame in (self.kernels, self.training, self.models, self.over):
             if len(frame) and len(lost := frame[frame["disturbed"].notna()]):
                 for (file, why), part in lost.groupby(["file", "disturbed"], sort=False):
                     first = part["name"].iloc[0]
@@ -128,12 +133,13 @@ class Runs:
 
     def of_file(self, file: str) -> "Runs":
         """What one of the files says."""
-        kernels, training, models = (
-            frame if frame.empty else frame[frame["file"] == file]
-            for frame in (self.kernels, self.training, self.models)
-        )
+        frames = {
+            name: frame if frame.empty else frame[frame["file"] == file]
+            for name in ("kernels", "training", "models", "over")
+            for frame in [getattr(self, name)]
+        }
         heads = [head for head in self.heads if head["file"] == file]
-        return replace(self, kernels=kernels, training=training, models=models, heads=heads)
+        return replace(self, heads=heads, **frames)
 
 
 def only(frame: pd.DataFrame, *asked: Asked) -> pd.DataFrame:
@@ -237,9 +243,7 @@ def _made(
 
     ``apart``: the columns in which cases differ and are then no longer the same one.
     """
-    kernels: list[Content] = []
-    training: list[Content] = []
-    models: list[Content] = []
+    kinds: dict[str, list[Content]] = {"": [], "model": [], "whole_model": [], "processes": []}
     heads: list[Content] = []
     words = Words()
     for path, document in documents:
@@ -247,17 +251,18 @@ def _made(
         skipped += [f"{path}: {complaint}" for complaint in complaints]
         if rows:
             heads.append(_head(path, document, len(rows)))
-            kernels += [row for row in rows if not {"model", "whole_model"} & set(row)]
-            training += [row for row in rows if "model" in row]
-            models += [row for row in rows if "whole_model" in row]
+            for row in rows:  # a kernel has none of what the others are told by
+                kinds[next((kind for kind in kinds if kind in row), "")].append(row)
             _learn(words, document["kernel_suite"])
+    kernels, training, models, over = map(pd.DataFrame, kinds.values())
     return Runs(
-        _newest(pd.DataFrame(kernels), ["machine", *PLACE, "backend", *apart]),
-        _newest(pd.DataFrame(training), ["machine", "sweep", "case", "dtype", *apart]),
+        _newest(kernels, ["machine", *PLACE, "backend", *apart]),
+        _newest(training, ["machine", "sweep", "case", "dtype", *apart]),
         sorted(heads, key=lambda head: head["datetime"]),
         skipped,
         words,
-        _newest(pd.DataFrame(models), ["machine", "sweep", "name", *apart]),
+        _newest(models, ["machine", "sweep", "name", *apart]),
+        _newest(over, ["machine", "name", *apart]),
     )
 
 
@@ -297,9 +302,8 @@ def _cases(path: Path, document: Content) -> tuple[list[Content], list[str]]:
     for number, benchmark in enumerate(document["benchmarks"]):
         info = benchmark.get("extra_info") if isinstance(benchmark, dict) else None
         operation = info.get("operation") if isinstance(info, dict) else None
-        kinds = {TRAINING_STEP: schema.StepCase, WHOLE_MODEL: schema.ModelCase}
         try:
-            case = schema.check(kinds.get(str(operation), schema.Case), benchmark)
+            case = schema.check(_KINDS.get(str(operation), schema.Case), benchmark)
         except Damaged as error:
             field = str(error).partition(":")[0]
             first, count = bad.get(field, (f"benchmarks[{number}].{error}", 0))
@@ -310,6 +314,13 @@ def _cases(path: Path, document: Content) -> tuple[list[Content], list[str]]:
     rows = [alike | _row(raw, case, suite["machine"], settings) for raw, case in found]
     complaints = [f"{text} ({counted(count, 'case')} left out)" for text, count in bad.values()]
     return rows, complaints or ([] if rows else ["an empty run"])
+
+
+_KINDS = {
+    TRAINING_STEP: schema.StepCase,
+    WHOLE_MODEL: schema.ModelCase,
+    OVER_PROCESSES: schema.OverCase,
+}
 
 
 def _row(raw: Content, case: Any, facts: Content, settings: Settings) -> Content:
@@ -334,7 +345,7 @@ def _row(raw: Content, case: Any, facts: Content, settings: Settings) -> Content
     }
     if isinstance(info, schema.Kernel):
         return row | _of_kernel(info, settings)
-    if info.operation == WHOLE_MODEL:
+    if info.operation in (WHOLE_MODEL, OVER_PROCESSES):
         return row
     setting = raw["extra_info"]["settings"]
     alike = sorted((name, value) for name, value in setting.items() if name != "backend")

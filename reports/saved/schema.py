@@ -191,6 +191,11 @@ WholeModel = of(
     images_per_s=Rate, parameters=free(Count),
     attention_s=free(Amount), attention_alone_s=free(Amount), attention_alone_disturbed=free(Name),
 )  # fmt: skip
+OverProcesses = of(
+    Info, N=Size, processes=Size, batch=Size, heads=Size, head_dim=Size, sent_bytes=Count,
+    exchanges=Count, all_reduce_latency_s=free(Seconds), all_reduce_bytes_per_s=free(Rate),
+)  # fmt: skip
 Case = of(name=Name, stats=Stats, extra_info=Kernel)
 StepCase = of(name=Name, stats=Stats, extra_info=Step)
 ModelCase = of(name=Name, stats=Stats, extra_info=WholeModel)
+OverCase = of(name=Name, stats=Stats, extra_info=OverProcesses)
