@@ -132,8 +132,12 @@ def _unusable(entry: Entry, guest: Guest) -> registry.Unusable:
 
 
 def _stand_in(entry: Entry) -> Callable[..., Any]:
-    def stand_in(*arguments: Any) -> Any:
+    def refuse(*arguments: Any) -> Any:
         raise RuntimeError(f"{entry.name} runs in a process of its own, when checked or timed")
 
+    def refuse_masked(*arguments: Any, key_mask: Any = None) -> Any:
+        refuse()
+
+    stand_in = refuse_masked if entry.key_mask else refuse
     stand_in.__module__, stand_in.__qualname__ = entry.module, entry.function
     return stand_in

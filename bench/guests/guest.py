@@ -45,7 +45,7 @@ class OutOfMemory(Failed):
 class Entry:
     """A kernel that a file registers, as its process tells it.
 
-    ``interpreted``: Triton is imported, and would interpret.
+    ``interpreted``: Triton is imported, and would interpret; ``key_mask``: it takes one.
     """
 
     operation: str
@@ -54,6 +54,7 @@ class Entry:
     title: str
     colour: str
     interpreted: bool
+    key_mask: bool
     module: str
     function: str
 

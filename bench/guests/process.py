@@ -131,6 +131,7 @@ class _Served:
                     "title": rows[name].title,
                     "colour": rows[name].colour,
                     "interpreted": interpreted,
+                    "key_mask": entry.takes_key_mask,
                     "module": entry.function.__module__,
                     "function": getattr(entry.function, "__qualname__", str(entry.function)),
                 }

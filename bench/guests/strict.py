@@ -8,7 +8,7 @@ later answers change. The first trial that fails is reduced to the smallest that
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
@@ -99,9 +99,15 @@ def check(
         ValueError: no head dim is usable, for the reason in the message.
     """
     head_dims = _usable(operation, backend, dtype, device)
+    refused = kernels.backends(operation.name, device, key_mask=True)[backend]
+
+    def asked(attempts: Iterable[Attempt]) -> Iterator[Attempt]:
+        """Without those that have a mask of keys, where the kernel takes none."""
+        return (a for a in attempts if not refused or not dict(a.trial.settings).get("key_mask"))
+
     attempts = [
-        *trials.named(operation, dtype, head_dims),
-        *islice(trials.drawn(operation, dtype, head_dims, seed), draws),
+        *asked(trials.named(operation, dtype, head_dims)),
+        *islice(asked(trials.drawn(operation, dtype, head_dims, seed)), draws),
     ]
     report = Report()
     own = guest or Guest(guests.files_of(operation.name, backend))

@@ -4,13 +4,13 @@ import random
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from linear_vit.bench.problems.case import BACKWARD, DTYPES, FORWARD, PASSES, Shape, Wanted
-from linear_vit.bench.problems.inputs import Drawn, Normal, Tensors
+from linear_vit.bench.problems.inputs import Drawn, Normal, Run, Tensors
 
 # One sequence, six heads of 64: time against N is then the scaling of one attention layer of a
 # ViT-S.
@@ -54,10 +54,33 @@ def square(batch: int, heads: int, tokens: int, head_dim: int) -> AttentionShape
     return AttentionShape(batch, heads, heads, tokens, tokens, head_dim)
 
 
+# Of the setting key_mask: each sequence ends with keys that are not there.
+PADDING = "padding"
+
+
+def _present(shape: AttentionShape, sequence: int) -> int:
+    """How many keys a padded sequence has: half of them or more, and another number in each."""
+    return shape.M - (shape.M // 2) * (sequence + 1) // shape.B
+
+
 class AttentionOperation(Drawn):
     """An operation on queries, keys and values, or on what is made of them."""
 
     poisoned: ClassVar[Sequence[str]] = ("q", "k", "v", "qkv")
+
+    def run(self, shape: AttentionShape, **settings: Any) -> Run:
+        """``key_mask=PADDING`` is a mask of the problem's batch and keys."""
+        if settings.get("key_mask") != PADDING:
+            return super().run(shape, **settings)
+        counts = torch.tensor([_present(shape, sequence) for sequence in range(shape.B)])
+        present = torch.arange(shape.M) < counts.view(-1, 1)
+
+        def run(tensors: Tensors, backend: str) -> tuple[Tensor, ...]:
+            mask = present.to(next(iter(tensors.values())).device)
+            whole = super(AttentionOperation, self).run(shape, **{**settings, "key_mask": mask})
+            return whole(tensors, backend)
+
+        return run
 
     def shape(self, tokens: int, batch: int = 1) -> AttentionShape:
         return square(batch, HEADS, tokens, HEAD_DIM)

@@ -41,7 +41,10 @@ _SHORT = (functools.partial(square, 128, 6, 256), functools.partial(square, 16, 
 class _Linear(AttentionOperation):
     """What the four have in common."""
 
-    settings: ClassVar[Mapping[str, Sequence[Any]]] = {"eps": (1e-6, 1e-3, 0.0)}
+    settings: ClassVar[Mapping[str, Sequence[Any]]] = {
+        "eps": (1e-6, 1e-3, 0.0),
+        "key_mask": (None, attention.PADDING),
+    }
     scales: ClassVar[Sequence[tuple[float, float]]] = ((1e-2, 0.0), (1.0, 1.0), (30.0, 1.0))
 
     def probes(self, device: torch.device) -> dict[str, Callable[[], float]]:
@@ -149,7 +152,7 @@ class _Part(_Linear):
 
 class LinearAttentionState(_Part):
     name = "linear_attention_state"
-    settings: ClassVar = {}
+    settings: ClassVar = {"key_mask": (None, attention.PADDING)}
     per_fma: ClassVar = {"fma": 1, "load": 6 / 8, "instructions": 18 / 8}
     workloads: ClassVar = {
         "linear_attention.state": Workload(name, FORWARD, *_LONG, ("_state", "_feature_outer")),
@@ -179,6 +182,7 @@ class LinearAttentionState(_Part):
 
 class LinearAttentionApply(_Part):
     name = "linear_attention_apply"
+    settings: ClassVar = {"eps": (1e-6, 1e-3, 0.0)}
     scales: ClassVar = ()
     per_fma: ClassVar = {"fma": 1, "load": 4 / 4, "instructions": 8 / 4}
     workloads: ClassVar = {

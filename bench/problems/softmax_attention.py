@@ -33,7 +33,7 @@ _SIZES = (functools.partial(square, 4, 16, 2048), functools.partial(square, 4, 6
 class _Softmax(AttentionOperation):
     """What both have in common."""
 
-    settings: ClassVar = {"scale": (None, 0.05, 0.5)}
+    settings: ClassVar = {"scale": (None, 0.05, 0.5), "key_mask": (None, attention.PADDING)}
     backward_reads_outputs = True  # P is worked out again, and its row sums need out
 
     def traffic_shapes(self, head_dim: int) -> tuple[AttentionShape, ...]:

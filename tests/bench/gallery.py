@@ -1,4 +1,4 @@
-"""Kernels that cheat, each in a way of its own, and two honest ones: what has to be told apart.
+"""Kernels that cheat, each in a way of its own, and three honest ones: what has to be told apart.
 
     python -m bench check --kernels tests/bench/gallery.py
 
@@ -37,6 +37,16 @@ def cheat(function: Kernel) -> Kernel:
 
 
 honest = kernels.register("linear_attention", "honest", devices=("cpu",))(right)
+
+
+@kernels.register("linear_attention", "honest_with_a_mask", devices=("cpu",))
+def honest_with_a_mask(
+    q: Tensor, k: Tensor, v: Tensor, eps: float, key_mask: Tensor | None = None
+) -> Tensor:
+    if key_mask is not None:
+        present = key_mask[:, None, :, None]
+        k, v = (torch.where(present, x, torch.zeros_like(x)) for x in (k, v))
+    return right(q, k, v, eps)
 
 
 @cheat
@@ -221,6 +231,14 @@ def without_a_tail(q: Tensor, k: Tensor, v: Tensor, eps: float) -> Tensor:
 @cheat
 def without_nan(q: Tensor, k: Tensor, v: Tensor, eps: float) -> Tensor:
     return right(q.nan_to_num(), k.nan_to_num(), v.nan_to_num(), eps)
+
+
+@cheat
+def blind_to_a_mask(
+    q: Tensor, k: Tensor, v: Tensor, eps: float, key_mask: Tensor | None = None
+) -> Tensor:
+    """Right without one."""
+    return right(q, k, v, eps)
 
 
 @cheat
