@@ -22,6 +22,14 @@ _ATTENTION = {
     "ripple": "#009E73",
     "hydra": "#D55E00",
 }
+# Of a sequence over processes: two shades an attention.
+_OVER = {
+    "linear, 1 process": "#E69F00",
+    "linear, 2 processes": "#D55E00",
+    "linear, 2 processes, by the model": "#D55E00",
+    "softmax, 1 process": "#56B4E9",
+    "softmax, 2 processes": "#0072B2",
+}
 # Of what has no colour, or one of its own, by the letters of its name.
 _OTHER = (("#56B4E9", "v"), ("#F0E442", "*"), ("#000000", "h"))
 # matplotlib's marker by its name in Observable Plot.
@@ -41,7 +49,8 @@ _SYMBOLS = {
 def style(backend: str, words: Words) -> tuple[str, str]:
     """Colour and matplotlib marker of a backend, or of an attention (and its backend)."""
     colour, marker = _OTHER[sum(map(ord, backend)) % len(_OTHER)]
-    said = words.colour(backend) or _ATTENTION.get(backend.partition(" ")[0])
+    known = _OVER.get(backend) or _ATTENTION.get(backend.partition(" ")[0])
+    said = words.colour(backend) or known
     if said is None:
         return colour, marker
     return said, _MARKERS.get(said.lower(), marker)
