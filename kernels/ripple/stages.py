@@ -89,6 +89,7 @@ def fits(x: Tensor, axes: Sequence[int], multiprocessors: int) -> bool:
 
     One stage has nothing to fuse. A block per image and 64 channels has to reach every other
     multiprocessor at least, or the single stages, which share an image among blocks, are better.
+    A DTensor goes through the single stages, whose rules say how they are cut.
     """
     batch, rows, cols, channels = x.shape
     blocks = batch * -(-channels // CHANNELS_PER_BLOCK)
@@ -97,6 +98,7 @@ def fits(x: Tensor, axes: Sequence[int], multiprocessors: int) -> bool:
         and 0 < rows * cols <= FUSED_TOKENS
         and batch > 0
         and 2 * blocks >= multiprocessors
+        and not hasattr(x, "placements")
     )
 
 

@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor, init_device_mesh
 
 from linear_vit import kernels
+from linear_vit.kernels.ripple import stages
 from tests import processes
 from tests.kernels.cases import DEVICE, usable_backends
 
@@ -145,6 +146,37 @@ def _cut_grids(rank: int, op: str, backend: str) -> list[str]:
 )
 def test_grids_are_cut(op: str, backend: str) -> None:
     assert processes.together(2, _cut_grids, op, backend) == [[], []]
+
+
+def _cut_pyramid(rank: int, backend: str) -> bool:
+    """A pyramid of two stages, up and down again, cut by images."""
+    mesh = init_device_mesh("cpu", (2,))
+    generator = torch.Generator().manual_seed(0)
+    x, *weights = (
+        torch.randn(shape, generator=generator)
+        for shape in ((4, 6, 5, 8), *[(8, 3, 3)] * 4, *[(2, 8)] * 2)
+    )
+
+    def results(x: Tensor, weights: list[Tensor]) -> list[Tensor]:
+        inputs = [y.detach().requires_grad_() for y in (x, *weights)]
+        x, pool, lateral, pairs = inputs[0], inputs[1:3], inputs[3:5], inputs[5:]
+        middle, top = kernels.ripple_pool_stages(x, pool, axes=(0, 1), backend=backend)
+        out = kernels.ripple_expand_stages(
+            top, [x, middle], pairs, lateral, axes=(0, 1), backend=backend
+        )
+        return [out, *torch.autograd.grad(out.square().sum(), inputs)]
+
+    whole = [distribute_tensor(y, mesh, [Replicate()]) for y in weights]
+    cut = distribute_tensor(x, mesh, [Shard(0)])
+    assert stages.fits(x, (0, 1), 1)
+    assert not stages.fits(cut, (0, 1), 1)
+    pairs = zip(results(cut, whole), results(x, weights), strict=True)
+    return all(torch.allclose(a.full_tensor(), b, rtol=1e-4, atol=1e-4) for a, b in pairs)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_pyramids_are_cut(backend: str) -> None:
+    assert processes.together(2, _cut_pyramid, backend) == [True, True]
 
 
 def _compiled(rank: int, backend: str) -> bool:
