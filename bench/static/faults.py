@@ -9,6 +9,8 @@ from linear_vit.screen import counted
 # by hand: what remains beside products (scaling, row sums) is a few per element a thread holds.
 _MOST_FMA = 256
 _FEW_LOADS, _FEW_STORES = 6, 4
+# Without head dims: a filter's nine taps of four channels, nine sums of taps and two of scales.
+_FILTER_LOADS, _FILTER_STORES = 36, 11
 
 Row = dict[str, Any]
 
@@ -65,9 +67,12 @@ def faults(row: Row) -> list[str]:
     # A few narrow accesses are a row's statistics, or a sum of partials; more are a tile.
     # A CUDA kernel without template arguments knows no element type: it adds up float32 states.
     if half and "aligned" in row["layout"] and row["configuration"]:
-        if row["narrow_loads"] > _FEW_LOADS and not row["wide_loads"]:
+        few = (_FEW_LOADS, _FEW_STORES)
+        if launches.inside(row["room"]) and not launches.has_head_dims(row["room"]):
+            few = (_FILTER_LOADS, _FILTER_STORES)
+        if row["narrow_loads"] > few[0] and not row["wide_loads"]:
             found.append(f"{row['narrow_loads']} narrow loads and no 16-byte one")
-        if row["narrow_stores"] > _FEW_STORES and not row["wide_stores"]:
+        if row["narrow_stores"] > few[1] and not row["wide_stores"]:
             found.append(f"{row['narrow_stores']} narrow stores and no 16-byte one")
     return found
 

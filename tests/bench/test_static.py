@@ -276,6 +276,15 @@ def test_each_fault_is_found(case: tuple[dict[str, Any], str]) -> None:
     assert faults({**SOUND, **change}) == [fault]
 
 
+def test_a_filter_and_its_sums_are_no_tile() -> None:
+    """Of a gradient of the filter alone, or of a level alone, they are all that is narrow."""
+    ripple = {**SOUND, "room": "ripple", "products": False, "tensor_core": 0}
+    filters = {**ripple, "wide_loads": 0, "narrow_loads": 36, "wide_stores": 0, "narrow_stores": 9}
+    assert faults(filters) == []
+    tile = {**filters, "narrow_loads": 72, "narrow_stores": 16}
+    assert [fault.partition(" ")[0] for fault in faults(tile)] == ["72", "16"]
+
+
 def test_rows_that_cannot_be_16_bytes_apart_may_be_read_narrowly() -> None:
     ragged = {**SOUND, "layout": "ragged", "wide_loads": 0, "narrow_loads": 9}
     assert faults(ragged) == []
