@@ -41,11 +41,11 @@ class BaselineAttention(nn.Module):
     def forward(self, x: Tensor, grid: Grid) -> Tensor:
         check_tokens(x, grid, self.dim)
         packed = self.qkv(x)
-        out = self._attend(packed.unflatten(2, (3, self.heads, -1))).flatten(2)
+        out = self.attend(packed.unflatten(2, (3, self.heads, -1))).flatten(2)
         if self.local is not None:
             out = out + self.local(packed[..., 2 * self.dim :], grid)
         return self.projection(out)
 
-    def _attend(self, qkv: Tensor) -> Tensor:
+    def attend(self, qkv: Tensor) -> Tensor:
         """Of q, k and v packed (B, N, 3, heads, C/heads): (B, N, heads, C/heads)."""
         return softmax_attention_packed(qkv, backend=self.backend)

@@ -56,9 +56,13 @@ class HydraAttention(nn.Module):
         batch, tokens = check_tokens(x, grid, self.dim)
         packed = self.qkv(x).view(batch, tokens, self.branches + 2, self.head_dim).transpose(1, 2)
         q, k, v = packed.split([self.branches, 1, 1], dim=1)
-        out = linear_attention(q, k, v, backend=self.backend).transpose(1, 2)  # (B, N, R, C/R)
+        out = self.attend(q, k, v).transpose(1, 2)  # (B, N, R, C/R)
         out = fused(out, self.gate(x)).reshape(batch, tokens, self.dim)
         if self.local is not None:
             shared = v.transpose(1, 2).expand(-1, -1, self.branches, -1)
             out = out + self.local(shared.reshape(batch, tokens, self.dim), grid)
         return self.projection(out)
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Of queries (B, R, N, C/R) and the keys and values (B, 1, N, C/R): as the queries."""
+        return linear_attention(q, k, v, backend=self.backend)

@@ -13,5 +13,5 @@ class LinearAttention(BaselineAttention):
     either takes the other's weights. Only the function between the projections is another.
     """
 
-    def _attend(self, qkv: Tensor) -> Tensor:
+    def attend(self, qkv: Tensor) -> Tensor:
         return linear_attention_packed(qkv, backend=self.backend)

@@ -106,16 +106,21 @@ class RippleAttention(nn.Module):
 
     def forward(self, x: Tensor, grid: Grid) -> Tensor:
         check_tokens(x, grid, self.dim)
-        level = x.unflatten(1, grid)
-        level = through_pyramid(level, self.stages, self._attend, backend=self.backend)
-        return level.flatten(1, 2)
+        return self.pyramid(x.unflatten(1, grid)).flatten(1, 2)
 
-    def _attend(self, level: Tensor) -> Tensor:
+    def pyramid(self, level: Tensor) -> Tensor:
+        """The three steps on a token grid (B, rows, cols, C)."""
+        return through_pyramid(level, self.stages, self.at_the_top, backend=self.backend)
+
+    def at_the_top(self, level: Tensor) -> Tensor:
         """Multi-head linear attention on the compressed grid (B, rows, cols, C)."""
         _, rows, cols, _ = level.shape
         x = level.flatten(1, 2)
-        qkv = self.qkv(x).unflatten(2, (3, self.heads, -1))
-        out = linear_attention_packed(qkv, backend=self.backend).flatten(2)
+        out = self.attend(self.qkv(x).unflatten(2, (3, self.heads, -1))).flatten(2)
         if self.local is not None:
             out = out + self.local(x, (rows, cols))
         return self.projection(out).unflatten(1, (rows, cols))
+
+    def attend(self, qkv: Tensor) -> Tensor:
+        """Of q, k and v packed (B, N, 3, heads, C/heads): (B, N, heads, C/heads)."""
+        return linear_attention_packed(qkv, backend=self.backend)

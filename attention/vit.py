@@ -43,7 +43,11 @@ class DropPath(nn.Module):
         if not self.training or self.rate == 0:
             return x
         keep = 1 - self.rate
-        return x * x.new_empty(x.shape[0], *[1] * (x.dim() - 1)).bernoulli_(keep).div_(keep)
+        return x * self.drawn(x, keep).div_(keep)
+
+    def drawn(self, x: Tensor, keep: float) -> Tensor:
+        """(B, 1, ...): 1 for each sample that is kept, with this probability, and 0 otherwise."""
+        return x.new_empty(x.shape[0], *[1] * (x.dim() - 1)).bernoulli_(keep)
 
     def extra_repr(self) -> str:
         return f"rate={self.rate}"
@@ -190,13 +194,17 @@ class VisionTransformer(nn.Module):
         with torch.no_grad():
             self.positions.copy_(_sine_positions(self.grid, self.positions.shape[2]))
 
-    def forward(self, images: Tensor) -> Tensor:
+    def check_images(self, images: Tensor) -> None:
+        """Raises ValueError unless images are (B, in_channels, height, width)."""
         expected = (self.in_channels, *self.img_size)
         if images.dim() != 4 or tuple(images.shape[1:]) != expected:
             raise ValueError(
                 f"images must have shape (B, {', '.join(map(str, expected))}), "
                 f"got {tuple(images.shape)}"
             )
+
+    def forward(self, images: Tensor) -> Tensor:
+        self.check_images(images)
         x = self.dropout(self.patch_embedding(images) + self.positions)
         for block in self.blocks:
             x = block(x, self.grid)

@@ -7,11 +7,9 @@ device).
 """
 
 from numbers import Integral, Real
-from typing import Any
 
 import torch
 from torch import Tensor
-from torch import distributed as dist
 
 from linear_vit.screen import counted
 
@@ -164,14 +162,3 @@ def check_axis(axis: object) -> int:
     if axis not in (0, 1):
         raise ValueError(f"axis must be 0 (rows) or 1 (columns), got {axis}")
     return int(axis)
-
-
-def check_group(operation: str, group: Any) -> None:
-    """RuntimeError unless this process is one of a group (None: of all) of torch.distributed."""
-    if not (dist.is_available() and dist.is_initialized()):
-        raise RuntimeError(
-            f"{operation} needs torch.distributed: start the processes with torchrun and call "
-            "torch.distributed.init_process_group first"
-        )
-    if dist.get_rank(group) < 0:
-        raise RuntimeError(f"{operation}: this process is not of the group")

@@ -1,17 +1,30 @@
 """How many bytes a process sends to others of its group of torch.distributed."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor
 from torch import distributed as dist
 from torch.utils._python_dispatch import TorchDispatchMode
 
-# What a process sends of its argument's bytes where each passes pieces on to the next, of P.
-_SENT: dict[str, Callable[[int], float]] = {
-    "allreduce_": lambda P: 2 * (P - 1) / P,
-    "allgather_": lambda P: P - 1,
-    "reduce_scatter_": lambda P: (P - 1) / P,
+
+def _of_all_reduce(given: list[Tensor], *_: Any) -> float:
+    """Each piece passes on to the next process, first to be added up, then as the sum."""
+    processes = dist.get_world_size()
+    return 2 * (processes - 1) / processes * sum(x.nbytes for x in given)
+
+
+def _of_all_to_all(
+    out: Tensor, x: Tensor, group: Any, received: Any, sent: list[int], *_: Any
+) -> float:
+    """All but what stays here."""
+    parts = sent or [len(x) // dist.get_world_size()] * dist.get_world_size()
+    return x.nbytes * (1 - parts[dist.get_rank()] / sum(parts)) if sum(parts) else 0.0
+
+
+_SENT: dict[str, Callable[..., float]] = {
+    "allreduce_": _of_all_reduce,
+    "alltoall_base_": _of_all_to_all,
 }
 
 
@@ -19,7 +32,7 @@ class Exchanged(TorchDispatchMode):
     """Counts while it is entered, in the group of all processes.
 
     Attributes:
-        bytes: sent by this process, where each exchange goes around a ring (the least there is).
+        bytes: sent by this process, where an all-reduce goes around a ring (the least there is).
         exchanges: how many there were.
 
     Raises:
@@ -38,16 +51,6 @@ class Exchanged(TorchDispatchMode):
             name = function.overloadpacket.__name__
             if name not in _SENT:
                 raise NotImplementedError(f"the bytes of c10d.{name} are not counted")
-            given = args[0 if name == "allreduce_" else 1]
-            size = sum(x.numel() * x.element_size() for x in _tensors(given))
-            self.bytes += size * _SENT[name](dist.get_world_size())
+            self.bytes += _SENT[name](*args)
             self.exchanges += 1
         return function(*args, **(kwargs or {}))
-
-
-def _tensors(found: Any) -> Iterator[Tensor]:
-    if isinstance(found, Tensor):
-        yield found
-    else:
-        for one in found:
-            yield from _tensors(one)

@@ -3,16 +3,17 @@
 Each sums its own keys and values into a state, the states are added up over the processes, and
 each reads the sum with its own queries. So what they exchange is the state, whatever the length:
 4·B·Hk·(2D² + 2D) bytes in each direction, times what an all-reduce sends for a byte.
+
+The sum is waited for at once. Nothing is left to do meanwhile: what reads the queries reads the
+sum in the same pass, and so it is backward, where one kernel makes their gradient and its part of
+the sum's.
 """
 
-from typing import Any
-
-import torch
 from torch import Tensor
 from torch import distributed as dist
 
+from linear_vit.kernels.exchanges import rank_in, summed
 from linear_vit.kernels.linear_attention import linear_attention_apply, linear_attention_state
-from linear_vit.kernels.validation import check_group
 
 
 def linear_attention_sharded(
@@ -46,28 +47,7 @@ def linear_attention_sharded(
         TypeError, ValueError: as :func:`kernels.linear_attention`, before anything is exchanged.
         RuntimeError: torch.distributed is not initialised, or this process is not of the group.
     """
-    check_group("linear_attention_sharded", group)
+    rank_in(group, "linear_attention_sharded")
     S, z = linear_attention_state(k, v, key_mask=key_mask, backend=backend)
-    S, z = _Summed.apply(S, z, group)
+    S, z = summed(group, S, z)
     return linear_attention_apply(q, S, z, eps=eps, backend=backend)
-
-
-class _Summed(torch.autograd.Function):
-    """S and z added up over the processes. The gradient of a sum is that of each of its terms, and
-    every process has a part of it: those are added up in the same way."""
-
-    @staticmethod
-    def forward(ctx: Any, S: Tensor, z: Tensor, group: Any) -> tuple[Tensor, Tensor]:
-        ctx.group = group
-        return _summed(S, z, group)
-
-    @staticmethod
-    def backward(ctx: Any, dS: Tensor, dz: Tensor) -> tuple[Tensor, Tensor, None]:
-        return *_summed(dS, dz, ctx.group), None
-
-
-def _summed(S: Tensor, z: Tensor, group: Any) -> tuple[Tensor, Tensor]:
-    """Both in one exchange, as an all-reduce of few bytes takes as long as that of none."""
-    both = torch.cat((S.flatten(), z.flatten()))
-    dist.all_reduce(both, group=group)
-    return both[: S.numel()].view(S.shape), both[S.numel() :].view(z.shape)

@@ -5,20 +5,15 @@ grows with the length, where linear attention exchanges a state. It is what that
 """
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
 from torch import distributed as dist
 
+from linear_vit.kernels.exchanges import exchanged, gathered, rank_in
 from linear_vit.kernels.layout import autocast_inputs
 from linear_vit.kernels.softmax_attention import softmax_attention
-from linear_vit.kernels.validation import (
-    check_attention,
-    check_group,
-    check_key_mask,
-    check_same,
-)
+from linear_vit.kernels.validation import check_attention, check_key_mask, check_same
 
 
 def softmax_attention_sharded(
@@ -29,6 +24,7 @@ def softmax_attention_sharded(
     *,
     key_mask: Tensor | None = None,
     scale: float | None = None,
+    tokens: Sequence[int] | None = None,
     backend: str | None = None,
 ) -> Tensor:
     """:func:`kernels.softmax_attention` of the tokens that all processes of a group hold together.
@@ -42,6 +38,8 @@ def softmax_attention_sharded(
         group: the processes; None: all of them.
         key_mask: (B, M) bool, of this process's keys; of every process or of none.
         scale: multiplies q kᵀ; D^-½ by default.
+        tokens: M of each process, where all know it; None: they ask one another, which takes an
+            exchange more, that the host waits for.
         backend: a name from :func:`kernels.backends`, or None for the fastest usable one.
 
     Returns:
@@ -51,55 +49,22 @@ def softmax_attention_sharded(
         TypeError, ValueError: as :func:`kernels.softmax_attention`, before anything is exchanged.
         RuntimeError: torch.distributed is not initialised, or this process is not of the group.
     """
-    check_group("softmax_attention_sharded", group)
+    rank_in(group, "softmax_attention_sharded")
     q, k, v = autocast_inputs(q, k, v)
     check_attention(q, k, v)
     check_same(q=q, k=k, v=v)
     check_key_mask(key_mask, k, k.shape[2])
-    own = torch.tensor([k.shape[2]], device=k.device)
-    tokens = [int(x) for x in _gather(own, group)]
-    keys, values = _Gathered.apply(torch.stack((k, v)), tokens, group)
+    counts = _counts(k, group) if tokens is None else tokens
+    kv = torch.stack((k, v)).movedim(3, 0)
+    keys, values = gathered(kv, counts, group).movedim(0, 3)
     if key_mask is not None:
-        key_mask = _whole(key_mask.byte(), 1, tokens, group).bool()
+        key_mask = gathered(key_mask.byte().T, counts, group).T.bool()
     return softmax_attention(q, keys, values, key_mask=key_mask, scale=scale, backend=backend)
 
 
-class _Gathered(torch.autograd.Function):
-    """Of (2, B, Hk, M, D) the tokens of all processes. The gradient of a token is the sum of those
-    that it has in each process."""
-
-    @staticmethod
-    def forward(ctx: Any, kv: Tensor, tokens: Sequence[int], group: Any) -> Tensor:
-        ctx.tokens, ctx.group = tokens, group
-        return _whole(kv, 3, tokens, group)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
-        most, own = max(ctx.tokens), ctx.tokens[dist.get_rank(ctx.group)]
-        parts = [_padded(x, 3, most) for x in gradient.split(list(ctx.tokens), dim=3)]
-        total = torch.empty_like(parts[0])
-        dist.reduce_scatter(total, parts, group=ctx.group)
-        return total.narrow(3, 0, own), None, None
-
-
-def _whole(x: Tensor, axis: int, tokens: Sequence[int], group: Any) -> Tensor:
-    """The parts of all processes one behind the other, which have so many tokens."""
-    parts = _gather(_padded(x, axis, max(tokens)), group)
-    return torch.cat([y.narrow(axis, 0, n) for y, n in zip(parts, tokens, strict=True)], axis)
-
-
-def _gather(x: Tensor, group: Any) -> list[Tensor]:
-    """The tensor of each process, of one size."""
-    parts = [torch.empty_like(x) for _ in range(dist.get_world_size(group))]
-    dist.all_gather(parts, x, group=group)
-    return parts
-
-
-def _padded(x: Tensor, axis: int, tokens: int) -> Tensor:
-    """Dense, with so many tokens: an exchange has one size for all."""
-    if x.shape[axis] == tokens:
-        return x.contiguous()
-    size = [*x.shape[:axis], tokens, *x.shape[axis + 1 :]]
-    padded = x.new_zeros(size)
-    padded.narrow(axis, 0, x.shape[axis]).copy_(x)
-    return padded
+def _counts(k: Tensor, group: "dist.ProcessGroup | None") -> list[int]:
+    """How many keys each process has."""
+    once = [1] * dist.get_world_size(group)
+    own = torch.full((len(once),), k.shape[2], device=k.device)
+    found: list[int] = exchanged(own, once, once, group).tolist()
+    return found

@@ -45,9 +45,10 @@ def test_what_is_exchanged_is_a_state_or_grows_with_the_length() -> None:
     assert [result.status for result in found] == [MEASURED] * 4
     alone, alone_softmax, linear, softmax = map(sent, found)
     assert alone == alone_softmax == (0, 0)
-    # S and z of both heads, in both directions, of an all-reduce of two; k and v of 36 tokens.
+    # S and z of both heads, in both directions, of an all-reduce of two; k and v of 36 tokens, the
+    # gradients of the other 35, and how many there are.
     assert linear == (2 * 4 * 2 * (2 * 16 * 16 + 2 * 16), 2)
-    assert softmax == (2 * 2 * 2 * 36 * 16 * 4 + 8, 3)
+    assert softmax == (2 * 2 * (36 + 35) * 16 * 4 + 8, 3)
     [longer] = measured(case(replace(SHAPE, N=2 * SHAPE.N)))
     assert sent(longer) == linear
     assert found[2].info["all_reduce_latency_s"] > 0

@@ -50,13 +50,14 @@ def _part(rank: int, op: str, lengths: Lengths, backend: str, dtype: torch.dtype
     return {"answers": answers, "sent": sent}
 
 
-def _sent(op: str, lengths: Lengths, dtype: torch.dtype) -> float:
-    """Of both passes, where each exchange goes around a ring."""
-    processes, longest = len(lengths), max(m for _, m in lengths)
+def _sent(op: str, rank: int, lengths: Lengths, dtype: torch.dtype) -> float:
+    """Of both passes by a process, where an all-reduce goes around a ring."""
+    processes, keys = len(lengths), [m for _, m in lengths]
     if op == "linear_attention":  # S and z, and their gradients, whatever the lengths
         return 2 * 4 * B * HK * (2 * D * D + 2 * D) * 2 * (processes - 1) / processes
-    # k and v, then their gradients; and how many keys each has.
-    return (processes - 1) * (2 * 2 * B * HK * longest * D * dtype.itemsize + 8)
+    # Its k and v to every other, then each other's gradients; and how many keys it has.
+    rows = keys[rank] * (processes - 1) + sum(keys) - keys[rank]
+    return 2 * B * HK * rows * D * dtype.itemsize + 8 * (processes - 1)
 
 
 def _check(op: str, lengths: Lengths, backend: str, dtype: torch.dtype) -> None:
@@ -65,10 +66,10 @@ def _check(op: str, lengths: Lengths, backend: str, dtype: torch.dtype) -> None:
     q, k, v = (x.double().requires_grad_() for x in (q, k, v))
     out = getattr(kernels, op)(q, k, v, backend="reference")
     expected = [out.detach(), *torch.autograd.grad(out, (q, k, v), dout.double())]
-    for part in parts:
+    for rank, part in enumerate(parts):
         first, second = part["answers"]
         assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
-        assert part["sent"] == pytest.approx([_sent(op, lengths, dtype)] * 2)
+        assert part["sent"] == pytest.approx([_sent(op, rank, lengths, dtype)] * 2)
     for number, right in enumerate(expected):
         found = torch.cat([part["answers"][0][number] for part in parts], dim=2)
         assert found.dtype == dtype
