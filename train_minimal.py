@@ -7,6 +7,7 @@
     python train_minimal.py --init_from runs/NAME/best.pt --attention_type linear --epochs 4
     python train_minimal.py --resume                         # the newest unfinished run goes on
     torchrun --nproc-per-node 4 train_minimal.py --attention_type ripple   # on several GPUs
+    torchrun --nproc-per-node 4 train_minimal.py --sequence_parallel 2     # two for each image
     python train_minimal.py evaluate --checkpoint 'runs/*/best.pt'
     python train_minimal.py table                            # every model on the embedded digits
     python train_minimal.py table --dataset fashion-mnist    # the same on other data
@@ -90,6 +91,7 @@ def train(
     model = build_model(config, data.info.classes).to(device)
     if start:
         start.put_into(model, config, data)
+    distributed.shard_sequence(model)
     if config.compile:
         model.compile()
     network = distributed.parallel(model)  # the same, where there is one process
@@ -127,6 +129,8 @@ def train(
                 book.epoch(predict(model, val, data.info, amp=config.amp))
         if book.writes:
             # The best on validation images is tested, once; nothing is chosen by what comes out.
+            # By this process alone, with a model that it has to itself.
+            model = build_model(config, data.info.classes).to(device)
             load_weights(model, load_checkpoint(book.best), book.best)
             test = data.test.images.to(device)
             book.finish(predict(model, test, data.info, amp=config.amp))
@@ -142,7 +146,7 @@ def train_command(args: argparse.Namespace) -> None:
     config = chosen_config(args, start.settings(given_settings(args)) if start else None)
     name = config.run_name + (f"-from-{start.config.run_name}" if start else "")
     out = Path(args.out) if args.out else Path("runs") / name
-    with distributed.processes(device):
+    with distributed.processes(device, args.sequence_parallel):
         main = distributed.rank() == 0
         if args.resume and not args.out and not start:
             given = given_settings(args)

@@ -160,7 +160,7 @@ class _Extended(torch.autograd.Function):
         above, below = band.edges
         rows = [level[:, :1]] * above + [level[:, -1:]] * below
         there = _swapped(rows, band)
-        zeros = [torch.zeros_like(there[0])] * (_above(band, axis) - above)
+        zeros = [torch.zeros_like(row) for row in there[: _above(band, axis) - above]]
         return torch.cat([*zeros, *there[:above], level, *there[above:]], dim=1)
 
     @staticmethod

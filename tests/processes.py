@@ -7,6 +7,7 @@ processes are forks of that. What is about imports, or is read in them, needs a 
 import multiprocessing
 import os
 import runpy
+import socket
 import subprocess
 import sys
 import tempfile
@@ -77,18 +78,22 @@ def pytest(*options: str, folder: Path | None = None) -> subprocess.CompletedPro
     return python("-m", "pytest", *PLUGINS, *options, **found)
 
 
-def together(count: int, function: Callable[..., Any], *arguments: Any) -> list[Any]:
+def together(
+    count: int, function: Callable[..., Any], *arguments: Any, joined: bool = True
+) -> list[Any]:
     """What so many processes return that are one group of torch.distributed (gloo), by rank.
 
     Args:
         function: of a module, called as ``function(rank, *arguments)``, in one thread.
+        joined: without, they only have torchrun's variables, and join by themselves.
 
     Raises:
         AssertionError: one of them failed; with what it said.
     """
     with tempfile.TemporaryDirectory() as folder:
+        store = f"{folder}/store" if joined else _free_port()
         group = [
-            _SERVER.Process(target=_member, args=(folder, count, rank, function, arguments))
+            _SERVER.Process(target=_member, args=(folder, store, count, rank, function, arguments))
             for rank in range(count)
         ]
         for process in group:
@@ -105,21 +110,40 @@ def together(count: int, function: Callable[..., Any], *arguments: Any) -> list[
         return [result for _, result in kept]
 
 
+def _free_port() -> int:
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return int(found.getsockname()[1])
+
+
 def _member(
-    folder: str, count: int, rank: int, function: Callable[..., Any], arguments: tuple[Any, ...]
+    folder: str,
+    store: str | int,
+    count: int,
+    rank: int,
+    function: Callable[..., Any],
+    arguments: tuple[Any, ...],
 ) -> None:
     torch.set_num_threads(1)
-    store = dist.FileStore(f"{folder}/store", count)
-    dist.init_process_group(
-        "gloo", store=store, rank=rank, world_size=count, timeout=timedelta(seconds=60)
-    )
+    if isinstance(store, str):
+        dist.init_process_group(
+            "gloo",
+            store=dist.FileStore(store, count),
+            rank=rank,
+            world_size=count,
+            timeout=timedelta(seconds=60),
+        )
+    else:
+        told = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": count, "MASTER_PORT": store}
+        os.environ |= {"MASTER_ADDR": "127.0.0.1", **{k: f"{v}" for k, v in told.items()}}
     try:
         kept = (True, function(rank, *arguments))
     except BaseException:
         kept = (False, traceback.format_exc())
     torch.save(kept, f"{folder}/{rank}.part")
     os.replace(f"{folder}/{rank}.part", f"{folder}/{rank}")
-    dist.destroy_process_group()
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def _run(

@@ -11,24 +11,38 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch import distributed as dist
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.rendezvous import rendezvous
 
-from linear_vit import options
+from linear_vit import attention, options
 from linear_vit.training.errors import UserError, first_line
 
 _GRACE_S = 10  # between the first process and the last to notice that one does not answer
 # What the processes say of themselves beside their exchanges; theirs while they are joined.
 _told: dist.Store | None = None
+# (data, sequence), where images are spread over several processes.
+_mesh: DeviceMesh | None = None
 
 
 @contextmanager
-def processes(device: torch.device) -> Iterator[None]:
+def processes(device: torch.device, sequence_parallel: int = 1) -> Iterator[None]:
     """Joins the processes that torchrun started, NCCL between GPUs and gloo between CPUs.
 
-    One that does not answer ends the others, with a UserError that names it, after ``patience``.
+    Every ``sequence_parallel`` in a row share their images, each with a band of their rows. One
+    that does not answer ends the others, with a UserError that names it, after ``patience``.
+
+    Raises:
+        UserError: ``sequence_parallel`` does not divide their number.
     """
-    global _told
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+    global _told, _mesh
+    count = int(os.environ.get("WORLD_SIZE", "1"))
+    if count % sequence_parallel:
+        started = f"torchrun started {count}" if local_rank() is not None else "this is one"
+        raise UserError(
+            f"--sequence_parallel {sequence_parallel} needs so many processes, or a multiple, and "
+            f"{started}: torchrun --nproc-per-node {sequence_parallel} train_minimal.py ..."
+        )
+    if count == 1:
         yield
         return
     backend = "nccl" if device.type == "cuda" else "gloo"
@@ -37,13 +51,28 @@ def processes(device: torch.device) -> Iterator[None]:
         backend, store=_told, rank=rank, world_size=world, timeout=timedelta(seconds=patience())
     )
     try:
+        if sequence_parallel > 1:
+            _mesh = _in_two_dimensions(device, sequence_parallel)
         yield
     except RuntimeError as error:
         if (told := unanswered(error)) is None:
             raise
         raise told from error
     finally:
+        _mesh = None
         dist.destroy_process_group()
+
+
+def _in_two_dimensions(device: torch.device, sequence_parallel: int) -> DeviceMesh:
+    """The mesh (data, sequence). Its groups are made here, since those that a mesh makes have
+    PyTorch's own time-out."""
+    ranks = torch.arange(world()).view(-1, sequence_parallel)
+    groups: list[Any] = []
+    for lists in (ranks.T.tolist(), ranks.tolist()):
+        timeout = timedelta(seconds=patience())
+        groups.append(dist.new_subgroups_by_enumeration(lists, timeout=timeout)[0])
+    names = ("data", "sequence")
+    return DeviceMesh.from_group(groups, device.type, mesh=ranks, mesh_dim_names=names)
 
 
 def patience() -> float:
@@ -100,21 +129,51 @@ def world() -> int:
     return dist.get_world_size() if _joined() else 1
 
 
+def sequence_parallel() -> int:
+    """How many processes share their images."""
+    return _mesh["sequence"].size() if _mesh is not None else 1
+
+
+def data_rank() -> int:
+    """Which share of a batch is this process's."""
+    return rank() // sequence_parallel()
+
+
+def data_world() -> int:
+    """How many shares a batch has."""
+    return world() // sequence_parallel()
+
+
+def shard_sequence(model: attention.VisionTransformer) -> None:
+    """Spreads the model's tokens over the processes that share their images, in place.
+
+    Raises:
+        UserError: its token grid has too few rows for them.
+    """
+    if _mesh is None:
+        return
+    try:
+        attention.shard_sequence(model, _mesh["sequence"])
+    except ValueError as error:
+        raise UserError(f"--sequence_parallel {sequence_parallel()}: {error}") from error
+
+
 def parallel(model: nn.Module) -> nn.Module:
     """The model, with gradients averaged over the processes where there are several."""
     if not _joined():
         return model
     device = next(model.parameters()).device
     ids = [device.index] if device.type == "cuda" else None
-    # The mean of gradients of losses that are each divided by the global batch, times the
-    # processes, is the gradient of the whole batch (training.step).
+    # The mean of gradients of losses that are each divided by the global batch, times the shares
+    # of it, is the gradient of the whole batch (training.step). Processes with bands of the same
+    # images have parts of a gradient that is as much larger (attention.sharded).
     return nn.parallel.DistributedDataParallel(model, device_ids=ids)
 
 
 def total(values: Tensor) -> Tensor:
-    """The sum of a tensor over all processes."""
+    """The sum of a tensor over all shares of a batch."""
     if _joined():
-        dist.all_reduce(values)
+        dist.all_reduce(values, group=_mesh["data"].get_group() if _mesh is not None else None)
     return values
 
 

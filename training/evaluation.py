@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from linear_vit.screen import counted
+from linear_vit.training import distributed
 from linear_vit.training.checkpoints import check_classes, load_checkpoint, load_weights
 from linear_vit.training.config import DATASETS, RECIPES, Config, build_model
 from linear_vit.training.data import datasets
@@ -30,6 +31,7 @@ def check_usable(config: Config, device: torch.device) -> None:
             f"{config.epochs}: the learning rate will not reach {config.lr:g} (--warmup_epochs)"
         )
     model = build_model(config).to(device)
+    distributed.shard_sequence(model)
     if RECIPES[config.recipe].per_image:
         torchvision_v2()
     if config.backend is not None:

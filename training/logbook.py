@@ -120,7 +120,8 @@ class Logbook:
         if self.writes:
             epochs_done = len(self.record["epochs"])
             self._board = board.open_board(self.run.parent, epochs_done=epochs_done)
-        if self._board is not None and self.done == 0:
+        # A pass of one process through a model that several share would wait for the others.
+        if self._board is not None and self.done == 0 and distributed.sequence_parallel() == 1:
             self._board.add_graph(self.model, tuple(self.data.train.images.shape[1:]))
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)

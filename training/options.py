@@ -114,6 +114,9 @@ COMMANDS: dict[str, Command] = {
                 type=natural,
                 default=0,
             ),
+            "sequence_parallel": _count(
+                1, "processes of torchrun that share their images, each with a band of rows"
+            ),
         },
         {"preset": "full", "dataset": "cifar100"},
     ),

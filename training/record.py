@@ -10,7 +10,8 @@
     dataset_subset  true where not all classes of the data set were there; its title says which part
     backend       of the attention's kernels: what runs, asked for or not (not in older ones)
     environment   as bench.instruments.machine describes it, with device ("cpu" or the GPU's
-                  name), processes and revision (older: cores of all the machine, platform)
+                  name), processes, sequence_parallel (how many of them share their images; not
+                  in older ones) and revision (older: cores of all the machine, platform)
     started       ISO time, UTC;  resumed: how often the run was taken up again
     init_from     of a run that began with another's weights: {checkpoint, model, model_title,
                   config, val_accuracy}, the last right after the swap; else not there
@@ -168,13 +169,15 @@ def environment(device: torch.device) -> dict[str, Any]:
         **facts,
         "device": facts["device_name"] if device.type == "cuda" else "cpu",
         "processes": distributed.world(),
+        "sequence_parallel": distributed.sequence_parallel(),
         "revision": facts["git"],
     }
 
 
 def same_machine(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
     """Whether speeds of two environments may be compared."""
-    return all(one.get(key) == other.get(key) for key in MACHINE)
+    alike = all(one.get(key) == other.get(key) for key in MACHINE)
+    return alike and one.get("sequence_parallel", 1) == other.get("sequence_parallel", 1)
 
 
 def new_record(

@@ -76,7 +76,7 @@ def training_step(
             summed = F.cross_entropy(logits, y, label_smoothing=label_smoothing, reduction="sum")
             share = summed * (0 if empty else 1 / whole)
             # DistributedDataParallel takes the mean over the processes.
-            scaled = share * distributed.world() if replicas else share
+            scaled = share * distributed.data_world() if replicas else share
             (scaled if scaler is None else scaler.scale(scaled)).backward()
         loss += share.detach()
         if not empty:

@@ -61,7 +61,7 @@ class Loader:
         """Indices in the training set of this process's images of a step."""
         first = step % self.steps_per_epoch * self.config.batch_size
         batch = order[first : first + self.config.batch_size]
-        return batch[share(len(batch), distributed.rank(), distributed.world())]
+        return batch[share(len(batch), distributed.data_rank(), distributed.data_world())]
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         pixels = self._per_image() if self.recipe.per_image else self._light()
