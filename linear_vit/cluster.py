@@ -15,6 +15,14 @@ from linear_vit.bench.instruments import machine
 from linear_vit.options import OptionError
 
 LOCAL = "local"  # the address of a cluster of this machine alone, started for one command
+# A task is begun so often again whose process or node dies. Its own errors are never tried again.
+RETRIES = 3
+# Ray's own settings, for a cluster that is started here.
+_SETTINGS = {
+    "RAY_USAGE_STATS_ENABLED": "0",  # nothing is sent anywhere
+    "RAY_task_oom_retries": str(RETRIES),  # of those it ends as memory runs out: else without end
+    "RAY_worker_niceness": "0",  # they come after all else otherwise, and are timed so
+}
 _ANSWER_S = 5.0  # for a head node to take a connection
 _ASKED_S = 300.0  # for a node to say what it is: it imports PyTorch first, maybe over a network
 
@@ -29,7 +37,8 @@ def joined(address: str) -> Iterator[Any]:
     Raises:
         OptionError: Ray is not installed, or nothing answers there.
     """
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # nothing is sent anywhere
+    for name, value in _SETTINGS.items():
+        os.environ.setdefault(name, value)
     try:
         import ray
     except ImportError as error:

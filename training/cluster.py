@@ -16,7 +16,7 @@ import torch
 
 from linear_vit import cluster
 from linear_vit.bench.progress import Progress, clock
-from linear_vit.cluster import Node
+from linear_vit.cluster import RETRIES, Node
 from linear_vit.screen import counted
 from linear_vit.training.config import RECIPES, Config
 from linear_vit.training.data.datasets import Dataset
@@ -24,8 +24,6 @@ from linear_vit.training.data.loader import default_workers
 from linear_vit.training.errors import UserError, first_line, notice
 from linear_vit.training.record import MACHINE, InUse, environment, same_machine
 
-# A run whose process or node dies is begun so often again. Its own errors are never tried again.
-_RETRIES = 3
 _LOOK_S = 1.0  # between two looks at how far the runs are
 _STOP_S = 20.0  # for stopped runs to say so in their records
 _FINISHED, _LEFT, _FAILED = "finished", "left", "failed"
@@ -58,7 +56,7 @@ def train_all(
         )
         data = {name: ray.put(load(name)) for name in {config.dataset for config in configs}}
         nodes, only = _alike(ray, device)
-        task = ray.remote(max_retries=_RETRIES, retry_exceptions=False)(_run)
+        task = ray.remote(max_retries=RETRIES, retry_exceptions=False)(_run)
         threads = torch.get_num_threads()
 
         def start(config: Config) -> Any:
@@ -117,7 +115,8 @@ def _follow(
                 config = running.pop(ref)
                 how, text = _outcome(ray, ref)
                 epochs, ended = epochs + config.epochs, ended + 1
-                line = f"{config.title}: {text}"
+                where = "" if how == _FINISHED else f" in {folder / config.run_name}"
+                line = f"{config.title}{where}: {text}"
                 if how == _FAILED:
                     failed.append(line)
                 after = clock(time.monotonic() - began)
@@ -131,7 +130,8 @@ def _follow(
     except BaseException:
         for ref in running:
             ray.cancel(ref)
-        ray.wait(list(running), num_returns=max(1, len(running)), timeout=_STOP_S)
+        if running:
+            ray.wait(list(running), num_returns=len(running), timeout=_STOP_S)
         raise
     finally:
         progress.close()
