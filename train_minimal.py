@@ -13,6 +13,7 @@
     python train_minimal.py table --dataset fashion-mnist    # the same on other data
     python train_minimal.py table --no-run                   # only from the records there are
     python train_minimal.py ablate --ripple_stages 1,2,3,4   # or --hydra_branches 2,4,6,8
+    python train_minimal.py table --cluster HOST:6379        # the runs on a Ray cluster
     python train_minimal.py bench                            # images/s, with and without kernels
     python train_minimal.py profile                          # what a step spends its time on
 
@@ -38,7 +39,7 @@ from linear_vit.bench.store import StoreError
 from linear_vit.options import OptionError
 from linear_vit.reports import tables
 from linear_vit.reports.saved.runs import NoRuns
-from linear_vit.training import breakdown, distributed, evaluation, experiments
+from linear_vit.training import breakdown, cluster, distributed, evaluation, experiments
 from linear_vit.training.checkpoints import load_checkpoint, load_weights
 from linear_vit.training.config import Config, build_model, model_settings
 from linear_vit.training.data import datasets
@@ -231,12 +232,28 @@ def train_missing(
     def load(name: str) -> datasets.Dataset:
         return datasets.load_once(name, args.data_dir)
 
-    for config in experiments.missing(configs, folder, device, lambda name: load(name).info.title):
-        out, data = folder / config.run_name, load(config.dataset)
-        # A finished record of another machine is no state to go on from.
-        resume = not finished_record(out, config)
-        train(config, data, out, device, resume=resume, workers=args.workers)
+    left = experiments.missing(configs, folder, device, lambda name: load(name).info.title)
+    if args.cluster is not None:
+        one = "linear_vit.train_minimal:train_one"  # for other processes to import
+        how = {"address": args.cluster, "workers": args.workers}
+        cluster.train_all(one, left, load, folder, device, **how)
+        return configs
+    for number, config in enumerate(left, 1):
+        screen.say(f"run {number} of {len(left)}: {config.title}")
+        train_one(folder, args.workers, config, load(config.dataset), device)
     return configs
+
+
+def train_one(
+    folder: Path, workers: int | None, config: Config, data: datasets.Dataset, device: torch.device
+) -> dict[str, Any]:
+    """Trains one of many in its own folder, where another process may have done it meanwhile."""
+    out = folder / config.run_name
+    for run in experiments.recorded([config], out, device, lambda _: data.info.title).values():
+        return run
+    # A finished record of another machine is no state to go on from.
+    resume = not finished_record(out, config)
+    return train(config, data, out, device, resume=resume, workers=workers)
 
 
 def bench_command(args: argparse.Namespace) -> None:

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests import shards
+from tests import clusters, shards
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -41,6 +41,18 @@ def calm_machine(monkeypatch: pytest.MonkeyPatch) -> None:
     if telemetry is not None:
         calm = lambda device: telemetry.Watch(telemetry.source_for(device))  # noqa: E731
         monkeypatch.setattr(telemetry.Watch, "of", calm)
+
+
+@pytest.fixture
+def commands() -> Iterator[clusters.Commands]:
+    """To start commands that use Ray; none of its processes is to be left by them."""
+    pytest.importorskip("ray", reason="Ray is not installed: pip install '.[ray]'")
+    commands = clusters.Commands()
+    try:
+        yield commands
+        commands.wait_for_none()
+    finally:
+        commands.end()
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

@@ -236,6 +236,11 @@ class Config:
         return self.attention_type + ("-local" if self.local_branch else "")
 
     @property
+    def title(self) -> str:
+        """What a line on the screen calls the run."""
+        return f"{self.dataset} {self.model} seed {self.seed}"
+
+    @property
     def setting(self) -> dict[str, Any]:
         """What runs that may share a table have in common: all but the model and the seed."""
         fields = dataclasses.asdict(self)

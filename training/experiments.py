@@ -1,7 +1,7 @@
 """Many runs: which are missing from a folder of records, and the speed of steps by turns."""
 
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -130,8 +130,8 @@ def missing(
     folder: Path,
     device: torch.device,
     title_of: Callable[[str], str] | None = None,
-) -> Iterator[Config]:
-    """The configurations that no finished record here covers, announced one by one."""
+) -> list[Config]:
+    """The configurations that no finished record here covers."""
     for config in dict.fromkeys(dataclasses.replace(config, seed=0) for config in configs):
         check_usable(config, device)
     done = [run["config"] for run in recorded(configs, folder, device, title_of).values()]
@@ -139,9 +139,7 @@ def missing(
     if len(left) < len(configs):
         done_of = f"{len(configs) - len(left)} of {counted(len(configs), 'run')}"
         say(f"{done_of} recorded in {folder}")
-    for number, config in enumerate(left, 1):
-        say(f"run {number} of {len(left)}: {config.dataset} {config.model} seed {config.seed}")
-        yield config
+    return left
 
 
 def time_models(

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from linear_vit import options
+from linear_vit import cluster, options
 from linear_vit.training import distributed
 from linear_vit.training.config import COMPARED, MODELS, OPTIONS, Config, Option, resolve
 from linear_vit.training.errors import UserError
@@ -59,6 +59,15 @@ def seconds(text: str) -> float:
     return value
 
 
+def local(text: str) -> str:
+    if "://" in text:
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is no folder: runs are locked, and their files replaced in one step, which "
+            "needs a file system (many machines: one they share, as NFS)"
+        )
+    return text
+
+
 def on_off(text: str) -> bool:
     if text not in ("on", "off"):
         raise argparse.ArgumentTypeError(f"must be on or off, got {text!r}")
@@ -85,11 +94,21 @@ def _seconds(default: float, help: str) -> dict[str, Any]:
     return _flag(f"{help} ({default:g})", "X", type=seconds, default=default)
 
 
+def _runs(default: str) -> dict[str, Any]:
+    return {**_folder(default, "folder of the run records"), "type": local}
+
+
 _SHARED: dict[str, dict[str, Any]] = {
     "device": _flag("cpu, cuda or cuda:NUMBER (cuda where there is one)", "NAME"),
     "out": _folder("reports/out/training", "of the table"),
     "data_dir": _folder("data", "where data sets are, or go to"),
     "workers": _flag("that augment images (CPU: 0; CUDA: all cores but one)", "N", type=natural),
+    "cluster": _flag(
+        "run on this Ray cluster, or auto: the one here; without a value, start one here",
+        "HOST:PORT",
+        nargs="?",
+        const=cluster.LOCAL,
+    ),
     "models": _flag(
         f"of {', '.join(MODELS)} (all but ripple-local)",
         "MODEL",
@@ -133,7 +152,7 @@ COMMANDS: dict[str, Command] = {
     ),
     "table": Command(
         "compare all models",
-        "device out data_dir workers models",
+        "device out data_dir workers models cluster",
         {
             "seeds": _count(5, "runs per model, seeds 0, 1, ..."),
             "run": {
@@ -141,7 +160,7 @@ COMMANDS: dict[str, Command] = {
                 "default": True,
                 "help": "train what no record covers, or read records alone (--run)",
             },
-            "runs": _folder("runs", "folder of the run records"),
+            "runs": _runs("runs"),
             "exponents": _flag("exponents.csv of measured complexity (found in reports/)", "FILE"),
             "ablations": _folder("reports/out/ablation", "of the ablations"),
             "seconds": _seconds(5.0, "to time each model's training step by turns"),
@@ -150,10 +169,10 @@ COMMANDS: dict[str, Command] = {
     ),
     "ablate": Command(
         "vary one setting: --ripple_stages 1,2,3,4",
-        "device data_dir workers",
+        "device data_dir workers cluster",
         {
             "seeds": _count(3, "runs per value, seeds 0, 1, ..."),
-            "runs": _folder("reports/out/ablation/runs", "folder of the run records"),
+            "runs": _runs("reports/out/ablation/runs"),
             "out": _folder("reports/out/ablation", "of table and plot"),
             "seconds": _seconds(5.0, "to time each value's step; 0: speeds of the runs"),
         },

@@ -90,16 +90,23 @@ def check_writable(folder: Path) -> None:
     (folder / ".writable").unlink()
 
 
+class InUse(UserError):
+    """Another process is training in a folder."""
+
+
 def lock(folder: Path) -> int:
     """Keeps other processes from training in a folder, until this descriptor is closed or the
-    process ends, however that happens; UserError where another process has it."""
-    descriptor = os.open(folder, os.O_RDONLY)
+    process ends, however that happens; InUse where another process has it."""
+    try:  # NFS, where other machines are to see it, locks no folder, and no file that is only read
+        descriptor = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT, 0o666)
+    except OSError:  # nothing can be written there, so that nobody trains
+        descriptor = os.open(folder, os.O_RDONLY)
     _locks.add(descriptor)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
         unlock(descriptor)
-        raise UserError(
+        raise InUse(
             f"another process is training in {folder}: wait for it, or choose another --out"
         ) from error
     except OSError:
