@@ -1303,15 +1303,6 @@ __device__ void query_gradient_tile(State<T, H>& state, Sums<H>& sums, TokenTile
       }
     }
     __syncthreads();  // every group's part is there
-#pragma unroll
-    for (int r = 0; r < 2; ++r) {
-      own.met[r] = own.numerator[r] = 0.0f;
-#pragma unroll
-      for (int i = 0; i < H::kGroups; ++i) {
-        own.met[r] += state.row.partial[0][i][rows + lane_group() + 8 * r];
-        own.numerator[r] += state.row.partial[1][i][rows + lane_group() + 8 * r];
-      }
-    }
   }
 
   float scale[2] = {};  // of g, on its way to dS
@@ -1319,6 +1310,14 @@ __device__ void query_gradient_tile(State<T, H>& state, Sums<H>& sums, TokenTile
     float over_E[2], c[2];
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
+      if constexpr (!kAlone) {
+        own.met[r] = own.numerator[r] = 0.0f;
+#pragma unroll
+        for (int i = 0; i < H::kGroups; ++i) {
+          own.met[r] += state.row.partial[0][i][rows + lane_group() + 8 * r];
+          own.numerator[r] += state.row.partial[1][i][rows + lane_group() + 8 * r];
+        }
+      }
       over_E[r] = quick_inverse(own.met[r], eps);
       c[r] = own.numerator[r] * over_E[r] * over_E[r];
       scale[r] = over_E[r];
@@ -1358,6 +1357,9 @@ __device__ void query_gradient_tile(State<T, H>& state, Sums<H>& sums, TokenTile
       }
     }
     if constexpr (kAlone) store_own_rows(dq, g);
+  } else if (!kAlone && group == 0 && lane_pair() == 0) {
+#pragma unroll
+    for (int r = 0; r < 2; ++r) state.row.scale[rows + lane_group() + 8 * r] = 0.0f;  // it is read
   }
 
   unsigned of_q[Sums<H>::kSteps][H::kM][4];

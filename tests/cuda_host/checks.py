@@ -118,8 +118,9 @@ def see_red(
     flags: tuple[str, ...],
     folder: Path,
     checks: Callable[[dict[str, Path]], list[Callable[[], object]]],
-) -> None:
-    """Break a copy of the sources, build the room, and raise unless one of its checks fails.
+) -> str:
+    """Break a copy of the sources, build the room, and return what the first of its checks to
+    fail says; raise if none does.
 
     ``checks`` makes a room's checks from its libraries; that the unbroken sources pass them is for
     the caller to have seen (a session fixture does it once).
@@ -132,7 +133,9 @@ def see_red(
     path.write_text(text.replace(mutation.old, mutation.new))
     sources = {room: emulator.sources(kernels)[room]}
     libraries = emulator.build(sources, folder, (*flags, "-Wno-unused"))
-    assert first_failure(checks(libraries)) is not None, f"nothing noticed: {mutation.name}"
+    failure = first_failure(checks(libraries))
+    assert failure is not None, f"nothing noticed: {mutation.name}"
+    return failure
 
 
 # ---- sanitizers ----------------------------------------------------------------------------------

@@ -16,7 +16,8 @@
 // and by narrower ones.
 //
 // Not modelled: registers, caches, time, and races that only some interleaving of instructions
-// between two barriers would show (the three thread orders show most).
+// between two barriers would show (the three thread orders show most; races.h, compiled in, finds all
+// that the accesses made can have).
 #pragma once
 
 #define LINEAR_VIT_CUDA_HOST
@@ -87,6 +88,18 @@ enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize };
 namespace cuda_host {
 
 constexpr unsigned kWarpSize = 32;
+inline const char* failure = nullptr;
+
+inline void fail(const char* what) {
+  if (!failure) failure = what;
+}
+
+}  // namespace cuda_host
+
+#include "races.h"
+
+namespace cuda_host {
+
 constexpr size_t kStackBytes = 64 * 1024;
 constexpr unsigned char kGuard = 0xA5;
 
@@ -107,9 +120,12 @@ struct Copies {
     committed.push_back(std::move(open));
     open.clear();
   }
-  void finish_all_but(size_t latest) {
+  CUDA_HOST_UNSEEN void finish_all_but(size_t latest) {
     while (committed.size() > latest) {
-      for (const PendingCopy& copy : committed.front()) std::memcpy(copy.target, copy.bytes, 16);
+      for (const PendingCopy& copy : committed.front()) {
+        races::copy_arrives(copy.target);
+        std::memcpy(copy.target, copy.bytes, 16);
+      }
       committed.erase(committed.begin());
     }
   }
@@ -130,6 +146,7 @@ struct Fiber {
   jmp_buf resume;
   bool started;
   Wait wait;
+  int line;            // of the __syncthreads() it waits at
   unsigned exchanges;  // so far: their parity chooses the buffer
   Copies copies;
 };
@@ -152,11 +169,6 @@ inline int thread_order = 0;
 inline int device = 0;  // the current one
 // Shared memory that cudaFuncSetAttribute granted, by kernel and device.
 inline std::map<std::pair<const void*, int>, size_t> granted;
-inline const char* failure = nullptr;
-
-inline void fail(const char* what) {
-  if (!failure) failure = what;
-}
 
 // ---- global traffic, in bytes --------------------------------------------------------------------
 
@@ -188,10 +200,12 @@ inline void check_global(const void* pointer, size_t bytes) {
 
 inline void count_load(const void* pointer, size_t bytes) {
   check_global(pointer, bytes);
+  races::global_access(pointer, bytes, false);
   count(pointer, bytes, 0);
 }
 inline void count_store(const void* pointer, size_t bytes) {
   check_global(pointer, bytes);
+  races::global_access(pointer, bytes, true);
   count(pointer, bytes, 2);
 }
 
@@ -218,6 +232,7 @@ inline void fiber_main() {
 }
 
 inline void start(Fiber& fiber, unsigned thread) {
+  races::thread_begins(thread);
   fiber.started = true;
   fiber.exchanges = 0;
   fiber.copies = {};
@@ -228,9 +243,10 @@ inline void start(Fiber& fiber, unsigned thread) {
   makecontext(&fiber.context, fiber_main, 0);
 }
 
-inline void run_until_it_waits(unsigned thread) {
+CUDA_HOST_UNSEEN inline void run_until_it_waits(unsigned thread) {
   Fiber& fiber = scheduler.fibers[thread];
   scheduler.current = thread;
+  races::thread_runs(thread);
   threadIdx = dim3(thread % blockDim.x, thread / blockDim.x % blockDim.y,
                    thread / blockDim.x / blockDim.y);
   fiber.wait = Wait::nothing;
@@ -249,6 +265,11 @@ inline void run_until_it_waits(unsigned thread) {
 inline bool release(unsigned begin, unsigned end, Wait what) {
   for (unsigned t = begin; t < end; ++t) {
     if (scheduler.fibers[t].wait != what) return false;
+  }
+  for (unsigned t = begin; t < end && what == Wait::block; ++t) {
+    if (scheduler.fibers[t].line != scheduler.fibers[begin].line) {
+      fail("threads meet at two different __syncthreads()");
+    }
   }
   for (unsigned t = begin; t < end; ++t) scheduler.fibers[t].wait = Wait::nothing;
   return true;
@@ -294,8 +315,10 @@ inline bool run_grid(size_t shared_bytes) {
   for (auto& buffer : scheduler.exchange) buffer.resize(threads);
   scheduler.shared_bytes = shared_bytes;
   auto* const shared = reinterpret_cast<unsigned char*>(linear_vit_shared);
+  races::launch_begins();
   for (unsigned i = 0; i < gridDim.x; ++i) {
     blockIdx = dim3(thread_order == 1 ? gridDim.x - 1 - i : i);
+    races::block_begins(shared_bytes);
     std::memset(shared, 0xFF, shared_bytes);  // every float a NaN
     std::memset(shared + shared_bytes, kGuard, sizeof(linear_vit_shared) - shared_bytes);
     if (!run_block()) return false;
@@ -316,9 +339,17 @@ inline void wait_for(Wait what) {
 
 }  // namespace cuda_host
 
-inline void __syncthreads() { cuda_host::wait_for(cuda_host::Wait::block); }
+// All threads of a block have to meet at the same one: the line is the caller's.
+inline void __syncthreads(int line = __builtin_LINE()) {
+  cuda_host::scheduler.fibers[cuda_host::scheduler.current].line = line;
+  races::passes_block_barrier();
+  cuda_host::wait_for(cuda_host::Wait::block);
+}
 
-inline void __syncwarp() { cuda_host::wait_for(cuda_host::Wait::warp); }
+inline void __syncwarp() {
+  races::passes_warp_barrier();
+  cuda_host::wait_for(cuda_host::Wait::warp);
+}
 
 namespace cuda_host {
 

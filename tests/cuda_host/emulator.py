@@ -24,6 +24,7 @@ from torch import Tensor
 
 from linear_vit.kernels import toolchains
 from linear_vit.kernels.layout import empty_like
+from tests.cuda_host import races
 
 HERE = Path(__file__).resolve().parent
 KERNELS = HERE.parent.parent / "kernels"
@@ -45,7 +46,7 @@ def compile_command(source: Path, library: Path, flags: Sequence[str] = ()) -> l
     cxx = compiler()
     assert cxx is not None
     options = ["-std=c++17", "-O1", "-fPIC", "-shared", "-Wall", "-Wextra", "-Wno-unknown-pragmas"]
-    return [cxx, *options, *flags, f"-I{HERE}", "-x", "c++", str(source), "-o", str(library)]
+    return [cxx, *options, f"-I{HERE}", "-x", "c++", str(source), "-o", str(library), *flags]
 
 
 def build(sources: dict[str, Path], folder: Path, flags: Sequence[str] = ()) -> dict[str, Path]:
@@ -224,7 +225,9 @@ class Emulator:
         self.launches.append(launcher)
         error = getattr(self.library, launcher)(ctypes.byref(arguments), None)
         if error:
-            raise RuntimeError(f"{launcher}: error {error}, {self.library.cuda_host_failure()}")
+            failure = (self.library.cuda_host_failure() or b"").decode()
+            explained = races.explain(failure, Path(self.library._name))
+            raise RuntimeError(f"{launcher}: error {error}, {explained}")
 
     # -- traffic
 

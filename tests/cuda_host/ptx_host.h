@@ -60,13 +60,14 @@ void ldmatrix(unsigned (&d)[kMatrices], const void* row) {
       const void* address;
       std::memcpy(&address, lanes[8 * matrix + (kTransposed ? along : across)].bytes,
                   sizeof(address));
+      const races::MatrixLoad reading;
       std::memcpy(&pair[e], static_cast<const char*>(address) + 2 * (kTransposed ? across : along),
                   sizeof(pair[e]));
     }
     d[matrix] = pair[0] | static_cast<unsigned>(pair[1]) << 16;
   }
   // The values are taken now, and nobody goes on to overwrite them before all have.
-  __syncwarp();
+  cuda_host::wait_for(cuda_host::Wait::warp);
 }
 
 }  // namespace host
@@ -85,7 +86,7 @@ inline void stmatrix_x4(void* row, const unsigned (&d)[4]) {
     std::memcpy(&other, lanes[lane % 8 * 4 + pair].bytes, sizeof(other));
     std::memcpy(static_cast<char*>(row) + 4 * pair, &other.d[lane / 8], 4);
   }
-  __syncwarp();
+  cuda_host::wait_for(cuda_host::Wait::warp);
 }
 
 inline void ldmatrix_x4(unsigned (&d)[4], const void* row) { host::ldmatrix<4, false>(d, row); }
@@ -117,7 +118,7 @@ void mma_16816(float (&d)[4], const unsigned (&a)[4], const unsigned (&b)[2]) {
   }
 }
 
-inline void cp_async_16(void* shared, const void* global, int bytes) {
+CUDA_HOST_UNSEEN inline void cp_async_16(void* shared, const void* global, int bytes) {
   cuda_host::check_shared(shared, 16);
   if (bytes > 0 && reinterpret_cast<uintptr_t>(global) % 16 != 0) {
     cuda_host::fail("an asynchronous copy from an address that is not 16-byte aligned");
@@ -126,6 +127,7 @@ inline void cp_async_16(void* shared, const void* global, int bytes) {
   std::memcpy(copy.bytes, global, static_cast<size_t>(bytes));
   if (bytes > 0) cuda_host::count_load(global, static_cast<size_t>(bytes));
   std::memset(shared, 0xFF, 16);
+  races::copy_begins(shared, __builtin_return_address(0));
   cuda_host::copies().open.push_back(copy);
 }
 
