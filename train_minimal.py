@@ -94,7 +94,8 @@ def train(
         start.put_into(model, config, data)
     distributed.shard_sequence(model)
     if config.compile:
-        model.compile()
+        for part in model.blocks if distributed.uses_fsdp() else [model]:
+            part.compile()
     network = distributed.parallel(model)  # the same, where there is one process
     optimizer = make_optimizer(model, lr=config.lr, weight_decay=config.weight_decay)
     scaler = make_scaler(config.amp, device)
@@ -147,7 +148,7 @@ def train_command(args: argparse.Namespace) -> None:
     config = chosen_config(args, start.settings(given_settings(args)) if start else None)
     name = config.run_name + (f"-from-{start.config.run_name}" if start else "")
     out = Path(args.out) if args.out else Path("runs") / name
-    with distributed.processes(device, args.sequence_parallel):
+    with distributed.processes(device, args.sequence_parallel, fsdp=args.fsdp):
         main = distributed.rank() == 0
         if args.resume and not args.out and not start:
             given = given_settings(args)

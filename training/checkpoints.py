@@ -24,13 +24,14 @@ from torch import nn
 
 from linear_vit.training.config import Config
 from linear_vit.training.errors import UserError, first_line
+from linear_vit.training.fsdp import cut_like
 from linear_vit.training.record import writing
 
 SCHEMA = "linear-vit-checkpoint/2"
 
 
-def save_checkpoint(path: Path, model: nn.Module, config: Config, **state: Any) -> None:
-    """Writes weights, configuration and ``state`` (plain values, tensors) to ``path``.
+def save_checkpoint(path: Path, config: Config, **state: Any) -> None:
+    """Writes the configuration and ``state`` (plain values, tensors) to ``path``.
 
     A reader, or a run killed in the middle, sees the old file or the new one, never a part. Raises
     UserError where that is not possible (a full disk); the old file is still there then.
@@ -38,7 +39,6 @@ def save_checkpoint(path: Path, model: nn.Module, config: Config, **state: Any) 
     content = {
         "schema": SCHEMA,
         "config": dataclasses.asdict(config),
-        "model": model.state_dict(),
         **state,
     }
     with writing(path) as temporary:
@@ -124,8 +124,9 @@ def check_classes(content: dict[str, Any], names: list[str], path: Path) -> None
 
 def load_weights(model: nn.Module, content: dict[str, Any], path: Path | str) -> None:
     """Puts a checkpoint's weights into ``model``; UserError where they don't fit."""
+    there = model.state_dict()
     try:
-        model.load_state_dict(content["model"])
+        model.load_state_dict({k: cut_like(there.get(k), x) for k, x in content["model"].items()})
     except (RuntimeError, KeyError) as error:
         reason = str(error).splitlines()[-1].strip()
         raise UserError(

@@ -16,25 +16,30 @@ from torch.distributed.rendezvous import rendezvous
 
 from linear_vit import attention, options
 from linear_vit.training.errors import UserError, first_line
+from linear_vit.training.fsdp import cut
 
 _GRACE_S = 10  # between the first process and the last to notice that one does not answer
 # What the processes say of themselves beside their exchanges; theirs while they are joined.
 _told: dist.Store | None = None
 # (data, sequence), where images are spread over several processes.
 _mesh: DeviceMesh | None = None
+_fsdp = False
 
 
 @contextmanager
-def processes(device: torch.device, sequence_parallel: int = 1) -> Iterator[None]:
+def processes(
+    device: torch.device, sequence_parallel: int = 1, *, fsdp: bool = False
+) -> Iterator[None]:
     """Joins the processes that torchrun started, NCCL between GPUs and gloo between CPUs.
 
-    Every ``sequence_parallel`` in a row share their images, each with a band of their rows. One
-    that does not answer ends the others, with a UserError that names it, after ``patience``.
+    Every ``sequence_parallel`` in a row share their images, each with a band of their rows. With
+    ``fsdp`` each has a part of the weights. One that does not answer ends the others, with a
+    UserError that names it, after ``patience``.
 
     Raises:
-        UserError: ``sequence_parallel`` does not divide their number.
+        UserError: ``sequence_parallel`` does not divide their number; ``fsdp`` and one process.
     """
-    global _told, _mesh
+    global _told, _mesh, _fsdp
     count = int(os.environ.get("WORLD_SIZE", "1"))
     if count % sequence_parallel:
         started = f"torchrun started {count}" if local_rank() is not None else "this is one"
@@ -42,6 +47,9 @@ def processes(device: torch.device, sequence_parallel: int = 1) -> Iterator[None
             f"--sequence_parallel {sequence_parallel} needs so many processes, or a multiple, and "
             f"{started}: torchrun --nproc-per-node {sequence_parallel} train_minimal.py ..."
         )
+    if fsdp and count == 1:
+        text = "--fsdp needs several processes: torchrun --nproc-per-node 2 train_minimal.py ..."
+        raise UserError(text)
     if count == 1:
         yield
         return
@@ -53,13 +61,14 @@ def processes(device: torch.device, sequence_parallel: int = 1) -> Iterator[None
     try:
         if sequence_parallel > 1:
             _mesh = _in_two_dimensions(device, sequence_parallel)
+        _fsdp = fsdp
         yield
     except RuntimeError as error:
         if (told := unanswered(error)) is None:
             raise
         raise told from error
     finally:
-        _mesh = None
+        _mesh, _fsdp = None, False
         dist.destroy_process_group()
 
 
@@ -134,6 +143,16 @@ def sequence_parallel() -> int:
     return _mesh["sequence"].size() if _mesh is not None else 1
 
 
+def uses_fsdp() -> bool:
+    """Whether each process has a part of the weights."""
+    return _fsdp
+
+
+def share_a_model() -> bool:
+    """Whether a pass through the model is one of several processes together."""
+    return _mesh is not None or _fsdp
+
+
 def data_rank() -> int:
     """Which share of a batch is this process's."""
     return rank() // sequence_parallel()
@@ -158,9 +177,12 @@ def shard_sequence(model: attention.VisionTransformer) -> None:
         raise UserError(f"--sequence_parallel {sequence_parallel()}: {error}") from error
 
 
-def parallel(model: nn.Module) -> nn.Module:
+def parallel(model: attention.VisionTransformer) -> nn.Module:
     """The model, with gradients averaged over the processes where there are several."""
     if not _joined():
+        return model
+    if _fsdp:
+        cut(model)
         return model
     device = next(model.parameters()).device
     ids = [device.index] if device.type == "cuda" else None

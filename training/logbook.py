@@ -30,6 +30,7 @@ from linear_vit.training.data.datasets import Dataset
 from linear_vit.training.data.loader import Loader
 from linear_vit.training.errors import UserError, first_line
 from linear_vit.training.finetune import Start
+from linear_vit.training.fsdp import cut_optimizer_state, whole
 from linear_vit.training.metrics import accuracy
 from linear_vit.training.record import (
     check_writable,
@@ -98,7 +99,7 @@ class Logbook:
         saved = load_for_resume(self.last, self.config)
         check_classes(saved, self.data.class_names, self.last)
         load_weights(self.model, saved, self.last)
-        self.optimizer.load_state_dict(saved["optimizer"])
+        self.optimizer.load_state_dict(cut_optimizer_state(self.optimizer, saved["optimizer"]))
         if self.scaler is not None:
             self.scaler.load_state_dict(saved["scaler"])
         if len(saved["rng"]) == distributed.world():  # else other dropout, of the same rate
@@ -121,7 +122,7 @@ class Logbook:
             epochs_done = len(self.record["epochs"])
             self._board = board.open_board(self.run.parent, epochs_done=epochs_done)
         # A pass of one process through a model that several share would wait for the others.
-        if self._board is not None and self.done == 0 and distributed.sequence_parallel() == 1:
+        if self._board is not None and self.done == 0 and not distributed.share_a_model():
             self._board.add_graph(self.model, tuple(self.data.train.images.shape[1:]))
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
@@ -223,7 +224,8 @@ class Logbook:
             peak = torch.cuda.max_memory_allocated(self.device)
             self.record["peak_memory"] = max(peak, self.record["peak_memory"] or 0)
         state = {
-            "optimizer": self.optimizer.state_dict(),
+            "model": whole(self.model.state_dict()),
+            "optimizer": whole(self.optimizer.state_dict()),
             "scaler": self.scaler.state_dict() if self.scaler is not None else None,
             "step": self.done,
             "epoch": self.done // self._loader.steps_per_epoch,
@@ -237,7 +239,7 @@ class Logbook:
         }
         if self.writes:
             for path in paths:
-                save_checkpoint(path, self.model, self.config, **state)
+                save_checkpoint(path, self.config, **state)
             write_json(self.run, self.record)
         self._checkpoint = f"{self.last} (step {self.done})"
 

@@ -8,7 +8,7 @@ from linear_vit.training.data.augmentation import normalise
 from linear_vit.training.step import autocast
 
 
-@torch.inference_mode()
+@torch.no_grad()  # in inference mode FSDP would keep tensors that no gradient may pass
 def predict(
     model: nn.Module, images: Tensor, info: DatasetInfo, *, amp: str = "off", batch_size: int = 256
 ) -> Tensor:

@@ -136,6 +136,7 @@ COMMANDS: dict[str, Command] = {
             "sequence_parallel": _count(
                 1, "processes of torchrun that share their images, each with a band of rows"
             ),
+            "fsdp": _switch("each of torchrun's processes keeps a part of the weights (FSDP2)"),
         },
         {"preset": "full", "dataset": "cifar100"},
     ),

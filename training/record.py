@@ -10,8 +10,9 @@
     dataset_subset  true where not all classes of the data set were there; its title says which part
     backend       of the attention's kernels: what runs, asked for or not (not in older ones)
     environment   as bench.instruments.machine describes it, with device ("cpu" or the GPU's
-                  name), processes, sequence_parallel (how many of them share their images; not
-                  in older ones) and revision (older: cores of all the machine, platform)
+                  name), processes, sequence_parallel (how many of them share their images), fsdp
+                  (whether they share weights; neither is in older ones) and revision (older: cores
+                  of all the machine, platform)
     started       ISO time, UTC;  resumed: how often the run was taken up again
     init_from     of a run that began with another's weights: {checkpoint, model, model_title,
                   config, val_accuracy}, the last right after the swap; else not there
@@ -177,6 +178,7 @@ def environment(device: torch.device) -> dict[str, Any]:
         "device": facts["device_name"] if device.type == "cuda" else "cpu",
         "processes": distributed.world(),
         "sequence_parallel": distributed.sequence_parallel(),
+        "fsdp": distributed.uses_fsdp(),
         "revision": facts["git"],
     }
 
@@ -184,7 +186,8 @@ def environment(device: torch.device) -> dict[str, Any]:
 def same_machine(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
     """Whether speeds of two environments may be compared."""
     alike = all(one.get(key) == other.get(key) for key in MACHINE)
-    return alike and one.get("sequence_parallel", 1) == other.get("sequence_parallel", 1)
+    alone = {"sequence_parallel": 1, "fsdp": False}
+    return alike and all(one.get(key, x) == other.get(key, x) for key, x in alone.items())
 
 
 def new_record(

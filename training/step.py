@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from linear_vit.training import distributed
+from linear_vit.training import distributed, fsdp
 
 
 def make_optimizer(model: nn.Module, *, lr: float, weight_decay: float) -> torch.optim.AdamW:
@@ -59,12 +59,12 @@ def training_step(
     """
     replicas = model if isinstance(model, nn.parallel.DistributedDataParallel) else None
     whole = len(images) if batch_size is None else batch_size
-    empty = len(images) == 0
-    if empty:
-        images = images.new_zeros(1, *images.shape[1:])
-        targets = targets.new_zeros(1, *targets.shape[1:])
     part = max(1, -(-len(images) // accumulate))
-    parts = list(zip(images.split(part), targets.split(part), strict=True))
+    parts = [(x, y) for x, y in zip(images.split(part), targets.split(part), strict=True) if len(x)]
+    there = len(parts)
+    # Processes that exchange weights in every pass have to make as many of them.
+    nothing = images.new_zeros(1, *images.shape[1:]), targets.new_zeros(1, *targets.shape[1:])
+    parts += [nothing] * ((accumulate if distributed.share_a_model() else 1) - there)
     loss, hits = torch.zeros((), device=images.device), torch.zeros((), device=images.device)
     optimizer.zero_grad(set_to_none=True)
     for number, (x, y) in enumerate(parts, 1):
@@ -74,16 +74,16 @@ def training_step(
                 logits = model(x)
             logits = logits.float()
             summed = F.cross_entropy(logits, y, label_smoothing=label_smoothing, reduction="sum")
-            share = summed * (0 if empty else 1 / whole)
-            # DistributedDataParallel takes the mean over the processes.
-            scaled = share * distributed.data_world() if replicas else share
+            share = summed * (1 / whole if number <= there else 0)
+            # What averages gradients takes the mean over the processes.
+            scaled = share * distributed.data_world()
             (scaled if scaler is None else scaler.scale(scaled)).backward()
         loss += share.detach()
-        if not empty:
+        if number <= there:
             hits += _hits(logits.detach(), y)
     if scaler is not None:
         scaler.unscale_(optimizer)
-    norm = nn.utils.clip_grad_norm_(model.parameters(), clip or math.inf)
+    norm = fsdp.whole(nn.utils.clip_grad_norm_(model.parameters(), clip or math.inf))
     if scaler is None:
         optimizer.step()
         # Such a gradient has just spoilt the weights, which the loss would tell a step too late.

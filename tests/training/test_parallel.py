@@ -95,6 +95,28 @@ def test_a_run_goes_on_with_other_processes(tmp_path: Path) -> None:
     _check_alike(tmp_path / "one", resumed)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("more", [[], ["--sequence_parallel=2"]])
+def test_weights_that_are_cut_are_those_of_one_process(tmp_path: Path, more: list[str]) -> None:
+    """The last batch is one image a part, and one process has fewer parts than another."""
+    options = ["--accumulate=3", "--batch_size=63"]
+    _train(1, tmp_path / "one", *options)
+    _train(4, tmp_path / "four", *options, "--fsdp", *more)
+    _check_alike(tmp_path / "one", tmp_path / "four")
+    run = json.loads((tmp_path / "four" / "run.json").read_text())
+    assert run["environment"]["fsdp"]
+
+
+@pytest.mark.slow
+def test_a_run_with_cut_weights_goes_on_without_and_the_other_way_round(tmp_path: Path) -> None:
+    _train(1, tmp_path / "one")
+    resumed = tmp_path / "resumed"
+    _train(2, resumed, "--fsdp", stop=4)
+    _train(1, resumed, "--resume", stop=2)
+    _train(2, resumed, "--resume", "--fsdp", "--sequence_parallel=2")
+    _check_alike(tmp_path / "one", resumed)
+
+
 def _refused(rank: int, given: list[list[str]]) -> list[tuple[int, str]]:
     return [_main(rank, [*TINY, *options, "--data_dir=/none"]) for options in given]
 
@@ -105,6 +127,9 @@ def test_wrong_numbers_are_refused_before_a_download(tmp_path: Path) -> None:
     code, said = _main(0, [*TINY, *out, "--sequence_parallel=2"])
     assert code == 2
     assert f"--sequence_parallel 2 {told} this is one: torchrun --nproc-per-node 2" in said
+    code, said = _main(0, [*TINY, *out, "--fsdp"])
+    assert code == 2
+    assert "--fsdp needs several processes: torchrun --nproc-per-node 2" in said
     given = [[*out, "--sequence_parallel=4"], [*out, "--sequence_parallel=2", "--patch_size=8"]]
     given[1].append("--ripple_stages=0")
     for answers in processes.together(2, _refused, given, joined=False):
