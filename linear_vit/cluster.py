@@ -7,7 +7,7 @@ notices that a process or a node is gone, and starts its task anew.
 import logging
 import os
 import socket
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -24,6 +24,7 @@ _SETTINGS = {
     "RAY_worker_niceness": "0",  # they come after all else otherwise, and are timed so
 }
 _ANSWER_S = 5.0  # for a head node to take a connection
+_STOP_S = 20.0
 _ASKED_S = 300.0  # for a node to say what it is: it imports PyTorch first, maybe over a network
 
 Node = Mapping[str, Any]  # a row of ray.nodes()
@@ -89,6 +90,14 @@ def on(node: Node) -> dict[str, Any]:
 
     strategy = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
     return {"scheduling_strategy": strategy}
+
+
+def stop(ray: Any, tasks: Collection[Any]) -> None:
+    """Interrupts these tasks, as Ctrl-C would, and waits a while for what they do then."""
+    for task in tasks:
+        ray.cancel(task)
+    if tasks:
+        ray.wait(list(tasks), num_returns=len(tasks), timeout=_STOP_S)
 
 
 def ask(ray: Any, question: Callable[..., Any], *arguments: Any, of: Sequence[Node]) -> list[Any]:

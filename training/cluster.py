@@ -25,7 +25,6 @@ from linear_vit.training.errors import UserError, first_line, notice
 from linear_vit.training.record import MACHINE, InUse, environment, same_machine
 
 _LOOK_S = 1.0  # between two looks at how far the runs are
-_STOP_S = 20.0  # for stopped runs to say so in their records
 _FINISHED, _LEFT, _FAILED = "finished", "left", "failed"
 
 
@@ -128,10 +127,7 @@ def _follow(
             of = f"{ended} of {counted(len(configs), 'run')}"
             progress.move(done, "  ".join([of, clock(progress.left_s(done)) + " left", *under_way]))
     except BaseException:
-        for ref in running:
-            ray.cancel(ref)
-        if running:
-            ray.wait(list(running), num_returns=len(running), timeout=_STOP_S)
+        cluster.stop(ray, running)  # their records say that they were interrupted
         raise
     finally:
         progress.close()
