@@ -8,9 +8,8 @@ writes down what came (``bench.static.triton``, ``bench.static.cuda``).
 
 import dataclasses
 import importlib.util
-import inspect
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -18,8 +17,8 @@ from torch import Tensor
 
 from linear_vit import kernels
 from linear_vit.bench import problems
-from linear_vit.bench.problems import AttentionShape, Problem, make_problem
-from linear_vit.bench.problems.inputs import Drawn
+from linear_vit.bench.problems import Problem, make_problem
+from linear_vit.bench.problems.attention import PADDING, AttentionOperation
 
 ALIGNED, RAGGED = "aligned", "ragged"
 _CPU = torch.device("cpu")
@@ -29,24 +28,21 @@ _CPU = torch.device("cpu")
 class Exercise:
     """One problem to run forward and backward.
 
-    ``layout`` says how its tensors lie in memory; ``settings`` are further arguments.
+    ``layout`` says how its tensors lie in memory; ``each_alone``: backward also for each gradient
+    by itself.
     """
 
     problem: Problem
     layout: str
-    settings: dict[str, Tensor] = field(default_factory=dict)
+    each_alone: bool = False
 
     def run(self, backend: str) -> None:
-        """Both passes, backward for all gradients and for each alone.
-
-        Results are whatever was in memory, since no kernel wrote them.
-        """
-        inputs, of = self.problem.inputs, self.problem.operation
-        assert isinstance(of, Drawn)
-        run = of.run(self.problem.shape, **self.settings)
-        for needed in ((), tuple(inputs), *((name,) for name in inputs)):
+        """Both passes. Results are whatever was in memory, since no kernel wrote them."""
+        inputs = self.problem.inputs
+        alone = [(name,) for name in inputs] if self.each_alone else []
+        for needed in ((), tuple(inputs), *alone):
             leaves = {n: x.detach().requires_grad_(n in needed) for n, x in inputs.items()}
-            outputs = run(leaves, backend)
+            outputs = self.problem.run(leaves, backend)
             pairs = zip(outputs, self.problem.cotangents, strict=True)
             depends = {x: g for x, g in pairs if x.requires_grad}
             if depends:
@@ -92,7 +88,12 @@ def has_head_dims(folder: str) -> bool:
 
 
 def exercises(
-    folder: str, dtype: torch.dtype, head_dim: int | None, *, ragged: bool
+    folder: str,
+    dtype: torch.dtype,
+    head_dim: int | None,
+    *,
+    ragged: bool,
+    variants: bool = True,
 ) -> Iterator[Exercise]:
     """Problems that between them launch every kernel of a folder for a dtype and head dim.
 
@@ -100,6 +101,7 @@ def exercises(
         folder: one of :func:`folders`.
         dtype, head_dim: of the inputs; head_dim None for a folder that has none.
         ragged: tensors whose rows are not multiples of 16 bytes apart, rather than dense ones.
+        variants: also each gradient by itself, and a mask of keys.
     """
     for name in inside(folder):
         for shape in problems.operation(name).static_shapes(head_dim or 0, ragged=ragged):
@@ -108,14 +110,13 @@ def exercises(
                 inputs = {name: _ragged(x) for name, x in problem.inputs.items()}
                 problem = dataclasses.replace(problem, inputs=inputs)
             layout = RAGGED if ragged else ALIGNED
-            yield Exercise(problem, layout)
-            if isinstance(shape, AttentionShape) and _takes_key_mask(name):
-                mask = torch.ones(shape.B, shape.M, dtype=torch.bool)
-                yield Exercise(problem, layout, {"key_mask": mask})
-
-
-def _takes_key_mask(operation: str) -> bool:
-    return "key_mask" in inspect.signature(getattr(kernels, operation)).parameters
+            yield Exercise(problem, layout, variants)
+            of = problem.operation
+            if not variants or not isinstance(of, AttentionOperation):
+                continue
+            if "key_mask" in of.settings:
+                masked = of.run(problem.shape, key_mask=PADDING)
+                yield Exercise(dataclasses.replace(problem, run=masked), layout, variants)
 
 
 def _folder(package: str) -> str:

@@ -35,7 +35,9 @@ _READER = hashlib.sha256(
     b"".join((Path(__file__).parent / f"{name}.py").read_bytes() for name in _READERS)
 ).hexdigest()
 _NAMES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
-_RAGGED_HEAD_DIM = 64  # rows that 16-byte accesses can't reach are compiled for at one head dim
+# Rows that 16-byte accesses can't reach, masks, and gradients by themselves are compiled for at one
+# head dim: each is one more kernel.
+_ONE_HEAD_DIM = 64
 
 
 @dataclass(frozen=True)
@@ -62,7 +64,7 @@ def split(asked: Unit) -> list[Unit]:
         for ragged in ((False, True) if asked.ragged else (False,))
         for dtype in asked.dtypes
         for dim in dims
-        if not ragged or dim in ((), (_RAGGED_HEAD_DIM,))
+        if not ragged or dim in ((), (_ONE_HEAD_DIM,))
     ]
 
 
@@ -74,7 +76,13 @@ def compile_unit(unit: Unit, cache: Path) -> list[dict[str, Any]]:
         cache: as for :func:`compile_exercises`.
     """
     head_dim = unit.head_dims[0] if unit.head_dims else None
-    found = launches.exercises(unit.folder, DTYPES[unit.dtypes[0]], head_dim, ragged=unit.ragged)
+    found = launches.exercises(
+        unit.folder,
+        DTYPES[unit.dtypes[0]],
+        head_dim,
+        ragged=unit.ragged,
+        variants=head_dim in (None, _ONE_HEAD_DIM) and not unit.ragged,
+    )
     rows = compile_exercises(found, unit.architecture, head_dim, cache)
     return [{"backend": "triton", "room": unit.folder, **row} for row in rows]
 

@@ -65,7 +65,7 @@ def test_a_file_is_listed_with_its_reasons_and_never_chosen(tmp_path: Path) -> N
     before = kernels.default_backend("linear_attention", "cpu")
     entries = guests.announce([written(tmp_path, TAIL)])
     assert entries[0] == Entry(
-        "linear_attention", "mine", ("cpu",), "Mine", "#123456", False, "mine", "mine"
+        "linear_attention", "mine", ("cpu",), "Mine", "#123456", False, False, "mine", "mine"
     )
     assert kernels.backends("linear_attention", "cpu")["mine"] is None
     reason = "mine is registered for cuda, not for cpu"
