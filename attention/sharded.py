@@ -60,7 +60,8 @@ def shard_sequence(model: VisionTransformer, group: Any = None) -> VisionTransfo
     Raises:
         TypeError: a model or an attention that is none of ours, or is sharded already.
         ValueError: a mesh of more dimensions, or fewer rows than the processes need.
-        RuntimeError: torch.distributed is not initialised, or this process is not of the group.
+        RuntimeError: torch.distributed is not initialised, or this process is not of the group. A
+            call of the model raises it where others do not answer, with their ranks.
     """
     unknown = [type(m) for m in _attention(model) if type(m) not in _SHARDED]
     if type(model) is not VisionTransformer or unknown:

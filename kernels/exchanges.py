@@ -1,11 +1,77 @@
-"""What processes of torch.distributed send one another, with the gradients of it."""
+"""What processes of torch.distributed send one another, with the gradients of it.
 
-from collections.abc import Sequence
+An exchange that fails, since a process is gone or hangs, says which one. Between GPUs it can't:
+NCCL ends a process whose exchange timed out, after a report of its own, and no Python sees it. Nor
+is it in a compiled graph that an exchange fails in our hands.
+"""
+
+import time
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch import distributed as dist
+
+GRACE_S = 10  # between the first process and the last to notice that one does not answer
+
+
+class Unanswered(RuntimeError):
+    """An exchange failed for want of some processes: ``of 4 processes, 1 did not answer ...``."""
+
+
+def missing(group: "dist.ProcessGroup | None", until: float) -> list[int]:
+    """The ranks, among all processes, of those in a group that don't come here by ``until``, a time
+    of ``time.monotonic``: each comes here when an exchange fails, and says so to the others."""
+    store = dist.distributed_c10d._get_default_store()
+    left = {rank: f"an exchange failed/{rank}" for rank in dist.get_process_group_ranks(group)}
+    store.set(left[dist.get_rank()], "")
+    while left and time.monotonic() < until:
+        left = {rank: key for rank, key in left.items() if not store.check([key])}
+        time.sleep(0.1)
+    return sorted(left)
+
+
+def unanswered(ranks: Sequence[int], seconds: float) -> Unanswered:
+    """What to raise: which processes did not answer for so long."""
+    who = ", ".join(map(str, ranks))
+    return Unanswered(
+        f"of {dist.get_world_size()} processes, {who} did not answer for {seconds:g} s and hang or "
+        "are gone"
+    )
+
+
+def is_of_an_exchange(error: BaseException) -> bool:
+    """Whether it is torch.distributed that failed, or gloo, which has no type for that."""
+    return isinstance(error, dist.DistError) or "gloo" in str(error)
+
+
+def _named(call: Callable[..., Any], group: Any, *tensors_and_splits: Any) -> None:
+    """The exchange that ``call`` makes; Unanswered where others did not take part.
+
+    A process that is gone is noticed by some at once, and by others when their time is over. So the
+    former wait for the latter, to name none that is there.
+    """
+    if torch.compiler.is_compiling():
+        call(*tensors_and_splits, group=group)
+        return
+    begin = time.monotonic()
+    try:
+        call(*tensors_and_splits, group=group)
+    except RuntimeError as error:
+        if not is_of_an_exchange(error):
+            raise
+        seconds = _patience(group, tensors_and_splits[0].device)
+        if not (ranks := missing(group, begin + seconds + GRACE_S)):
+            raise
+        raise unanswered(ranks, seconds) from error
+
+
+def _patience(group: Any, device: torch.device) -> float:
+    """The seconds after which a group's exchange fails."""
+    found: Any = dist.group.WORLD if group is None else group
+    options = getattr(found._get_backend(device), "options", None)
+    return getattr(options, "_timeout", dist.default_pg_timeout).total_seconds()
 
 
 def rank_in(group: "dist.ProcessGroup | None", who: str) -> int:
@@ -49,7 +115,7 @@ class _Summed(torch.autograd.Function):
 def _all_reduced(group: Any, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
     """As one, since an all-reduce of few bytes takes as long as that of none."""
     together = torch.cat([x.flatten() for x in tensors])
-    dist.all_reduce(together, group=group)
+    _named(dist.all_reduce, group, together)
     parts = together.split([x.numel() for x in tensors])
     return tuple([part.view(x.shape) for part, x in zip(parts, tensors, strict=True)])
 
@@ -89,5 +155,5 @@ def exchanged(
         (sum of ``received``, ...).
     """
     out = x.new_empty(sum(received), *x.shape[1:])
-    dist.all_to_all_single(out, x.contiguous(), list(received), list(sent), group=group)
+    _named(dist.all_to_all_single, group, out, x.contiguous(), list(received), list(sent))
     return out

@@ -15,11 +15,11 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.rendezvous import rendezvous
 
 from linear_vit import attention, options
+from linear_vit.kernels import exchanges
 from linear_vit.training.errors import UserError, first_line
 from linear_vit.training.fsdp import cut
 
-_GRACE_S = 10  # between the first process and the last to notice that one does not answer
-# What the processes say of themselves beside their exchanges; theirs while they are joined.
+# Where the processes say something beside their exchanges, while they are joined.
 _told: dist.Store | None = None
 # (data, sequence), where images are spread over several processes.
 _mesh: DeviceMesh | None = None
@@ -98,21 +98,14 @@ def unanswered(error: BaseException) -> UserError | None:
 
     All that still go on come here at about the same time, and say so: the others are the ones.
     """
-    lost = isinstance(error, dist.DistError) or "gloo" in str(error)
-    if not lost or _told is None or not _joined():
-        return None
-    _told.set(f"answers/{rank()}", "")
-    left, end = set(range(world())), time.monotonic() + _GRACE_S
-    while left and time.monotonic() < end:
-        left = {other for other in left if not _told.check([f"answers/{other}"])}
-        time.sleep(0.1)
-    if not left:
-        return UserError(f"an exchange between the processes failed: {first_line(error):.200}")
-    who = ", ".join(map(str, sorted(left)))
-    return UserError(
-        f"of {world()} processes, {who} did not answer for {patience():g} s and hang or are gone: "
-        "training stopped, and --resume goes on from the last checkpoint"
-    )
+    told = error
+    if not isinstance(error, exchanges.Unanswered):
+        if not exchanges.is_of_an_exchange(error) or not _joined():
+            return None
+        if not (left := exchanges.missing(None, time.monotonic() + exchanges.GRACE_S)):
+            return UserError(f"an exchange between the processes failed: {first_line(error):.200}")
+        told = exchanges.unanswered(left, patience())
+    return UserError(f"{told}: training stopped, and --resume goes on from the last checkpoint")
 
 
 @contextmanager

@@ -45,7 +45,8 @@ def linear_attention_sharded(
 
     Raises:
         TypeError, ValueError: as :func:`kernels.linear_attention`, before anything is exchanged.
-        RuntimeError: torch.distributed is not initialised, or this process is not of the group.
+        RuntimeError: torch.distributed is not initialised, or this process is not of the group;
+            or others of it did not answer within its time-out, whose ranks are named then.
     """
     rank_in(group, "linear_attention_sharded")
     S, z = linear_attention_state(k, v, key_mask=key_mask, backend=backend)

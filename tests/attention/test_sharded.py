@@ -1,6 +1,8 @@
 """A model over several processes: logits and gradients of one process, band by band."""
 
+import time
 from collections.abc import Sequence
+from datetime import timedelta
 from typing import Any
 
 import pytest
@@ -10,6 +12,7 @@ from torch import distributed as dist
 from torch.nn import functional as F
 
 from linear_vit.attention import ATTENTION_TYPES, VisionTransformer, shard_sequence
+from linear_vit.kernels import exchanges
 from tests import processes
 
 Case = dict[str, Any]
@@ -204,6 +207,37 @@ def _compiled(rank: int) -> list[bool]:
 @pytest.mark.slow
 def test_a_sharded_model_compiles() -> None:
     assert processes.together(2, _compiled) == [[True, True]] * 2
+
+
+# ---- processes that are gone -----------------------------------------------------------------
+
+
+def _left(rank: int, hangs: bool, kind: str) -> tuple[str, float]:
+    """What the others raise, and after how many seconds, where rank 1 leaves after one step."""
+    dist.init_process_group("gloo", timeout=timedelta(seconds=5))
+    exchanges.GRACE_S = 3
+    model, case = _model(_case(kind, (16, 4), ripple_stages=1)), _case(kind, (16, 4))
+    shard_sequence(model)
+    _step(model, case)
+    if rank == 1:
+        if not hangs:
+            dist.destroy_process_group()
+        time.sleep(20)
+        return "", 0.0
+    begin = time.monotonic()
+    with pytest.raises(exchanges.Unanswered) as caught:
+        _step(model, case)
+    return str(caught.value), time.monotonic() - begin
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("hangs", [False, True])
+@pytest.mark.parametrize("kind", ["linear", "ripple"])
+def test_a_process_that_is_gone_is_named(kind: str, hangs: bool) -> None:
+    for rank, (said, seconds) in enumerate(processes.together(4, _left, hangs, kind, joined=False)):
+        if rank != 1:
+            assert said == "of 4 processes, 1 did not answer for 5 s and hang or are gone"
+            assert seconds < 15
 
 
 # ---- what is refused -----------------------------------------------------------------------------

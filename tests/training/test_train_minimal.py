@@ -374,11 +374,16 @@ sys.exit(train_minimal.main(sys.argv[1:]))
 
 
 @pytest.mark.slow
-def test_a_process_that_hangs_ends_the_others_by_name(tmp_path: Path) -> None:
+@pytest.mark.parametrize("processes", [3, 4])
+def test_a_process_that_hangs_ends_the_others_by_name(tmp_path: Path, processes: int) -> None:
+    """The others: those that share its images, and those that wait for its gradients."""
     script = tmp_path / "hangs.py"
     script.write_text(_HANGS.format(root=str(ROOT)))
-    start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=3"]
+    start = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    start.append(f"--nproc-per-node={processes}")
     options = [*TINY, "--checkpoint_every=1", "--device=cpu", f"--out={tmp_path / 'run'}"]
+    if processes == 4:
+        options += ["--sequence_parallel=2", "--ripple_stages=1"]
     done = subprocess.run(
         [*start, str(script), *options],
         cwd=tmp_path,
@@ -388,8 +393,9 @@ def test_a_process_that_hangs_ends_the_others_by_name(tmp_path: Path) -> None:
         timeout=300,
     )
     assert done.returncode != 0
-    told = "of 3 processes, 1 did not answer for 8 s"
+    told = f"of {processes} processes, 1 did not answer for 8 s"
     assert f"train_minimal.py: error: {told}" in done.stderr
+    assert done.stderr.count("did not answer") == done.stderr.count(told)
     run = json.loads((tmp_path / "run" / "run.json").read_text())
     assert run["status"] == "failed"
     assert told in run["error"]
