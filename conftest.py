@@ -33,6 +33,7 @@ _OPTIONS = (
     "rehearse",
     "resume_bench",
     "profile",
+    "cluster",
 )
 
 
@@ -84,6 +85,13 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         metavar="COUNT",
         help="measure in so many fresh processes, one saved run each: run.1.json, run.2.json ...",
     )
+    options.option(
+        group,
+        "--cluster",
+        metavar="HOST:PORT",
+        help="measure once on every kind of device of this Ray cluster (or auto: the one that runs "
+        "here), each alone on its node, one saved run each: run.KIND.json",
+    )
     flags = {
         "--peers": "time other libraries' implementations, too: every SDPA kernel, and those of "
         "pip install '.[peers]'",
@@ -101,7 +109,13 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_cmdline_main(config: pytest.Config) -> int | None:
-    if not _benchmark_only(config) or config.getoption("repeats") in (None, 1):
+    if not _benchmark_only(config):
+        return None
+    if address := config.getoption("cluster"):
+        from linear_vit.bench import cluster, plugin
+
+        return cluster.run(config, address, plugin.path_of(config))
+    if config.getoption("repeats") in (None, 1):
         return None
     from linear_vit.bench import plugin, repeats
 
