@@ -52,7 +52,9 @@ def joined(address: str) -> Iterator[Any]:
     try:
         ray.init(**given, log_to_driver=False, logging_level=logging.ERROR)
     except Exception as error:  # of another version, say
-        raise OptionError(f"--cluster {address}: {str(error).splitlines()[0]}") from error
+        hint = " (RAY_AUTH_MODE=token in the environment, if that cluster asks for a token?)"
+        text = f"{str(error).splitlines()[0]}{'' if address in (LOCAL, 'auto') else hint}"
+        raise OptionError(f"--cluster {address}: {text}") from error
     try:
         yield ray
     finally:

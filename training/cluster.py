@@ -7,7 +7,7 @@ one that the command is given on, and take as many threads as a run would take t
 
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from pkgutil import resolve_name
 from typing import Any
@@ -24,6 +24,7 @@ from linear_vit.training.data.loader import default_workers
 from linear_vit.training.errors import UserError, first_line, notice
 from linear_vit.training.record import MACHINE, InUse, environment, same_machine
 
+_SHOWN = 2  # runs that there is room for beside a bar
 _LOOK_S = 1.0  # between two looks at how far the runs are
 _FINISHED, _LEFT, _FAILED = "finished", "left", "failed"
 
@@ -54,7 +55,8 @@ def train_all(
             torch.Tensor, serializer=torch.Tensor.numpy, deserializer=torch.from_numpy
         )
         data = {name: ray.put(load(name)) for name in {config.dataset for config in configs}}
-        nodes, only = _alike(ray, device)
+        here = address == cluster.LOCAL  # its one node is this machine
+        nodes, only = (cluster.nodes(ray), {}) if here else _alike(ray, device)
         task = ray.remote(max_retries=RETRIES, retry_exceptions=False)(_run)
         threads = torch.get_num_threads()
 
@@ -123,9 +125,9 @@ def _follow(
                 progress.line(f"{number} {line}", red=how == _FAILED)
             far = {c: done for c in running.values() if (done := _epochs(folder / c.run_name))}
             done = epochs + sum(far.values())
-            under_way = [f"{c.title} epoch {n}/{c.epochs}" for c, n in far.items()]
+            left = f"{clock(progress.left_s(done))} left" if done else "none has done an epoch"
             of = f"{ended} of {counted(len(configs), 'run')}"
-            progress.move(done, "  ".join([of, clock(progress.left_s(done)) + " left", *under_way]))
+            progress.move(done, "  ".join([of, left, *_under_way(far)]))
     except BaseException:
         cluster.stop(ray, running)  # their records say that they were interrupted
         raise
@@ -139,6 +141,13 @@ def _outcome(ray: Any, ref: Any) -> tuple[str, str]:
     except ray.exceptions.RayError as error:  # it died as often as it may
         return _FAILED, f"{type(error).__name__}: {first_line(error)}"
     return how, text
+
+
+def _under_way(far: Mapping[Config, int]) -> list[str]:
+    """How far the first few of the runs are."""
+    said = [f"{config.title} epoch {n}/{config.epochs}" for config, n in far.items()]
+    more = [f"and {len(said) - _SHOWN} more"] if len(said) > _SHOWN else []
+    return said[:_SHOWN] + more
 
 
 def _epochs(out: Path) -> int:
