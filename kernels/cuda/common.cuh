@@ -113,9 +113,19 @@ Rows<T> rows_of(const TensorView& view) {
 
 // ---- shared memory -------------------------------------------------------------------------------
 
+// What a block can have on compute capability 8.6: no GPU that these kernels run on has less (8.0 has
+// 163 KB, 9.0 and 10.0 have 227).
+constexpr size_t kSharedLimit = 99 * 1024;
+
 __device__ inline float* shared_memory() {
   extern __shared__ float4 linear_vit_shared[];
   return reinterpret_cast<float*>(linear_vit_shared);
+}
+
+template <typename Shared>
+__device__ Shared& shared_memory_as() {
+  static_assert(sizeof(Shared) <= kSharedLimit);
+  return *reinterpret_cast<Shared*>(shared_memory());
 }
 
 // tile[row][column] = source[row * stride + column] for kRows x kColumns; rows from `valid` on are

@@ -59,7 +59,7 @@ template <int D>
 __global__ void __launch_bounds__(kThreads, 1) float_sum_kernel(FloatSum p) {
   using Tile = FloatSumTile<D>;
   constexpr int F = D / kSide, C = Tile::kColumns / kSide;
-  auto& shared = *reinterpret_cast<typename Tile::Shared*>(shared_memory());
+  auto& shared = shared_memory_as<typename Tile::Shared>();
   const int tx = threadIdx.x % kSide, ty = threadIdx.x / kSide;
 
   int64_t index = blockIdx.x;
@@ -308,7 +308,7 @@ struct FloatApplyShared {
 template <int D>
 __global__ void __launch_bounds__(kThreads) float_apply_kernel(FloatApply p) {
   using Tile = RowTile<D>;
-  auto& shared = *reinterpret_cast<FloatApplyShared<D>*>(shared_memory());
+  auto& shared = shared_memory_as<FloatApplyShared<D>>();
   const RowBlock block(p.heads, p.tokens, Tile::kRows);
   const int64_t state =
       block.batch * (p.heads / p.group) + block.head / p.group;
@@ -364,7 +364,7 @@ struct FloatQueryGradientShared {
 template <int D>
 __global__ void __launch_bounds__(kThreads) float_query_gradient_kernel(FloatQueryGradient p) {
   using Tile = RowTile<D>;
-  auto& shared = *reinterpret_cast<FloatQueryGradientShared<D>*>(shared_memory());
+  auto& shared = shared_memory_as<FloatQueryGradientShared<D>>();
   const int tx = threadIdx.x % kSide, ty = threadIdx.x / kSide;
   const RowBlock block(p.heads, p.tokens, Tile::kRows);
   const int64_t state = block.batch * (p.heads / p.group) + block.head / p.group;
@@ -439,7 +439,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   using Shared = FloatQuerySumShared<D>;
   constexpr int kRows = Shared::kRows, kPitch = Shared::kPitch;
   constexpr int kPerThread = kRows / kSide, F = D / kSide;
-  auto& shared = *reinterpret_cast<Shared*>(shared_memory());
+  auto& shared = shared_memory_as<Shared>();
   const int tx = threadIdx.x % kSide, ty = threadIdx.x / kSide;
   const int64_t tiles_per_head = (p.queries + kRows - 1) / kRows;
   const Part part(p.kv_heads, p.num_splits, p.group * tiles_per_head);
@@ -588,7 +588,7 @@ struct FloatKeyValueGradientShared {
 template <int D>
 __global__ void __launch_bounds__(kThreads) float_key_value_gradient_kernel(FloatKeyValueGradient p) {
   using Tile = RowTile<D>;
-  auto& shared = *reinterpret_cast<FloatKeyValueGradientShared<D>*>(shared_memory());
+  auto& shared = shared_memory_as<FloatKeyValueGradientShared<D>>();
   const int tx = threadIdx.x % kSide, ty = threadIdx.x / kSide;
   const RowBlock block(p.kv_heads, p.tokens, Tile::kRows);
   const int64_t state = block.batch * p.kv_heads + block.head;

@@ -19,8 +19,6 @@
 
 namespace {
 
-constexpr size_t kSharedLimit = 99 * 1024;  // of a block, on compute capability 8.6
-
 // ---- shared memory of each kernel --------------------------------------------------------------------
 
 template <typename T, typename H>
@@ -71,11 +69,6 @@ constexpr int64_t staying_keys() {
   if (!backward_in_one(H::D)) return 0;
   return (kSharedLimit - sizeof(BackwardShared<T, H, true>)) / (2 * sizeof(TokenTile<T, H>)) *
          H::kTokens;
-}
-
-template <typename Shared>
-__device__ Shared& shared() {
-  return *reinterpret_cast<Shared*>(shared_memory());
 }
 
 // The rows of a tensor that are at a place.
@@ -155,7 +148,7 @@ __global__ void __launch_bounds__(kThreads, 1) half_state_kernel(Problem<T> p) {
   using Shared = StateShared<T, H>;
   constexpr bool kTwoLevels = D <= kWidestOfTwoLevels;
   constexpr int kChunk = 256 / H::kTokens;
-  Shared& s = shared<Shared>();
+  Shared& s = shared_memory_as<Shared>();
   const Part part(p.kv_heads, p.num_splits, tiles_of(1, p.keys, H::kTokens));
   TilePlace coming = first_keys<H>(p, part), place = coming;
   const auto tiles = stream<Shared::kStages>(part.begin, part.end, [&](int stage) {
@@ -189,7 +182,7 @@ template <int D, typename T>
 __global__ void __launch_bounds__(kThreads, Long<D>::kTile.blocks) half_apply_kernel(Problem<T> p) {
   using H = Long<D>;
   using Shared = ApplyShared<T, H>;
-  Shared& s = shared<Shared>();
+  Shared& s = shared_memory_as<Shared>();
   const Part part(p.kv_heads, p.num_splits, tiles_of(p.group, p.queries, H::kTokens));
   TilePlace coming = first_queries<H>(p, part), place = coming;
   const auto tiles = stream<Shared::kStages>(part.begin, part.end, [&](int stage) {
@@ -212,7 +205,7 @@ __global__ void __launch_bounds__(kThreads, Long<D>::kTile.blocks)
     half_forward_kernel(Problem<T> p) {
   using H = Short<D>;
   using Shared = ForwardShared<T, H>;
-  Shared& s = shared<Shared>();
+  Shared& s = shared_memory_as<Shared>();
   const Part part(p.kv_heads, 1, 0);
   TilePlace coming = first_queries<H>(p, part), place = coming;
   TilePlace coming_keys = first_keys<H>(p, part), key_place = coming_keys;
@@ -251,7 +244,7 @@ __global__ void __launch_bounds__(kThreads, Long<D>::kTile.gradient_blocks)
     half_query_gradient_kernel(Problem<T> p) {
   using H = Long<D>;
   using Shared = GradientShared<T, H>;
-  Shared& s = shared<Shared>();
+  Shared& s = shared_memory_as<Shared>();
   const Part part(p.kv_heads, p.num_splits, tiles_of(p.group, p.queries, H::kTokens));
   TilePlace coming = first_queries<H>(p, part), place = coming;
   const auto tiles = stream<Shared::kStages>(part.begin, part.end, [&](int stage) {
@@ -281,7 +274,7 @@ __global__ void __launch_bounds__(kThreads, Long<D>::kTile.blocks)
     half_key_value_gradient_kernel(Problem<T> p) {
   using H = Long<D>;
   using Shared = GradientShared<T, H>;
-  Shared& s = shared<Shared>();
+  Shared& s = shared_memory_as<Shared>();
   const Part part(p.kv_heads, p.num_splits, tiles_of(1, p.keys, H::kTokens));
   TilePlace coming = first_keys<H>(p, part), place = coming;
   const auto tiles = stream<Shared::kStages>(part.begin, part.end, [&](int stage) {
@@ -311,7 +304,7 @@ __global__ void __launch_bounds__(kThreads, Short<D>::kTile.gradient_blocks)
     half_backward_kernel(Problem<T> p) {
   using H = Short<D>;
   using Shared = BackwardShared<T, H, kStay>;
-  Shared& s = shared<Shared>();
+  Shared& s = shared_memory_as<Shared>();
   const Part part(p.kv_heads, 1, 0);
   const int key_tiles = static_cast<int>(tiles_of(1, p.keys, H::kTokens));
   const int query_tiles = static_cast<int>(tiles_of(p.group, p.queries, H::kTokens));

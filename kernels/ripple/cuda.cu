@@ -905,7 +905,7 @@ Stages<T> parameters(const RippleStagesArguments& a) {
 // no room. Not fewer than a 32-byte sector for the sake of more blocks.
 template <typename T>
 int image_lanes(const Stages<T>& p, const Shared& shared, int size, int64_t multiprocessors) {
-  constexpr int64_t kPreferred = 48 * 1024, kMost = 99 * 1024, kWidest = 64;
+  constexpr int64_t kPreferred = 48 * 1024, kMost = kSharedLimit, kWidest = 64;
   const auto bytes = [&](int lanes) { return shared.bytes(lanes * size, sizeof(T)); };
   const auto blocks = [&](int lanes) { return p.batch * channel_blocks(p.channels, lanes * size); };
   int lanes = size == 1 ? kWarp : static_cast<int>(kWidest) / size;

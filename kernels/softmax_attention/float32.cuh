@@ -96,7 +96,7 @@ struct ForwardShared {
 template <int D, bool kMasked>
 __global__ void __launch_bounds__(kThreads) forward_kernel(Forward<float> a) {
   using B = Block<D>;
-  auto& shared = *reinterpret_cast<ForwardShared<D>*>(shared_memory());
+  auto& shared = shared_memory_as<ForwardShared<D>>();
   const int tx = threadIdx.x % kSide, ty = threadIdx.x / kSide;
   const RowBlock block(a.heads, a.query_tokens, B::kRows);
   const int64_t kv_head = block.head / a.group;
@@ -177,7 +177,7 @@ struct QueryGradientShared {
 template <int D, bool kMasked>
 __global__ void __launch_bounds__(kThreads) query_gradient_kernel(Backward<float> a) {
   using B = Block<D>;
-  auto& shared = *reinterpret_cast<QueryGradientShared<D>*>(shared_memory());
+  auto& shared = shared_memory_as<QueryGradientShared<D>>();
   const int tx = threadIdx.x % kSide, ty = threadIdx.x / kSide;
   const RowBlock block(a.heads, a.query_tokens, B::kRows);
   const int64_t kv_head = block.head / a.group;
@@ -262,7 +262,7 @@ struct KeyValueGradientShared {
 template <int D>
 __global__ void __launch_bounds__(kThreads) key_value_gradient_kernel(Backward<float> a) {
   using B = Block<D>;
-  auto& shared = *reinterpret_cast<KeyValueGradientShared<D>*>(shared_memory());
+  auto& shared = shared_memory_as<KeyValueGradientShared<D>>();
   const int tx = threadIdx.x % kSide, ty = threadIdx.x / kSide;
   const RowBlock block(a.heads / a.group, a.key_tokens, B::kRows);
   const float to_log2 = a.scale * kLog2E;

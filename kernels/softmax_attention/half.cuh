@@ -38,6 +38,7 @@ struct ForwardTile {
   static constexpr int kStage = 2 * kPassed * kPitch<D>;  // elements: keys, then values
   static constexpr size_t kSharedBytes = 2 * kStage * 2;
   static_assert(kOwned == 2 * kPassed, "q passes through a stage, and so does out");
+  static_assert(kSharedBytes <= kSharedLimit);
 };
 
 template <int D>
@@ -50,6 +51,7 @@ struct BackwardTile {
   static constexpr size_t kSharedBytes = 2 * (2 * kOwnedTile + 2 * kStage);
   static constexpr size_t kStatistics = 2 * 2 * kPassed * sizeof(float);  // in both stages
   static_assert(kOwned == 2 * kPassed, "out passes through a stage");
+  static_assert(kSharedBytes + kStatistics <= kSharedLimit);
 };
 
 __device__ inline int lane_index() { return threadIdx.x % 32; }
