@@ -10,7 +10,11 @@ import pytest
 import torch
 
 from linear_vit import train_minimal
+from linear_vit.training import distributed
 from linear_vit.training.checkpoints import load_checkpoint
+from linear_vit.training.config import build_model, resolve
+from linear_vit.training.data.loader import share
+from linear_vit.training.step import training_step
 from tests import processes
 from tests.training.conftest import take_few
 
@@ -74,6 +78,31 @@ def test_four_processes_two_an_image_train_as_one(tmp_path: Path) -> None:
     run = json.loads((tmp_path / "four" / "run.json").read_text())
     assert run["environment"]["processes"] == 4
     assert run["environment"]["sequence_parallel"] == 2
+
+
+def _moved(rank: int, sequence_parallel: int = 1) -> torch.Tensor:
+    """By how much a step along the gradient itself moves the head: AdamW would hide its size."""
+    images, labels = (
+        torch.randn(4, 1, 8, 8, generator=torch.Generator().manual_seed(0)),
+        [1, 2, 3, 4],
+    )
+    config = resolve({"preset": "small", "dataset": "digits", "backend": "torch"})
+    with distributed.processes(torch.device("cpu"), sequence_parallel):
+        model = build_model(config)
+        before = model.head.weight.detach().clone()
+        distributed.shard_sequence(model)
+        network = distributed.parallel(model)
+        mine = share(4, distributed.data_rank(), distributed.data_world())
+        optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+        targets = torch.tensor(labels)[mine]
+        training_step(network, optimizer, images[mine], targets, batch_size=4, clip=0)
+        return before - model.head.weight.detach()
+
+
+def test_the_gradient_is_that_of_the_batch() -> None:
+    right = _moved(0)
+    for found in processes.together(4, _moved, 2, joined=False):
+        torch.testing.assert_close(found, right, rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.slow
