@@ -125,17 +125,18 @@ def check_linear_attention(libraries: dict[str, Path], dtype: torch.dtype, head_
 def check_softmax_attention(
     libraries: dict[str, Path], dtype: torch.dtype, head_dim: int
 ) -> Checks:
-    case = Case(head_dim, dtype, heads=4, kv_heads=2, queries=133, keys=70)
+    case = Case(head_dim, dtype, heads=2, kv_heads=1, queries=133, keys=70)
+    alone = replace(case, heads=1)
     cases = (
         case,
-        replace(case, heads=1, kv_heads=1, queries=70, keys=300, order="reverse"),
-        replace(case, heads=1, kv_heads=1, queries=7, keys=5),
-        replace(case, layout="misaligned", order="strided"),
+        replace(alone, queries=20, keys=200, order="reverse"),
+        replace(alone, queries=7, keys=5),
+        replace(alone, queries=70, layout="misaligned", order="strided"),
     )
 
     def masked() -> None:
-        for keys, wanted in ((70, 0b111), (150, 0b001), (40, 0b110)):
-            q, k, v, dout = Case(head_dim, dtype, 2, 2, 1, 70, keys).inputs()
+        for keys, wanted in ((70, 0b111), (100, 0b001), (40, 0b110)):
+            q, k, v, dout = Case(head_dim, dtype, 2, 1, 1, 40, keys).inputs()
             emulated = SoftmaxAttention(libraries)
             emulated.key_mask = torch.arange(2 * keys).reshape(2, keys) % 3 > 0
             out, lse = emulated.softmax_attention(q, k, v, 0.2)
@@ -233,7 +234,30 @@ FLOAT = "linear_attention/float32.cuh"
 SOFTMAX, SOFTMAX_FLOAT = test_softmax.HALF, test_softmax.FLOAT32
 RIPPLE = "ripple/cuda.cu"
 
-# Most of these give the right numbers in every order of threads that the emulator has.
+# These give the right numbers in every order of threads that the emulator has.
+SILENT = (
+    Mutation("no barrier between a warp's rows and their reads", HALF, "  __syncwarp();\n", ""),
+    Mutation(
+        "no barrier within a warp before g / E takes g's place",
+        FLOAT,
+        "__syncwarp();  // a row",
+        "// a row",
+    ),
+    Mutation(
+        "no barrier before the weights are read",
+        SOFTMAX_FLOAT,
+        "    __syncwarp();\n    accumulate<D>(out, rescale",
+        "    accumulate<D>(out, rescale",
+    ),
+    Mutation(
+        "no barrier before an image takes another's place",
+        RIPPLE,
+        "    if constexpr (!kSummed) __syncthreads();  // the image before has been read\n"
+        "    // add_block_sums has met since the image before was read\n"
+        "    if (place.inside) {\n      if constexpr (kSummed) {",
+        "    if (place.inside) {\n      if constexpr (kSummed) {",
+    ),
+)
 MUTATIONS = (
     Mutation(
         "one copy too many on its way",
@@ -265,7 +289,6 @@ MUTATIONS = (
         "scratch[warp_index()] = x;\n  __syncthreads();",
         "scratch[warp_index()] = x;",
     ),
-    Mutation("no barrier between a warp's rows and their reads", HALF, "  __syncwarp();\n", ""),
     Mutation(
         "no barrier before a token warp's sums are written",
         HALF,
@@ -283,12 +306,6 @@ MUTATIONS = (
         HALF,
         "__syncthreads();  // q and g have been read, and",
         "if (warp_index() < 4) __syncthreads();  // q and g have been read, and",
-    ),
-    Mutation(
-        "no barrier within a warp before g / E takes g's place",
-        FLOAT,
-        "__syncwarp();  // a row",
-        "// a row",
     ),
     Mutation(
         "no barrier before the result takes q's place",
@@ -323,24 +340,10 @@ MUTATIONS = (
         "    if (first + kPassed < a.key_tokens) copy(stage,",
     ),
     Mutation(
-        "no barrier before the weights are read",
-        SOFTMAX_FLOAT,
-        "    __syncwarp();\n    accumulate<D>(out, rescale",
-        "    accumulate<D>(out, rescale",
-    ),
-    Mutation(
         "no barrier before the warps' sums are read",
         RIPPLE,
         "    __syncthreads();\n    for (int c = thread; c < count * width",
         "    for (int c = thread; c < count * width",
-    ),
-    Mutation(
-        "no barrier before an image takes another's place",
-        RIPPLE,
-        "    if constexpr (!kSummed) __syncthreads();  // the image before has been read\n"
-        "    // add_block_sums has met since the image before was read\n"
-        "    if (place.inside) {\n      if constexpr (kSummed) {",
-        "    if (place.inside) {\n      if constexpr (kSummed) {",
     ),
 )
 # Those of the rooms' own tests that take an order away.
@@ -368,11 +371,13 @@ def see_race(mutation: Mutation, folder: Path) -> None:
     assert re.search(r"race: |two different __syncthreads\(\)", failure), failure
 
 
-def test_a_copy_too_many_is_seen(tmp_path: Path) -> None:
-    see_race(MUTATIONS[0], tmp_path)
+def test_a_missing_barrier_that_gives_the_right_numbers_is_seen(tmp_path: Path) -> None:
+    see_race(SILENT[0], tmp_path)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("mutation", [*MUTATIONS[1:], *OTHERS], ids=lambda m: f"{m.file}: {m.name}")
+@pytest.mark.parametrize(
+    "mutation", [*SILENT[1:], *MUTATIONS, *OTHERS], ids=lambda m: f"{m.file}: {m.name}"
+)
 def test_more_broken_kernels_have_races(mutation: Mutation, tmp_path: Path) -> None:
     see_race(mutation, tmp_path)
