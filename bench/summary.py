@@ -86,11 +86,12 @@ def render(rows: list[Row], width: int, colour: bool) -> str:
     for title in dict.fromkeys(titles):
         block = [row for row, its in zip(over, titles, strict=True) if its == title]
         blocks.append(_side_by_side(title, block, "N", lambda row: row.info["N"], _over_of))
-    notes = [
-        "Median time per call, ± half the interquartile range of the rounds; * fastest. Of limit: "
-        "the time that the measured copy or matmul rate allows for the least traffic or work, over "
-        "the time taken."
-    ]
+    notes = ["Median time per call, ± half the interquartile range of the rounds; * fastest."]
+    if kernels:
+        notes[0] += (
+            " Of limit: the time that the measured copy or matmul rate allows for the least "
+            "traffic or work, over the time taken."
+        )
     beaten = [r.info.get("limit_note") for r in kernels if (r.info.get("share_of_limit") or 0) > 1]
     notes += [f"§ {why or _BEATEN}" for why in dict.fromkeys(beaten)]
     others = {r.info["backend"]: r.info.get("other_function") for r in kernels}

@@ -18,7 +18,7 @@ from linear_vit.bench import estimate, guests
 from linear_vit.bench.guests.guest import Guest, Round
 from linear_vit.bench.guests.strict import own_library
 from linear_vit.bench.guests.trials import touched
-from linear_vit.bench.instruments import memory
+from linear_vit.bench.instruments import clock, memory
 from linear_vit.bench.problems import (
     Case,
     Expected,
@@ -145,7 +145,7 @@ class TimedCall:
 
     def _round(self, calls: int) -> list[float]:
         began, account = time.perf_counter(), self._account
-        settle()
+        clock.settle()
         if self._random.random() < PROBED:
             self._checking(self._probe)
         if self._random.random() < CHECKED:
@@ -288,13 +288,3 @@ def _lag(account: _Account) -> float:
 def _fitting(problem: Problem, expected: Expected) -> tuple[Problem, Expected]:
     """With the output gradients that the expected results belong to."""
     return replace(problem, cotangents=expected.cotangents), expected
-
-
-def settle(most_s: float = 0.03) -> None:
-    """Wait until no thread of this process is busy: OpenMP's spin for a while after a call."""
-    end = time.perf_counter() + most_s
-    while time.perf_counter() < end:
-        before = time.process_time()
-        time.sleep(1e-3)
-        if time.process_time() - before < 3e-4:
-            return

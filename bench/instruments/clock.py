@@ -373,6 +373,16 @@ class _ElsewhereRounds(Rounds):
         """Nothing: it answers when its device has nothing left to do."""
 
 
+def settle(most_s: float = 0.03) -> None:
+    """Wait until no thread of this process is busy: OpenMP's spin for a while after a call."""
+    end = time.perf_counter() + most_s
+    while time.perf_counter() < end:
+        before = time.process_time()
+        time.sleep(1e-3)
+        if time.process_time() - before < 3e-4:
+            return
+
+
 def _batch_of(estimate_s: float) -> int:
     """How many rounds a turn has on CUDA: waiting for the device costs more than a short call."""
     return int(min(_ENQUEUED_ROUNDS, max(1.0, _TURN_S / max(estimate_s, 1e-6))))

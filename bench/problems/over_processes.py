@@ -17,6 +17,7 @@ from torch import distributed as dist
 
 from linear_vit import kernels
 from linear_vit.bench.instruments import machine
+from linear_vit.bench.instruments.clock import settle
 from linear_vit.bench.instruments.exchanged import Exchanged
 from linear_vit.bench.instruments.ranks import Ranks
 from linear_vit.bench.problems.attention import HEAD_DIM, HEADS, AttentionShape, square
@@ -150,6 +151,7 @@ class OverProcesses(Operation):
         assert isinstance(shape, SequenceShape)
         key = (shape, DTYPES[case.dtype], case.backend, case.mode)
         (sent, exchanges), ranks = _sent[key], _made[key]
+        settle()
         latency, rate = zip(*ranks.ask(_all_reduce), strict=True) if ranks.count > 1 else ((), ())
         return {
             "processes": shape.processes,
@@ -240,6 +242,7 @@ class _Together:
 
     def rounds(self, calls: int) -> list[float]:
         """Of each round the time of the slowest."""
+        settle()  # or a thread of this process has one of their cores
         return [max(of_all) for of_all in zip(*self.ranks.ask(_time, self.key, calls), strict=True)]
 
 
