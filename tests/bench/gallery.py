@@ -154,8 +154,8 @@ def zeros_later(q: Tensor, k: Tensor, v: Tensor, eps: float) -> Tensor:
 
 @cheat
 def tired(q: Tensor, k: Tensor, v: Tensor, eps: float) -> Tensor:
-    """Right for as long as any check is likely to take."""
-    return right(q, k, v, eps) if _count("tired") < 60 else torch.zeros_like(q)
+    """Right for as long as a check before the timing is likely to take."""
+    return right(q, k, v, eps) if _count("tired") < 20 else torch.zeros_like(q)
 
 
 @cheat
