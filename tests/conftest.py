@@ -3,10 +3,14 @@
 import os
 import sys
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 import pytest
 
-from tests import clusters, shards
+from tests import shards
+
+if TYPE_CHECKING:
+    from tests.clusters import Commands
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -44,10 +48,12 @@ def calm_machine(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def commands() -> Iterator[clusters.Commands]:
+def commands() -> Iterator["Commands"]:
     """To start commands that use Ray; none of its processes is to be left by them."""
     pytest.importorskip("ray", reason="Ray is not installed: pip install '.[ray]'")
-    commands = clusters.Commands()
+    from tests.clusters import Commands
+
+    commands = Commands()
     try:
         yield commands
         commands.wait_for_none()

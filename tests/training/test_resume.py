@@ -240,7 +240,8 @@ def test_a_finished_run_is_not_run_again(tmp_path: Path, monkeypatch: pytest.Mon
 def test_leftovers_of_a_killed_write_are_removed(tmp_path: Path) -> None:
     (tmp_path / ".last.pt.abc123").write_bytes(b"half a checkpoint")
     assert main(tmp_path, "--epochs=1") == 0
-    assert {path.name for path in tmp_path.iterdir()} == {"run.json", "best.pt", "last.pt"}
+    left = {path.name for path in tmp_path.iterdir()}
+    assert left == {".lock", "run.json", "best.pt", "last.pt"}
 
 
 @pytest.mark.parametrize(

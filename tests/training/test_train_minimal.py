@@ -62,7 +62,7 @@ def test_train_records_and_repeats(tmp_path: Path, capsys: pytest.CaptureFixture
     weights = [load_checkpoint(tmp_path / name / "last.pt")["model"] for name in ("one", "two")]
     assert all(torch.equal(weights[0][key], weights[1][key]) for key in weights[0])
     leftovers = {path.name for path in (tmp_path / "one").iterdir()}
-    assert leftovers == {"run.json", "best.pt", "last.pt"}
+    assert leftovers == {".lock", "run.json", "best.pt", "last.pt"}
 
 
 def test_all_models_see_the_same_batches(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
