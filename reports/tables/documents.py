@@ -9,7 +9,16 @@ from linear_vit.reports.groups import groups
 from linear_vit.reports.saved import runs
 from linear_vit.reports.saved.files import read_json
 from linear_vit.reports.saved.runs import Runs
-from linear_vit.reports.tables import ablation, breakdown, cpu, results_text, scaling, steps, table
+from linear_vit.reports.tables import (
+    ablation,
+    breakdown,
+    cpu,
+    over_processes,
+    results_text,
+    scaling,
+    steps,
+    table,
+)
 from linear_vit.reports.tables.table import Cell, Part, Table, join, word
 from linear_vit.reports.targets import Verdict
 
@@ -105,12 +114,13 @@ def _targets(machine: Path, folder: Path) -> Iterator[Part]:
 
 
 def _is_of_targets(path: Path) -> bool:
-    """Whether a file is a run of a device's own sweep."""
+    """Whether a file is a run of a device's own sweep, and of kernels or training steps."""
     try:
-        sweep = runs.read(path)["kernel_suite"].get("sweep")
+        run = runs.read(path)
+        sweep, operations = (run["kernel_suite"].get(name) for name in ("sweep", "operations"))
     except (ValueError, KeyError, runs.OfAnotherKind):
         return False
-    return sweep in targets.LISTS
+    return sweep in targets.LISTS and set(operations or ()) != {runs.OVER_PROCESSES}
 
 
 def _measured(verdict: Verdict) -> Cell:
@@ -128,6 +138,16 @@ def _steps(machine: Path, folder: Path) -> Iterator[Part]:
         yield from _shown(breakdown.as_table(read_json(path)), path, folder)
 
 
+def _over_processes(machine: Path, folder: Path) -> Iterator[Part]:
+    """A sequence over several processes, beside the model of it."""
+    for path in sorted(machine.glob("over-processes.json")):
+        found = over_processes.groups(runs.load([path]))
+        if (pays := over_processes.paying(found)) is not None:
+            yield from (f"## {pays.title}", _source(path, folder), replace(pays, title=""))
+        for one in found:
+            yield from _shown(over_processes.as_table(one), path, folder)
+
+
 def _noise(machine: Path, folder: Path) -> Iterator[Part]:
     """What `make check-noise` said: its verdicts on all lengths together, without single cases."""
     for path in sorted(machine.glob("check-noise.txt")):
@@ -141,4 +161,4 @@ def _noise(machine: Path, folder: Path) -> Iterator[Part]:
         yield "```\n" + "\n".join(kept) + "\n```"
 
 
-_PARTS = (_results, _ablations, _kernels, _targets, _steps, _noise)
+_PARTS = (_results, _ablations, _kernels, _targets, _steps, _over_processes, _noise)

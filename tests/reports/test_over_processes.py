@@ -146,3 +146,17 @@ def test_the_page_shows_both(tmp_path: Path) -> None:
     assert "linear, 2 processes, by the model" in text
     assert "From which N on a second process makes linear attention faster" in text
     assert "Nothing here was measured" in text
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("processes", 0), ("sent_bytes", -1), ("exchanges", "two"), ("all_reduce_latency_s", 0)],
+)
+def test_a_damaged_case_is_named_and_left_out(tmp_path: Path, field: str, value: Any) -> None:
+    path = saved(tmp_path)
+    document = json.loads(path.read_text())
+    document["benchmarks"][2]["extra_info"][field] = value
+    path.write_text(json.dumps(document))
+    found = runs.load([path])
+    assert len(found.over) == len(document["benchmarks"]) - 1
+    assert f"benchmarks[2].extra_info.{field}" in found.skipped[0]
