@@ -67,7 +67,7 @@ class Commands:
 
     def wait_for_none(self, name: str = "") -> None:
         """Ray's processes end with their command; some take two minutes where that was killed."""
-        until(lambda: not self.left(name), seconds=30 if name else 240)
+        until(lambda: not self.left(name), seconds=120 if name else 240)
 
     def end(self) -> None:
         for pid in self.left():

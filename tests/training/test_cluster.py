@@ -24,7 +24,7 @@ from tests.training.test_resume import fingerprint
 # Runs of a few seconds, that are hit in their midst.
 TINY = ["--recipe=light", "--dim=8", "--depth=1", "--heads=1", "--backend=torch", "--device=cpu"]
 TWO = ["ablate", *TINY, "--attention_type=linear", "--dropout=0.1,0.2", "--seeds=1", "--seconds=0"]
-TWO += ["--epochs=12", "--batch_size=32"]
+TWO += ["--epochs=30", "--batch_size=32"]
 
 
 def train(folder: Path, *more: str) -> list[str]:
