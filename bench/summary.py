@@ -85,7 +85,9 @@ def render(rows: list[Row], width: int, colour: bool) -> str:
     titles = [f"attention over processes, {r.info['pass']}, {r.info['dtype']}" for r in over]
     for title in dict.fromkeys(titles):
         block = [row for row, its in zip(over, titles, strict=True) if its == title]
-        blocks.append(_side_by_side(title, block, "N", lambda row: row.info["N"], _over_of))
+        blocks.append(
+            _side_by_side(title, block, "N", lambda row: row.info["N"], lambda row: _over(row.info))
+        )
     notes = ["Median time per call, ± half the interquartile range of the rounds; * fastest."]
     if kernels:
         notes[0] += (
@@ -211,12 +213,7 @@ def _model_block(title: str, rows: list[Row]) -> _Block:
 
 
 def _over(info: dict[str, Any]) -> str:
-    count = info["processes"]
-    return f"{info['backend']}, {count} process{'' if count == 1 else 'es'}"
-
-
-def _over_of(row: Row) -> str:
-    return _over(row.info)
+    return f"{info['backend']}, {screen.counted(info['processes'], 'process')}"
 
 
 def _side_by_side(

@@ -40,8 +40,8 @@ def prose(text: str, columns: int) -> str:
 
 
 def counted(count: int, noun: str) -> str:
-    """``1 case``, ``2,000 cases``."""
-    return f"{count:,} {noun}{'' if count == 1 else 's'}"
+    """``1 case``, ``2,000 cases``, ``2 processes``."""
+    return f"{count:,} {noun}{'' if count == 1 else 'es' if noun.endswith('s') else 's'}"
 
 
 def say(text: object, file: TextIO | None = None) -> None:

@@ -12,7 +12,7 @@ from linear_vit import kernels
 from linear_vit.bench import problems, runner, store
 from linear_vit.bench.instruments import machine
 from linear_vit.bench.instruments.memory import is_out_of_memory
-from linear_vit.bench.problems import Case, Operation, Problem, Shape, Wanted, Work
+from linear_vit.bench.problems import Case, Problem, Shape, TimedOnly, Wanted, no_inputs
 from linear_vit.training.config import (
     DATASETS,
     MODELS,
@@ -53,7 +53,7 @@ class StepShape(Shape):
         return self.N
 
 
-class TrainingStep(Operation):
+class TrainingStep(TimedOnly):
     """Forward, loss, backward, clipping and optimiser of a model on one fixed random batch."""
 
     name = "training_step"
@@ -62,7 +62,6 @@ class TrainingStep(Operation):
     modes = (STEP,)
     budget = 4.0  # of what a kernel's case gets: there are few of them, and they are long
     test = "test_training_step"
-    has_reference = False
     usual_backends = (DEFAULT,)
 
     def shape(self, tokens: int, batch: int = 1) -> StepShape:
@@ -112,10 +111,6 @@ class TrainingStep(Operation):
         )
         return step_shape(tiny, shape.variant)
 
-    def check_shapes(self, head_dim: int, *, interpreted: bool = False) -> tuple[StepShape, ...]:
-        """None: it is what its operations are, and has no float64 expectation."""
-        return ()
-
     def special(self, sweep: str) -> list[Wanted]:
         """Every model with and without own kernels, after the most important of attention.
 
@@ -132,13 +127,6 @@ class TrainingStep(Operation):
         return [
             Wanted(200, STEP, DTYPES[shape.config.amp], shape, names) for shape in (*usual, *half)
         ]
-
-    def can_be_captured(self, backend: str) -> bool:
-        return False
-
-    def least_work(self, mode: str, shape: Any, element_size: int) -> Work:
-        """Not counted: a step is judged by images/s, not by a share of the machine's limits."""
-        return Work(0, 0)
 
     def working_set(self, mode: str, backend: str, shape: Any) -> int:
         """About what a step keeps: some 16 activations of width dim a token and layer."""
@@ -180,10 +168,6 @@ class _StepProblem(Problem):
     def call(self, backend: str, mode: str) -> Callable[[], tuple[torch.Tensor, ...]]:
         step = step_of(_on(self.shape.config, backend), self.device)
         return lambda: (step(), ())[1]
-
-
-def no_inputs(tensors: dict[str, torch.Tensor], backend: str) -> tuple[torch.Tensor, ...]:
-    raise TypeError("it makes its own images: take Problem.call")
 
 
 def step_shape(config: Config, variant: str = "") -> StepShape:

@@ -15,13 +15,13 @@ from torch import Tensor, nn
 
 from linear_vit import attention, kernels
 from linear_vit.bench import problems
-from linear_vit.bench.problems import Case, Operation, Problem, Shape, Work
+from linear_vit.bench.problems import Case, Problem, Shape, TimedOnly, no_inputs
 from linear_vit.options import OptionError
 from linear_vit.training import shares
 from linear_vit.training.errors import first_line
 from linear_vit.training.models import ORIGINAL, build, builder
 from linear_vit.training.step import autocast, make_optimizer, make_scaler, training_step
-from linear_vit.training.steps import DEFAULT, DTYPES, STEP, no_inputs
+from linear_vit.training.steps import DEFAULT, DTYPES, STEP
 
 INFERENCE = "inference"
 _AMP = {"cpu": "off", "cuda": "bf16"}
@@ -55,7 +55,7 @@ class Asked:
     backends: tuple[str, ...] = ()
 
 
-class WholeModel(Operation):
+class WholeModel(TimedOnly):
     """Inference, and a training step, of any model on fixed random images."""
 
     name = "whole_model"
@@ -63,7 +63,6 @@ class WholeModel(Operation):
     modes = (INFERENCE, STEP)
     budget = 4.0
     test = "test_model"
-    has_reference = False
 
     def __init__(self) -> None:
         self.asked = Asked()
@@ -131,17 +130,6 @@ class WholeModel(Operation):
 
     def lengths(self, device_type: str, extent: str) -> tuple[int, ...]:
         return ()
-
-    def check_shapes(self, head_dim: int, *, interpreted: bool = False) -> tuple[ModelShape, ...]:
-        """None: it has no float64 expectation."""
-        return ()
-
-    def can_be_captured(self, backend: str) -> bool:
-        return False
-
-    def least_work(self, mode: str, shape: Any, element_size: int) -> Work:
-        """Not counted."""
-        return Work(0, 0)
 
     def working_set(self, mode: str, backend: str, shape: Any) -> int:
         """Not known before the model is built: a case that has no room says so when it runs."""

@@ -28,6 +28,7 @@ from linear_vit.bench.problems.case import (
     Operation,
     Problem,
     Shape,
+    TimedOnly,
     Wanted,
     Work,
     WrongResult,
@@ -35,6 +36,7 @@ from linear_vit.bench.problems.case import (
     check_call,
     judge,
     least_work,
+    no_inputs,
     own_kernels,
     worst,
 )
@@ -43,9 +45,9 @@ from linear_vit.bench.problems.ripple import RippleShape
 __all__ = [
     "BACKWARD", "DTYPES", "FORWARD", "FORWARD_BACKWARD", "PASSES", "AttentionShape", "Case",
     "ChangedInput", "Expected", "NotOffered", "Operation", "Problem", "RippleShape", "Shape",
-    "Wanted", "Work", "WrongResult", "case_name", "check", "check_call", "expected_of_peer",
-    "judge", "least_work", "make_problem", "operation", "operations", "own_kernels", "parse_case",
-    "register", "worst",
+    "TimedOnly", "Wanted", "Work", "WrongResult", "case_name", "check", "check_call",
+    "expected_of_peer", "judge", "least_work", "make_problem", "no_inputs", "operation",
+    "operations", "own_kernels", "parse_case", "register", "worst",
 ]  # fmt: skip
 
 _registered: dict[str, Operation] = {}

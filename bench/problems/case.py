@@ -229,8 +229,8 @@ class Operation(ABC):
         modes: the passes that are timed.
         budget: of the seconds that a sweep spends on a case, how many times as many.
         test: the test in ``bench/`` that its cases are of.
-        has_reference: whether something says what is right, and how much work is least; a training
-            step has neither, and is only timed.
+        has_reference: whether something says what is right, and how much work is least: see
+            :class:`TimedOnly`.
         usual_backends: those of a sweep over lengths where none are asked for; empty for all.
         settings: of the public function's other arguments, values that a strict check draws from.
         scales: of its inputs, and means, for the strict check: see :meth:`rescale`.
@@ -408,6 +408,28 @@ class Operation(ABC):
         """The shape of this :meth:`size_name`; None where it is none."""
         match = re.fullmatch(r"(?:B(\d+)-)?N(\d+)", text)
         return self.shape(int(match[2]), int(match[1] or 1)) if match else None
+
+
+class TimedOnly(Operation):
+    """One that nothing here says what is right of, nor how much work is least."""
+
+    has_reference = False
+
+    def check_shapes(self, head_dim: int, *, interpreted: bool = False) -> Sequence[Shape]:
+        """None: it is made of operations that are checked."""
+        return ()
+
+    def can_be_captured(self, backend: str) -> bool:
+        return False
+
+    def least_work(self, mode: str, shape: Any, element_size: int) -> Work:
+        """Not counted."""
+        return Work(0, 0)
+
+
+def no_inputs(tensors: dict[str, Tensor], backend: str) -> tuple[Tensor, ...]:
+    """What :class:`Problem` runs where its inputs are not its own."""
+    raise TypeError("it makes its own inputs: take Problem.call")
 
 
 def least_work(operation: Operation, mode: str, shape: Any, element_size: int) -> Work:

@@ -30,10 +30,11 @@ from linear_vit.bench.problems.case import (
     Operation,
     Problem,
     Shape,
+    TimedOnly,
     Wanted,
-    Work,
     WrongResult,
     judge,
+    no_inputs,
     worst,
 )
 from linear_vit.bench.problems.linear_attention import LinearAttention
@@ -71,13 +72,12 @@ class SequenceShape(Shape):
 Key = tuple[SequenceShape, torch.dtype, str, str]
 
 
-class OverProcesses(Operation):
+class OverProcesses(TimedOnly):
     """Linear attention, which exchanges a state, and softmax attention with gathered k and v."""
 
     name = "over_processes"
     title = "Attention over processes"
     budget = 2.0
-    has_reference = False  # what the processes return is judged before it is timed
     modes = (FORWARD, FORWARD_BACKWARD)
 
     def shape(self, tokens: int, batch: int = 1) -> SequenceShape:
@@ -125,18 +125,7 @@ class OverProcesses(Operation):
     def problem(
         self, shape: Any, dtype: torch.dtype, device: torch.device, seed: int = 0
     ) -> Problem:
-        return _OverProcesses(self, shape, dtype, {}, (), (), _no_inputs, device)
-
-    def check_shapes(self, head_dim: int, *, interpreted: bool = False) -> tuple[Shape, ...]:
-        """None: its operations are checked."""
-        return ()
-
-    def can_be_captured(self, backend: str) -> bool:
-        return False
-
-    def least_work(self, mode: str, shape: Any, element_size: int) -> Work:
-        """Not counted: its operations' is."""
-        return Work(0, 0)
+        return _OverProcesses(self, shape, dtype, {}, (), (), no_inputs, device)
 
     def working_set(self, mode: str, backend: str, shape: Any) -> int:
         """Of the whole problem in every process, its slices, and the judge's float64."""
@@ -149,8 +138,8 @@ class OverProcesses(Operation):
     def facts(self, case: Case, median_s: float) -> dict[str, Any]:
         shape = case.shape
         assert isinstance(shape, SequenceShape)
-        key = (shape, DTYPES[case.dtype], case.backend, case.mode)
-        (sent, exchanges), ranks = _sent[key], _made[key]
+        call = _made[shape, DTYPES[case.dtype], case.backend, case.mode]
+        ranks = call.ranks
         settle()
         latency, rate = zip(*ranks.ask(_all_reduce), strict=True) if ranks.count > 1 else ((), ())
         return {
@@ -158,8 +147,8 @@ class OverProcesses(Operation):
             "batch": shape.B,
             "heads": shape.H,
             "head_dim": shape.D,
-            "sent_bytes": sent,
-            "exchanges": exchanges,
+            "sent_bytes": call.sent_bytes,
+            "exchanges": call.exchanges,
             "all_reduce_latency_s": max(latency, default=None),
             "all_reduce_bytes_per_s": min(rate, default=None),
         }
@@ -167,9 +156,7 @@ class OverProcesses(Operation):
 
 OPERATIONS = (OverProcesses(),)
 
-# What each process sends in a call, and in how many exchanges; and the processes.
-_sent: dict[Key, tuple[int, int]] = {}
-_made: dict[Key, Ranks] = {}
+_made: "dict[Key, _Together]" = {}
 
 
 @dataclass(frozen=True, eq=False)
@@ -196,12 +183,8 @@ class _OverProcesses(Problem):
         name, verdict = worst(judge(whole, mode, results, expected))
         if not verdict.passed:
             raise WrongResult(f"wrong result: {name}: {verdict}")
-        _sent[key], _made[key] = parts[0]["sent"], ranks
-        return _Together(ranks, key)
-
-
-def _no_inputs(tensors: dict[str, Tensor], backend: str) -> tuple[Tensor, ...]:
-    raise TypeError("its tensors are in other processes: take Problem.call")
+        _made[key] = _Together(ranks, key, *parts[0]["sent"])
+        return _made[key]
 
 
 @functools.lru_cache(maxsize=2)
@@ -229,10 +212,15 @@ def _group(count: int, device_type: str) -> Ranks:
 
 @dataclass(frozen=True)
 class _Together:
-    """One case's call, which all processes of a group make: ``clock.Elsewhere``, and a callable."""
+    """One case's call, which all processes of a group make: ``clock.Elsewhere``, and a callable.
+
+    ``sent_bytes`` are those that a process sends in a call, in so many ``exchanges``.
+    """
 
     ranks: Ranks
     key: Key
+    sent_bytes: int
+    exchanges: int
     clock: ClassVar = "host clock, the slowest of the processes"
     cache: ClassVar = "hot"
 

@@ -3,7 +3,7 @@
 Both answers come with an interval, or with the reason why the data gives none.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -151,6 +151,17 @@ class Crossover:
     high: float
     brief: str
     text: str
+
+
+def overtaken(speedups: Mapping[int, tuple[float, float]], *, of: str = "N") -> Crossover | None:
+    """Where speed-ups by length, as log and standard error, pass 1 for good.
+
+    None without any, or where an error is not known.
+    """
+    if not speedups or not np.isfinite(list(speedups.values())).all():
+        return None
+    logs, errors = np.array(list(speedups.values())).T
+    return crossover(list(speedups), np.exp(logs), np.ones(len(logs)), errors, of=of)
 
 
 def crossover(

@@ -5,12 +5,11 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-import numpy as np
 import pandas as pd
 
 from linear_vit.reports.saved.runs import Runs
 from linear_vit.reports.statistics import turns
-from linear_vit.reports.statistics.fits import Crossover, crossover
+from linear_vit.reports.statistics.fits import Crossover, overtaken
 from linear_vit.reports.tables import table
 from linear_vit.reports.tables.steps import DEFAULT
 from linear_vit.reports.tables.table import NOTHING, Cell, Line, Table, number, word
@@ -57,8 +56,7 @@ class Swapped:
 
     def quiet(self, name: str, resolution: int) -> Case | None:
         """A case that others may be compared with: one that nothing disturbed."""
-        case = self.at.get(name, {}).get(resolution)
-        return case if case is not None and not table.disturbance(case) else None
+        return table.quiet(self.at.get(name, {}), resolution)
 
     def over(self, name: str, resolution: int) -> tuple[float, float] | None:
         """log of the original's time over this one's, turn by turn, and its standard error."""
@@ -68,10 +66,7 @@ class Swapped:
     def pays(self, name: str) -> Crossover | None:
         """The resolution from which on it is faster than the original; None of unknown errors."""
         found = {r: over for r in self.resolutions if (over := self.over(name, r))}
-        if not found or not np.isfinite(list(found.values())).all():
-            return None
-        logs, errors = np.array(list(found.values())).T
-        return crossover(list(found), np.exp(logs), np.ones(len(logs)), errors, of="side")
+        return overtaken(found, of="side")
 
     def expected(self, name: str, resolution: int) -> float | None:
         """The speed-up that the kernels' own times make of the original's."""

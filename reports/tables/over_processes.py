@@ -9,10 +9,11 @@ import numpy as np
 from linear_vit.reports.saved.runs import Runs
 from linear_vit.reports.statistics import exchange, turns
 from linear_vit.reports.statistics.exchange import Gpus, Kernels
-from linear_vit.reports.statistics.fits import Crossover, crossover
+from linear_vit.reports.statistics.fits import Crossover, overtaken
 from linear_vit.reports.tables import table
 from linear_vit.reports.tables.table import NOTHING, Cell, Line, Table, number, word
 from linear_vit.reports.units import duration, exact, mebibytes
+from linear_vit.screen import counted
 
 LINEAR, SOFTMAX = "linear", "softmax"
 FORWARD = "forward"
@@ -55,8 +56,7 @@ class Over:
         return sorted({tokens for cases in self.at.values() for tokens in cases})
 
     def quiet(self, series: Series, tokens: int) -> Case | None:
-        case = self.at.get(series, {}).get(tokens)
-        return case if case is not None and not table.disturbance(case) else None
+        return table.quiet(self.at.get(series, {}), tokens)
 
     @property
     def kernels(self) -> Kernels | None:
@@ -80,10 +80,7 @@ class Over:
             one, two = self.quiet((LINEAR, 1), n), self.quiet((LINEAR, 2), n)
             if one is not None and two is not None:
                 found[n] = turns.speedup(two, one)
-        if not found or not np.isfinite(list(found.values())).all():
-            return None
-        logs, errors = np.array(list(found.values())).T
-        return crossover(list(found), np.exp(logs), np.ones(len(logs)), errors)
+        return overtaken(found)
 
     def pays_by_model(self) -> float | None:
         cases = self.at.get((LINEAR, 2), {}).values()
@@ -110,7 +107,7 @@ def groups(runs: Runs) -> list[Over]:
 
 def name_of(series: Series) -> str:
     attention, count = series
-    return f"{attention}, {count} process{'' if count == 1 else 'es'}"
+    return f"{attention}, {counted(count, 'process')}"
 
 
 def as_table(over: Over) -> Table:

@@ -109,6 +109,12 @@ def disturbance(case: Case) -> str:
     return str(case["info"].get("disturbed") or "")
 
 
+def quiet(cases: Mapping[int, Case], size: int) -> Case | None:
+    """The case of a size that others may be compared with: one that nothing disturbed."""
+    case = cases.get(size)
+    return case if case is not None and not disturbance(case) else None
+
+
 def time_of(case: Case, tip: str = "", mark: str = "") -> Cell:
     """The median time of a case; of one that was disturbed with a mark, and what disturbed it."""
     cell = number(case["median_s"], duration, tip, mark)

@@ -1,5 +1,6 @@
 """A tenth of the digits, for tests of anything but how well they are learned."""
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -28,23 +29,24 @@ def take_few(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(board, "open_board", lambda _out, **_: None)
 
 
+def stop_in(patch: pytest.MonkeyPatch, step: int, error: BaseException) -> None:
+    """From now on, this training step, from 1 on, raises the exception."""
+    original, count = train_minimal.training_step, 0
+
+    def stopping(*arguments: Any, **options: Any) -> Any:
+        nonlocal count
+        count += 1
+        if count == step:
+            raise error
+        return original(*arguments, **options)
+
+    patch.setattr(train_minimal, "training_step", stopping)
+
+
 @pytest.fixture
 def stop_at(monkeypatch: pytest.MonkeyPatch) -> Callable[[int, BaseException], None]:
-    """Call it with a number, from 1 on: that training step raises the exception."""
-
-    def install(step: int, error: BaseException) -> None:
-        original, count = train_minimal.training_step, 0
-
-        def stopping(*arguments: Any, **options: Any) -> Any:
-            nonlocal count
-            count += 1
-            if count == step:
-                raise error
-            return original(*arguments, **options)
-
-        monkeypatch.setattr(train_minimal, "training_step", stopping)
-
-    return install
+    """:func:`stop_in` for this test."""
+    return functools.partial(stop_in, monkeypatch)
 
 
 @pytest.fixture

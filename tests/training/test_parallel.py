@@ -4,7 +4,6 @@ import contextlib
 import io
 import json
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -16,7 +15,7 @@ from linear_vit.training.config import build_model, resolve
 from linear_vit.training.data.loader import share
 from linear_vit.training.step import training_step
 from tests import processes
-from tests.training.conftest import take_few
+from tests.training.conftest import stop_in, take_few
 
 # Three steps an epoch; the last batch, of 24 images, is no multiple of anything.
 TINY = ["--dataset=digits", "--recipe=light", "--dropout=0", "--dim=16", "--depth=1", "--heads=1"]
@@ -28,16 +27,7 @@ def _main(rank: int, options: list[str], stop: int = 0) -> tuple[int, str]:
     """The exit code and what was said; with ``stop``, Ctrl-C in that step."""
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stderr(io.StringIO()) as said:
         take_few(patch)
-        original, count = train_minimal.training_step, 0
-
-        def stopping(*arguments: Any, **more: Any) -> Any:
-            nonlocal count
-            count += 1
-            if count == stop:
-                raise KeyboardInterrupt
-            return original(*arguments, **more)
-
-        patch.setattr(train_minimal, "training_step", stopping)
+        stop_in(patch, stop, KeyboardInterrupt())
         code = train_minimal.main(options)
         return code, " ".join(said.getvalue().split())
 
