@@ -35,6 +35,8 @@ class Commands:
             text=True,
             cwd=ROOT,
             env=environment(**self.mine),
+            # What runs in a shell's background ignores Ctrl-C, and so does all that it starts.
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )
         self._started.append(process)
         return process
