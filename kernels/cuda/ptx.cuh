@@ -172,12 +172,23 @@ __device__ inline unsigned nonzero2(unsigned x) {
   return result;
 }
 
-// The greater of the products of float16 pairs and 0, and not infinity; a NaN stays one.
+// The greater of the products of float16 pairs and 0; a NaN stays one.
 __device__ inline unsigned multiply_relu_half2(unsigned a, unsigned b) {
   unsigned result;
   asm("fma.rn.relu.f16x2 %0, %1, %2, %3;" : "=r"(result) : "r"(a), "r"(b), "r"(0u));
-  asm("min.NaN.f16x2 %0, %0, %1;" : "+r"(result) : "r"(0x7bff7bffu));
   return result;
+}
+
+// The sign turned; of float16 it is part of the instruction that takes it.
+template <typename T>
+__device__ inline unsigned negate2(unsigned x) {
+  if constexpr (std::is_same_v<T, __half>) {
+    unsigned result;
+    asm("neg.f16x2 %0, %1;" : "=r"(result) : "r"(x));
+    return result;
+  } else {
+    return x ^ 0x80008000u;
+  }
 }
 
 // a b + c of pairs, rounded once.
@@ -192,13 +203,10 @@ __device__ inline unsigned fma2(unsigned a, unsigned b, unsigned c) {
   return result;
 }
 
-// A float16 beyond the largest is the largest, and not infinity; a NaN stays one.
-template <typename T>
-__device__ inline unsigned finite2(unsigned x) {
-  if constexpr (std::is_same_v<T, __half>) {
-    asm("min.NaN.f16x2 %0, %0, %1;" : "+r"(x) : "r"(0x7bff7bffu));
-    asm("max.NaN.f16x2 %0, %0, %1;" : "+r"(x) : "r"(0xfbfffbffu));
-  }
+// Pairs of float16, of which none is beyond its positive limit; a NaN stays one.
+__device__ inline unsigned limit_half2(unsigned x, unsigned limit) {
+  asm("min.NaN.f16x2 %0, %0, %1;" : "+r"(x) : "r"(limit));
+  asm("max.NaN.f16x2 %0, %0, %1;" : "+r"(x) : "r"(limit ^ 0x80008000u));
   return x;
 }
 
@@ -228,10 +236,10 @@ __device__ inline float max_nan(float x, float y) {
 
 // ---- special functions -----------------------------------------------------------------------------
 
-// 1 / x within 1 ulp.
+// 1 / x within 1 ulp; what is below the smallest normal number, x or the result, is 0.
 __device__ inline float reciprocal(float x) {
   float result;
-  asm("rcp.approx.f32 %0, %1;" : "=f"(result) : "f"(x));
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(x));
   return result;
 }
 
@@ -248,7 +256,11 @@ __device__ inline float exp2(float x) {
 
 namespace ptx {
 
-__device__ inline unsigned negate2(unsigned x) { return x ^ 0x80008000u; }
+// A float16 beyond the largest is the largest, and not infinity; a NaN stays one.
+template <typename T>
+__device__ inline unsigned finite2(unsigned x) {
+  return std::is_same_v<T, __half> ? limit_half2(x, 0x7bff7bffu) : x;
+}
 
 // Each element that is a NaN, and 0 for the others.
 template <typename T>

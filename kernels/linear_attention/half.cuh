@@ -25,7 +25,8 @@
 // half-precision terms, which hold all of them.
 //
 // float16 has little range: powers of two, taken in float32 and given back there, bring the largest
-// S' (dS) to 2^13 and every row's g / E to g's size (phi(q) takes the row's other factor).
+// S' (dS) to 2^13 and every row's g / E to g's size (phi(q) takes the row's other factor; queries that it
+// would make infinite are limited before, which most tiles need not be: limit_queries).
 #pragma once
 
 #include <cfloat>
@@ -153,9 +154,12 @@ __device__ inline float power_of_two(float x) {
   return __uint_as_float(__float_as_uint(inside) & 0x7f800000u);
 }
 
-// inverse(), by a reciprocal within 1 ulp: to round it right takes ten instructions more.
+// inverse(), by a reciprocal within 1 ulp: to round it right takes ten instructions more. It flushes
+// numbers that are not normal: a power of two keeps E and 1 / E away from them.
 __device__ inline float quick_inverse(float met, float eps) {
-  return met == 0.0f || fabsf(met + eps) < FLT_MIN ? 0.0f : ptx::reciprocal(met + eps);
+  const float E = met + eps, power = fabsf(E) > 1.0f ? 0.25f : 4.0f;
+  const float inverse = ptx::reciprocal(E * power) * power;
+  return met == 0.0f || fabsf(E) < FLT_MIN ? 0.0f : inverse;
 }
 
 // ---- sums over lanes and warps ---------------------------------------------------------------------
@@ -417,9 +421,10 @@ __device__ void positive_and_negative(unsigned (&phi)[2][4], const unsigned (&x)
 // A float32 as three half-precision terms, which hold all of it.
 template <typename T>
 __device__ void three_terms(T (&terms)[3], float x) {
+  x = finite<T>(x);
 #pragma unroll
   for (int i = 0; i < 3; ++i) {
-    terms[i] = from_float<T>(finite<T>(x));
+    terms[i] = from_float<T>(x);
     x -= to_float(terms[i]);
   }
 }
@@ -572,6 +577,14 @@ struct Sums {
     return (step * H::kTokenWarps + token_warp()) * 16;
   }
 
+  // Only every so many steps are asked whether they have a token: of a long tile the few that have none
+  // cost less than the question. Their tokens are 0, and what goes with them has to be there, too.
+  static constexpr int kAtOnce = H::kTokens >= 128 ? 2 : 1;
+  static constexpr int kPastEnd = (kAtOnce - 1) * 16 * H::kTokenWarps;
+  static __device__ bool has_none(int step, int valid) {
+    return step % kAtOnce == 0 && first_token(step) >= valid;
+  }
+
   // The columns of z are the first column warps'.
   static __device__ bool has_z() { return __any_sync(kFullWarp, column_warp() == 0); }
 
@@ -623,7 +636,7 @@ struct Sums {
     const bool with_z = has_z();
 #pragma unroll
     for (int step = 0; step < kSteps; ++step) {
-      if (first_token(step) >= valid) break;
+      if (has_none(step, valid)) break;
       unsigned a[H::kM][4], phi[H::kM][2][4];
       load(a, k, first_token(step));
 #pragma unroll
@@ -632,16 +645,37 @@ struct Sums {
     }
   }
 
+  // Brings what add_queries takes of a float16 tile to where a row's factor leaves it finite.
+  template <typename T>
+  static __device__ void limit_queries(unsigned (&q)[kSteps][H::kM][4],
+                                       const StateTile<T, H>& state) {
+#pragma unroll
+    for (int step = 0; step < kSteps; ++step) {
+      const auto scale = *reinterpret_cast<const Vector<unsigned, 2>*>(
+          state.row.row_scale + first_token(step) + 2 * lane_pair());
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        // 65504 over a power of two from 1 on: integers, since its inverse may be no float16.
+        const unsigned bits = scale.value[i / 2], one = 0x3c00u;
+        const unsigned low = max(bits & 0xffffu, one), high = max(bits >> 16, one);
+        const unsigned limit = 0x7bff7bffu - ((high - one) << 16 | (low - one));
+#pragma unroll
+        for (int m = 0; m < H::kM; ++m) q[step][m][i] = ptx::limit_half2(q[step][m][i], limit);
+      }
+    }
+  }
+
   // dS and dz' of a tile of queries, whose operands `q` were loaded before g / E took the tile's place.
-  // In float16 the second half of phi is relu(-q), which takes no more where a factor goes with it.
+  // In float16 the second half of phi is relu(-q), which takes no more where a factor goes with it, and
+  // no product is infinite: see limit_queries.
   template <typename T>
   __device__ void add_queries(const unsigned (&q)[kSteps][H::kM][4], const TokenTile<T, H>& high,
                               const TokenTile<T, H>& low, const StateTile<T, H>& state, int valid) {
     const bool with_z = has_z();
 #pragma unroll
     for (int step = 0; step < kSteps; ++step) {
+      if (has_none(step, valid)) break;
       const int token = first_token(step);
-      if (token >= valid) break;
       unsigned phi[H::kM][2][4];
       if constexpr (std::is_same_v<T, __half>) {
         const auto scale = *reinterpret_cast<const Vector<unsigned, 2>*>(
@@ -652,7 +686,7 @@ struct Sums {
           for (int i = 0; i < 4; ++i) {
             const unsigned x = q[step][m][i], of_rows = scale.value[i / 2];
             phi[m][0][i] = ptx::multiply_relu_half2(x, of_rows);
-            phi[m][1][i] = ptx::multiply_relu_half2(x, ptx::negate2(of_rows));
+            phi[m][1][i] = ptx::multiply_relu_half2(x, ptx::negate2<T>(of_rows));
           }
         }
       } else {
@@ -1173,7 +1207,7 @@ __device__ void apply_tile(const State<T, H>& state, TokenTile<T, H>& q, float e
 // A query's power of two, for phi(q) in float16, which brings its g / E to g's size: times it, 1 / E is
 // between a half and one, but for rows that meet next to nothing, or far more than others.
 __device__ inline float power_of_row(float scale) {
-  const int inverse = 0x7e000000 - static_cast<int>(__float_as_uint(scale) & 0x7f800000u);
+  const int inverse = 0x7e800000 - static_cast<int>(__float_as_uint(scale) & 0x7f800000u);
   return __uint_as_float(min(max(inverse, 112 << 23), 141 << 23));  // 2^-15, 2^14
 }
 
@@ -1184,23 +1218,23 @@ __device__ inline float inverse_power(float x) {
 
 // A scale as two half-precision terms, and a pair times it as two again: the first, rounded, of the
 // product with the scale's first; what that leaves is exact, and the rest is added to it.
-template <typename T>
+// kLimited: of a scale above one, which could make a float16 infinite.
+template <typename T, bool kLimited>
 struct TwoTerms {
   unsigned first, second;
 
-  __device__ explicit TwoTerms(float scale)
-      : first(ptx::pack2<T>(finite<T>(scale), finite<T>(scale))) {
-    const float rest = finite<T>(scale) - ptx::unpack2<T>(first).x;
+  __device__ explicit TwoTerms(float scale) {
+    if (kLimited) scale = finite<T>(scale);
+    first = ptx::pack2<T>(scale, scale);
+    const float rest = scale - ptx::unpack2<T>(first).x;
     second = ptx::pack2<T>(rest, rest);
   }
 
-  // kFinite: of a scale above one, which could make a float16 infinite.
-  template <bool kFinite>
   __device__ void times(unsigned x, unsigned& high, unsigned& low) const {
-    high = ptx::fma2<T>(x, first, ptx::negate2(0u));
-    if (kFinite) high = ptx::finite2<T>(high);
-    low = ptx::fma2<T>(x, second, ptx::fma2<T>(x, first, ptx::negate2(high)));
-    if (kFinite) low = ptx::finite2<T>(low);
+    high = ptx::fma2<T>(x, first, 0x80008000u);  // + -0
+    if (kLimited) high = ptx::finite2<T>(high);
+    low = ptx::fma2<T>(x, second, ptx::fma2<T>(x, first, ptx::negate2<T>(high)));
+    if (kLimited) low = ptx::finite2<T>(low);
   }
 };
 
@@ -1261,9 +1295,9 @@ struct QueryRows {
     }
   }
 
-  // dq, packed, of a block of sixteen features.
+  // dq, packed, of a block of sixteen features; over_E gives back a's scale, too.
   __device__ void gradient(unsigned (&packed)[4], const State<T, H>& state,
-                           const TokenTile<T, H>& q_tile, int block, const float (&inverse_E)[2],
+                           const TokenTile<T, H>& q_tile, int block, const float (&over_E)[2],
                            const float (&c)[2]) {
     if constexpr (!kKeeps) {
       load_rows<H>(q[block], q_tile.rows, own_rows<H>(), own_group<H>() * H::kBlocks + block);
@@ -1273,9 +1307,8 @@ struct QueryRows {
       if constexpr (!kKeeps) {
         z[block][i] = by_sign<H::D>(ptx::Signs<T>(q[block][i]), state.z + column(block, i));
       }
-      const float over_E = inverse_E[i % 2] * unscale_of(state);
-      packed[i] = ptx::pack2<T>(a[block][i].x * over_E - z[block][i].x * c[i % 2],
-                                a[block][i].y * over_E - z[block][i].y * c[i % 2]) &
+      packed[i] = ptx::pack2<T>(a[block][i].x * over_E[i % 2] - z[block][i].x * c[i % 2],
+                                a[block][i].y * over_E[i % 2] - z[block][i].y * c[i % 2]) &
                   ptx::nonzero2(q[block][i]);
     }
   }
@@ -1291,7 +1324,7 @@ __device__ void query_gradient_tile(State<T, H>& state, Sums<H>& sums, TokenTile
                                     TokenTile<T, H>& g, float eps, const TileRows<T>& dq) {
   constexpr bool kAlone = H::kGroups == 1, kHalf = std::is_same_v<T, __half>;
   const int group = own_group<H>(), rows = own_rows<H>();
-  const bool any = __any_sync(kFullWarp, rows < dq.valid);
+  const bool any = __any_sync(kFullWarp, rows < dq.valid + Sums<H>::kPastEnd);
   QueryRows<T, H> own;
   if (any) own.find(state, q, g, eps);
   if constexpr (!kAlone) {
@@ -1306,8 +1339,14 @@ __device__ void query_gradient_tile(State<T, H>& state, Sums<H>& sums, TokenTile
   }
 
   float scale[2] = {};  // of g, on its way to dS
+  // Float16: whether a query times its row's factor may be infinite, so that the block has to limit the
+  // tile's queries. It may where the factor is above one, which is where E is below dS_scale: of rows whose
+  // elements' sizes add up to less than one or two, or that meet far less than others; and where the
+  // query is infinite itself.
+  bool beyond = false;
   if (any) {
-    float over_E[2], c[2];
+    const float unscale = unscale_of(state), dS_scale = state.dS_scale;
+    float over_E[2], c[2], weight[2], power[2];
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
       if constexpr (!kAlone) {
@@ -1318,33 +1357,33 @@ __device__ void query_gradient_tile(State<T, H>& state, Sums<H>& sums, TokenTile
           own.numerator[r] += state.row.partial[1][i][rows + lane_group() + 8 * r];
         }
       }
-      over_E[r] = quick_inverse(own.met[r], eps);
-      c[r] = own.numerator[r] * over_E[r] * over_E[r];
-      scale[r] = over_E[r];
+      const float inverse_E = quick_inverse(own.met[r], eps);
+      const float of_c = own.numerator[r] * inverse_E;
+      c[r] = weight[r] = of_c * inverse_E;
+      scale[r] = over_E[r] = inverse_E;
       if constexpr (kHalf) {
-        scale[r] *= state.dS_scale;
-        const float power = power_of_row(scale[r]);
-        scale[r] *= power;
-        if (group == 0 && lane_pair() == 0) {
-          const int place = state.row.place_of(rows + lane_group() + 8 * r);
-          state.row.row_scale[place] = from_float<T>(inverse_power(power));
-        }
+        over_E[r] *= unscale;
+        scale[r] *= dS_scale;
+        power[r] = power_of_row(scale[r]);
+        scale[r] *= power[r];
+        weight[r] = of_c * scale[r];
+        beyond |= power[r] < 1.0f || fabsf(own.met[r]) > FLT_MAX;
       }
     }
-    if (group == 0 && lane_pair() == 0) {
-#pragma unroll
-      for (int r = 0; r < 2; ++r) {
-        const int row = rows + lane_group() + 8 * r;
-        T terms[3];
-        const float weight =
-            kHalf ? own.numerator[r] * over_E[r] * state.weight_scale * scale[r] : c[r];
-        three_terms<T>(terms, -weight);
-#pragma unroll
-        for (int term = 0; term < 3; ++term) {
-          state.row.weight[term][state.row.place_of(row)] = terms[term];
-        }
-        if constexpr (!kAlone) state.row.scale[row] = scale[r];
+    // A lane of the four for each of their two rows.
+    if (group == 0 && lane_pair() <= 2) {
+      const bool second = lane_pair() == 2;
+      const int row = rows + lane_group() + 4 * lane_pair(), place = state.row.place_of(row);
+      float own_weight = second ? weight[1] : weight[0];
+      if constexpr (kHalf) {
+        own_weight *= state.weight_scale;
+        state.row.row_scale[place] = from_float<T>(inverse_power(second ? power[1] : power[0]));
       }
+      T terms[3];
+      three_terms<T>(terms, -own_weight);
+#pragma unroll
+      for (int term = 0; term < 3; ++term) state.row.weight[term][place] = terms[term];
+      if constexpr (!kAlone) state.row.scale[row] = second ? scale[1] : scale[0];
     }
 #pragma unroll
     for (int block = 0; block < H::kBlocks; ++block) {
@@ -1367,19 +1406,25 @@ __device__ void query_gradient_tile(State<T, H>& state, Sums<H>& sums, TokenTile
   for (int step = 0; step < Sums<H>::kSteps; ++step) {
     sums.load(of_q[step], q, sums.first_token(step));
   }
-  __syncthreads();  // q and g have been read, and a row's scale is there
+  // q and g have been read, and a row's scale is there.
+  if constexpr (kHalf) {
+    if (__syncthreads_or(beyond)) sums.limit_queries(of_q, state);
+  } else {
+    __syncthreads();
+  }
 
   // g / E: its high term takes g's place, the low one q's.
   if constexpr (kAlone) {
-    const TwoTerms<T> scales[2] = {TwoTerms<T>(scale[0]), TwoTerms<T>(scale[1])};
-    auto put = [&](auto finite) {
+    auto put = [&](auto limited) {
+      using Terms = TwoTerms<T, decltype(limited)::value>;
+      const Terms scales[2] = {Terms(scale[0]), Terms(scale[1])};
 #pragma unroll
       for (int step = 0; step < H::D / 16; ++step) {
         unsigned high[4], low[4];
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
-          const TwoTerms<T>& of_row = scales[i % 2];
-          of_row.template times<decltype(finite)::value>(own.g[step][i], high[i], low[i]);
+          const Terms& of_row = scales[i % 2];
+          of_row.times(own.g[step][i], high[i], low[i]);
         }
         store_rows<H>(g.rows, high, rows, step);
         store_rows<H>(q.rows, low, rows, step);
@@ -1394,14 +1439,14 @@ __device__ void query_gradient_tile(State<T, H>& state, Sums<H>& sums, TokenTile
 #pragma unroll
     for (int j = 0; j < H::kTokens * H::kChunks / kThreads; ++j) {
       const int i = threadIdx.x + j * kThreads, row = i / H::kChunks;
-      const TwoTerms<T> scale_of_row(state.row.scale[row]);
+      const TwoTerms<T, true> scale_of_row(state.row.scale[row]);
       const int at = H::at(row, i % H::kChunks);
       auto* const chunk = reinterpret_cast<Vector<unsigned, 4>*>(g.rows + at);
       Vector<unsigned, 4> high = *chunk, low;
 #pragma unroll
       for (int e = 0; e < 4; ++e) {
         const unsigned x = high.value[e];
-        scale_of_row.template times<true>(x, high.value[e], low.value[e]);
+        scale_of_row.times(x, high.value[e], low.value[e]);
       }
       *chunk = high;
       *reinterpret_cast<Vector<unsigned, 4>*>(q.rows + at) = low;

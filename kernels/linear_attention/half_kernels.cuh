@@ -178,8 +178,13 @@ __global__ void __launch_bounds__(kThreads, 1) half_state_kernel(Problem<T> p) {
   sums.store(p.S_out + index * 2 * D * D, p.z_out + index * 2 * D);
 }
 
+// Where heads alone are more blocks than were asked for, a third one fits a multiprocessor.
+constexpr int apply_blocks(int head_dim) {
+  return head_dim == 32 ? 3 : tile_of(kHalfTiles, head_dim).blocks;
+}
+
 template <int D, typename T>
-__global__ void __launch_bounds__(kThreads, Long<D>::kTile.blocks) half_apply_kernel(Problem<T> p) {
+__global__ void __launch_bounds__(kThreads, apply_blocks(D)) half_apply_kernel(Problem<T> p) {
   using H = Long<D>;
   using Shared = ApplyShared<T, H>;
   Shared& s = shared_memory_as<Shared>();

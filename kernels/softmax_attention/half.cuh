@@ -292,7 +292,7 @@ __global__ void __launch_bounds__(kBlockThreads, kMasked ? 1 : 0) forward_kernel
 #pragma unroll
       for (auto& fragment : row_tile) {
 #pragma unroll
-        for (unsigned& pair : fragment) pair = ptx::negate2(pair);
+        for (unsigned& pair : fragment) pair = ptx::negate2<T>(pair);
       }
     }
   }

@@ -147,6 +147,7 @@ struct Fiber {
   bool started;
   Wait wait;
   int line;            // of the __syncthreads() it waits at
+  bool vote;           // which it brings to it
   unsigned exchanges;  // so far: their parity chooses the buffer
   Copies copies;
 };
@@ -159,6 +160,7 @@ struct Scheduler {
   ucontext_t context;
   jmp_buf resume;
   unsigned current;
+  bool any_vote;  // of those at the latest __syncthreads()
   void (*body)(void*);
   void* argument;
 };
@@ -271,7 +273,11 @@ inline bool release(unsigned begin, unsigned end, Wait what) {
       fail("threads meet at two different __syncthreads()");
     }
   }
-  for (unsigned t = begin; t < end; ++t) scheduler.fibers[t].wait = Wait::nothing;
+  if (what == Wait::block) scheduler.any_vote = false;
+  for (unsigned t = begin; t < end; ++t) {
+    if (what == Wait::block) scheduler.any_vote |= scheduler.fibers[t].vote;
+    scheduler.fibers[t].wait = Wait::nothing;
+  }
   return true;
 }
 
@@ -340,11 +346,16 @@ inline void wait_for(Wait what) {
 }  // namespace cuda_host
 
 // All threads of a block have to meet at the same one: the line is the caller's.
-inline void __syncthreads(int line = __builtin_LINE()) {
-  cuda_host::scheduler.fibers[cuda_host::scheduler.current].line = line;
+inline int __syncthreads_or(int predicate, int line = __builtin_LINE()) {
+  cuda_host::Fiber& fiber = cuda_host::scheduler.fibers[cuda_host::scheduler.current];
+  fiber.line = line;
+  fiber.vote = predicate != 0;
   races::passes_block_barrier();
   cuda_host::wait_for(cuda_host::Wait::block);
+  return cuda_host::scheduler.any_vote;
 }
+
+inline void __syncthreads(int line = __builtin_LINE()) { __syncthreads_or(0, line); }
 
 inline void __syncwarp() {
   races::passes_warp_barrier();

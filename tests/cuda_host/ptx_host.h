@@ -174,14 +174,17 @@ inline unsigned nonzero2(unsigned x) {
   return (x & 0x7fffu ? 0xffffu : 0u) | (x & 0x7fff0000u ? 0xffff0000u : 0u);
 }
 
-template <typename T>
-unsigned finite2(unsigned x) {
-  if constexpr (std::is_same_v<T, __half>) {
-    for (int e = 0; e < 2; ++e) {  // infinities: one less is the largest number
-      if ((x >> (16 * e) & 0x7fff) == 0x7c00) x -= 1u << (16 * e);
-    }
+inline unsigned limit_half2(unsigned x, unsigned limit) {
+  for (int e = 0; e < 2; ++e) {
+    const unsigned most = limit >> (16 * e) & 0xffff, own = x >> (16 * e) & 0x7fff;
+    if (own > most && own <= 0x7c00) x = (x & ~(0x7fffu << (16 * e))) | most << (16 * e);
   }
   return x;
+}
+
+template <typename T>
+unsigned negate2(unsigned x) {
+  return x ^ 0x80008000u;
 }
 
 template <typename T>
@@ -199,7 +202,11 @@ unsigned fma2(unsigned a, unsigned b, unsigned c) {
   return pack2<T>(one(0), one(1));
 }
 
-inline float reciprocal(float x) { return 1.0f / x; }
+inline float flushed(float x) {
+  return std::fabs(x) < std::numeric_limits<float>::min() ? std::copysign(0.0f, x) : x;
+}
+
+inline float reciprocal(float x) { return flushed(1.0f / flushed(x)); }
 
 inline float exp2(float x) {
   const float result = std::exp2(x);
@@ -207,7 +214,7 @@ inline float exp2(float x) {
 }
 
 inline unsigned multiply_relu_half2(unsigned a, unsigned b) {
-  return finite2<__half>(relu2<__half>(fma2<__half>(a, b, 0)));
+  return relu2<__half>(fma2<__half>(a, b, 0));
 }
 
 inline float min_nan(float x, float y) { return x != x || x < y ? x : y; }

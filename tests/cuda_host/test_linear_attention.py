@@ -533,7 +533,7 @@ MORE_MUTATIONS = (
         "swapped halves of phi",
         HALF,
         "phi[0][i] = ptx::relu2<T>(x[i]);",
-        "phi[0][i] = ptx::relu2<T>(ptx::negate2(x[i]));",
+        "phi[0][i] = ptx::relu2<T>(ptx::negate2<T>(x[i]));",
     ),
     Mutation(
         "a fragment's rows in the wrong lanes",
@@ -624,20 +624,32 @@ MORE_MUTATIONS = (
     Mutation(
         "no barrier before 1 / E is read, and g and q are overwritten",
         HALF,
-        "__syncthreads();  // q and g have been read, and a row's scale is there",
-        "",
+        "if (__syncthreads_or(beyond)) sums.limit_queries",
+        "if (beyond) sums.limit_queries",
     ),
     Mutation(
         "the wrong row's 1 / E",
         HALF,
-        "state.row.scale[row] = scale[r];",
-        "state.row.scale[row ^ 1] = scale[r];",
+        "state.row.scale[row] = second",
+        "state.row.scale[row ^ 1] = second",
     ),
     Mutation(
         "the wrong row's 1 / E in a warp's own rows",
         HALF,
-        "const TwoTerms<T>& of_row = scales[i % 2];",
-        "const TwoTerms<T>& of_row = scales[0];",
+        "const Terms& of_row = scales[i % 2];",
+        "const Terms& of_row = scales[0];",
+    ),
+    Mutation(
+        "rows past the end that a sum reads have no weight",
+        HALF,
+        "kPastEnd = (kAtOnce - 1) * 16 * H::kTokenWarps;",
+        "kPastEnd = 0;",
+    ),
+    Mutation(
+        "the other row's weight",
+        HALF,
+        "float own_weight = second ? weight[1] : weight[0];",
+        "float own_weight = second ? weight[0] : weight[1];",
     ),
     Mutation(
         "a token's weight in another's place",
@@ -714,8 +726,8 @@ MORE_MUTATIONS = (
     Mutation(
         "the last sixteen tokens of a tile are left out of a sum",
         HALF,
-        "if (first_token(step) >= valid) break;\n      unsigned a",
-        "if (first_token(step) + 16 >= valid && step > 0) break;\n      unsigned a",
+        "if (has_none(step, valid)) break;\n      unsigned a",
+        "if (has_none(step, valid - 16) && step > 0) break;\n      unsigned a",
     ),
     Mutation(
         "one query tile takes the other's place",
@@ -782,6 +794,27 @@ MORE_MUTATIONS = (
         "linear_attention/problem.cuh",
         "for (int other = 1; other",
         "for (int other = 2; other",
+    ),
+)
+# Of float16 that is about to leave its range.
+RANGE_MUTATIONS = (
+    Mutation(
+        "a query times its row's factor is infinite",
+        HALF,
+        "if (__syncthreads_or(beyond)) sums.limit_queries(of_q, state);",
+        "__syncthreads();",
+    ),
+    Mutation(
+        "only a row's own lanes limit it",
+        HALF,
+        "if (__syncthreads_or(beyond)) sums",
+        "__syncthreads();\n    if (beyond) sums",
+    ),
+    Mutation(
+        "a limit that is none",
+        HALF,
+        "const unsigned limit = 0x7bff7bffu - ((high - one) << 16 | (low - one));",
+        "const unsigned limit = 0x7bff7bffu;",
     ),
 )
 # Of the float32 kernels.
@@ -893,6 +926,16 @@ def test_a_broken_kernel_is_noticed(mutation: Mutation, tmp_path: Path) -> None:
 @pytest.mark.parametrize("mutation", [*MUTATIONS[2:], *MORE_MUTATIONS], ids=lambda m: m.name)
 def test_more_broken_kernels_are_noticed(mutation: Mutation, tmp_path: Path) -> None:
     see_red(mutation, ROOM, NARROW, tmp_path, half_checks)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mutation", RANGE_MUTATIONS, ids=lambda m: m.name)
+def test_a_float16_beyond_its_range_is_noticed(mutation: Mutation, tmp_path: Path) -> None:
+    def checks(libraries: dict[str, Path]) -> list[Callable[[], object]]:
+        one = test_float16_of_a_query_that_hardly_meets_a_key
+        return [partial(one, libraries, 32, num_splits) for num_splits in (1, None)]
+
+    see_red(mutation, ROOM, NARROW, tmp_path, checks)
 
 
 @pytest.mark.slow

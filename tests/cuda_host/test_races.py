@@ -304,8 +304,8 @@ MUTATIONS = (
     Mutation(
         "half of the warps skip a barrier",
         HALF,
-        "__syncthreads();  // q and g have been read, and",
-        "if (warp_index() < 4) __syncthreads();  // q and g have been read, and",
+        "__syncthreads();  // g / E and the weights are there",
+        "if (warp_index() < 4) __syncthreads();  // g / E and the weights are there",
     ),
     Mutation(
         "no barrier before the result takes q's place",

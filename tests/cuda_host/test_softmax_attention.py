@@ -491,7 +491,7 @@ MORE_MUTATIONS = (
     Mutation(
         "a negative scale is taken for a positive one",
         HALF,
-        "pair = ptx::negate2(pair);",
+        "pair = ptx::negate2<T>(pair);",
         "pair = pair;",
     ),
     Mutation(
