@@ -169,6 +169,7 @@ inline Scheduler scheduler;
 // 0 forward, 1 reverse, each warp as far ahead of the others as it gets, 2 a stride through the block
 inline int thread_order = 0;
 inline int device = 0;  // the current one
+inline int most_shared = kMostSharedBytes;  // what it says; more than that it does not grant
 // Shared memory that cudaFuncSetAttribute granted, by kernel and device.
 inline std::map<std::pair<const void*, int>, size_t> granted;
 
@@ -471,13 +472,16 @@ inline __attribute__((used)) cudaError_t cudaGetDevice(int* device) {
 }
 inline __attribute__((used)) cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute,
                                                                 int) {
-  *value = attribute == cudaDevAttrMultiProcessorCount ? 1 : static_cast<int>(kMostSharedBytes);
+  *value = attribute == cudaDevAttrMultiProcessorCount ? 1 : cuda_host::most_shared;
   return cudaSuccess;
 }
 inline __attribute__((used)) const char* cudaGetErrorString(cudaError_t error) {
   return error == cudaSuccess ? "no error" : cuda_host::failure ? cuda_host::failure : "an error";
 }
 inline __attribute__((used)) void cuda_host_set_device(int device) { cuda_host::device = device; }
+inline __attribute__((used)) void cuda_host_set_most_shared(int bytes) {
+  cuda_host::most_shared = bytes;
+}
 
 inline __attribute__((used)) void cuda_host_configure(int thread_order) {
   cuda_host::thread_order = thread_order;

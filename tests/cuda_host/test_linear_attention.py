@@ -414,6 +414,40 @@ def test_few_launches(libraries: dict[str, Path]) -> None:
     assert launches(256, 4096) == [2, 2]  # a block a head is all the sums need
 
 
+@pytest.mark.parametrize(
+    ("heads", "tokens", "splits"),
+    [
+        (96, 1024, 1),  # what a fuller machine saves is less than a launch
+        (96, 8192, 1),
+        (96, 16_384, 4),  # 384 blocks of 132 at once
+        (67, 8192, 3),  # half of the multiprocessors would be idle
+        (132, 16_384, 1),  # full waves as they are
+        (264, 16_384, 1),
+        (140, 16_384, 3),  # one of two waves would be nearly empty
+        (16, 65_536, 8),  # 128 of 132
+        (1, 1 << 20, 132),
+    ],
+)
+def test_the_query_gradients_blocks_come_in_full_waves(
+    libraries: dict[str, Path], heads: int, tokens: int, splits: int
+) -> None:
+    """Where instructions bind it: on GPUs with the shared memory of 8.0 and 9.0."""
+    emulated = LinearAttention(libraries, multiprocessors=132)
+    x = torch.empty(64, dtype=torch.bfloat16).expand(heads, 1, tokens, 64)
+    arguments = emulated.arguments(x, x, torch.empty(1), 0.0)
+
+    def found(shared_memory: int) -> float:
+        emulated.library.cuda_host_set_most_shared(shared_memory)
+        try:
+            partials = emulated.ask("workspace", arguments, "apply_backward") - heads * 64
+        finally:
+            emulated.library.cuda_host_set_most_shared(99 * 1024)
+        return max(1.0, partials / (heads * (2 * 64 * 64 + 2 * 64)))
+
+    assert found(227 * 1024) == splits
+    assert found(99 * 1024) == max(1, 132 // heads)
+
+
 # ---- edges ---------------------------------------------------------------------------------------
 
 
