@@ -648,9 +648,10 @@ struct Sums {
   // Brings what add_queries takes of a float16 tile to where a row's factor leaves it finite.
   template <typename T>
   static __device__ void limit_queries(unsigned (&q)[kSteps][H::kM][4],
-                                       const StateTile<T, H>& state) {
+                                       const StateTile<T, H>& state, int valid) {
 #pragma unroll
     for (int step = 0; step < kSteps; ++step) {
+      if (has_none(step, valid)) break;
       const auto scale = *reinterpret_cast<const Vector<unsigned, 2>*>(
           state.row.row_scale + first_token(step) + 2 * lane_pair());
 #pragma unroll
@@ -1408,7 +1409,7 @@ __device__ void query_gradient_tile(State<T, H>& state, Sums<H>& sums, TokenTile
   }
   // q and g have been read, and a row's scale is there.
   if constexpr (kHalf) {
-    if (__syncthreads_or(beyond)) sums.limit_queries(of_q, state);
+    if (__syncthreads_or(beyond)) sums.limit_queries(of_q, state, dq.valid);
   } else {
     __syncthreads();
   }

@@ -835,7 +835,7 @@ RANGE_MUTATIONS = (
     Mutation(
         "a query times its row's factor is infinite",
         HALF,
-        "if (__syncthreads_or(beyond)) sums.limit_queries(of_q, state);",
+        "if (__syncthreads_or(beyond)) sums.limit_queries(of_q, state, dq.valid);",
         "__syncthreads();",
     ),
     Mutation(
