@@ -41,14 +41,20 @@ m = Σ_f S_f / Σ_f z_f, S' = S − z mᵀ is small where S cancels (v with a me
     dφ(q) = S'g/E + w·z                 w = (eps·(m·g) − φ(q)·S'g)/E²
     dz = Σ φ(q) w − dS m                (exactly, with the dS that was summed)
 
-g/E is rounded once for dS at D = 64 and above. In float16 a power of two a row goes from 1/E to
-φ(q), and one a tile brings g/E to its range: a row that hardly meets a key has a large 1/E, which
-would flush the other rows of its tile. A row that meets none has no part in any sum, whatever eps
-is. dS is carried as two halves where it meets v: dφ(k) = dS v + dz cancels. One rounding suffices
-for dv = dSᵀ φ(k): φ(k) has one sign, so that it averages out over the features. Not so over few of
-them, where g/E's and dv's own are seen, too: below D = 64 g/E is two halves. That is 8·D² FLOP a
-query token (12·D² below D = 64) against 6·D bytes, and 12·D² a key token against 8·D: at no D more
-a byte than 96, the second's at D = 64.
+φ(q)/E is rounded once for dS at D = 64 and above, so that g stays where it was loaded. float16 has
+too few powers of two for it, and takes each feature's share of E instead, φ_f(q) z_f/E ≤ 1, which
+1/z_f makes up for at the end: not even a query that hardly meets a key is beyond its range, or
+flushes others. A row that meets none has no part in any sum, whatever eps is. φ(q)·z and m·g are
+products of tensor cores, too, z and m as sums of three numbers each, as exact as in float32. dS is
+carried as two halves where it meets v: dφ(k) = dS v + dz cancels. One rounding suffices for
+dv = dSᵀ φ(k): φ(k) has one sign, so that it averages out over the features. Not so over few of
+them, where φ(q)/E's and dv's own are seen, too: below D = 64 φ(q)/E is two halves. That is about
+8·D² FLOP a query token (12·D² below D = 64) against 6·D bytes, and 12·D² a key token against 8·D:
+at no D more a byte than 96, the second's at D = 64.
+
+What binds are instructions, not bytes (``python -m bench static`` counts them). So products stay
+in the layout that they come in, two numbers are an instruction where Triton has none for that
+(``halves``), and nothing is hoisted out of the loop over queries: no register is left for it.
 """
 
 import torch
@@ -63,7 +69,9 @@ from linear_vit.kernels.operators import empty_gradients, is_wanted, readable
 from linear_vit.kernels.triton import tuning
 from linear_vit.kernels.triton.support import (
     balanced_splits,
+    choose,
     dot,
+    halves,
     inverse_normaliser,
     launch_options,
     load_rows,
@@ -73,12 +81,20 @@ from linear_vit.kernels.triton.support import (
     operator,
     positive_part,
     power_of_two,
+    sides,
     store_tile,
+    where_nonzero,
 )
 
 # Up to this many key tokens the backward works S out again rather than reading it: 33 KB a head at
 # D = 64, as much as the k and v of 128 half-precision tokens, which the second time come from L2.
 RECOMPUTE_TOKENS = 256
+
+# Float32 vectors as operands of tensor cores: a sum of three half-precision numbers is as exact. In
+# float16, whose range is small, they are in one of five windows of WINDOW powers of two.
+TERMS = tl.constexpr(16)
+WINDOW = tl.constexpr(13)
+_LARGEST = tl.constexpr(65504.0)
 
 # ---- pieces, inlined into the kernels ------------------------------------------------------------
 
@@ -150,14 +166,67 @@ def _store_state(
 
 @triton.jit
 def _centre(S_positive, S_negative, z_positive, z_negative, operand: tl.constexpr):
-    """S' = S − z mᵀ as an operand, halves (feature, column); m; and what undoes its scale."""
+    """S' = S − z mᵀ as operands, (feature, column), the second negated; m; and the unscale."""
     total = tl.sum(z_positive + z_negative, 0)
     m = (tl.sum(S_positive, 0) + tl.sum(S_negative, 0)) / tl.where(total == 0, 1.0, total)
     S_positive -= z_positive[:, None] * m[None, :]
     S_negative -= z_negative[:, None] * m[None, :]
     size = tl.maximum(tl.abs(S_positive), tl.abs(S_negative))
     scale, unscale = power_of_two(tl.max(tl.max(size, 1), 0))
-    return narrow(S_positive * scale, operand), narrow(S_negative * scale, operand), m, unscale
+    return narrow(S_positive * scale, operand), narrow(S_negative * -scale, operand), m, unscale
+
+
+@triton.jit
+def _term(x, scale, column, WINDOWS: tl.constexpr, operand: tl.constexpr):
+    """Columns of x: the ``column % 3``th term of what is in the window ``column // 3``, else 0."""
+    scaled = x[:, None] * scale
+    if WINDOWS > 1:
+        size = tl.abs(scaled)
+        inside = (size >= 32768 / 2**WINDOW) | (column // 3 == WINDOWS - 1)[None, :]
+        scaled = tl.where(inside & ((size < 32768) | (column < 3)[None, :]), scaled, 0.0)
+    high = narrow(scaled, operand)
+    rest = scaled - high.to(tl.float32)
+    middle = narrow(rest, operand)
+    low = narrow(rest - middle.to(tl.float32), operand)
+    place = (column % 3)[None, :]
+    term = tl.where(place == 0, high, tl.where(place == 1, middle, low))
+    return tl.where((column < 3 * WINDOWS)[None, :], term, tl.zeros_like(term))
+
+
+@triton.jit
+def _terms(x, operand: tl.constexpr):
+    """A vector as an operand (BLOCK_D, TERMS): the sum of a product's columns, and a factor."""
+    up, down = 1.0, 1.0
+    if operand == tl.float16:
+        up, down = power_of_two(tl.max(tl.abs(x), 0))
+    return _term(x, up, tl.arange(0, TERMS), 1, operand), down
+
+
+@triton.jit
+def _normaliser_terms(x, y, operand: tl.constexpr):
+    """Two vectors as operands (BLOCK_D, TERMS), and weights: see ``_times_normaliser``."""
+    column = tl.arange(0, TERMS)
+    weights = 1.0
+    if operand == tl.bfloat16:
+        x, y = _term(x, 1.0, column, 1, operand), _term(y, 1.0, column, 1, operand)
+    if operand == tl.float16:
+        windows: tl.constexpr = TERMS // 3
+        largest = tl.max(tl.maximum(tl.abs(x), tl.abs(y)), 0)
+        up, down = power_of_two(tl.maximum(largest, 2.0**-40))  # or a window's would overflow
+        exponent = WINDOW * (column // 3)
+        scale = up * ((127 + exponent) << 23).to(tl.float32, bitcast=True)[None, :]
+        weights = down * ((127 - exponent) << 23).to(tl.float32, bitcast=True)[None, :]
+        x, y = _term(x, scale, column, windows, operand), _term(y, scale, column, windows, operand)
+    return x, y, weights
+
+
+@triton.jit
+def _times_normaliser(a, x, b, y, weights, BLOCK_N: tl.constexpr):
+    """a·x + b·y of every row, as exact as in float32; x, y, weights of ``_normaliser_terms``."""
+    if a.dtype == tl.float32:
+        return tl.sum(a * x[None, :] + b * y[None, :], 1)
+    terms = dot(a, x, tl.zeros((BLOCK_N, TERMS), dtype=tl.float32))
+    return tl.sum(dot(b, y, terms) * weights, 1)
 
 
 @triton.jit
@@ -170,8 +239,9 @@ def _apply_tokens(
     end,
     S_positive,  # of _centre
     S_negative,
-    z_positive,
-    z_negative,
+    z_positive,  # of _normaliser_terms
+    z_negative,  # negated
+    z_weights,
     m,
     unscale,
     eps,
@@ -181,39 +251,51 @@ def _apply_tokens(
 ):
     """out of one tile of queries."""
     columns = tl.arange(0, BLOCK_D)
-    operand: tl.constexpr = q_head.dtype.element_ty
-    q = load_rows(q_head, tokens, end, q_stride_n, columns, D).to(tl.float32)
-    positive, negative = positive_part(q), negative_part(q)
-    denominator = tl.sum(positive * z_positive[None, :] + negative * z_negative[None, :], 1)
+    q = load_rows(q_head, tokens, end, q_stride_n, columns, D)
+    positive, negative = halves(q)
+    denominator = _times_normaliser(
+        positive, z_positive, negative, z_negative, z_weights, BLOCK_N
+    )  # fmt: skip
     numerator = tl.zeros((BLOCK_N, BLOCK_D), dtype=tl.float32)
-    numerator = dot(narrow(positive, operand), S_positive, numerator)
-    numerator = dot(narrow(negative, operand), S_negative, numerator)
+    numerator = dot(positive, S_positive, numerator)
+    numerator = dot(negative, S_negative, numerator)
     inverse = inverse_normaliser(denominator, eps)
     out = numerator * (inverse * unscale)[:, None] + (denominator * inverse)[:, None] * m[None, :]
     store_tile(out_head, tokens, end, out_stride_n, columns, D, out)
 
 
 @triton.jit
-def _row_power(x):
-    """The power of two at or below x, within what float16's φ(q) can be multiplied by; 1 for 0."""
-    power = (x.to(tl.int32, bitcast=True) & 0x7F800000).to(tl.float32, bitcast=True)
-    return tl.where(x == 0, 1.0, tl.minimum(tl.maximum(power, 2.0**-14), 2.0**15))
+def _usual(z_positive, z_negative, D: tl.constexpr):
+    """In the place of z where that is 0: what φ(q)/E is then multiplied by, see ``_finish``."""
+    return tl.sum(z_positive + z_negative, 0) / (2 * D) * 2.0**-14
 
 
 @triton.jit
-def _narrow_to_half(x):
-    """float32 x ≥ 0 as float16, at most its largest number; a NaN stays one."""
-    return tl.minimum(x, 65504.0, propagate_nan=tl.PropagateNan.ALL).to(tl.float16)
+def _undo(z, usual, RETURNED: tl.constexpr):
+    """What undoes the shares of E that float16's φ(q)/E is taken as."""
+    if RETURNED:
+        z = tl.where(z == 0, usual, z)
+    return tl.where(z == 0, 0.0, 2.0**-14 / tl.where(z == 0, 1.0, z))[None, :]
 
 
 @triton.jit
-def _add_outer(g, phi, total, D: tl.constexpr):
-    """total + gᵀ φ, float32 g as one term, or as two where few features leave its rounding seen."""
-    high = narrow(g, phi.dtype)
-    total = dot(tl.trans(high), phi, total)
-    if D < 64 and phi.dtype != tl.float32:
-        total = dot(tl.trans(narrow(g - high.to(tl.float32), phi.dtype)), phi, total)
-    return total
+def _place(index, tiles, begin, GROUP: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Head of the group, and first token, of a tile."""
+    head, tile = tiles * 0, index + tiles * 0  # tensors, in the interpreter too
+    if GROUP > 1:
+        head, tile = index // tiles, index % tiles
+    return head.to(tl.int64), (begin + tile * BLOCK_N).to(tl.int64)
+
+
+@triton.jit
+def _add_pairs(a, b, c, d):
+    return a + c, b + d
+
+
+@triton.jit
+def _pairs(x, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """Sums of rows eight apart: of those that one thread has of a product."""
+    return tl.reshape(tl.sum(tl.reshape(x, (ROWS // 16, 2, 8, COLUMNS)), 1), (ROWS // 2, COLUMNS))
 
 
 @triton.jit
@@ -239,70 +321,116 @@ def _differentiate_queries(
     DQ: tl.constexpr,
     DS: tl.constexpr,
     DZ: tl.constexpr,
+    RETURNED: tl.constexpr,
     GROUP: tl.constexpr,
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """dq of the tokens given, of every query head of a group; their dS, transposed, and dz.
+    """dq of the tokens given, of every query head of a group; for ``_finish``, dS and dz.
 
-    Where DS (and DZ) is false, zeros; DZ is only where DS is.
+    dS is transposed. Where DS (and DZ) is false, zeros; DZ is only where DS is. RETURNED says that
+    dS is a caller's: what no key has (z = 0) has no part in dk and dv, but a gradient.
     """
     columns = tl.arange(0, BLOCK_D)
     operand: tl.constexpr = q_kv_head.dtype.element_ty
     no_rows = tl.zeros((BLOCK_N, BLOCK_D), dtype=tl.float32)
     dS_positive = tl.zeros((BLOCK_D, BLOCK_D), dtype=tl.float32)
     dS_negative = tl.zeros((BLOCK_D, BLOCK_D), dtype=tl.float32)
-    dz_positive = tl.zeros((BLOCK_D,), dtype=tl.float32)
-    dz_negative = tl.zeros((BLOCK_D,), dtype=tl.float32)
-    z_size = tl.sum(z_positive + z_negative, 0) / D
+    dz_positive = tl.zeros((BLOCK_N // 2, BLOCK_D), dtype=tl.float32)
+    dz_negative = tl.zeros((BLOCK_N // 2, BLOCK_D), dtype=tl.float32)
+    usual = _usual(z_positive, z_negative, D)
+    M, m_unscale = _terms(m, operand)
     # Out here, or the operands would be written to shared memory again for every tile.
     S_positive, S_negative = tl.trans(S_positive), tl.trans(S_negative)
+    z_minus = -z_negative
+    rows = tl.arange(0, BLOCK_N).to(tl.int64)
     tiles = tl.cdiv(tl.maximum(end - begin, 0), BLOCK_N)
-    for index in range(0, GROUP * tiles):
-        head = (index // tiles).to(tl.int64)
-        tokens = begin + (index % tiles) * BLOCK_N + tl.arange(0, BLOCK_N).to(tl.int64)
-        q_head = q_kv_head + head * q_stride_h
-        dout_head = dout_kv_head + head * dout_stride_h
-        q = load_rows(q_head, tokens, end, q_stride_n, columns, D).to(tl.float32)
-        g = load_rows(dout_head, tokens, end, dout_stride_n, columns, D)
+    # Hoisted addresses and masks would take registers that the sums need.
+    for index in tl.range(0, GROUP * tiles, disable_licm=True):
+        head, start = _place(index, tiles, begin, GROUP, BLOCK_N)
+        q_tile = q_kv_head + head * q_stride_h + start * q_stride_n
+        dout_tile = dout_kv_head + head * dout_stride_h + start * dout_stride_n
+        q_half = load_rows(q_tile, rows, end - start, q_stride_n, columns, D)
+        g = load_rows(dout_tile, rows, end - start, dout_stride_n, columns, D)
+        q = q_half.to(tl.float32)
         if DQ or DZ:
+            if operand == tl.float32:
+                gm = tl.sum(g * m[None, :], 1)
+            else:
+                terms = dot(g, M, tl.zeros((BLOCK_N, TERMS), dtype=tl.float32))
+                gm = tl.sum(terms, 1) * m_unscale
             a_positive = dot(g, S_positive, no_rows)
             a_negative = dot(g, S_negative, no_rows)
-        # q's sign picks the half of φ that is not zero: φ(q)·a = Σ q a and φ(q)·z = Σ q z, with
-        # the other half's signs turned.
-        side = q > 0
-        z = tl.where(side, z_positive[None, :], -z_negative[None, :])
-        inverse = inverse_normaliser(tl.sum(q * z, 1), eps)
-        g = g.to(tl.float32)
-        if DQ or DZ:
-            a = tl.where(side, a_positive, -a_negative) * unscale
-            w = (eps * tl.sum(g * m[None, :], 1) - tl.sum(q * a, 1)) * inverse * inverse
+            # q's sign picks the half of φ that is not zero: φ(q)·a = Σ q a and φ(q)·z = Σ q z,
+            # with the other half's signs turned.
+            z, a = choose(q, z_positive[None, :], z_minus[None, :], a_positive, a_negative)
+            # One reduction, so that all of it is where the products are.
+            E, w = tl.reduce((q * z, q * a), 1, _add_pairs)
+            inverse = inverse_normaliser(E, eps)
+            w = (eps * gm - w * unscale) * inverse * inverse
+        else:
+            z = tl.where(q > 0, z_positive[None, :], z_minus[None, :])
+            inverse = inverse_normaliser(tl.sum(q * z, 1), eps)
+        if DZ:
+            dz_positive += _pairs(positive_part(q) * w[:, None], BLOCK_N, BLOCK_D)
+            dz_negative += _pairs(negative_part(q) * w[:, None], BLOCK_N, BLOCK_D)
         if DQ:
-            # Written so that a NaN in q passes.
-            dq = tl.where(q == 0, 0.0, a * inverse[:, None] + w[:, None] * z)
-            store_tile(dq_kv_head + head * dq_stride_h, tokens, end, dq_stride_n, columns, D, dq)
+            dq = narrow(a * (inverse * unscale)[:, None] + w[:, None] * z, operand)
+            dq_tile = dq_kv_head + head * dq_stride_h + start * dq_stride_n
+            dq = where_nonzero(q_half, dq)
+            mask = (rows < end - start)[:, None] & (columns < D)[None, :]
+            tl.store(dq_tile + rows[:, None] * dq_stride_n + columns[None, :], dq, mask=mask)
         if DS:
-            g *= inverse[:, None]
-            positive, negative = positive_part(q), negative_part(q)
+            g_t = tl.trans(g)
             if operand == tl.float16:
-                power = _row_power(inverse * z_size)
-                g *= (1.0 / power)[:, None]
-                scale, back = power_of_two(tl.max(tl.max(tl.abs(g), 1), 0))
-                phi_positive = _narrow_to_half(positive * power[:, None])
-                phi_negative = _narrow_to_half(negative * power[:, None])
-                no_sum = tl.zeros((BLOCK_D, BLOCK_D), dtype=tl.float32)
-                dS_positive += _add_outer(g * scale, phi_positive, no_sum, D) * back
-                dS_negative += _add_outer(g * scale, phi_negative, no_sum, D) * back
+                # Chosen once more: kept, it would take the registers of its own tile.
+                weight = tl.where(q > 0, z_positive[None, :], z_minus[None, :])
+                x = q * weight
+                if RETURNED:
+                    x = tl.where(weight == 0, tl.abs(q) * usual, x)
+                x *= (inverse * 2.0**14)[:, None]
+                if RETURNED:
+                    x = tl.minimum(x, _LARGEST, propagate_nan=tl.PropagateNan.ALL)
+                high = narrow(x, operand)
+                positive, negative = sides(high, q_half)
             else:
-                dS_positive = _add_outer(g, narrow(positive, operand), dS_positive, D)
-                dS_negative = _add_outer(g, narrow(negative, operand), dS_negative, D)
-            if DZ:
-                dz_positive += tl.sum(positive * w[:, None], 0)
-                dz_negative += tl.sum(negative * w[:, None], 0)
-    if DZ:
-        dz_positive -= tl.sum(dS_positive * m[:, None], 0)
-        dz_negative -= tl.sum(dS_negative * m[:, None], 0)
+                x = q * inverse[:, None]
+                high = narrow(x, operand)
+                positive, negative = halves(high)
+            dS_positive = dot(g_t, positive, dS_positive)
+            dS_negative = dot(g_t, negative, dS_negative)
+            if D < 64 and operand != tl.float32:
+                low = x - high.to(tl.float32)
+                positive = narrow(tl.where(q > 0, low, 0.0), operand)
+                negative = narrow(tl.where(q < 0, low, 0.0), operand)
+                dS_positive = dot(g_t, positive, dS_positive)
+                dS_negative = dot(g_t, negative, dS_negative)
+    return dS_positive, dS_negative, tl.sum(dz_positive, 0), tl.sum(dz_negative, 0)
+
+
+@triton.jit
+def _finish(
+    dS_positive,  # these four of _differentiate_queries
+    dS_negative,
+    dz_positive,
+    dz_negative,
+    z_positive,
+    z_negative,
+    m,
+    RETURNED: tl.constexpr,
+    D: tl.constexpr,
+    operand: tl.constexpr,
+):
+    """dS and dz themselves."""
+    if operand == tl.float16:
+        usual = _usual(z_positive, z_negative, D)
+        dS_positive *= _undo(z_positive, usual, RETURNED)
+        dS_negative *= _undo(z_negative, usual, RETURNED)
+    else:
+        dS_negative = -dS_negative
+    dz_positive -= tl.sum(dS_positive * m[:, None], 0)
+    dz_negative -= tl.sum(dS_negative * m[:, None], 0)
     return dS_positive, dS_negative, dz_positive, dz_negative
 
 
@@ -473,11 +601,12 @@ def _apply(
     S_positive, S_negative, m, unscale = _centre(
         S_positive, S_negative, z_positive, z_negative, operand
     )
+    z_positive, z_negative, z_weights = _normaliser_terms(z_positive, -z_negative, operand)
     for start in range(begin, end, BLOCK_N):
         tokens = start + tl.arange(0, BLOCK_N).to(tl.int64)
         _apply_tokens(
             q_head, out_head, q_stride_n, out_stride_n, tokens, end, S_positive, S_negative,
-            z_positive, z_negative, m, unscale, eps, D, BLOCK_D, BLOCK_N,
+            z_positive, z_negative, z_weights, m, unscale, eps, D, BLOCK_D, BLOCK_N,
         )  # fmt: skip
 
 
@@ -511,6 +640,7 @@ def _query_gradient(
     DQ: tl.constexpr,
     DS: tl.constexpr,
     DZ: tl.constexpr,
+    RETURNED: tl.constexpr,
     GROUP: tl.constexpr,
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -536,9 +666,15 @@ def _query_gradient(
         dq_pointer + b * dq_stride_b + h * dq_stride_h,
         dout_stride_h, dout_stride_n, q_stride_h, q_stride_n, dq_stride_h, dq_stride_n,
         begin, end, S_positive, S_negative, z_positive, z_negative, m, unscale, eps,
-        DQ, DS, DZ, GROUP, D, BLOCK_D, BLOCK_N,
+        DQ, DS, DZ, RETURNED, GROUP, D, BLOCK_D, BLOCK_N,
     )  # fmt: skip
     if DS:
+        # Read again, or they would have to be kept while every register is taken.
+        z_positive, z_negative = _load_vectors(normaliser_pointer + head * 2 * D, D, BLOCK_D)
+        dS_positive, dS_negative, dz_positive, dz_negative = _finish(
+            dS_positive, dS_negative, dz_positive, dz_negative, z_positive, z_negative, m,
+            RETURNED, D, operand,
+        )  # fmt: skip
         slot = split * batch_heads + head
         matrix = matrix_pointer + slot * 2 * D * D
         vector = vector_pointer + slot * 2 * D
@@ -660,6 +796,7 @@ def _short_forward(
     S_positive, S_negative, m, unscale = _centre(
         tl.trans(S_positive), tl.trans(S_negative), z_positive, z_negative, operand
     )
+    z_positive, z_negative, z_weights = _normaliser_terms(z_positive, -z_negative, operand)
     q_kv_head = q_pointer + b * q_stride_b + hk * GROUP * q_stride_h
     out_kv_head = out_pointer + b * out_stride_b + hk * GROUP * out_stride_h
     tiles = tl.cdiv(num_queries, BLOCK_N)
@@ -668,8 +805,8 @@ def _short_forward(
         tokens = (index % tiles) * BLOCK_N + tl.arange(0, BLOCK_N).to(tl.int64)
         _apply_tokens(
             q_kv_head + h * q_stride_h, out_kv_head + h * out_stride_h, q_stride_n, out_stride_n,
-            tokens, num_queries, S_positive, S_negative, z_positive, z_negative, m, unscale, eps,
-            D, BLOCK_D, BLOCK_N,
+            tokens, num_queries, S_positive, S_negative, z_positive, z_negative, z_weights, m,
+            unscale, eps, D, BLOCK_D, BLOCK_N,
         )  # fmt: skip
 
 
@@ -745,9 +882,13 @@ def _short_backward(
         dq_pointer + b * dq_stride_b + h * dq_stride_h,
         dout_stride_h, dout_stride_n, q_stride_h, q_stride_n, dq_stride_h, dq_stride_n,
         0, num_queries, S_positive, S_negative, z_positive, z_negative, m, unscale, eps,
-        DQ, DK or DV, DK, GROUP, D, BLOCK_D, BLOCK_N,
+        DQ, DK or DV, DK, False, GROUP, D, BLOCK_D, BLOCK_N,
     )  # fmt: skip
     if DK or DV:
+        dS_positive, dS_negative, dz_positive, dz_negative = _finish(
+            dS_positive, dS_negative, dz_positive, dz_negative, z_positive, z_negative, m, False,
+            D, operand,
+        )  # fmt: skip
         # (column, feature), as summed: these are the transposed operands.
         high_positive_t, low_positive_t, high_negative_t, low_negative_t, unscale = _split(
             dS_positive, dS_negative, operand
@@ -851,9 +992,13 @@ def _launch_apply_into(out: Tensor, q: Tensor, S: Tensor, z: Tensor, eps: float)
 
 
 def _launch_query_gradient_into(
-    dq: Tensor, dout: Tensor, q: Tensor, S: Tensor, z: Tensor, eps: float, wanted: int
-) -> tuple[Tensor, Tensor]:
-    """Fills dq; returns dS and dz: those of the three that are wanted, dz never alone."""
+    dq: Tensor, dout: Tensor, q: Tensor, S: Tensor, z: Tensor, eps: float, wanted: int,
+    *, returned: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Fills dq; returns dS and dz: those of the three that are wanted, dz never alone.
+
+    ``returned``: dS and dz are a caller's, not on the way to dk and dv alone.
+    """
     batch, heads, tokens, head_dim = q.shape
     kv_heads = S.shape[1]
     needs_dq, needs_dS, needs_dz = (is_wanted(wanted, i) for i in range(3))
@@ -876,6 +1021,7 @@ def _launch_query_gradient_into(
             batch * kv_heads, *dout.stride()[:3], *q.stride()[:3], *_strides(dq), eps,
             # With dq, dz costs next to nothing: a variant less.
             DQ=needs_dq, DS=needs_dS, DZ=needs_dS and (needs_dz or needs_dq),
+            RETURNED=returned and needs_dS and q.dtype == torch.float16,
             GROUP=heads // kv_heads, **options,
         )  # fmt: skip
     return _sum_partials(matrix, vector) if needs_dS else (matrix, vector)
@@ -935,7 +1081,7 @@ def _backward_into(
         if not saved:
             S, z = _launch_state_sums(k, v)
         sums = needs_dq | (needs_dk or needs_dv) << 1 | needs_dk << 2
-        dS, dz = _launch_query_gradient_into(dq, dout, q, S, z, eps, sums)
+        dS, dz = _launch_query_gradient_into(dq, dout, q, S, z, eps, sums, returned=False)
         _launch_key_value_gradient_into(dk, dv, dS, dz, k, v, wanted >> 1)
     elif batch:
         options = _options("short_backward", q)
@@ -1009,7 +1155,7 @@ def _launch_apply_backward(
     needs_dS, needs_dz = is_wanted(wanted, 1), is_wanted(wanted, 2)
     with_dS = wanted | needs_dz << 1
     dS, dz = _launch_query_gradient_into(
-        dq, readable(dout), q, S.contiguous(), z.contiguous(), eps, with_dS
+        dq, readable(dout), q, S.contiguous(), z.contiguous(), eps, with_dS, returned=True
     )
     nothing = S.new_empty((0,))
     return dq, dS if needs_dS else nothing, dz if needs_dz else nothing.clone()

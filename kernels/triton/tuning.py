@@ -150,7 +150,7 @@ TABLE: dict[str, tuple[Rule, ...]] = {
         *_streamed(range(33, 65), dtypes=FLOAT32),
         Rule(_tile(8, 2, BLOCK_N=32), ("sm_90",), range(17, 33), FLOAT32),
         Rule(_tile(8, 2, BLOCK_N=16), dtypes=FLOAT32),
-        Rule(_tile(8, 3, BLOCK_N=64), architectures=("sm_90", "interpreter")),
+        Rule(_tile(8, 2, BLOCK_N=128), architectures=("sm_90", "interpreter")),
         Rule(_tile(8, 3, BLOCK_N=32)),
     ),
     "linear_attention.query_sums": _streamed(),  # where query_gradient is streamed
@@ -170,6 +170,7 @@ TABLE: dict[str, tuple[Rule, ...]] = {
         Rule(_tile(8, 2, BLOCK_N=32), ("sm_90", "interpreter"), _WIDE, HALF),
         *_streamed(_WIDE),
         Rule(_tile(8, 2, BLOCK_N=32), dtypes=FLOAT32),
+        Rule(_tile(4, 2, BLOCK_N=64), architectures=("sm_90", "interpreter")),
         Rule(_tile(8, 3, BLOCK_N=64), architectures=_WGMMA),
         Rule(_tile(8, 3, BLOCK_N=32)),
     ),
@@ -180,7 +181,7 @@ TABLE: dict[str, tuple[Rule, ...]] = {
         *_streamed(range(33, 65), architectures=("sm_80", "sm_86")),
         *_streamed(range(33, 65), dtypes=FLOAT32),
         Rule(_tile(8, 2, BLOCK_N=16), dtypes=FLOAT32),
-        Rule(_tile(8, 2, BLOCK_N=64), architectures=("sm_90", "interpreter")),
+        Rule(_tile(4, 2, BLOCK_N=32), architectures=("sm_90", "interpreter")),
         Rule(_tile(8, 3, BLOCK_N=32)),
     ),
     "softmax_attention.forward": (

@@ -151,15 +151,19 @@ def test_no_worse_than_composition_with_few_features(
         case = Attention(
             op, dtype=dtype, mean=3.3, heads=4, kv_heads=4, head_dim=head_dim, seed=seed
         )
-        _assert_no_worse_than_composition(case, backend)
+        of_keys = 1.5 if backend == "cpu" else 1.25  # the GPU kernels take another term there
+        _assert_no_worse_than_composition(case, backend, of_keys=of_keys)
 
 
-def _assert_no_worse_than_composition(case: Attention, backend: str) -> None:
+def _assert_no_worse_than_composition(
+    case: Attention, backend: str, *, of_keys: float = 1.5
+) -> None:
     dtype, bounds = case.dtype, dict(comparisons(case, "torch"))
     for name, comparison in comparisons(case, backend):
         # Both round their result once; below that, a float32 composition has noise of its own.
         floor = torch.finfo(dtype).eps / 4
-        limit = max(1.5 * bounds[name].rms_error, floor)
+        times = of_keys if name == "gradient 1" else 1.5
+        limit = max(times * bounds[name].rms_error, floor)
         assert comparison.rms_error <= limit, f"{name}: {comparison}, composition {bounds[name]}"
 
 

@@ -165,6 +165,68 @@ def test_zero_query_row_and_any_eps(
 
 
 @pytest.mark.parametrize(("op", "backend"), LINEAR)
+@pytest.mark.parametrize("head_dim", [32, 64])
+@pytest.mark.parametrize("rest", [-60.0, 0.0])
+def test_float16_of_a_query_that_hardly_meets_a_key(
+    op: str, backend: str, head_dim: int, rest: float
+) -> None:
+    """1 / E times what it has where no key has anything is beyond float16, but nobody else's
+    gradient may hear of it."""
+    case = Attention(queries=40, keys=40, head_dim=head_dim, dtype=torch.float16)
+    inputs = case.inputs()
+    with torch.no_grad():
+        inputs[0][0, 0, 5] = rest
+        inputs[0][0, 0, 5, 3] = 1e-4
+        inputs[1].abs_()
+    gradients = torch.autograd.grad(case.run(backend, inputs), inputs, case.gradient())
+    exact = [x.detach().double().requires_grad_() for x in inputs]
+    out = case.run("reference", exact)
+    expected = torch.autograd.grad(out, exact, case.gradient().double())
+    for a, b in zip(gradients, expected, strict=True):
+        assert compare(a, b, gradient=True).rms_error < 2e-3, compare(a, b, gradient=True)
+
+
+@pytest.mark.parametrize(("_", "backend"), op_backend_pairs("linear_attention_apply"))
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_normaliser_of_what_is_tiny_beside_the_rest(
+    _: str, backend: str, dtype: torch.dtype
+) -> None:
+    """S = z gives E/(E + eps), which shows E where eps is about as large."""
+    torch.manual_seed(0)
+    for eps in (1e6, 1.0, 1e-6):
+        z = eps * 2 * (1 + torch.rand(1, 1, 32, device=DEVICE))
+        z[..., 3] = 3e6  # what the others are beside
+        q = torch.rand(1, 1, 50, 16, device=DEVICE).to(dtype)
+        q[..., 3] = 0.0
+        S = z.unsqueeze(-1).expand(-1, -1, -1, 16).contiguous()
+        out = kernels.linear_attention_apply(q, S, z, eps=eps, backend=backend)
+        E = q.double() @ z[..., :16].double().unsqueeze(-1)
+        expected = (E / (E + eps)).expand_as(out)
+        assert compare(out, expected, gradient=False).passed
+
+
+@pytest.mark.parametrize(("_", "backend"), op_backend_pairs("linear_attention_apply"))
+@pytest.mark.parametrize("head_dim", [32, 64])
+def test_gradient_of_a_state_whose_features_are_of_any_size(
+    _: str, backend: str, head_dim: int
+) -> None:
+    """Each feature's is as accurate as the others', and so is that of one which no key has."""
+    torch.manual_seed(0)
+    q, k, v, dout = (torch.randn(1, 2, 200, head_dim, device=DEVICE) for _ in range(4))
+    size = torch.logspace(-3, 3, head_dim, device=DEVICE)
+    k[..., 7].abs_()
+    S, z = kernels.linear_attention_state(k * size, v, backend="reference")
+    q, dout = (q / size).half(), dout.half()
+    exact = S.double().requires_grad_()
+    out = kernels.linear_attention_apply(q, S.requires_grad_(), z, backend=backend)
+    exact_out = kernels.linear_attention_apply(q.double(), exact, z.double(), backend="reference")
+    (found,) = torch.autograd.grad(out, S, dout)
+    (expected,) = torch.autograd.grad(exact_out, exact, dout.double())
+    error = (found - expected).norm(dim=-1) / expected.norm(dim=-1)
+    assert error.max() < 2e-3, error
+
+
+@pytest.mark.parametrize(("op", "backend"), LINEAR)
 def test_no_gradient_at_zero(op: str, backend: str) -> None:
     """dx = 0 at x = 0, where φ has a corner."""
     case = Attention(queries=12, keys=12)

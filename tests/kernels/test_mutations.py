@@ -59,8 +59,8 @@ MUTATIONS = [
     Mutation(
         "z's gradient is skipped",
         LINEAR,
-        "        dz_positive += tl.sum(positive * w[:, None], 0)",
-        "        dz_positive += tl.sum(positive * 0.0, 0)",
+        "            dz_positive += _pairs(positive_part(q) * w[:, None], BLOCK_N, BLOCK_D)",
+        "            dz_positive += _pairs(positive_part(q) * 0.0, BLOCK_N, BLOCK_D)",
         LINEAR_NAMED + " and float16",
     ),
     Mutation(
@@ -87,16 +87,30 @@ MUTATIONS = [
     Mutation(
         "a float16 sum keeps its operand's scale",
         LINEAR,
-        "            dS_positive += _add_outer(g * scale, phi_positive, no_sum, D) * back",
-        "            dS_positive += _add_outer(g * scale, phi_positive, no_sum, D)",
+        "        dS_positive *= _undo(z_positive, usual, RETURNED)",
+        "        dS_positive *= 2.0**-14",
         LINEAR_NAMED + " and float16",
     ),
     Mutation(
-        "g/E is rounded where few features don't average it out",
+        "φ(q)/E is rounded where few features don't average it out",
         LINEAR,
-        "    if D < 64 and phi.dtype != tl.float32:",
-        "    if D < 0:",
+        "            if D < 64 and operand != tl.float32:",
+        "            if D < 0:",
         "few_features",
+    ),
+    Mutation(
+        "what no key has is without a gradient in float16",
+        LINEAR,
+        "        z = tl.where(z == 0, usual, z)",
+        "        z = z",
+        "features_are_of_any_size",
+    ),
+    Mutation(
+        "a float16 normaliser has one window of its range",
+        LINEAR,
+        "        windows: tl.constexpr = TERMS // 3",
+        "        windows: tl.constexpr = 1",
+        "normaliser_of_what_is_tiny",
     ),
     Mutation(
         "rows of the last tile are not stored",
