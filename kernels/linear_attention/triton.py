@@ -224,9 +224,11 @@ def _normaliser_terms(x, y, operand: tl.constexpr):
 def _times_normaliser(a, x, b, y, weights, BLOCK_N: tl.constexpr):
     """a·x + b·y of every row, as exact as in float32; x, y, weights of ``_normaliser_terms``."""
     if a.dtype == tl.float32:
-        return tl.sum(a * x[None, :] + b * y[None, :], 1)
-    terms = dot(a, x, tl.zeros((BLOCK_N, TERMS), dtype=tl.float32))
-    return tl.sum(dot(b, y, terms) * weights, 1)
+        met = tl.sum(a * x[None, :] + b * y[None, :], 1)
+    else:
+        terms = dot(a, x, tl.zeros((BLOCK_N, TERMS), dtype=tl.float32))
+        met = tl.sum(dot(b, y, terms) * weights, 1)
+    return met
 
 
 @triton.jit
@@ -289,6 +291,7 @@ def _place(index, tiles, begin, GROUP: tl.constexpr, BLOCK_N: tl.constexpr):
 
 @triton.jit
 def _add_pairs(a, b, c, d):
+    """Of ``tl.reduce``."""
     return a + c, b + d
 
 
@@ -371,7 +374,8 @@ def _differentiate_queries(
             w = (eps * gm - w * unscale) * inverse * inverse
         else:
             z = tl.where(q > 0, z_positive[None, :], z_minus[None, :])
-            inverse = inverse_normaliser(tl.sum(q * z, 1), eps)
+            E, _ = tl.reduce((q * z, q * z), 1, _add_pairs)  # the same sum
+            inverse = inverse_normaliser(E, eps)
         if DZ:
             dz_positive += _pairs(positive_part(q) * w[:, None], BLOCK_N, BLOCK_D)
             dz_negative += _pairs(negative_part(q) * w[:, None], BLOCK_N, BLOCK_D)

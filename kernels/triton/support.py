@@ -150,25 +150,31 @@ def negative_part(x):
     return tl.maximum(-x, 0.0, propagate_nan=tl.PropagateNan.ALL)
 
 
+# Assembly, which the interpreter does not run: two half-precision numbers an instruction, where
+# Triton has no such, and what the compiler would tear apart.
+
+
 @triton.jit
 def halves(x):
     """max(x, 0) and min(x, 0) of a tile in its own dtype: φ(x), the second half negated.
 
-    Nothing is rounded, NaN stays NaN, and two half-precision numbers are an instruction (Triton has
-    no such for bfloat16). The interpreter runs no assembly.
+    Nothing is rounded, and NaN stays NaN.
     """
     if INTERPRETING or x.dtype == tl.float32:
         wide = x.to(tl.float32)
-        return narrow(positive_part(wide), x.dtype), narrow(-negative_part(wide), x.dtype)
-    suffix: tl.constexpr = "bf16x2" if x.dtype == tl.bfloat16 else "f16x2"
-    return tl.inline_asm_elementwise(
-        f"max.NaN.{suffix} $0, $2, $3; min.NaN.{suffix} $1, $2, $3;",
-        "=&r,=r,r,r",
-        [x, tl.zeros_like(x)],
-        dtype=(x.dtype, x.dtype),
-        is_pure=True,
-        pack=2,
-    )
+        positive = narrow(positive_part(wide), x.dtype)
+        negative = narrow(-negative_part(wide), x.dtype)
+    else:
+        kind: tl.constexpr = "bf16x2" if x.dtype == tl.bfloat16 else "f16x2"
+        positive, negative = tl.inline_asm_elementwise(
+            f"max.NaN.{kind} $0, $2, $3; min.NaN.{kind} $1, $2, $3;",
+            "=&r,=r,r,r",
+            [x, tl.zeros_like(x)],
+            dtype=(x.dtype, x.dtype),
+            is_pure=True,
+            pack=2,
+        )
+    return positive, negative
 
 
 @triton.jit
@@ -178,47 +184,54 @@ def choose(x, a, b, c, d):
     In one piece: the compiler would keep every element's comparison, for later, as a bit.
     """
     if INTERPRETING:
-        return tl.where(x > 0, a, b), tl.where(x > 0, c, d)
-    return tl.inline_asm_elementwise(
-        "{ .reg .pred p; setp.gt.f32 p, $2, 0f00000000; selp.f32 $0, $3, $4, p; "
-        "selp.f32 $1, $5, $6, p; }",
-        "=&f,=f,f,f,f,f,f",
-        [x, a, b, c, d],
-        dtype=(tl.float32, tl.float32),
-        is_pure=True,
-        pack=1,
-    )
+        first, second = tl.where(x > 0, a, b), tl.where(x > 0, c, d)
+    else:
+        first, second = tl.inline_asm_elementwise(
+            "{ .reg .pred p; setp.gt.f32 p, $2, 0f00000000; selp.f32 $0, $3, $4, p; "
+            "selp.f32 $1, $5, $6, p; }",
+            "=&f,=f,f,f,f,f,f",
+            [x, a, b, c, d],
+            dtype=(tl.float32, tl.float32),
+            is_pure=True,
+            pack=1,
+        )
+    return first, second
 
 
 @triton.jit
 def sides(x, of):
-    """x where float16 ``of`` is not negative, and x where it is not positive; else 0."""
+    """float16 x where ``of`` is not negative, and x where it is not positive; else 0."""
     if INTERPRETING:
-        return tl.where(of < 0, 0.0, x).to(x.dtype), tl.where(of > 0, 0.0, x).to(x.dtype)
-    return tl.inline_asm_elementwise(
-        "{ .reg .b32 p, n; set.geu.u32.f16x2 p, $3, $4; set.leu.u32.f16x2 n, $3, $4; "
-        "and.b32 $0, $2, p; and.b32 $1, $2, n; }",
-        "=&r,=r,r,r,r",
-        [x, of, tl.zeros_like(of)],
-        dtype=(x.dtype, x.dtype),
-        is_pure=True,
-        pack=2,
-    )
+        positive = tl.where(of < 0, 0.0, x).to(x.dtype)
+        negative = tl.where(of > 0, 0.0, x).to(x.dtype)
+    else:
+        positive, negative = tl.inline_asm_elementwise(
+            "{ .reg .b32 p, n; set.geu.u32.f16x2 p, $3, $4; set.leu.u32.f16x2 n, $3, $4; "
+            "and.b32 $0, $2, p; and.b32 $1, $2, n; }",
+            "=&r,=r,r,r,r",
+            [x, of, tl.zeros_like(of)],
+            dtype=(x.dtype, x.dtype),
+            is_pure=True,
+            pack=2,
+        )
+    return positive, negative
 
 
 @triton.jit
 def where_nonzero(x, y):
     """y where x is not zero, NaN for one, else 0; both of one dtype."""
     if INTERPRETING or x.dtype == tl.float32:
-        return tl.where(x.to(tl.float32) == 0, tl.zeros_like(y), y)
-    return tl.inline_asm_elementwise(  # bfloat16's zeros are float16's
-        "{ .reg .b32 mask; set.neu.u32.f16x2 mask, $1, $3; and.b32 $0, $2, mask; }",
-        "=r,r,r,r",
-        [x, y, tl.zeros_like(x)],
-        dtype=y.dtype,
-        is_pure=True,
-        pack=2,
-    )
+        chosen = tl.where(x.to(tl.float32) == 0, tl.zeros_like(y), y)
+    else:
+        chosen = tl.inline_asm_elementwise(  # bfloat16's zeros are float16's
+            "{ .reg .b32 mask; set.neu.u32.f16x2 mask, $1, $3; and.b32 $0, $2, mask; }",
+            "=r,r,r,r",
+            [x, y, tl.zeros_like(x)],
+            dtype=y.dtype,
+            is_pure=True,
+            pack=2,
+        )
+    return chosen
 
 
 @triton.jit
