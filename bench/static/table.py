@@ -12,6 +12,10 @@ share of the copy rate that is possible at all. Exits with 1 where something is 
     python -m bench static --arch sm_90a --head-dims 64 --explain half_apply_kernel
     python -m bench static --out static.json
     python -m bench static --kernels mine.py --arch sm_90a      # those of a file of yours
+    python -m bench static --backends cuda,sdpa --ops softmax_attention --arch sm_90a
+
+``sdpa`` is PyTorch's own flash kernels, by name alone: what ours are compared with, by warp
+instructions to one of the tensor cores.
 
 What was compiled before, from the same sources, is not compiled again.
 """
@@ -28,8 +32,8 @@ from linear_vit import options
 from linear_vit.bench import guests, tables
 from linear_vit.bench.instruments import machine
 from linear_vit.bench.problems import DTYPES
-from linear_vit.bench.static import launches, machine_code, steady, yours
-from linear_vit.bench.static.faults import Row
+from linear_vit.bench.static import launches, machine_code, sdpa, steady, yours
+from linear_vit.bench.static.faults import Row, finished
 from linear_vit.bench.static.units import (
     ARCHITECTURES,
     BACKENDS,
@@ -72,7 +76,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--explain", metavar="KERNEL", help=text)
     given = parser.parse_args(argv)
     try:
-        backends = options.known("backends", given.backends, BACKENDS)
+        backends = options.known("backends", given.backends or BACKENDS, (*BACKENDS, sdpa.NAME))
         folders = _folders(given.ops)
         architectures = options.known("arch", given.arch, ARCHITECTURES)
         dtypes = options.known("dtypes", given.dtypes, DTYPES)
@@ -92,9 +96,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         if given.kernels:
             rows = yours.compile_files(list(map(guests.spelled, given.kernels)), **what)
         else:
-            rows = compile_all(backends=backends, folders=folders, **what)
+            ours = [name for name in backends if name != sdpa.NAME]
+            rows = compile_all(backends=ours, folders=folders, **what)
+            if sdpa.NAME in backends and sdpa.FOLDER in folders:
+                found = sdpa.flash_rows(architectures, dtypes, head_dims)
+                rows += [{**finished(row), "faults": []} for row in found]  # nothing of ours
     except Incomplete as error:
         rows, failure = error.rows, str(error)
+    except FileNotFoundError as error:
+        parser.error(str(error))
     except yours.Nothing as error:
         say(f"--kernels: {error}", sys.stderr)
         return 2
@@ -148,6 +158,7 @@ def render(rows: list[Row], *, every: bool = False, width: int | None = None) ->
         "narrower",
         "a tile",
         "a KiB",
+        "a product",
         "barriers",
         "issue/copy",
         "copy share",
@@ -195,19 +206,22 @@ def _line(group: list[Row], every: bool) -> list[str]:
 
 
 def _steady(group: list[Row]) -> list[str]:
-    """Instructions of a warp for a tile, of all for a KiB; barriers; time beside the bytes'."""
+    """Instructions of a warp for a tile, of all for a KiB, of a warp to one of the tensor cores;
+    barriers; time beside the bytes'."""
     timed = [r for r in group if r.get("copy_share") is not None]  # older files have none
     if not timed:
-        return ["–"] * 5
+        return ["–"] * 6
+    products = [r["steady"] / r["steady_tensor_core"] for r in timed if r["steady_tensor_core"]]
     return [
         _range([r["steady"] for r in timed]),
         _range([round(r["instructions_per_kib"]) for r in timed]),
+        _range([round(x, 1) for x in products]) if products else "–",
         _range([r["steady_barriers"] for r in timed]),
         _range([round(100 * r["issue_us"] / r["copy_us"]) for r in timed]) + " %",
         _range([round(100 * r["copy_share"]) for r in timed]) + " %",
     ]
 
 
-def _range(values: Sequence[int]) -> str:
+def _range(values: Sequence[float]) -> str:
     low, high = min(values), max(values)
     return str(low) if low == high else f"{low}–{high}"

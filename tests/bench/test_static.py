@@ -18,7 +18,7 @@ from linear_vit.bench import tables
 from linear_vit.bench.instruments import machine
 from linear_vit.bench.problems import DTYPES
 from linear_vit.bench.problems.ripple import RipplePool, RippleShape
-from linear_vit.bench.static import launches, units
+from linear_vit.bench.static import launches, sdpa, units
 from linear_vit.bench.static import table as static
 from linear_vit.bench.static.faults import Row, faults, finished
 from linear_vit.bench.static.units import ARCHITECTURES, BACKENDS, Unit, compile_all
@@ -221,6 +221,33 @@ def test_the_table_in_the_repository_is_whole(backend: str) -> None:
     }
     keys = ("backend", "room", "architecture", "dtype", "head_dim")
     assert wanted - {tuple(r[k] for k in keys) for r in rows} == set()
+
+
+@pytest.mark.slow
+@needs_toolchain
+def test_kernels_of_pytorch_are_counted_as_ours() -> None:
+    """Of 128 queries and keys a warp of four has a quarter of 2 · 128² · 64 multiply-adds."""
+    rows = sdpa.flash_rows(["sm_90a"], ["bfloat16"], [64])
+    (forward,) = (row for row in rows if row["kernel"] == "flash_fwd_kernel")
+    assert forward["configuration"] == "128 queries, 128 keys"
+    assert forward["steady_tensor_core"] == 2 * 128 * 128 * 64 / 4 / (16 * 8 * 16)
+    assert (forward["loops"], forward["steady_unknown"]) == (1, 0)
+    assert any("bwd" in row["kernel"] for row in rows)
+
+
+_FLASH = (
+    "_ZN13pytorch_flash16flash_fwd_kernelI23Flash_fwd_kernel_traitsILi64ELi128ELi128ELi4ELb0ELb0E"
+    "N7cutlass10bfloat16_tE19Flash_kernel_traitsILi64ELi128ELi128ELi4ES3_EELb0E{causal}Lb0ELb0E"
+    "Lb1ELb1ELb0ELb0EEEvNS_16Flash_fwd_paramsE"
+)
+
+
+def test_kernels_of_pytorch_for_special_cases_are_left_out() -> None:
+    found = sdpa.plain(_FLASH.format(causal="Lb0E"))
+    assert found is not None
+    assert (found["head_dim"], found["dtype"], found["threads"]) == (64, "bfloat16", 128)
+    assert sdpa.plain(_FLASH.format(causal="Lb1E")) is None
+    assert sdpa.plain("_ZN2at6native12memory_kernelEv") is None
 
 
 # ---- faults: a checker that can't go red checks nothing ------------------------------------------
