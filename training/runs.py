@@ -118,8 +118,19 @@ class Stored(Runs):
     @contextmanager
     def run(self, name: str) -> Iterator[Path]:
         there, url = f"{self._root}/{name}", f"{self._url}/{name}"
+        with _told("write", url):
+            lease = Lease(self._fs, there, url, self._owner)
+        try:
+            with self._copy(there, url, lease) as out:
+                yield out
+        finally:
+            lease.end()
+
+    @contextmanager
+    def _copy(self, there: str, url: str, lease: Lease) -> Iterator[Path]:
+        """A folder of this machine with a run's files, whose changes go to the store."""
         scratch = Path(tempfile.mkdtemp(prefix="linear-vit-"))
-        out, left = scratch / name, False
+        out, left = scratch / Path(there).name, False
         screen.show_as(out, url)
 
         def follow(path: Path) -> None:
@@ -136,8 +147,6 @@ class Stored(Runs):
                     f"{error}; what it has is as it was, and this run's newest files are in {here}"
                 ) from error
 
-        with _told("write", url):
-            lease = Lease(self._fs, there, url, self._owner)
         followers.append(follow)
         try:
             out.mkdir()
@@ -149,7 +158,6 @@ class Stored(Runs):
             for path in out.glob("events.*"):  # TensorBoard's
                 with suppress(UserError):
                     self._put(path, f"{there}/{path.name}")
-            lease.end()
             if not left:
                 shutil.rmtree(scratch, ignore_errors=True)
 
@@ -170,11 +178,8 @@ class Stored(Runs):
                 here.write_bytes(content)
 
     def _get(self, there: str, path: Path) -> None:
-        with _told("read", f"{self._url}/{self._below(there)}"):
-            try:
-                self._fs.get_file(there, str(path))
-            except FileNotFoundError:
-                path.unlink(missing_ok=True)
+        with _told("read", f"{self._url}/{self._below(there)}"), suppress(FileNotFoundError):
+            self._fs.get_file(there, str(path))
 
     def _put(self, path: Path, there: str) -> None:
         """A reader sees what was there before, or all of the file."""

@@ -1,6 +1,8 @@
 """Runs in a store, at a URL: as in a folder, whatever fails meanwhile, and never two in one."""
 
+import itertools
 import json
+import os
 import re
 import sys
 import tempfile
@@ -13,20 +15,22 @@ from typing import Any
 
 import fsspec
 import pytest
+import torch
 from fsspec.implementations.local import LocalFileSystem
 from fsspec.implementations.memory import MemoryFileSystem
 
 from linear_vit import train_minimal
-from linear_vit.training import cluster, leases, runs
+from linear_vit.training import board, cluster, leases, runs
 from linear_vit.training.checkpoints import load_checkpoint
 from linear_vit.training.errors import UserError
 from linear_vit.training.leases import Lease
-from linear_vit.training.record import InUse
+from linear_vit.training.record import InUse, followers
 from linear_vit.training.runs import Stored
 from tests.processes import python
 from tests.training.conftest import take_few
 from tests.training.test_resume import fingerprint
 
+open_board = board.open_board
 TWO = ["ablate", "--recipe=light", "--dim=8", "--depth=1", "--heads=1", "--backend=torch"]
 TWO += ["--device=cpu", "--attention_type=linear", "--dropout=0.1,0.2", "--seeds=1", "--seconds=0"]
 TWO += ["--epochs=2", "--batch_size=32"]  # 5 steps an epoch
@@ -169,7 +173,8 @@ def test_a_killed_run_goes_on_when_its_lease_has_ended(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     url, out = f"file://{tmp_path}/runs", f"--out={tmp_path / 'out'}"
-    killed = python("-c", _KILLED, *TWO, f"--runs={url}", out, OMP_NUM_THREADS="1")
+    scratch = {"TMPDIR": str(tmp_path / "scratch")}
+    killed = python("-c", _KILLED, *TWO, f"--runs={url}", out, OMP_NUM_THREADS="1", **scratch)
     assert killed.returncode == -9, killed.stderr
     with stores.context() as patch:
         nothing_trains(patch)
@@ -191,13 +196,16 @@ def test_an_interrupted_command_goes_on_at_once(
     stores: pytest.MonkeyPatch,
     stop_at: Callable[[int, BaseException], None],
 ) -> None:
-    with stores.context():
-        stop_at(8, KeyboardInterrupt())
-        assert main("memory://runs", tmp_path) == 130
-    [path] = [path for path in MemoryFileSystem.store if path.endswith("run.json")]
-    assert json.loads(MemoryFileSystem.store[path].getvalue())["status"] == "interrupted"
-    assert list((tmp_path / "scratch").iterdir()) == []
-    assert main("memory://runs", tmp_path) == 0
+    stores.setattr(board, "open_board", open_board)
+    stop_at(8, KeyboardInterrupt())
+    assert main("memory://runs", tmp_path) == 130
+    found = {path.rpartition("/")[2]: path for path in MemoryFileSystem.store}
+    record = json.loads(MemoryFileSystem.store[found["run.json"]].getvalue())
+    assert record["status"] == "interrupted"
+    assert any(name.startswith("events.out.tfevents.") for name in found)
+    assert (followers, list((tmp_path / "scratch").iterdir())) == ([], [])
+    assert main("memory://runs", tmp_path, "--seconds=0.01") == 0
+    assert "/runs/steps-dropout.json" in MemoryFileSystem.store
     assert there("memory://runs", tmp_path) == whole
 
 
@@ -262,14 +270,14 @@ def test_a_run_that_is_begun_again_needs_not_wait_for_itself(
 
 @pytest.mark.parametrize("before", [None, b"", b'{"until": "2026-01-01T00:00:00+00:00"}'])
 def test_of_many_at_once_one_gets_the_lease(
-    before: bytes | None, tmp_path: Path, stores: pytest.MonkeyPatch, ends: list[Lease]
+    before: bytes | None, tmp_path: Path, ends: list[Lease]
 ) -> None:
     if before is not None:
         (tmp_path / ".lease-7").write_bytes(before)
     if before == b"":  # half written: it counts from when that was
         with pytest.raises(InUse, match=r"\(unknown, process unknown\)"):
             lease(tmp_path)
-        in_an_hour(stores)
+        os.utime(tmp_path / ".lease-7", (0, 0))
     barrier, refused = threading.Barrier(8), []
 
     def begin(number: int) -> None:
@@ -304,6 +312,7 @@ def test_two_commands_at_once_are_kept_apart(
     stores.setattr(train_minimal, "training_step", both)
     assert main(url, tmp_path) == 0
     assert codes == [2]
+    assert list((tmp_path / "scratch").iterdir()) == []
     assert f"another process is training in {url}/" in capsys.readouterr().err
 
 
@@ -411,6 +420,25 @@ def test_nothing_is_lost_where_a_file_does_not_get_there(
     assert f"{url}/{out.name}/last.pt" in record["error"]
     assert main(url, tmp_path) == 0
     assert there(url, tmp_path) == whole
+
+
+def test_what_a_failed_run_goes_back_to_is_named_by_its_url(
+    tmp_path: Path, stores: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    original, count = train_minimal.training_step, itertools.count(1)
+
+    def exploding(model: Any, *arguments: Any, **given: Any) -> Any:
+        if next(count) == 8:
+            torch.nn.init.constant_(model.head.weight, float("inf"))
+        return original(model, *arguments, **given)
+
+    stores.setattr(train_minimal, "training_step", exploding)
+    url = f"file://{tmp_path}/runs"
+    assert main(url, tmp_path) == 2
+    [path] = (tmp_path / "runs").glob("*/run.json")
+    last = f"the last good checkpoint is {url}/{path.parent.name}/last.pt (step 5)"
+    assert last in capsys.readouterr().err
+    assert last in json.loads(path.read_text())["error"]
 
 
 def test_a_damaged_checkpoint_is_named_by_its_url(
