@@ -12,9 +12,10 @@ import socket
 import threading
 from contextlib import suppress
 from datetime import UTC, datetime, timedelta
+from time import sleep
 from typing import Any
 
-from linear_vit.training.errors import UserError
+from linear_vit.training.errors import UserError, notice
 from linear_vit.training.record import InUse
 
 LEASE_S = 180.0  # so long after its last sign of life, others may go on with a run
@@ -52,16 +53,15 @@ class Lease:
     """
 
     def __init__(self, fs: Any, folder: str, url: str, owner: str) -> None:
-        """``url`` is shown. What another process of the same ``owner`` has is taken over at once:
-        it is the same run, begun again because that process is dead.
+        """Waits for the end of the lease of a process that may be dead, which it is if it does not
+        renew it. That of the same ``owner`` is taken over at once: it is the same run, which was
+        begun again because that process is dead. ``url`` is shown.
 
         Raises:
             InUse: another process trains there.
         """
         self._fs, self._folder, self._url, self._owner = fs, folder, url, owner
-        before = self._numbers()
-        if before:
-            self._refuse(before[-1])
+        before = self._ended_ones()
         self._number, content = max(before, default=0) + 1, self._content(LEASE_S)
         with suppress(FileExistsError):  # another's, or mine: a lost answer is asked for again
             create(fs, self._path(self._number), content)
@@ -116,18 +116,26 @@ class Lease:
         facts = {"owner": self._owner, "host": socket.gethostname(), "process": os.getpid()}
         return json.dumps({**facts, "until": until.isoformat()}).encode()
 
-    def _refuse(self, number: int) -> None:
-        """Raises InUse where this lease is another's, and has not ended."""
-        try:
-            lease, until = self._read(self._path(number))
-        except FileNotFoundError:  # by now there is the next one
-            raise self._just_begun() from None
-        if lease.get("owner") != self._owner and until > datetime.now(UTC):
+    def _ended_ones(self) -> list[int]:
+        """The leases there, once the last of them has ended; InUse where it is renewed."""
+        first = None
+        while there := self._numbers():
+            try:
+                lease, until = self._read(self._path(there[-1]))
+            except FileNotFoundError:  # by now there is the next one
+                raise self._just_begun() from None
+            if lease.get("owner") == self._owner or until <= datetime.now(UTC):
+                break
             who = f"{lease.get('host', 'unknown')}, process {lease.get('process', 'unknown')}"
-            raise InUse(
-                f"another process is training in {self._url} ({who}): wait for it; if it is dead, "
-                f"give the command again after {until:%H:%M:%S} UTC"
+            first = first or (there[-1], until)
+            if first != (there[-1], until):
+                raise InUse(f"another process is training in {self._url} ({who}): wait for it")
+            notice(
+                f"another process has begun to train in {self._url} ({who}): waiting for a sign of "
+                f"life of it, until {until:%H:%M:%S} UTC"
             )
+            sleep(RENEW_S / 10)
+        return there
 
     def _read(self, path: str) -> tuple[dict[str, Any], datetime]:
         """What a lease says, and when it ends."""
