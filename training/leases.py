@@ -2,8 +2,8 @@
 
 The files ``.lease-1``, ``.lease-2``, ... in a run's folder are leases, each created where none of
 its name was. Who created the last one trains there until it ends. It is renewed meanwhile, and
-ended when the run does. Numbers only grow, so that two that find an ended one can't both have the
-next, and one that was superseded sees it.
+ended when the run does. Numbers only grow, so that of several that find an ended one just one has
+the next, and who was superseded sees it.
 """
 
 import json
@@ -61,6 +61,7 @@ class Lease:
             InUse: another process trains there.
         """
         self._fs, self._folder, self._url, self._owner = fs, folder, url, owner
+        self._listing = threading.Lock()  # of a cache of the store's package, emptied before
         before = self._ended_ones()
         self._number, content = max(before, default=0) + 1, self._content(LEASE_S)
         with suppress(FileExistsError):  # another's, or mine: a lost answer is asked for again
@@ -100,13 +101,12 @@ class Lease:
 
     def _numbers(self) -> list[int]:
         """Those of all leases there, in order."""
-        self._fs.invalidate_cache()
-        try:
+        with self._listing, suppress(FileNotFoundError):
+            self._fs.invalidate_cache()
             names = [path.rpartition("/")[2] for path in self._fs.ls(self._folder, detail=False)]
-        except FileNotFoundError:
-            return []
-        found = [name.removeprefix(_NAME) for name in names if name.startswith(_NAME)]
-        return sorted(int(number) for number in found if number.isdecimal())
+            found = [name.removeprefix(_NAME) for name in names if name.startswith(_NAME)]
+            return sorted(int(number) for number in found if number.isdecimal())
+        return []
 
     def _path(self, number: int) -> str:
         return f"{self._folder}/{_NAME}{number}"

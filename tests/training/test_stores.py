@@ -110,8 +110,12 @@ def sleeping(patch: pytest.MonkeyPatch) -> list[float]:
         def now(cls, tz: Any = None) -> Any:
             return datetime.now(tz) + timedelta(hours=len(slept) > 2)
 
+    def sleep(seconds: float) -> None:
+        slept.append(seconds)
+        assert len(slept) < 9
+
     patch.setattr(leases, "datetime", Later)
-    patch.setattr(leases, "sleep", slept.append)
+    patch.setattr(leases, "sleep", sleep)
     return slept
 
 
