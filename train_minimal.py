@@ -58,6 +58,7 @@ from linear_vit.training.options import (
     varied,
 )
 from linear_vit.training.record import check_writable, environment, finished_record
+from linear_vit.training.runs import Runs, opened
 from linear_vit.training.step import make_optimizer, make_scaler, training_step
 
 
@@ -192,69 +193,78 @@ def evaluate_command(args: argparse.Namespace) -> None:
 
 
 def table_command(args: argparse.Namespace) -> None:
-    folder, out, device = Path(args.runs), Path(args.out), chosen_device(args.device)
+    out, device = Path(args.out), chosen_device(args.device)
     check_writable(out)
-    if args.run:
-        check_writable(folder)
-        models = [model_settings(name) for name in args.models]
-        train_missing(args, experiments.by_seed(args.seeds, models), device)
-        configs = [chosen_config(args, seed=0, **model) for model in models]
-        experiments.time_models(configs, folder, device, seconds=args.seconds)
-    elif not folder.is_dir():
-        raise UserError(f"no folder {folder} of run records; leave out --no-run to train them")
-    exponents = Path(args.exponents) if args.exponents else None
-    ablations = Path(args.ablations)
-    screen.say(tables.write_results(folder, out, exponents=exponents, ablations=ablations))
+    with opened(args.runs) as runs:
+        if args.run:
+            models = [model_settings(name) for name in args.models]
+            train_missing(args, experiments.by_seed(args.seeds, models), runs, device)
+            configs = [chosen_config(args, seed=0, **model) for model in models]
+            experiments.time_models(configs, runs, device, seconds=args.seconds)
+        elif not runs.folder.is_dir():
+            raise UserError(
+                f"no folder {runs.folder} of run records; leave out --no-run to train them"
+            )
+        exponents = Path(args.exponents) if args.exponents else None
+        ablations = Path(args.ablations)
+        shown = tables.write_results(runs.folder, out, exponents=exponents, ablations=ablations)
+        screen.say(shown)
 
 
 def ablate_command(args: argparse.Namespace) -> None:
-    folder, out, device = Path(args.runs), Path(args.out), chosen_device(args.device)
+    out, device = Path(args.out), chosen_device(args.device)
     setting, values = varied(args)
     more = experiments.model_of(setting) if "attention_type" not in vars(args) else {}
     given = [{**more, setting: value} for value in values]
     experiments.check_varies(setting, [chosen_config(args, **one) for one in given])
     check_writable(out)
-    check_writable(folder)
-    configs = train_missing(args, experiments.by_seed(args.seeds, given), device)
-    speeds = []  # those of the runs
-    if args.seconds > 0:
-        speeds = [experiments.time_values(setting, configs, folder, device, seconds=args.seconds)]
-    found = [asdict(config) for config in configs]
-    where = environment(device)
-    screen.say(tables.write_ablation(setting, found, folder, out, environment=where, speeds=speeds))
+    with opened(args.runs) as runs:
+        configs = train_missing(args, experiments.by_seed(args.seeds, given), runs, device)
+        speeds = []  # those of the runs
+        if args.seconds > 0:
+            how = {"seconds": args.seconds}
+            speeds = [experiments.time_values(setting, configs, runs, device, **how)]
+        found = [asdict(config) for config in configs]
+        where = environment(device)
+        shown = tables.write_ablation(
+            setting, found, runs.folder, out, environment=where, speeds=speeds
+        )
+        screen.say(shown)
 
 
 def train_missing(
-    args: argparse.Namespace, given: list[dict[str, Any]], device: torch.device
+    args: argparse.Namespace, given: list[dict[str, Any]], runs: Runs, device: torch.device
 ) -> list[Config]:
     """Trains what no finished record below --runs covers; all that was asked for."""
-    folder, configs = Path(args.runs), [chosen_config(args, **more) for more in given]
+    runs.check()
+    configs = [chosen_config(args, **more) for more in given]
 
     def load(name: str) -> datasets.Dataset:
         return datasets.load_once(name, args.data_dir)
 
-    left = experiments.missing(configs, folder, device, lambda name: load(name).info.title)
+    left = experiments.missing(configs, runs.folder, device, lambda name: load(name).info.title)
     if args.cluster is not None:
         one = "linear_vit.train_minimal:train_one"  # for other processes to import
         how = {"address": args.cluster, "workers": args.workers}
-        cluster.train_all(one, left, load, folder, device, **how)
-        return configs
-    for number, config in enumerate(left, 1):
-        screen.say(f"run {number} of {len(left)}: {config.title}")
-        train_one(folder, args.workers, config, load(config.dataset), device)
+        cluster.train_all(one, left, load, runs, device, **how)
+    else:
+        for number, config in enumerate(left, 1):
+            screen.say(f"run {number} of {len(left)}: {config.title}")
+            train_one(runs, args.workers, config, load(config.dataset), device)
+    runs.read()
     return configs
 
 
 def train_one(
-    folder: Path, workers: int | None, config: Config, data: datasets.Dataset, device: torch.device
+    runs: Runs, workers: int | None, config: Config, data: datasets.Dataset, device: torch.device
 ) -> dict[str, Any]:
     """Trains one of many in its own folder, where another process may have done it meanwhile."""
-    out = folder / config.run_name
-    for run in experiments.recorded([config], out, device, lambda _: data.info.title).values():
-        return run
-    # A finished record of another machine is no state to go on from.
-    resume = not finished_record(out, config)
-    return train(config, data, out, device, resume=resume, workers=workers)
+    with runs.run(config.run_name) as out:
+        for run in experiments.recorded([config], out, device, lambda _: data.info.title).values():
+            return run
+        # A finished record of another machine is no state to go on from.
+        resume = not finished_record(out, config)
+        return train(config, data, out, device, resume=resume, workers=workers)
 
 
 def bench_command(args: argparse.Namespace) -> None:

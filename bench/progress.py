@@ -5,7 +5,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TextIO
 
-from linear_vit.screen import folded, say, width
+from linear_vit.screen import folded, say, shown, width
 
 
 class Progress:
@@ -44,7 +44,7 @@ class Progress:
             self._write(text, red)
         else:
             style = "red" if red else None
-            text = folded(text, self._bar.console.width)
+            text = folded(shown(text), self._bar.console.width)
             self._bar.console.print(text, style=style, markup=False, highlight=False)
 
     def move(self, done: int, note: str = "") -> None:

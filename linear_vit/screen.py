@@ -13,6 +13,7 @@ import shutil
 import sys
 import textwrap
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, TextIO
 
 from linear_vit import options
@@ -27,6 +28,8 @@ _TOGETHER = re.compile(
 _INTERVAL = re.compile(r"[(\[][^)\]]{1,18}[)\]]")
 
 Row = Sequence[str]
+
+_shown_as: dict[str, str] = {}
 
 
 def width(elsewhere: int = 200) -> int:
@@ -44,11 +47,23 @@ def counted(count: int, noun: str) -> str:
     return f"{count:,} {noun}{'' if count == 1 else 'es' if noun.endswith('s') else 's'}"
 
 
+def show_as(folder: Path, name: str) -> None:
+    """From now on, paths in a folder are shown as paths below this name, which it is a copy of."""
+    _shown_as[str(folder)] = name
+
+
+def shown(text: str) -> str:
+    """The text with folders as :func:`show_as` has them."""
+    for folder, name in _shown_as.items():
+        text = text.replace(folder, name)
+    return text
+
+
 def say(text: object, file: TextIO | None = None) -> None:
     """Print lines, each folded where it is wider than the terminal; as they are where none is."""
     to = file or sys.stdout
     columns = width(elsewhere=0) if to.isatty() or "COLUMNS" in os.environ else 0
-    print(folded(options.as_printed(str(text)), columns), file=to, flush=True)
+    print(folded(options.as_printed(shown(str(text))), columns), file=to, flush=True)
 
 
 def folded(text: str, columns: int) -> str:

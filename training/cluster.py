@@ -17,12 +17,13 @@ import torch
 from linear_vit import cluster
 from linear_vit.bench.progress import Progress, clock
 from linear_vit.cluster import RETRIES, Node
-from linear_vit.screen import counted
+from linear_vit.screen import counted, shown
 from linear_vit.training.config import RECIPES, Config
 from linear_vit.training.data.datasets import Dataset
 from linear_vit.training.data.loader import default_workers
 from linear_vit.training.errors import UserError, first_line, notice
 from linear_vit.training.record import MACHINE, InUse, environment, same_machine
+from linear_vit.training.runs import Runs
 
 _SHOWN = 2  # runs that there is room for beside a bar
 _LOOK_S = 1.0  # between two looks at how far the runs are
@@ -33,7 +34,7 @@ def train_all(
     train: str,
     configs: Sequence[Config],
     load: Callable[[str], Dataset],
-    folder: Path,
+    runs: Runs,
     device: torch.device,
     *,
     address: str,
@@ -42,7 +43,7 @@ def train_all(
     """Trains all configurations on the cluster at ``address``, as many at once as it has room for.
 
     ``train`` is the name of a function, ``module:function``: every process imports it, and calls it
-    with folder, workers, configuration, data and device for the record of the run. ``load`` gives
+    with runs, workers, configuration, data and device for the record of the run. ``load`` gives
     the data set of a name; it is read here, and sent to each node once.
 
     Raises UserError where some failed, with each one's reason, after the others have ended.
@@ -63,18 +64,18 @@ def train_all(
         def start(config: Config) -> Any:
             asks = _needs(config, device, workers, nodes)
             given = task.options(name=config.run_name, label_selector=only, **asks)
-            how = (train, folder.absolute(), workers)
+            how = (train, runs.sent(), workers)
             return given.remote(how, config, data[config.dataset], device.type, threads)
 
         at_once = max(_room(nodes, _needs(config, device, workers, nodes)) for config in configs)
-        failed = _follow(ray, start, configs, folder, most=2 * at_once)
+        failed = _follow(ray, start, configs, runs, most=2 * at_once)
     if failed:
-        runs = f"{len(failed)} of {counted(len(configs), 'run')} failed; the others are recorded"
-        raise UserError("\n".join([f"{runs}, and the same command tries these again:", *failed]))
+        of = f"{len(failed)} of {counted(len(configs), 'run')} failed; the others are recorded"
+        raise UserError("\n".join([f"{of}, and the same command tries these again:", *failed]))
 
 
 def _run(
-    how: tuple[str, Path, int | None],
+    how: tuple[str, Runs, int | None],
     config: Config,
     data: Dataset,
     device_type: str,
@@ -82,21 +83,21 @@ def _run(
 ) -> tuple[str, str]:
     """One run, in a process of Ray's: how it ended, and what to say of it."""
     torch.set_num_threads(threads)
-    train, *where = how
+    train, runs, workers = how
     try:
-        record = resolve_name(train)(*where, config, data, torch.device(device_type))
+        record = resolve_name(train)(runs, workers, config, data, torch.device(device_type))
     except InUse:
         return _LEFT, "left to another process, which is training it"
     except UserError as error:
-        return _FAILED, first_line(error)
+        return _FAILED, shown(first_line(error))
     except Exception as error:  # the run's own, and no failure of the cluster
-        return _FAILED, f"{type(error).__name__}: {first_line(error)}"
+        return _FAILED, shown(f"{type(error).__name__}: {first_line(error)}")
     accuracy, took = record["test_accuracy"], record["seconds"]
     return _FINISHED, f"test accuracy {accuracy:.1%}, {took:.0f} s"
 
 
 def _follow(
-    ray: Any, start: Callable[[Config], Any], configs: Sequence[Config], folder: Path, *, most: int
+    ray: Any, start: Callable[[Config], Any], configs: Sequence[Config], runs: Runs, *, most: int
 ) -> list[str]:
     """Has all trained, with ``most`` given to Ray at once; the reasons of those that failed.
 
@@ -116,14 +117,16 @@ def _follow(
                 config = running.pop(ref)
                 how, text = _outcome(ray, ref)
                 epochs, ended = epochs + config.epochs, ended + 1
-                where = "" if how == _FINISHED else f" in {folder / config.run_name}"
+                where = "" if how == _FINISHED else f" in {runs.folder / config.run_name}"
                 line = f"{config.title}{where}: {text}"
                 if how == _FAILED:
                     failed.append(line)
                 after = clock(time.monotonic() - began)
                 number = f"[{ended:>{len(str(len(configs)))}}/{len(configs)} {after}]"
                 progress.line(f"{number} {line}", red=how == _FAILED)
-            far = {c: done for c in running.values() if (done := _epochs(folder / c.run_name))}
+            runs.look([config.run_name for config in running.values()])
+            outs = {config: runs.folder / config.run_name for config in running.values()}
+            far = {config: done for config, out in outs.items() if (done := _epochs(out))}
             done = epochs + sum(far.values())
             left = f"{clock(progress.left_s(done))} left" if done else "none has done an epoch"
             of = f"{ended} of {counted(len(configs), 'run')}"

@@ -20,6 +20,7 @@ from linear_vit.training.record import (
     same_machine,
     unlock,
 )
+from linear_vit.training.runs import Runs
 from linear_vit.training.steps import compared_backends, step_case, time_steps, were_timed
 
 _MOST_LISTED = 5
@@ -143,7 +144,7 @@ def missing(
 
 
 def time_models(
-    configs: Sequence[Config], folder: Path, device: torch.device, *, seconds: float
+    configs: Sequence[Config], runs: Runs, device: torch.device, *, seconds: float
 ) -> None:
     """Training steps of a table's models by turns, in a saved run beside the runs, if missing.
 
@@ -151,14 +152,14 @@ def time_models(
     did meanwhile.
     """
     cases = [step_case(config) for config in dict.fromkeys(configs)]
-    path = folder / f"steps-{digest(configs[0].setting)}.json"
+    path = runs.folder / f"steps-{digest(configs[0].setting)}.json"
     if not were_timed(cases, path, device):
         say(f"training steps of {', '.join(config.model for config in configs)}, by turns")
-        time_steps(cases, path, device, seconds=seconds)
+        runs.save(time_steps(cases, path, device, seconds=seconds))
 
 
 def time_values(
-    setting: str, configs: Sequence[Config], folder: Path, device: torch.device, *, seconds: float
+    setting: str, configs: Sequence[Config], runs: Runs, device: torch.device, *, seconds: float
 ) -> Path:
     """Training steps of an ablation's values by turns; the saved run."""
     cases = {
@@ -167,8 +168,9 @@ def time_values(
         for value in [getattr(config, setting)]
     }
     say(f"training steps of {setting} {', '.join(map(str, cases))}, by turns")
-    path = folder / f"steps-{setting}.json"
-    return time_steps(list(cases.values()), path, device, seconds=seconds)
+    path = runs.folder / f"steps-{setting}.json"
+    runs.save(time_steps(list(cases.values()), path, device, seconds=seconds))
+    return path
 
 
 def time_backends(

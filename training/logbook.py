@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from linear_vit.bench.instruments.memory import is_out_of_memory
 from linear_vit.bench.progress import Progress, clock
-from linear_vit.screen import counted
+from linear_vit.screen import counted, shown
 from linear_vit.training import board, distributed
 from linear_vit.training.checkpoints import (
     check_classes,
@@ -274,7 +274,7 @@ class Logbook:
         failure = out_of_memory(error, self.config) or distributed.unanswered(error) or error
         stopped = isinstance(failure, KeyboardInterrupt)
         self.record["status"] = "interrupted" if stopped else "failed"
-        self.record["error"] = str(failure) or type(failure).__name__
+        self.record["error"] = shown(str(failure)) or type(failure).__name__
         if self.writes:
             with suppress(UserError):  # a full disk, say: what went wrong first is what counts
                 write_json(self.run, self.record)

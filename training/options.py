@@ -62,8 +62,7 @@ def seconds(text: str) -> float:
 def local(text: str) -> str:
     if "://" in text:
         raise argparse.ArgumentTypeError(
-            f"{text!r} is no folder: runs are locked, and their files replaced in one step, which "
-            "needs a file system (many machines: one they share, as NFS)"
+            f"{text!r} is no folder of this machine; a URL is for --runs alone"
         )
     return text
 
@@ -75,7 +74,8 @@ def on_off(text: str) -> bool:
 
 
 def _flag(help: str, metavar: str | None = None, **more: Any) -> dict[str, Any]:
-    return {"help": help, "metavar": metavar, **more}
+    kind = {"type": local} if metavar == "DIR" else {}
+    return {"help": help, "metavar": metavar, **kind, **more}
 
 
 def _switch(help: str) -> dict[str, Any]:
@@ -95,7 +95,8 @@ def _seconds(default: float, help: str) -> dict[str, Any]:
 
 
 def _runs(default: str) -> dict[str, Any]:
-    return {**_folder(default, "folder of the run records"), "type": local}
+    what = f"folder of the run records, or a URL of fsspec's: s3://bucket/runs ({default})"
+    return _flag(what, "DIR|URL", default=default)
 
 
 _SHARED: dict[str, dict[str, Any]] = {

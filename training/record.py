@@ -35,7 +35,7 @@ import fcntl
 import json
 import os
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
@@ -52,6 +52,10 @@ from linear_vit.training.errors import UserError
 SCHEMA = "linear-vit-run/2"
 # Speeds compare where these facts of the environment are equal.
 MACHINE = ("device", "cpu", "torch", "threads", "processes")
+
+
+# Each is told of a file that is there, whole: of a folder that is a copy of one elsewhere, say.
+followers: list[Callable[[Path], None]] = []
 
 
 @contextmanager
@@ -72,6 +76,8 @@ def writing(path: Path) -> Iterator[Path]:
         raise _unwritable(path, error) from error
     finally:
         temporary.unlink(missing_ok=True)
+    for follow in followers:
+        follow(path)
 
 
 def write_text(path: Path, text: str) -> None:
