@@ -1,6 +1,6 @@
 # make demo                cross-check, benchmark, plot, train, write reports/out/index.html
 # make demo SHORT=1        the same with few lengths and one seed, to see everything work: 3 to 4 minutes
-# make test                the tests that take seconds: 6 to 7 minutes
+# make test                the tests that take seconds: about 8 minutes
 # make test-slow SHARD=1/6 a sixth of the others: 6 to 17 minutes; without SHARD all: over an hour
 # make test-all            the linter, the type checker and every test
 # make lint                the linter and the type checker: half a minute
