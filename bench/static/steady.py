@@ -4,9 +4,10 @@ A main loop is an innermost one with both products (tensor cores, or FMA where t
 traffic to global memory. Its steady path, from the loop's head to its head again, is the one that a
 block's first warp takes in the midst of long sequences whose rows are aligned. Branches that follow
 from the thread's index are followed; of the others, the way without calls is taken (of a slow
-division), with the most 16-byte traffic, the least narrow traffic, the most products, the most
-reciprocals and exponentials, and then with the fewest instructions: full tiles, wide rows, and none
-of what is done at every fourth tile alone. A nested loop counts as often as it is run.
+division), with the most 16-byte traffic, the most products, the least narrow traffic (products that
+a mask goes with read it), the most reciprocals and exponentials, and then with the fewest
+instructions: full tiles, wide rows, and none of what is done at every fourth tile alone. A nested
+loop counts as often as it is run.
 """
 
 import functools
@@ -256,7 +257,7 @@ class _Graph:
             c = path.counts
             narrow = -c["narrow"] if wide else c["narrow"]
             products = c["tensor_core" if by_tensor_cores else "products"]
-            return -c["loose"], c["wide"], narrow, products, c["special"], -c["instructions"]
+            return -c["loose"], c["wide"], products, narrow, c["special"], -c["instructions"]
 
         best: dict[int, Path] = {}
 
@@ -321,5 +322,6 @@ def _blocks(code: Sequence[Instruction]) -> dict[int, Block]:
         if last.base == "BRA":
             block.taken = int(last.operands[-1], 0)
         never = last.base in ("EXIT", "RET", "BRX", "JMX") and not last.guard
+        never = never or (last.name == "BRA" and not block.branch)
         block.falls = None if never else following
     return blocks

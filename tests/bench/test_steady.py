@@ -125,6 +125,44 @@ def test_a_far_branch_that_is_written_as_a_call_ends_nothing() -> None:
     assert steady.as_columns(listing(code))["loops"] == 2
 
 
+def test_code_behind_a_branch_back_is_not_fallen_into() -> None:
+    """What the loop is left to ends by a branch; a function that returns stands behind it."""
+    code = """
+        CALL.REL.NOINC <function>
+    first:
+        LDG.E.128 R4, [R2.64]
+        HMMA.16816.F32 R8, R4, R6, R8
+        ISETP.LT.AND P0, PT, R30, R31, PT
+        @P0 CALL.REL.NOINC <second>
+        BRA <first>
+    second:
+        LDG.E.128 R4, [R2.64]
+        HMMA.16816.F32 R8, R4, R6, R8
+        ISETP.LT.AND P0, PT, R30, R32, PT
+        @P0 EXIT
+        BRA <second>
+    function:
+        RET.REL.NODEC R16 <first>
+    """
+    assert len(steady.main_loops(listing(code))) == 2
+
+
+def test_products_that_read_a_mask_are_not_passed_by() -> None:
+    code = """
+    tile:
+        LDG.E.128 R4, [R2.64]
+        @P1 BRA <next>
+        LDG.E.U16 R10, [R12.64]
+        HMMA.16816.F32 R8, R4, R6, R8
+    next:
+        ISETP.LT.AND P0, PT, R30, R31, PT
+        @P0 BRA <tile>
+        EXIT
+    """
+    (loop,) = steady.main_loops(listing(code))
+    assert (loop.path.counts["tensor_core"], loop.path.counts["loaded"]) == (1, 18)
+
+
 def test_a_kernel_without_products_or_traffic_in_a_loop_has_no_main_loop() -> None:
     code = "loop:\n LDG.E.128 R4, [R2.64]\n @P0 BRA <loop>\n HMMA.16816.F32 R8, R4, R6, R8\n EXIT"
     assert steady.main_loops(listing(code)) == []
