@@ -39,18 +39,18 @@ m = Σ_f S_f / Σ_f z_f, S' = S − z mᵀ is small where S cancels (v with a me
 
     out = φ(q)ᵀS'/E + m·φ(q)·z/E        a = S'g + z (m·g)
     dφ(q) = S'g/E + w·z                 w = (eps·(m·g) − φ(q)·S'g)/E²
-    dz = Σ φ(q) w − dS m                (exactly, with the dS that was summed)
+    dz = Σ φ(q)/E (w E) − dS m          (exactly, with the φ(q)/E and dS that were summed)
 
-φ(q)/E is rounded once for dS at D = 64 and above, so that g stays where it was loaded. float16 has
-too few powers of two for it, and takes each feature's share of E instead, φ_f(q) z_f/E ≤ 1, which
-1/z_f makes up for at the end: not even a query that hardly meets a key is beyond its range, or
-flushes others. A row that meets none has no part in any sum, whatever eps is. φ(q)·z and m·g are
-products of tensor cores, too, z and m as sums of three numbers each, as exact as in float32. dS is
-carried as two halves where it meets v: dφ(k) = dS v + dz cancels. One rounding suffices for
-dv = dSᵀ φ(k): φ(k) has one sign, so that it averages out over the features. Not so over few of
-them, where φ(q)/E's and dv's own are seen, too: below D = 64 φ(q)/E is two halves. That is about
-8·D² FLOP a query token (12·D² below D = 64) against 6·D bytes, and 12·D² a key token against 8·D:
-at no D more a byte than 96, the second's at D = 64.
+φ(q)/E is rounded once for dS at D = 64 and above, so that g stays where it was loaded; dz is the
+sum over the same rounded numbers, for in dφ(k) = dS v + dz they cancel. float16 has too few powers
+of two for it, and takes each feature's share of E instead, φ_f(q) z_f/E ≤ 1, which 1/z_f makes up
+for at the end (``_least_weight``). A row that meets none has no part in any sum, whatever eps is.
+φ(q)·z and m·g are products of tensor cores, too, z and m as sums of three numbers each, as exact as
+in float32. dS is carried as two halves where it meets v: dφ(k) = dS v + dz cancels. One rounding
+suffices for dv = dSᵀ φ(k): φ(k) has one sign, so that it averages out over the features. Not so
+over few of them, where φ(q)/E's and dv's own are seen, too: below D = 64 φ(q)/E is two halves. That
+is about 8·D² FLOP a query token (12·D² below D = 64) against 6·D bytes, and 12·D² a key token
+against 8·D: at no D more a byte than 96, the second's at D = 64.
 
 What binds are instructions, not bytes (``python -m bench static`` counts them). So products stay
 in the layout that they come in, two numbers are an instruction where Triton has none for that
@@ -68,9 +68,11 @@ from linear_vit.kernels.linear_attention.operators import attach, empty_state
 from linear_vit.kernels.operators import empty_gradients, is_wanted, readable
 from linear_vit.kernels.triton import tuning
 from linear_vit.kernels.triton.support import (
+    INTERPRETING,
     balanced_splits,
     choose,
     dot,
+    finite,
     halves,
     inverse_normaliser,
     launch_options,
@@ -81,7 +83,6 @@ from linear_vit.kernels.triton.support import (
     operator,
     positive_part,
     power_of_two,
-    sides,
     store_tile,
     where_nonzero,
 )
@@ -94,7 +95,6 @@ RECOMPUTE_TOKENS = 256
 # float16, whose range is small, they are in one of five windows of WINDOW powers of two.
 TERMS = tl.constexpr(16)
 WINDOW = tl.constexpr(13)
-_LARGEST = tl.constexpr(65504.0)
 
 # ---- pieces, inlined into the kernels ------------------------------------------------------------
 
@@ -171,8 +171,10 @@ def _centre(S_positive, S_negative, z_positive, z_negative, operand: tl.constexp
     m = (tl.sum(S_positive, 0) + tl.sum(S_negative, 0)) / tl.where(total == 0, 1.0, total)
     S_positive -= z_positive[:, None] * m[None, :]
     S_negative -= z_negative[:, None] * m[None, :]
-    size = tl.maximum(tl.abs(S_positive), tl.abs(S_negative))
-    scale, unscale = power_of_two(tl.max(tl.max(size, 1), 0))
+    scale, unscale = 1.0, 1.0
+    if operand == tl.float16:
+        size = tl.maximum(tl.abs(S_positive), tl.abs(S_negative))
+        scale, unscale = power_of_two(tl.max(tl.max(size, 1), 0))
     return narrow(S_positive * scale, operand), narrow(S_negative * -scale, operand), m, unscale
 
 
@@ -267,17 +269,16 @@ def _apply_tokens(
 
 
 @triton.jit
-def _usual(z_positive, z_negative, D: tl.constexpr):
-    """In the place of z where that is 0: what φ(q)/E is then multiplied by, see ``_finish``."""
-    return tl.sum(z_positive + z_negative, 0) / (2 * D) * 2.0**-14
+def _least_weight(z_positive, z_negative, eps, D: tl.constexpr):
+    """The least z that float16's φ(q)/E is multiplied by, and 2¹⁴ (see ``_differentiate_queries``).
 
-
-@triton.jit
-def _undo(z, usual, RETURNED: tl.constexpr):
-    """What undoes the shares of E that float16's φ(q)/E is taken as."""
-    if RETURNED:
-        z = tl.where(z == 0, usual, z)
-    return tl.where(z == 0, 0.0, 2.0**-14 / tl.where(z == 0, 1.0, z))[None, :]
+    With z itself φ_f(q) z_f/E ≤ 1 fits, for E has no negative term, and with eps/2¹⁵, for E ≥ eps.
+    But what few keys have would be flushed beside what all have: a query that meets next to nothing
+    else is limited at 2¹⁸ times its usual gradient instead.
+    """
+    usual = tl.sum(z_positive + z_negative, 0) / (2 * D)
+    least = tl.maximum(tl.maximum(usual * 2.0**-16, eps * 2.0**-15), 2.0**-100)
+    return least.to(tl.float32)  # in the interpreter eps may be more
 
 
 @triton.jit
@@ -293,6 +294,16 @@ def _place(index, tiles, begin, GROUP: tl.constexpr, BLOCK_N: tl.constexpr):
 def _add_pairs(a, b, c, d):
     """Of ``tl.reduce``."""
     return a + c, b + d
+
+
+@triton.jit
+def _row_sums(x, y):
+    """Of both at once, in one layout: that of products, if one of them is made of one."""
+    if INTERPRETING:  # where such a reduction takes ten times as long
+        first, second = tl.sum(x, 1), tl.sum(y, 1)
+    else:
+        first, second = tl.reduce((x, y), 1, _add_pairs)
+    return first, second
 
 
 @triton.jit
@@ -324,7 +335,6 @@ def _differentiate_queries(
     DQ: tl.constexpr,
     DS: tl.constexpr,
     DZ: tl.constexpr,
-    RETURNED: tl.constexpr,
     GROUP: tl.constexpr,
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -332,8 +342,7 @@ def _differentiate_queries(
 ):
     """dq of the tokens given, of every query head of a group; for ``_finish``, dS and dz.
 
-    dS is transposed. Where DS (and DZ) is false, zeros; DZ is only where DS is. RETURNED says that
-    dS is a caller's: what no key has (z = 0) has no part in dk and dv, but a gradient.
+    dS is transposed. Where DS (and DZ) is false, zeros; DZ is only where DS is.
     """
     columns = tl.arange(0, BLOCK_D)
     operand: tl.constexpr = q_kv_head.dtype.element_ty
@@ -342,7 +351,7 @@ def _differentiate_queries(
     dS_negative = tl.zeros((BLOCK_D, BLOCK_D), dtype=tl.float32)
     dz_positive = tl.zeros((BLOCK_N // 2, BLOCK_D), dtype=tl.float32)
     dz_negative = tl.zeros((BLOCK_N // 2, BLOCK_D), dtype=tl.float32)
-    usual = _usual(z_positive, z_negative, D)
+    least = _least_weight(z_positive, z_negative, eps, D)
     M, m_unscale = _terms(m, operand)
     # Out here, or the operands would be written to shared memory again for every tile.
     S_positive, S_negative = tl.trans(S_positive), tl.trans(S_negative)
@@ -368,17 +377,14 @@ def _differentiate_queries(
             # q's sign picks the half of φ that is not zero: φ(q)·a = Σ q a and φ(q)·z = Σ q z,
             # with the other half's signs turned.
             z, a = choose(q, z_positive[None, :], z_minus[None, :], a_positive, a_negative)
-            # One reduction, so that all of it is where the products are.
-            E, w = tl.reduce((q * z, q * a), 1, _add_pairs)
+            E, w = _row_sums(q * z, q * a)
             inverse = inverse_normaliser(E, eps)
-            w = (eps * gm - w * unscale) * inverse * inverse
+            u = (eps * gm - w * unscale) * inverse
+            w = u * inverse
         else:
             z = tl.where(q > 0, z_positive[None, :], z_minus[None, :])
-            E, _ = tl.reduce((q * z, q * z), 1, _add_pairs)  # the same sum
+            E, _ = _row_sums(q * z, q * z)  # the same sum
             inverse = inverse_normaliser(E, eps)
-        if DZ:
-            dz_positive += _pairs(positive_part(q) * w[:, None], BLOCK_N, BLOCK_D)
-            dz_negative += _pairs(negative_part(q) * w[:, None], BLOCK_N, BLOCK_D)
         if DQ:
             dq = narrow(a * (inverse * unscale)[:, None] + w[:, None] * z, operand)
             dq_tile = dq_kv_head + head * dq_stride_h + start * dq_stride_n
@@ -389,27 +395,29 @@ def _differentiate_queries(
             g_t = tl.trans(g)
             if operand == tl.float16:
                 # Chosen once more: kept, it would take the registers of its own tile.
-                weight = tl.where(q > 0, z_positive[None, :], z_minus[None, :])
-                x = q * weight
-                if RETURNED:
-                    x = tl.where(weight == 0, tl.abs(q) * usual, x)
-                x *= (inverse * 2.0**14)[:, None]
-                if RETURNED:
-                    x = tl.minimum(x, _LARGEST, propagate_nan=tl.PropagateNan.ALL)
-                high = narrow(x, operand)
-                positive, negative = sides(high, q_half)
+                weight = tl.abs(tl.where(q > 0, z_positive[None, :], z_minus[None, :]))
+                row = tl.minimum(inverse * 2.0**14, 3e38, propagate_nan=tl.PropagateNan.ALL)
+                x = q * tl.maximum(weight, least) * row[:, None]
             else:
                 x = q * inverse[:, None]
-                high = narrow(x, operand)
-                positive, negative = halves(high)
+            high = narrow(x, operand)
+            if operand == tl.float16:
+                high = finite(high)
+            positive, negative = halves(high)
             dS_positive = dot(g_t, positive, dS_positive)
             dS_negative = dot(g_t, negative, dS_negative)
+            # Of what dS is of, roundings included: in dk they cancel.
+            of_positive, of_negative = positive.to(tl.float32), negative.to(tl.float32)
             if D < 64 and operand != tl.float32:
                 low = x - high.to(tl.float32)
-                positive = narrow(tl.where(q > 0, low, 0.0), operand)
-                negative = narrow(tl.where(q < 0, low, 0.0), operand)
-                dS_positive = dot(g_t, positive, dS_positive)
-                dS_negative = dot(g_t, negative, dS_negative)
+                low_positive, low_negative = tl.where(q > 0, low, 0.0), tl.where(q < 0, low, 0.0)
+                dS_positive = dot(g_t, narrow(low_positive, operand), dS_positive)
+                dS_negative = dot(g_t, narrow(low_negative, operand), dS_negative)
+                of_positive += low_positive
+                of_negative += low_negative
+            if DZ:
+                dz_positive += _pairs(of_positive * u[:, None], BLOCK_N, BLOCK_D)
+                dz_negative += _pairs(of_negative * u[:, None], BLOCK_N, BLOCK_D)
     return dS_positive, dS_negative, tl.sum(dz_positive, 0), tl.sum(dz_negative, 0)
 
 
@@ -422,17 +430,20 @@ def _finish(
     z_positive,
     z_negative,
     m,
-    RETURNED: tl.constexpr,
+    eps,
     D: tl.constexpr,
     operand: tl.constexpr,
 ):
     """dS and dz themselves."""
+    dS_negative, dz_negative = -dS_negative, -dz_negative
     if operand == tl.float16:
-        usual = _usual(z_positive, z_negative, D)
-        dS_positive *= _undo(z_positive, usual, RETURNED)
-        dS_negative *= _undo(z_negative, usual, RETURNED)
-    else:
-        dS_negative = -dS_negative
+        least = _least_weight(z_positive, z_negative, eps, D)
+        of_positive = 2.0**-14 / tl.maximum(tl.abs(z_positive), least)
+        of_negative = 2.0**-14 / tl.maximum(tl.abs(z_negative), least)
+        dS_positive *= of_positive[None, :]
+        dS_negative *= of_negative[None, :]
+        dz_positive *= of_positive
+        dz_negative *= of_negative
     dz_positive -= tl.sum(dS_positive * m[:, None], 0)
     dz_negative -= tl.sum(dS_negative * m[:, None], 0)
     return dS_positive, dS_negative, dz_positive, dz_negative
@@ -644,7 +655,6 @@ def _query_gradient(
     DQ: tl.constexpr,
     DS: tl.constexpr,
     DZ: tl.constexpr,
-    RETURNED: tl.constexpr,
     GROUP: tl.constexpr,
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -670,14 +680,14 @@ def _query_gradient(
         dq_pointer + b * dq_stride_b + h * dq_stride_h,
         dout_stride_h, dout_stride_n, q_stride_h, q_stride_n, dq_stride_h, dq_stride_n,
         begin, end, S_positive, S_negative, z_positive, z_negative, m, unscale, eps,
-        DQ, DS, DZ, RETURNED, GROUP, D, BLOCK_D, BLOCK_N,
+        DQ, DS, DZ, GROUP, D, BLOCK_D, BLOCK_N,
     )  # fmt: skip
     if DS:
         # Read again, or they would have to be kept while every register is taken.
         z_positive, z_negative = _load_vectors(normaliser_pointer + head * 2 * D, D, BLOCK_D)
         dS_positive, dS_negative, dz_positive, dz_negative = _finish(
             dS_positive, dS_negative, dz_positive, dz_negative, z_positive, z_negative, m,
-            RETURNED, D, operand,
+            eps, D, operand,
         )  # fmt: skip
         slot = split * batch_heads + head
         matrix = matrix_pointer + slot * 2 * D * D
@@ -886,11 +896,11 @@ def _short_backward(
         dq_pointer + b * dq_stride_b + h * dq_stride_h,
         dout_stride_h, dout_stride_n, q_stride_h, q_stride_n, dq_stride_h, dq_stride_n,
         0, num_queries, S_positive, S_negative, z_positive, z_negative, m, unscale, eps,
-        DQ, DK or DV, DK, False, GROUP, D, BLOCK_D, BLOCK_N,
+        DQ, DK or DV, DK, GROUP, D, BLOCK_D, BLOCK_N,
     )  # fmt: skip
     if DK or DV:
         dS_positive, dS_negative, dz_positive, dz_negative = _finish(
-            dS_positive, dS_negative, dz_positive, dz_negative, z_positive, z_negative, m, False,
+            dS_positive, dS_negative, dz_positive, dz_negative, z_positive, z_negative, m, eps,
             D, operand,
         )  # fmt: skip
         # (column, feature), as summed: these are the transposed operands.
@@ -996,13 +1006,9 @@ def _launch_apply_into(out: Tensor, q: Tensor, S: Tensor, z: Tensor, eps: float)
 
 
 def _launch_query_gradient_into(
-    dq: Tensor, dout: Tensor, q: Tensor, S: Tensor, z: Tensor, eps: float, wanted: int,
-    *, returned: bool,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Fills dq; returns dS and dz: those of the three that are wanted, dz never alone.
-
-    ``returned``: dS and dz are a caller's, not on the way to dk and dv alone.
-    """
+    dq: Tensor, dout: Tensor, q: Tensor, S: Tensor, z: Tensor, eps: float, wanted: int
+) -> tuple[Tensor, Tensor]:
+    """Fills dq; returns dS and dz: those of the three that are wanted, dz never alone."""
     batch, heads, tokens, head_dim = q.shape
     kv_heads = S.shape[1]
     needs_dq, needs_dS, needs_dz = (is_wanted(wanted, i) for i in range(3))
@@ -1025,7 +1031,6 @@ def _launch_query_gradient_into(
             batch * kv_heads, *dout.stride()[:3], *q.stride()[:3], *_strides(dq), eps,
             # With dq, dz costs next to nothing: a variant less.
             DQ=needs_dq, DS=needs_dS, DZ=needs_dS and (needs_dz or needs_dq),
-            RETURNED=returned and needs_dS and q.dtype == torch.float16,
             GROUP=heads // kv_heads, **options,
         )  # fmt: skip
     return _sum_partials(matrix, vector) if needs_dS else (matrix, vector)
@@ -1085,7 +1090,7 @@ def _backward_into(
         if not saved:
             S, z = _launch_state_sums(k, v)
         sums = needs_dq | (needs_dk or needs_dv) << 1 | needs_dk << 2
-        dS, dz = _launch_query_gradient_into(dq, dout, q, S, z, eps, sums, returned=False)
+        dS, dz = _launch_query_gradient_into(dq, dout, q, S, z, eps, sums)
         _launch_key_value_gradient_into(dk, dv, dS, dz, k, v, wanted >> 1)
     elif batch:
         options = _options("short_backward", q)
@@ -1159,7 +1164,7 @@ def _launch_apply_backward(
     needs_dS, needs_dz = is_wanted(wanted, 1), is_wanted(wanted, 2)
     with_dS = wanted | needs_dz << 1
     dS, dz = _launch_query_gradient_into(
-        dq, readable(dout), q, S.contiguous(), z.contiguous(), eps, with_dS, returned=True
+        dq, readable(dout), q, S.contiguous(), z.contiguous(), eps, with_dS
     )
     nothing = S.new_empty((0,))
     return dq, dS if needs_dS else nothing, dz if needs_dz else nothing.clone()

@@ -199,22 +199,11 @@ def choose(x, a, b, c, d):
 
 
 @triton.jit
-def sides(x, of):
-    """float16 x where ``of`` is not negative, and x where it is not positive; else 0."""
-    if INTERPRETING:
-        positive = tl.where(of < 0, 0.0, x).to(x.dtype)
-        negative = tl.where(of > 0, 0.0, x).to(x.dtype)
-    else:
-        positive, negative = tl.inline_asm_elementwise(
-            "{ .reg .b32 p, n; set.geu.u32.f16x2 p, $3, $4; set.leu.u32.f16x2 n, $3, $4; "
-            "and.b32 $0, $2, p; and.b32 $1, $2, n; }",
-            "=&r,=r,r,r,r",
-            [x, of, tl.zeros_like(of)],
-            dtype=(x.dtype, x.dtype),
-            is_pure=True,
-            pack=2,
-        )
-    return positive, negative
+def finite(x):
+    """float16 x with its largest number in the place of an infinity; a NaN stays one."""
+    largest = tl.full((1, 1), 65504.0, tl.float16)
+    x = tl.minimum(x, largest, propagate_nan=tl.PropagateNan.ALL)
+    return tl.maximum(x, -largest, propagate_nan=tl.PropagateNan.ALL)
 
 
 @triton.jit

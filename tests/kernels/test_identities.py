@@ -186,6 +186,43 @@ def test_float16_of_a_query_that_hardly_meets_a_key(
         assert compare(a, b, gradient=True).rms_error < 2e-3, compare(a, b, gradient=True)
 
 
+@pytest.mark.parametrize(("op", "backend"), LINEAR)
+@pytest.mark.parametrize("sparse", [1e-4, 1e-6])
+def test_float16_of_what_few_keys_have(op: str, backend: str, sparse: float) -> None:
+    """A feature that one key has, a little of it: its gradient is as accurate as the others'."""
+    case = Attention(queries=200, keys=200, head_dim=64, dtype=torch.float16)
+    inputs = case.inputs()
+    with torch.no_grad():
+        inputs[1].abs_().mul_(100)
+        inputs[1][..., 7, 5] = -sparse
+    dk = torch.autograd.grad(case.run(backend, inputs), inputs, case.gradient())[1][..., 7, 5]
+    exact = [x.detach().double().requires_grad_() for x in inputs]
+    out = case.run("reference", exact)
+    expected = torch.autograd.grad(out, exact, case.gradient().double())[1][..., 7, 5]
+    torch.testing.assert_close(dk.double(), expected, rtol=5e-3, atol=0.0)
+
+
+@pytest.mark.parametrize(("op", "backend"), LINEAR)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_gradient_of_keys_of_two_kinds_cancels(op: str, backend: str, dtype: torch.dtype) -> None:
+    """Queries meet keys of their own kind, all with nearly one value: out is about v, and dS v and
+    dz are much larger than dk."""
+    kinds = torch.where(torch.arange(128, device=DEVICE) % 2 == 0, 1.0, -1.0).unsqueeze(-1)
+    case = Attention(queries=128, keys=128, head_dim=64, dtype=dtype)
+    inputs = case.inputs()
+    with torch.no_grad():
+        inputs[0].abs_().mul_(kinds)
+        inputs[0].copy_(inputs[0][:, :, :2].repeat(1, 1, 64, 1))
+        inputs[1].abs_().mul_(kinds)
+        inputs[2].add_(3 * kinds)
+    gradient = case.gradient() + 3
+    dk = torch.autograd.grad(case.run(backend, inputs), inputs, gradient)[1]
+    exact = [x.detach().double().requires_grad_() for x in inputs]
+    expected = torch.autograd.grad(case.run("reference", exact), exact, gradient.double())[1]
+    error = (dk.double() - expected).norm() / expected.norm()
+    assert error < 1.5 * torch.finfo(dtype).eps, error
+
+
 @pytest.mark.parametrize(("_", "backend"), op_backend_pairs("linear_attention_apply"))
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_normaliser_of_what_is_tiny_beside_the_rest(

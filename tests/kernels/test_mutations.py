@@ -59,8 +59,8 @@ MUTATIONS = [
     Mutation(
         "z's gradient is skipped",
         LINEAR,
-        "            dz_positive += _pairs(positive_part(q) * w[:, None], BLOCK_N, BLOCK_D)",
-        "            dz_positive += _pairs(positive_part(q) * 0.0, BLOCK_N, BLOCK_D)",
+        "                dz_positive += _pairs(of_positive * u[:, None], BLOCK_N, BLOCK_D)",
+        "                dz_positive += _pairs(of_positive * 0.0, BLOCK_N, BLOCK_D)",
         LINEAR_NAMED + " and float16",
     ),
     Mutation(
@@ -87,7 +87,7 @@ MUTATIONS = [
     Mutation(
         "a float16 sum keeps its operand's scale",
         LINEAR,
-        "        dS_positive *= _undo(z_positive, usual, RETURNED)",
+        "        dS_positive *= of_positive[None, :]",
         "        dS_positive *= 2.0**-14",
         LINEAR_NAMED + " and float16",
     ),
@@ -99,11 +99,19 @@ MUTATIONS = [
         "few_features",
     ),
     Mutation(
-        "what no key has is without a gradient in float16",
+        "what few keys have is flushed in float16",
         LINEAR,
-        "        z = tl.where(z == 0, usual, z)",
-        "        z = z",
-        "features_are_of_any_size",
+        "    least = tl.maximum(tl.maximum(usual * 2.0**-16, eps * 2.0**-15), 2.0**-100)",
+        "    least = usual * 0.0 + 2.0**-100",
+        "what_few_keys_have",
+    ),
+    Mutation(
+        "dz is summed with other roundings than dS",
+        LINEAR,
+        "            of_positive, of_negative = positive.to(tl.float32), negative.to(tl.float32)",
+        "            of_positive, of_negative = positive_part(q * inverse[:, None]), "
+        "-negative_part(q * inverse[:, None])",
+        "of_two_kinds and bfloat16",
     ),
     Mutation(
         "a float16 normaliser has one window of its range",
