@@ -130,6 +130,7 @@ def linear_attention_apply(
         q: queries (B, H, N, D), as for :func:`linear_attention`.
         S, z: the state (B, Hk, 2D, D) and normaliser (B, Hk, 2D) of
             :func:`linear_attention_state`, or a sum of several: float32 (float64 for float64 q).
+            z is at least 0, as sums of φ are: nothing is promised of another.
         eps: added to the normaliser, at least 0.
         backend: a name from :func:`kernels.backends`, or None for the fastest usable one.
 
