@@ -222,7 +222,7 @@ Compiled = of(
     wide_stores=Count, faults=many(str),
     # Of a kernel without a main loop null, and missing in files that don't count them.
     steady=free(Count), steady_barriers=free(Count), copy_share=free(Share),
-    **dict.fromkeys(("issue_us", "copy_us"), free(Amount)),
+    **dict.fromkeys(("issue_us", "copy_us", "instructions_per_kib"), free(Amount)),
 )  # fmt: skip
 Counted = of(
     operation=Name, pass_=Name, dtype=Name, backend=(str, ""), shape=str, launches=str, tensor=Name,

@@ -54,7 +54,8 @@ UNREAD = {
     "min", "max", "mean", "stddev", "iqr", "iqr_outliers", "stddev_outliers", "outliers", "ld15iqr",
     "hd15iqr", "ops", "total", "iterations",
     # of a machine, a run, and a case
-    "python", "platform", "cpu_capability", "triton", "system", "driver", "kernels", "kind",
+    "python", "platform", "cpu_capability", "triton", "system", "driver", "affinity", "cpu_quota",
+    "kernels", "kind",
     "out_of_memory", "interrupted", "resumed", "sources", "energy_how", "profile",
     "peak_memory_how", "rms_tolerance", "max_tolerance", "calls_per_round", "relative_iqr", "stop",
     "host_s",
