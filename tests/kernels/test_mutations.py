@@ -111,7 +111,7 @@ MUTATIONS = [
         "            of_positive, of_negative = positive.to(tl.float32), negative.to(tl.float32)",
         "            of_positive, of_negative = positive_part(q * inverse[:, None]), "
         "-negative_part(q * inverse[:, None])",
-        "of_two_kinds and bfloat16",
+        "of_two_kinds",
     ),
     Mutation(
         "a float16 normaliser has one window of its range",
