@@ -150,7 +150,7 @@ TABLE: dict[str, tuple[Rule, ...]] = {
         *_streamed(range(33, 65), dtypes=FLOAT32),
         Rule(_tile(8, 2, BLOCK_N=32), ("sm_90",), range(17, 33), FLOAT32),
         Rule(_tile(8, 2, BLOCK_N=16), dtypes=FLOAT32),
-        # float16's limits and weights, and two terms below 64 features, would spill in larger tiles.
+        # float16 (its limits and weights), and two terms below 64 features, spill in larger tiles.
         Rule(_tile(4, 2, BLOCK_N=32), ("sm_90", "interpreter"), range(33, 65), (torch.float16,)),
         Rule(_tile(4, 2, BLOCK_N=32), ("sm_90", "interpreter"), range(33, 64), HALF),
         Rule(_tile(8, 2, BLOCK_N=128), architectures=("sm_90", "interpreter")),
