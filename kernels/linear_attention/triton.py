@@ -389,8 +389,7 @@ def _differentiate_queries(
             dq = narrow(a * (inverse * unscale)[:, None] + w[:, None] * z, operand)
             dq_tile = dq_kv_head + head * dq_stride_h + start * dq_stride_n
             dq = where_nonzero(q_half, dq)
-            mask = (rows < end - start)[:, None] & (columns < D)[None, :]
-            tl.store(dq_tile + rows[:, None] * dq_stride_n + columns[None, :], dq, mask=mask)
+            store_tile(dq_tile, rows, end - start, dq_stride_n, columns, D, dq)
         if DS:
             g_t = tl.trans(g)
             if operand == tl.float16:

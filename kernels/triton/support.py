@@ -90,13 +90,13 @@ INTERPRETING = tl.constexpr(bool(triton.knobs.runtime.interpret))
 
 @triton.jit
 def narrow(x, dtype: tl.constexpr):
-    """float32 x rounded to dtype, to nearest even.
+    """float32 x rounded to dtype, to nearest even; what is of dtype already as it is.
 
     Triton's interpreter keeps bfloat16 as raw 16 bits: it truncates when it converts, and its
     arithmetic on them is meaningless. So kernels compute in float32 and come here, and the
     interpreter's rounding is done on the bits.
     """
-    if INTERPRETING and dtype == tl.bfloat16:
+    if INTERPRETING and dtype == tl.bfloat16 and x.dtype == tl.float32:
         bits = x.to(tl.uint32, bitcast=True)
         rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000
         return tl.where(x == x, rounded.to(tl.float32, bitcast=True), x).to(dtype)
