@@ -184,11 +184,29 @@ def fingerprint() -> str:
     return " ".join(f"{tool}:{stat.st_size}:{stat.st_mtime_ns}" for tool, stat in stats)
 
 
-def output_of(command: Sequence[str]) -> subprocess.CompletedProcess[str]:
-    """Run a tool and read what it says, in whatever encoding it says it."""
+def output_of(
+    command: Sequence[str], folder: Path | None = None
+) -> subprocess.CompletedProcess[str]:
+    """Run a tool, in a folder, and read what it says, in whatever encoding it says it."""
     return subprocess.run(
-        command, capture_output=True, text=True, encoding="utf-8", errors="replace", check=False
+        command,
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        encoding="utf-8",
+        errors="replace",
+        check=False,
     )
+
+
+def run_tool(
+    command: Sequence[str], folder: Path | None = None
+) -> subprocess.CompletedProcess[str]:
+    """:func:`output_of` a tool that has to do its work: RuntimeError, with its words, if not."""
+    done = output_of(command, folder)
+    if done.returncode != 0:
+        raise RuntimeError(f"{Path(command[0]).name} failed:\n{done.stderr[-4000:]}")
+    return done
 
 
 def _path_with_ninja() -> str:

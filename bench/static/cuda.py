@@ -133,7 +133,7 @@ def _nvcc(unit: Unit, cache: Path) -> tuple[Path, str]:
         included, partial = cache / f"{name}.h", cache / f"{name}.{os.getpid()}.o"
         included.write_text(wanted)
         command += ["-include", str(included), str(launches.path(unit.folder) / "cuda.cu")]
-        log.write_text(_run([*command, "-o", str(partial)]))
+        log.write_text(toolchains.run_tool([*command, "-o", str(partial)]).stderr)
         partial.replace(target)
     return target, log.read_text()
 
@@ -146,13 +146,6 @@ def demangled(names: Iterable[str]) -> dict[str, str]:
         raise FileNotFoundError("no c++filt: install binutils")
     done = subprocess.run([tool], input="\n".join(mangled), capture_output=True, text=True)
     return dict(zip(mangled, done.stdout.splitlines(), strict=True))
-
-
-def _run(command: list[str]) -> str:
-    done = toolchains.output_of(command)
-    if done.returncode != 0:
-        raise RuntimeError(f"{Path(command[0]).name} failed:\n{done.stderr[-4000:]}")
-    return done.stderr
 
 
 # ---- launching -----------------------------------------------------------------------------------
@@ -225,7 +218,9 @@ def _link_recorder(unit: Unit, kernels_object: Path, folder: Path, cache: Path) 
     libraries = [f"-L{Path(torch.__file__).parent / 'lib'}", "-lc10", "-ltorch_cpu", "-ltorch"]
     # -Bsymbolic: the runtime inside, not the libcudart that PyTorch has loaded.
     link = [*toolchains.cxx(), "-shared", "-Wl,-Bsymbolic", "-Wl,-z,defs"]
-    _run([*link, *map(str, (operators, runtime, kernels_object)), *libraries, "-o", str(library)])
+    toolchains.run_tool(
+        [*link, *map(str, (operators, runtime, kernels_object)), *libraries, "-o", str(library)]
+    )
     return library
 
 
@@ -248,6 +243,6 @@ def _host_object(source: Path, prelude: Path | None, headers: Iterable[Path], ca
     command = [*toolchains.cxx(), "-std=c++20", "-O0", "-fPIC", *(f"-I{path}" for path in includes)]
     command += ["-include", str(prelude)] if prelude else []
     partial = target.with_suffix(f".{os.getpid()}")
-    _run([*command, "-c", str(source), "-o", str(partial)])
+    toolchains.run_tool([*command, "-c", str(source), "-o", str(partial)])
     partial.replace(target)
     return target

@@ -18,7 +18,7 @@ Row = dict[str, Any]
 def finished(row: Row) -> Row:
     """The row with what follows from the rest of it."""
     blocks = occupancy = None
-    if row["threads"] is not None:
+    if row["threads"] is not None and row["dynamic_shared"] is not None:
         shared = row["static_shared"] + row["dynamic_shared"]
         asked = (row["architecture"], row["threads"], row["registers"], shared)
         blocks = machine_code.resident_blocks(*asked)

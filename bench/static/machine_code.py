@@ -137,11 +137,11 @@ def copy_seconds(architecture: str, size: int) -> float:
 
 @dataclass(frozen=True)
 class Usage:
-    """What ptxas says of one kernel, sizes in bytes."""
+    """What ptxas says of one kernel, sizes in bytes; None of another's, where nobody says it."""
 
     registers: int
-    spill_stores: int
-    spill_loads: int
+    spill_stores: int | None
+    spill_loads: int | None
     stack: int
     static_shared: int
 
@@ -279,7 +279,7 @@ def find_cuobjdump() -> Path:
 
 def as_columns(
     usage: Usage, kernel: Sequence[Instruction], called: Iterable[Instruction] = ()
-) -> dict[str, int]:
+) -> dict[str, int | None]:
     """What ptxas says, what is in the code, and its main loops, as columns of a table.
 
     Args:

@@ -5,8 +5,8 @@ dim and dtype the one is taken that runs where nothing is special: no mask, no d
 """
 
 import json
+import os
 import re
-import subprocess
 import tempfile
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -16,6 +16,7 @@ import torch
 
 from linear_vit.bench.static import machine_code
 from linear_vit.bench.static.units import cache_folder, digest
+from linear_vit.kernels import toolchains
 
 NAME, FOLDER = "sdpa", "softmax_attention"
 _KERNEL = re.compile(
@@ -24,9 +25,8 @@ _KERNEL = re.compile(
     r"N7cutlass\d+(?P<dtype>half_t|bfloat16_t)E.*EE(?P<flags>(?:Lb[01]E)+)EEv"
 )
 _DTYPES = {"half_t": "float16", "bfloat16_t": "bfloat16"}
-# Dropout, causal, local, ALiBi; whole tiles of tokens, of features; soft cap, weights returned.
-_PLAIN = {"flash_fwd_kernel": "00001100"}
-_PLAIN_BACKWARD = "0000110"
+# Dropout, causal, local, ALiBi; whole tiles of tokens, of features; soft cap (, weights returned).
+_PLAIN = ("00001100", "0000110")
 _USED = re.compile(r"Function (\S+):\s+REG:(\d+) STACK:(\d+) SHARED:(\d+)")
 _READERS = ("sdpa", "machine_code", "sass", "steady")
 
@@ -36,7 +36,7 @@ def flash_rows(
 ) -> list[dict[str, Any]]:
     """Rows as ``bench.static`` has them; those of an architecture take a minute, and are kept.
 
-    Shared memory that is asked for at launch, and so the occupancy, is not known.
+    What nobody says is None: what was spilled, and the shared memory that a launch asks for.
 
     Raises:
         FileNotFoundError: this PyTorch has no CUDA kernels, or there is no cuobjdump.
@@ -50,7 +50,9 @@ def _kept(architecture: str) -> list[dict[str, Any]]:
     kept = cache_folder() / f"sdpa-{digest(f'{torch.__version__} {architecture}', readers)}.json"
     if not kept.exists():
         cache_folder().mkdir(parents=True, exist_ok=True)
-        kept.write_text(json.dumps(_read(architecture)))
+        partial = kept.with_suffix(f".{os.getpid()}")
+        partial.write_text(json.dumps(_read(architecture)))
+        partial.replace(kept)
     rows: list[dict[str, Any]] = json.loads(kept.read_text())
     return rows
 
@@ -59,17 +61,18 @@ def _read(architecture: str) -> list[dict[str, Any]]:
     library = Path(torch.__file__).parent / "lib" / "libtorch_cuda.so"
     if not library.exists():
         raise FileNotFoundError(f"PyTorch {torch.__version__} is a build without CUDA kernels")
-    tool, rows = machine_code.find_cuobjdump(), []
+    tool, rows = str(machine_code.find_cuobjdump()), []
     with tempfile.TemporaryDirectory() as folder:
-        _run([tool, "-xelf", architecture.rstrip("af"), library], folder)
+        whole = [tool, "-xelf", architecture.rstrip("af"), str(library)]
+        toolchains.run_tool(whole, Path(folder))
         for cubin in sorted(Path(folder).iterdir()):
             if not any(plain(name) for name in _names(cubin)):
                 continue
-            code, usage = machine_code.disassemble(cubin), _run([tool, "-res-usage", cubin], folder)
+            code = machine_code.disassemble(cubin)
+            usage = toolchains.run_tool([tool, "-res-usage", str(cubin)]).stdout
             for name, registers, stack, shared in _USED.findall(usage):
                 if about := plain(name):
-                    # Spills are on the stack, but what else is there nobody says.
-                    used = machine_code.Usage(int(registers), 0, 0, int(stack), int(shared))
+                    used = machine_code.Usage(int(registers), None, None, int(stack), int(shared))
                     columns = machine_code.as_columns(used, code[name])
                     rows.append({**about, "architecture": architecture, **columns})
     return rows
@@ -80,32 +83,22 @@ def plain(name: str) -> dict[str, Any] | None:
     match = _KERNEL.match(name)
     if match is None:
         return None
-    kernel, flags = match["kernel"], re.sub(r"\D", "", match["flags"])
-    if flags != _PLAIN.get(kernel, _PLAIN_BACKWARD):
+    if re.sub(r"\D", "", match["flags"]) not in _PLAIN:
         return None
     head_dim, queries, keys, warps, *_ = map(int, re.findall(r"L[ib](\d+)E", match["traits"]))
     return {
         "backend": NAME,
         "room": FOLDER,
-        "kernel": kernel,
+        "kernel": match["kernel"],
         "head_dim": head_dim,
         "dtype": _DTYPES[match["dtype"]],
         "products": True,
         "configuration": f"{queries} queries, {keys} keys",
         "layout": "aligned",
         "threads": 32 * warps,
-        "dynamic_shared": 0,
+        "dynamic_shared": None,
     }
 
 
 def _names(cubin: Path) -> list[str]:
     return [found.decode() for found in re.findall(rb"_ZN13pytorch_flash\w+", cubin.read_bytes())]
-
-
-def _run(command: Sequence[str | Path], folder: str) -> str:
-    done = subprocess.run(
-        [str(part) for part in command], cwd=folder, capture_output=True, text=True, check=False
-    )
-    if done.returncode != 0:
-        raise RuntimeError(f"{Path(command[0]).name} failed:\n{done.stderr[-2000:]}")
-    return done.stdout

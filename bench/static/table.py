@@ -188,14 +188,15 @@ def _line(group: list[Row], every: bool) -> list[str]:
     counts = [f"{len(group)}"]
     if every:
         counts = [str(first["head_dim"] or "–"), first["dtype"] or "–", first["layout"]]
-    reached = [r for r in group if r["threads"] is not None]
+    reached = [r for r in group if r["occupancy"] is not None]
+    spilled = [r["spill_stores"] + r["spill_loads"] for r in group if r["spill_stores"] is not None]
     shared = [(r["static_shared"] + r["dynamic_shared"]) / 1024 for r in reached]
     return [
         first["kernel"],
         first["architecture"],
         *counts,
         _range([r["registers"] for r in group]),
-        str(max(r["spill_stores"] + r["spill_loads"] for r in group)),
+        str(max(spilled)) if spilled else "–",
         _range([round(s) for s in shared]) if reached else "–",
         _range([round(100 * r["occupancy"]) for r in reached]) + " %" if reached else "–",
         _range([r["tensor_core"] for r in group]),

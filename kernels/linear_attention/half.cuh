@@ -578,7 +578,8 @@ struct Sums {
   }
 
   // Only every so many steps are asked whether they have a token: of a long tile the few that have none
-  // cost less than the question. Their tokens are 0, and what goes with them has to be there, too.
+  // cost less than the question. Their tokens are 0, and what goes with them has to be there, too. (At
+  // D = 48 that would spill on sm_100a.)
   static constexpr int kAtOnce = H::kTokens >= 128 && H::D != 48 ? 2 : 1;
   static constexpr int kPastEnd = (kAtOnce - 1) * 16 * H::kTokenWarps;
   static __device__ bool has_none(int step, int valid) {

@@ -103,7 +103,7 @@ def _of_kernel(
     # The operations that a folder of kernels makes, by their common beginning.
     operations = "|".join(name for name in known if name.startswith(room)) or room
     dtypes = "|".join(sorted({str(name) for name in part["dtype"].dropna()}))
-    spilled = int((part["spill_stores"] + part["spill_loads"]).max())
+    spilled = (part["spill_stores"] + part["spill_loads"]).dropna()
     shared = (part["static_shared"] + part["dynamic_shared"].fillna(0)) / 1024
     return {
         "backend": word(backend, backend=backend),
@@ -111,7 +111,7 @@ def _of_kernel(
         "architecture": word(where),
         "configurations": count(len(part)),
         "registers": _range(part["registers"]),
-        "spilled bytes": count(spilled, mark="failed" if spilled else ""),
+        "spilled bytes": replace(_range(spilled), mark="failed" if spilled.any() else ""),
         "shared KiB": _range(shared.round()),
         "occupancy": _range(100 * part["occupancy"].dropna(), " %"),
         "tensor core": _range(part["tensor_core"]),
@@ -120,7 +120,7 @@ def _of_kernel(
     }
 
 
-_TILE = ("steady", "steady_barriers", "issue_us", "copy_us", "copy_share")
+_TILE = ("steady", "steady_barriers", "steady_tensor_core", "issue_us", "copy_us", "copy_share")
 
 
 def _main_loops(part: pd.DataFrame) -> Line:
@@ -132,9 +132,12 @@ def _main_loops(part: pd.DataFrame) -> Line:
         return {"instructions a tile": Cell(NOTHING), "issue / copy": Cell(NOTHING)}
     barriers, possible = (_range(timed["steady_barriers"]), _range(100 * timed["copy_share"], " %"))
     ratio = _range(100 * timed["issue_us"] / timed["copy_us"], " %")
+    products = timed[timed["steady_tensor_core"] > 0]
+    of_products = products["steady"] / products["steady_tensor_core"]
+    each = f"; to one of the tensor cores: {of_products.mean():.1f}" if len(products) else ""
     return {
         "instructions a tile": replace(
-            _range(timed["steady"]), tip=f"of one warp; barriers: {barriers.text}"
+            _range(timed["steady"]), tip=f"of one warp; barriers: {barriers.text}{each}"
         ),
         "issue / copy": replace(
             ratio,

@@ -217,8 +217,9 @@ Check = of(
 )
 Compiled = of(
     **dict.fromkeys(("backend", "room", "kernel", "architecture"), Name), head_dim=maybe(Count),
-    dtype=maybe(Name), registers=Count, spill_stores=Count, spill_loads=Count, static_shared=Count,
-    dynamic_shared=maybe(Count), occupancy=maybe(Share), tensor_core=Count, wide_loads=Count,
+    dtype=maybe(Name), registers=Count, static_shared=Count,
+    **dict.fromkeys(("spill_stores", "spill_loads", "dynamic_shared"), maybe(Count)),
+    occupancy=maybe(Share), tensor_core=Count, wide_loads=Count,
     wide_stores=Count, faults=many(str),
     # Of a kernel without a main loop null, and missing in files that don't count them.
     steady=free(Count), steady_barriers=free(Count), copy_share=free(Share),

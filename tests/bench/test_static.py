@@ -243,6 +243,36 @@ def test_kernels_of_pytorch_are_counted_as_ours() -> None:
     assert any("bwd" in row["kernel"] for row in rows)
 
 
+def test_the_comparison_in_the_documents_is_the_records() -> None:
+    """Warp instructions to a product; backward seven products in two kernels, against five."""
+    rows = json.loads((_MEASUREMENTS / "static" / "static-softmax.json").read_text())["rows"]
+    each: dict[str, list[float]] = {}
+    for row in rows:
+        if (
+            row["dtype"] == "bfloat16"
+            and row["backend"] != "triton"
+            and "true" not in row["configuration"]
+        ):
+            name = row["kernel"].removeprefix("half_precision::")
+            each.setdefault(name, []).append(row["steady"] / row["steady_tensor_core"])
+    (forward,), (keys,), (queries,), (flash,), flash_backward = (
+        each[name]
+        for name in (
+            "forward_kernel",
+            "key_value_gradient_kernel",
+            "query_gradient_kernel",
+            "flash_fwd_kernel",
+            "flash_bwd_dq_dk_dv_loop_seqk_parallel_kernel",
+        )
+    )
+    low, high = min(flash_backward), max(flash_backward)
+    times = (4 * keys + 3 * queries) / (5 * (low + high) / 2)
+    text = " ".join((_MEASUREMENTS.parents[1] / "docs" / "kernels.md").read_text().split())
+    assert f"starts {forward:.1f} warp instructions and PyTorch's flash kernel {flash:.1f}." in text
+    assert f"Backward it is {keys:.1f} and {queries:.1f}," in text
+    assert f"against {low:.1f} to {high:.1f} with five: {times:.1f} times as many" in text
+
+
 _FLASH = (
     "_ZN13pytorch_flash16flash_fwd_kernelI23Flash_fwd_kernel_traitsILi64ELi128ELi128ELi4ELb0ELb0E"
     "N7cutlass10bfloat16_tE19Flash_kernel_traitsILi64ELi128ELi128ELi4ES3_EELb0E{causal}Lb0ELb0E"

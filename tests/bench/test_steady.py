@@ -103,48 +103,35 @@ def test_the_count_follows_the_code(old: str, new: str, changed: dict[str, int])
     assert bool(loop.unknown) == ("CTAID" in new)
 
 
+# ptxas leaves a loop by a call that nothing returns from. What the second loop is left to stands
+# before it, and behind it a function that does return.
+TWO_LOOPS = """
+    BRA <first>
+out:
+    EXIT
+first:
+    LDG.E.128 R4, [R2.64]
+    HMMA.16816.F32 R8, R4, R6, R8
+    ISETP.LT.AND P0, PT, R30, R31, PT
+    @P0 CALL.REL.NOINC <second>
+    BRA <first>
+second:
+    STG.E.128 [R2.64], R8
+    HMMA.16816.F32 R8, R4, R6, R8
+    HMMA.16816.F32 R8, R4, R6, R8
+    ISETP.LT.AND P0, PT, R30, R32, PT
+    @P0 BRA <second>
+    BRA <out>
+function:
+    RET.REL.NODEC R16 <first>
+"""
+
+
 def test_a_far_branch_that_is_written_as_a_call_ends_nothing() -> None:
-    """ptxas leaves a loop by a call that nothing returns from: the second loop is beyond it."""
-    code = """
-    first:
-        LDG.E.128 R4, [R2.64]
-        HMMA.16816.F32 R8, R4, R6, R8
-        ISETP.LT.AND P0, PT, R30, R31, PT
-        @P0 CALL.REL.NOINC <second>
-        BRA <first>
-    second:
-        STG.E.128 [R2.64], R8
-        HMMA.16816.F32 R8, R4, R6, R8
-        HMMA.16816.F32 R8, R4, R6, R8
-        ISETP.LT.AND P0, PT, R30, R32, PT
-        @P0 BRA <second>
-        EXIT
-    """
-    found = steady.main_loops(listing(code))
+    """The second loop is beyond it, which nothing falls out of into the function."""
+    found = steady.main_loops(listing(TWO_LOOPS))
     assert [loop.path.counts["tensor_core"] for loop in found] == [1, 2]
-    assert steady.as_columns(listing(code))["loops"] == 2
-
-
-def test_code_behind_a_branch_back_is_not_fallen_into() -> None:
-    """What the loop is left to ends by a branch; a function that returns stands behind it."""
-    code = """
-        CALL.REL.NOINC <function>
-    first:
-        LDG.E.128 R4, [R2.64]
-        HMMA.16816.F32 R8, R4, R6, R8
-        ISETP.LT.AND P0, PT, R30, R31, PT
-        @P0 CALL.REL.NOINC <second>
-        BRA <first>
-    second:
-        LDG.E.128 R4, [R2.64]
-        HMMA.16816.F32 R8, R4, R6, R8
-        ISETP.LT.AND P0, PT, R30, R32, PT
-        @P0 EXIT
-        BRA <second>
-    function:
-        RET.REL.NODEC R16 <first>
-    """
-    assert len(steady.main_loops(listing(code))) == 2
+    assert steady.as_columns(listing(TWO_LOOPS))["loops"] == 2
 
 
 def test_products_that_read_a_mask_are_not_passed_by() -> None:

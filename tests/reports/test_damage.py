@@ -85,6 +85,7 @@ OPTIONAL = {
     "share_of_limit", "limits_s", "bounds_s", "data", "copy_bytes_per_s", "matmul_flop_per_s",
     "launch_s", "measured", "probes", "backend", "model_title", "peak_memory", "images", "how",
     "exponent", "pass", "dtype", "values", "half_width", "accuracy", "images_per_second", "speedup",
+    "spill_stores", "spill_loads",
     "gain", "time_to_baseline", "hours_200_epochs", "claim", "parameters", "arithmetic",
     "exponents", "seconds", "reason", "tensors", "rms_error", "head_dim", "dynamic_shared",
     "second_clock", "occupancy", "ratio", "peak_memory_gb", "B", "H", "Hk", "N", "M", "D",
