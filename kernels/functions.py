@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.autograd import Function, forward_ad
 
 
@@ -34,7 +35,10 @@ def transformable(function: type[Function]) -> Callable[..., Any]:
 
     def apply(*inputs: Any) -> Any:
         if torch.compiler.is_compiling():
-            return traced.apply(*inputs)
+            # Without a gradient Dynamo would pass forward(*inputs) a context that it does not take.
+            needs = any(isinstance(x, Tensor) and x.requires_grad for x in inputs)
+            call = traced.apply if needs and torch.is_grad_enabled() else function.forward
+            return call(*inputs)
         # What Function.apply asks, too; there is no public name for it.
         if torch._C._are_functorch_transforms_active():
             return function.apply(*inputs)

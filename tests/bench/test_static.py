@@ -50,7 +50,7 @@ def shipped_kernels(folder: str) -> set[str]:
         name
         for name in functions
         for f in functions.values()
-        if re.search(rf"\b{name}\(", f.src.partition(":\n")[2])
+        if re.search(rf"\b{name}[(,)]", f.src.partition(":\n")[2])  # or given to another
     }
     return own - called
 

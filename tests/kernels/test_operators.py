@@ -86,7 +86,8 @@ def test_opcheck(op: str, backend: str) -> None:
 
 @pytest.mark.parametrize(("op", "backend"), op_backend_pairs(*CASES, compiled=False))
 def test_full_graph(op: str, backend: str) -> None:
-    """torch.compile(fullgraph=True) takes the public function, forward and backward."""
+    """torch.compile(fullgraph=True) takes the public function, forward and backward, and where no
+    gradient is asked for."""
     torch._dynamo.reset()  # one lambda's code serves every case: their variants must not add up
     case = CASES[op]
     compiled = torch.compile(
@@ -99,6 +100,10 @@ def test_full_graph(op: str, backend: str) -> None:
     gradients = torch.autograd.grad(out, inputs, case.gradient())
     for a, b in zip(gradients, torch.autograd.grad(expected, inputs, case.gradient()), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+    for without in (torch.no_grad(), torch.inference_mode()):
+        with without:
+            torch.testing.assert_close(compiled(*inputs), expected)
+    torch.testing.assert_close(compiled(*(x.detach() for x in inputs)), expected)
 
 
 @pytest.mark.slow
