@@ -120,14 +120,15 @@ def _of_kernel(
     }
 
 
-_TILE = ("steady", "steady_barriers", "steady_tensor_core", "issue_us", "copy_us", "copy_share")
+_TILE = ["steady", "steady_barriers", "issue_us", "copy_us", "copy_share"]
 
 
 def _main_loops(part: pd.DataFrame) -> Line:
     """What a warp runs for a tile, and what that leaves of memory's copy rate."""
     if "steady" not in part:  # older files have no such columns
         return {}
-    timed = part.dropna(subset=list(_TILE))
+    # Any of them may be missing from all rows.
+    timed = part.reindex(columns=[*_TILE, "steady_tensor_core"]).dropna(subset=_TILE)
     if timed.empty:
         return {"instructions a tile": Cell(NOTHING), "issue / copy": Cell(NOTHING)}
     barriers, possible = (_range(timed["steady_barriers"]), _range(100 * timed["copy_share"], " %"))

@@ -1,5 +1,6 @@
 """Saved benchmark runs, as pandas tables; files that are none are named and left out."""
 
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -360,9 +361,16 @@ def _of_kernel(info: Any, settings: Settings) -> Content:
         "total_tokens": info.total_tokens or 0,
         "setting": ", ".join(f"{name} = {shape[name]}" for name in names if name in shape),
         "worst_rms_error": max((error.rms for error in info.error.values()), default=None),
-        "gb_per_s": float("nan") if info.gb_per_s is None else info.gb_per_s,
-        "tflop_per_s": float("nan") if info.tflop_per_s is None else info.tflop_per_s,
+        **{name: _or_nan(getattr(info, name)) for name in _RATES},
     }
+
+
+# Null in a column of numbers is no number, also where no case has one.
+_RATES = ("gb_per_s", "tflop_per_s", "share_of_limit")
+
+
+def _or_nan(value: float | None) -> float:
+    return math.nan if value is None else value
 
 
 def _shape(info: Any) -> Content:

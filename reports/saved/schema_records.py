@@ -88,16 +88,19 @@ Ratio = of(median=Rate, low=Rate, high=Rate, values=(many(Rate), []), how=(How, 
 Speed = of(median=Rate, values=many(Rate), how=(How, "in the runs"))
 
 
-def _interval(fit: Any) -> str:
-    lacks = fit.exponent is not None and None in (fit.low, fit.high)
-    return "low, high: missing beside an exponent" if lacks else ""
+def _of_exponent(fit: Any) -> str:
+    if fit.exponent is None:
+        return ""
+    needed = ("low", "high", "pass_", "backend", "dtype", "machine")
+    lacks = [name.strip("_") for name in needed if getattr(fit, name) is None]
+    return f"{', '.join(lacks)}: missing beside an exponent" if lacks else ""
 
 
 Complexity = of(
     order=Name,
     **dict.fromkeys(("exponent", "low", "high"), free(Exponent)),
     **dict.fromkeys(("pass_", "backend", "dtype", "machine"), free(str)),
-    rule=_interval,
+    rule=_of_exponent,
 )
 TimeToBaseline = of(
     target_percent=Percent, seconds=maybe(Seconds), reached=Count, seeds=Count, speedup=maybe(Ratio)
@@ -222,7 +225,8 @@ Compiled = of(
     occupancy=maybe(Share), tensor_core=Count, wide_loads=Count,
     wide_stores=Count, faults=many(str),
     # Of a kernel without a main loop null, and missing in files that don't count them.
-    steady=free(Count), steady_barriers=free(Count), copy_share=free(Share),
+    **dict.fromkeys(("steady", "steady_barriers", "steady_tensor_core"), free(Count)),
+    copy_share=free(Share),
     **dict.fromkeys(("issue_us", "copy_us", "instructions_per_kib"), free(Amount)),
 )  # fmt: skip
 Counted = of(

@@ -139,7 +139,7 @@ def _line(row: dict[str, Any], here: str) -> Line:
 
 
 def _order(c: dict[str, Any], here: str) -> Cell:
-    if c["exponent"] is None:
+    if c.get("exponent") is None:
         return word(c["order"], "not measured on this machine")
     fit = f"N^{c['exponent']:.2f} ({c['low']:.2f} to {c['high']:.2f})"
     tip = f"{c['pass']}, {c['backend']}, {c['dtype']}, {c['machine']}"

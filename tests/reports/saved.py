@@ -459,6 +459,7 @@ def static() -> dict[str, Any]:
             "wide_stores": 4,
             "steady": 600,
             "steady_barriers": 1,
+            "steady_tensor_core": 100,
             "issue_us": 0.6,
             "copy_us": 0.5,
             "copy_share": 0.8333,

@@ -65,7 +65,7 @@ UNREAD = {
     "warmup_epochs", "label_smoothing", "clip", "train_accuracy_is", "epoch", "loss",
     "train_accuracy", "best_epoch", "attention_type", "best", "claimed_best",
     # of what is compiled and counted
-    "toolchain", "layout", "configuration", "loops", "steady_tensor_core", "steady_fma",
+    "toolchain", "layout", "configuration", "loops", "steady_fma",
     "steady_load_store", "steady_other", "steady_bytes", "steady_unknown",
     "stack", "blocks_per_multiprocessor", "tf32",  "narrow_loads",
     "narrow_stores", "local", "float_atomics", "architecture", "multiprocessors", "least_loaded",
@@ -89,7 +89,7 @@ OPTIONAL = {
     "gain", "time_to_baseline", "hours_200_epochs", "claim", "parameters", "arithmetic",
     "exponents", "seconds", "reason", "tensors", "rms_error", "head_dim", "dynamic_shared",
     "second_clock", "occupancy", "ratio", "peak_memory_gb", "B", "H", "Hk", "N", "M", "D",
-    "steady", "steady_barriers", "issue_us", "copy_us", "copy_share",
+    "steady", "steady_barriers", "steady_tensor_core", "issue_us", "copy_us", "copy_share",
     "matmul_kernels",
 }  # fmt: skip
 # Dicts by name, of which any item may be missing.
@@ -125,15 +125,18 @@ def content(name: str) -> dict[str, Any]:
     return cut(document)
 
 
-def places(value: Any, path: tuple[str | int, ...] = ()) -> Iterator[tuple[str | int, ...]]:
-    """The way to every field; of a list, to its first item."""
+def places(
+    value: Any, path: tuple[str | int, ...] = (), every: bool = False
+) -> Iterator[tuple[str | int, ...]]:
+    """The way to every field; of a list, to its first item, or to every one."""
     if isinstance(value, dict):
         for name, item in value.items():
             yield (*path, name)
-            yield from places(item, (*path, name))
-    elif isinstance(value, list) and value:
-        yield (*path, 0)
-        yield from places(value[0], (*path, 0))
+            yield from places(item, (*path, name), every)
+    elif isinstance(value, list):
+        for i, item in enumerate(value if every else value[:1]):
+            yield (*path, i)
+            yield from places(item, (*path, i), every)
 
 
 def damaged(document: Any, path: tuple[str | int, ...], how: str) -> Any:
@@ -235,6 +238,23 @@ def test_what_is_not_named_is_no_matter(tmp_path: Path, name: str, how: str, cap
     saved.save(tmp_path / name, whole)
     for command in commands(tmp_path, name):
         assert main(command) in (0, 1, 2)
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=pytest.mark.slow) if n in TIMED else n for n in FILES]
+)
+def test_a_column_that_no_row_has_is_no_matter(tmp_path: Path, name: str) -> None:
+    """As in a file of an older version: another thing than a cell that is empty."""
+    whole = content(name)
+    ways = list(places(whole, every=True))
+    for column in sorted({str(path[-1]) for path in ways} & OPTIONAL):
+        lacks = whole
+        for path in ways:
+            if path[-1] == column:
+                lacks = damaged(lacks, path, "missing")
+        saved.save(tmp_path / name, lacks)
+        for command in commands(tmp_path, name):
+            assert main(command) in (0, 1, 2), (column, command)
 
 
 SAID: list[tuple[str, tuple[str | int, ...], str, str]] = [
