@@ -32,6 +32,7 @@ from linear_vit.kernels import (
     softmax_attention_sharded,
 )
 from linear_vit.kernels.exchanges import exchanged, rank_in, summed
+from linear_vit.kernels.functions import transformable
 from linear_vit.kernels.layout import unpack_qkv
 from linear_vit.kernels.ripple.stages import halving_axes
 
@@ -156,13 +157,16 @@ class _Extended(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, level: Tensor, band: Band, axis: int) -> Tensor:
-        ctx.band, ctx.axis = band, axis
+    def forward(level: Tensor, band: Band, axis: int) -> Tensor:
         above, below = band.edges
         rows = [level[:, :1]] * above + [level[:, -1:]] * below
         there = _swapped(rows, band)
         zeros = [torch.zeros_like(row) for row in there[: _above(band, axis) - above]]
         return torch.cat([*zeros, *there[:above], level, *there[above:]], dim=1)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        _, ctx.band, ctx.axis = inputs
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
@@ -178,6 +182,9 @@ class _Extended(torch.autograd.Function):
         return whole, None, None
 
 
+_extend = transformable(_Extended)
+
+
 def _swapped(rows: list[Tensor], band: Band) -> list[Tensor]:
     """The neighbours' rows for these (B, 1, cols, C), the upper neighbour's first."""
     if not rows:
@@ -187,7 +194,7 @@ def _swapped(rows: list[Tensor], band: Band) -> list[Tensor]:
 
 
 def _extended(level: Tensor, band: Band, axis: int = 1) -> Tensor:
-    return _Extended.apply(level, band, axis)
+    return _extend(level, band, axis)
 
 
 def _cropped(level: Tensor, band: Band, axis: int = 1) -> Tensor:

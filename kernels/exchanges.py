@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 from torch import distributed as dist
 
+from linear_vit.kernels.functions import transformable
+
 GRACE_S = 10  # between the first process and the last to notice that one does not answer
 
 
@@ -98,18 +100,24 @@ def summed(group: "dist.ProcessGroup | None", *tensors: Tensor) -> tuple[Tensor,
     The gradient of a sum is that of each of its terms, and every process has a part of it: those
     are added up in the same way.
     """
-    return _Summed.apply(group, *tensors)
+    return _summed(group, *tensors)
 
 
 class _Summed(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, group: Any, *tensors: Tensor) -> tuple[Tensor, ...]:
-        ctx.group = group
+    def forward(group: Any, *tensors: Tensor) -> tuple[Tensor, ...]:
         return _all_reduced(group, tensors)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        ctx.group = inputs[0]
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Any, ...]:
         return None, *_all_reduced(ctx.group, gradients)
+
+
+_summed = transformable(_Summed)
 
 
 def _all_reduced(group: Any, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
@@ -125,20 +133,27 @@ def gathered(x: Tensor, counts: Sequence[int], group: "dist.ProcessGroup | None"
 
     Backward each process is sent its part by every other, and adds them up.
     """
-    return _Gathered.apply(x, counts, group)
+    return _gathered(x, counts, group)
 
 
 class _Gathered(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, counts: Sequence[int], group: Any) -> Tensor:
-        ctx.counts, ctx.group = counts, group
-        ctx.own = [len(x)] * len(counts)
-        return exchanged(torch.cat([x] * len(counts)), ctx.own, counts, group)
+    def forward(x: Tensor, counts: Sequence[int], group: Any) -> Tensor:
+        own = [len(x)] * len(counts)
+        return exchanged(torch.cat([x] * len(counts)), own, counts, group)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        x, ctx.counts, ctx.group = inputs
+        ctx.own = [len(x)] * len(ctx.counts)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
         parts = exchanged(gradient, ctx.counts, ctx.own, ctx.group)
         return parts.unflatten(0, (len(ctx.own), -1)).sum(dim=0), None, None
+
+
+_gathered = transformable(_Gathered)
 
 
 def exchanged(

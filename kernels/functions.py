@@ -16,8 +16,8 @@ def transformable(function: type[Function]) -> Callable[..., Any]:
     takes a ``jvp``, with which Dynamo gives up.
 
     Args:
-        function: with ``forward(*inputs)``, ``setup_context``, ``backward``, ``jvp`` and either
-            ``vmap`` or ``generate_vmap_rule``.
+        function: with ``forward(*inputs)``, ``setup_context`` and ``backward``; ``jvp``, and either
+            ``vmap`` or ``generate_vmap_rule``, where forward mode and ``vmap`` are to take it.
     """
 
     def forward(ctx: Any, *inputs: Any) -> Any:

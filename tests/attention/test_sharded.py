@@ -185,12 +185,15 @@ def test_a_group_drops_the_same_images_and_each_process_its_own_features() -> No
 
 
 def _compiled(rank: int) -> list[bool]:
-    """Whether logits and gradients are those without compilation: as one graph, and with the
-    breaks of drop_path."""
-    whole = _case("ripple", (7, 3), local_branch=True, backend="torch", depth=1)
-    broken = _case("linear", (7, 3), backend="torch", drop_path=0.3)
+    """Whether logits, with gradients and without, and gradients are those without compilation: as
+    one graph, and with the breaks of drop_path."""
+    whole = {"fullgraph": True, "backend": "aot_eager"}
     answers = []
-    for case, how in ((whole, {"fullgraph": True, "backend": "aot_eager"}), (broken, {})):
+    for case, how in (
+        (_case("ripple", (7, 3), local_branch=True, backend="torch", depth=1), whole),
+        (_case("baseline", (7, 3), backend="torch", depth=1), whole),
+        (_case("linear", (7, 3), backend="torch", drop_path=0.3), {}),
+    ):
         found = []
         for compiles in (False, True):
             torch.manual_seed(rank)
@@ -199,14 +202,16 @@ def _compiled(rank: int) -> list[bool]:
                 model.compile(**{"backend": "eager", **how})
             logits = model(_images(case, torch.float32))
             logits.square().sum().backward()
-            found.append([logits, *[p.grad for p in model.parameters()]])
+            with torch.inference_mode():
+                read = model.eval()(_images(case, torch.float32))
+            found.append([logits, read, *[p.grad for p in model.parameters()]])
         answers.append(all(torch.allclose(a, b, atol=1e-5) for a, b in zip(*found, strict=True)))
     return answers
 
 
 @pytest.mark.slow
 def test_a_sharded_model_compiles() -> None:
-    assert processes.together(2, _compiled) == [[True, True]] * 2
+    assert processes.together(2, _compiled) == [[True] * 3] * 2
 
 
 # ---- processes that are gone -----------------------------------------------------------------

@@ -70,6 +70,13 @@ def test_four_processes_two_an_image_train_as_one(tmp_path: Path) -> None:
     assert run["environment"]["sequence_parallel"] == 2
 
 
+@pytest.mark.slow
+def test_a_compiled_model_trains_over_processes_as_uncompiled(tmp_path: Path) -> None:
+    _train(2, tmp_path / "plain", "--sequence_parallel=2")
+    _train(2, tmp_path / "compiled", "--sequence_parallel=2", "--compile")
+    _check_alike(tmp_path / "plain", tmp_path / "compiled")
+
+
 def _moved(rank: int, sequence_parallel: int = 1) -> torch.Tensor:
     """By how much a step along the gradient itself moves the head: AdamW would hide its size."""
     images, labels = (
