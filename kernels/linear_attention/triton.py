@@ -72,13 +72,13 @@ from linear_vit.kernels.triton.support import (
     balanced_splits,
     choose,
     dot,
-    finite,
     halves,
     inverse_normaliser,
     launch_options,
     load_rows,
     multiprocessors,
     narrow,
+    narrow_finite,
     negative_part,
     operator,
     positive_part,
@@ -282,12 +282,18 @@ def _least_weight(z_positive, z_negative, eps, D: tl.constexpr):
 
 
 @triton.jit
-def _place(index, tiles, begin, GROUP: tl.constexpr, BLOCK_N: tl.constexpr):
-    """Head of the group, and first token, of a tile."""
-    head, tile = tiles * 0, index + tiles * 0  # tensors, in the interpreter too
-    if GROUP > 1:
-        head, tile = index // tiles, index % tiles
-    return head.to(tl.int64), (begin + tile * BLOCK_N).to(tl.int64)
+def _place(index, rows, count, GROUP: tl.constexpr, BLOCK_N: tl.constexpr):
+    """A tile of ``count`` tokens of each head: its head, and a token, rows from there, their end.
+
+    Of one head the token moves on and of several the rows do: the fewer registers, each time.
+    """
+    index += count * 0  # a tensor, in the interpreter too
+    head, start = (index % GROUP).to(tl.int64), index // GROUP * BLOCK_N
+    if GROUP == 1:
+        token, end = start.to(tl.int64), count - start
+    else:
+        token, rows, end = head * 0, rows + start, count
+    return head, token, rows, end
 
 
 @triton.jit
@@ -307,9 +313,9 @@ def _row_sums(x, y):
 
 
 @triton.jit
-def _pairs(x, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """Sums of rows eight apart: of those that one thread has of a product."""
-    return tl.reshape(tl.sum(tl.reshape(x, (ROWS // 16, 2, 8, COLUMNS)), 1), (ROWS // 2, COLUMNS))
+def _eight_apart(x, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """Rows in two parts, of those eight apart: both are one thread's, of a product."""
+    return tl.split(tl.permute(tl.reshape(x, (ROWS // 16, 2, 8, COLUMNS)), (0, 2, 3, 1)))
 
 
 @triton.jit
@@ -332,6 +338,7 @@ def _differentiate_queries(
     m,
     unscale,
     eps,
+    least,  # of _least_weight
     DQ: tl.constexpr,
     DS: tl.constexpr,
     DZ: tl.constexpr,
@@ -349,22 +356,24 @@ def _differentiate_queries(
     no_rows = tl.zeros((BLOCK_N, BLOCK_D), dtype=tl.float32)
     dS_positive = tl.zeros((BLOCK_D, BLOCK_D), dtype=tl.float32)
     dS_negative = tl.zeros((BLOCK_D, BLOCK_D), dtype=tl.float32)
-    dz_positive = tl.zeros((BLOCK_N // 2, BLOCK_D), dtype=tl.float32)
-    dz_negative = tl.zeros((BLOCK_N // 2, BLOCK_D), dtype=tl.float32)
-    least = _least_weight(z_positive, z_negative, eps, D)
+    dz_positive = tl.zeros((BLOCK_N // 16, 8, BLOCK_D), dtype=tl.float32)
+    dz_negative = tl.zeros((BLOCK_N // 16, 8, BLOCK_D), dtype=tl.float32)
     M, m_unscale = _terms(m, operand)
     # Out here, or the operands would be written to shared memory again for every tile.
     S_positive, S_negative = tl.trans(S_positive), tl.trans(S_negative)
     z_minus = -z_negative
     rows = tl.arange(0, BLOCK_N).to(tl.int64)
-    tiles = tl.cdiv(tl.maximum(end - begin, 0), BLOCK_N)
+    count = tl.maximum(end - begin, 0).to(tl.int32)  # of a split: 65,536 at most
+    q_split = q_kv_head + begin * q_stride_n
+    dout_split = dout_kv_head + begin * dout_stride_n
+    dq_split = dq_kv_head + begin * dq_stride_n
     # Hoisted addresses and masks would take registers that the sums need.
-    for index in tl.range(0, GROUP * tiles, disable_licm=True):
-        head, start = _place(index, tiles, begin, GROUP, BLOCK_N)
-        q_tile = q_kv_head + head * q_stride_h + start * q_stride_n
-        dout_tile = dout_kv_head + head * dout_stride_h + start * dout_stride_n
-        q_half = load_rows(q_tile, rows, end - start, q_stride_n, columns, D)
-        g = load_rows(dout_tile, rows, end - start, dout_stride_n, columns, D)
+    for index in tl.range(0, GROUP * tl.cdiv(count, BLOCK_N), disable_licm=True):
+        head, token, tokens, left = _place(index, rows, count, GROUP, BLOCK_N)
+        q_tile = q_split + head * q_stride_h + token * q_stride_n
+        dout_tile = dout_split + head * dout_stride_h + token * dout_stride_n
+        q_half = load_rows(q_tile, tokens, left, q_stride_n, columns, D)
+        g = load_rows(dout_tile, tokens, left, dout_stride_n, columns, D)
         q = q_half.to(tl.float32)
         if DQ or DZ:
             if operand == tl.float32:
@@ -385,23 +394,22 @@ def _differentiate_queries(
             z = tl.where(q > 0, z_positive[None, :], z_minus[None, :])
             E, _ = _row_sums(q * z, q * z)  # the same sum
             inverse = inverse_normaliser(E, eps)
+        # Chosen once more: kept, it would take the registers of its own tile.
+        z = tl.where(q > 0, z_positive[None, :], z_minus[None, :])
         if DQ:
             dq = narrow(a * (inverse * unscale)[:, None] + w[:, None] * z, operand)
-            dq_tile = dq_kv_head + head * dq_stride_h + start * dq_stride_n
             dq = where_nonzero(q_half, dq)
-            store_tile(dq_tile, rows, end - start, dq_stride_n, columns, D, dq)
+            dq_tile = dq_split + head * dq_stride_h + token * dq_stride_n
+            store_tile(dq_tile, tokens, left, dq_stride_n, columns, D, dq)
         if DS:
-            g_t = tl.trans(g)
             if operand == tl.float16:
-                # Chosen once more: kept, it would take the registers of its own tile.
-                weight = tl.abs(tl.where(q > 0, z_positive[None, :], z_minus[None, :]))
                 row = tl.minimum(inverse * 2.0**14, 3e38, propagate_nan=tl.PropagateNan.ALL)
-                x = q * tl.maximum(weight, least) * row[:, None]
+                x = q * tl.maximum(tl.abs(z), least) * row[:, None]
+                high = narrow_finite(x)
             else:
                 x = q * inverse[:, None]
-            high = narrow(x, operand)
-            if operand == tl.float16:
-                high = finite(high)
+                high = narrow(x, operand)
+            g_t = tl.trans(g)
             positive, negative = halves(high)
             dS_positive = dot(g_t, positive, dS_positive)
             dS_negative = dot(g_t, negative, dS_negative)
@@ -415,9 +423,16 @@ def _differentiate_queries(
                 of_positive += low_positive
                 of_negative += low_negative
             if DZ:
-                dz_positive += _pairs(of_positive * u[:, None], BLOCK_N, BLOCK_D)
-                dz_negative += _pairs(of_negative * u[:, None], BLOCK_N, BLOCK_D)
-    return dS_positive, dS_negative, tl.sum(dz_positive, 0), tl.sum(dz_negative, 0)
+                u_tile = tl.broadcast_to(u[:, None], (BLOCK_N, BLOCK_D))
+                u_first, u_second = _eight_apart(u_tile, BLOCK_N, BLOCK_D)
+                first, second = _eight_apart(of_positive, BLOCK_N, BLOCK_D)
+                dz_positive += first * u_first
+                dz_positive += second * u_second
+                first, second = _eight_apart(of_negative, BLOCK_N, BLOCK_D)
+                dz_negative += first * u_first
+                dz_negative += second * u_second
+    dz_positive, dz_negative = tl.sum(tl.sum(dz_positive, 0), 0), tl.sum(tl.sum(dz_negative, 0), 0)
+    return dS_positive, dS_negative, dz_positive, dz_negative
 
 
 @triton.jit
@@ -429,14 +444,12 @@ def _finish(
     z_positive,
     z_negative,
     m,
-    eps,
-    D: tl.constexpr,
+    least,
     operand: tl.constexpr,
 ):
     """dS and dz themselves."""
     dS_negative, dz_negative = -dS_negative, -dz_negative
     if operand == tl.float16:
-        least = _least_weight(z_positive, z_negative, eps, D)
         of_positive = 2.0**-14 / tl.maximum(tl.abs(z_positive), least)
         of_negative = 2.0**-14 / tl.maximum(tl.abs(z_negative), least)
         dS_positive *= of_positive[None, :]
@@ -660,10 +673,10 @@ def _query_gradient(
     BLOCK_N: tl.constexpr,
 ):
     """dq of one split of the query heads of one key/value head, and their part of dS and dz."""
-    program = tl.program_id(0).to(tl.int64)
-    split, head = program % num_splits, program // num_splits
+    program = tl.program_id(0)
+    split, head = program % num_splits, (program // num_splits).to(tl.int64)
     b, hk = head // kv_heads, head % kv_heads
-    begin = split * tokens_per_split
+    begin = split.to(tl.int64) * tokens_per_split
     end = tl.minimum(begin + tokens_per_split, num_tokens)
     operand: tl.constexpr = q_pointer.dtype.element_ty
 
@@ -672,23 +685,27 @@ def _query_gradient(
     S_positive, S_negative, m, unscale = _centre(
         S_positive, S_negative, z_positive, z_negative, operand
     )
+    least = _least_weight(z_positive, z_negative, eps, D)
     h = hk * GROUP
     dS_positive, dS_negative, dz_positive, dz_negative = _differentiate_queries(
         dout_pointer + b * dout_stride_b + h * dout_stride_h,
         q_pointer + b * q_stride_b + h * q_stride_h,
         dq_pointer + b * dq_stride_b + h * dq_stride_h,
         dout_stride_h, dout_stride_n, q_stride_h, q_stride_n, dq_stride_h, dq_stride_n,
-        begin, end, S_positive, S_negative, z_positive, z_negative, m, unscale, eps,
+        begin, end, S_positive, S_negative, z_positive, z_negative, m, unscale, eps, least,
         DQ, DS, DZ, GROUP, D, BLOCK_D, BLOCK_N,
     )  # fmt: skip
     if DS:
-        # Read again, or they would have to be kept while every register is taken.
+        # Worked out and read again: kept, they would take registers while every one is taken. That
+        # there is no second axis of programs the compiler does not know.
+        program = tl.program_id(0) + tl.program_id(1)
+        split, head = program % num_splits, (program // num_splits).to(tl.int64)
         z_positive, z_negative = _load_vectors(normaliser_pointer + head * 2 * D, D, BLOCK_D)
         dS_positive, dS_negative, dz_positive, dz_negative = _finish(
             dS_positive, dS_negative, dz_positive, dz_negative, z_positive, z_negative, m,
-            eps, D, operand,
+            least, operand,
         )  # fmt: skip
-        slot = split * batch_heads + head
+        slot = split.to(tl.int64) * batch_heads + head
         matrix = matrix_pointer + slot * 2 * D * D
         vector = vector_pointer + slot * 2 * D
         _store_state(
@@ -888,19 +905,20 @@ def _short_backward(
     S_positive, S_negative, m, unscale = _centre(
         S_positive, S_negative, z_positive, z_negative, operand
     )
+    least = _least_weight(z_positive, z_negative, eps, D)
     h = hk * GROUP
     dS_positive, dS_negative, dz_positive, dz_negative = _differentiate_queries(
         dout_pointer + b * dout_stride_b + h * dout_stride_h,
         q_pointer + b * q_stride_b + h * q_stride_h,
         dq_pointer + b * dq_stride_b + h * dq_stride_h,
         dout_stride_h, dout_stride_n, q_stride_h, q_stride_n, dq_stride_h, dq_stride_n,
-        0, num_queries, S_positive, S_negative, z_positive, z_negative, m, unscale, eps,
+        0, num_queries, S_positive, S_negative, z_positive, z_negative, m, unscale, eps, least,
         DQ, DK or DV, DK, GROUP, D, BLOCK_D, BLOCK_N,
     )  # fmt: skip
     if DK or DV:
         dS_positive, dS_negative, dz_positive, dz_negative = _finish(
-            dS_positive, dS_negative, dz_positive, dz_negative, z_positive, z_negative, m, eps,
-            D, operand,
+            dS_positive, dS_negative, dz_positive, dz_negative, z_positive, z_negative, m, least,
+            operand,
         )  # fmt: skip
         # (column, feature), as summed: these are the transposed operands.
         high_positive_t, low_positive_t, high_negative_t, low_negative_t, unscale = _split(

@@ -199,11 +199,21 @@ def choose(x, a, b, c, d):
 
 
 @triton.jit
-def finite(x):
-    """float16 x with its largest number in the place of an infinity; a NaN stays one."""
-    largest = tl.full((1, 1), 65504.0, tl.float16)
-    x = tl.minimum(x, largest, propagate_nan=tl.PropagateNan.ALL)
-    return tl.maximum(x, -largest, propagate_nan=tl.PropagateNan.ALL)
+def narrow_finite(x):
+    """float32 x rounded to float16, its largest number in the place of more; a NaN stays one."""
+    if INTERPRETING:
+        narrowed = tl.where(x != x, x, tl.clamp(x, -65504.0, 65504.0))
+        narrowed = narrow(narrowed, tl.float16)
+    else:
+        narrowed = tl.inline_asm_elementwise(
+            "cvt.rn.satfinite.f16x2.f32 $0, $2, $1;",
+            "=r,f,f",
+            [x],
+            dtype=tl.float16,
+            is_pure=True,
+            pack=2,
+        )
+    return narrowed
 
 
 @triton.jit

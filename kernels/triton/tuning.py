@@ -150,8 +150,7 @@ TABLE: dict[str, tuple[Rule, ...]] = {
         *_streamed(range(33, 65), dtypes=FLOAT32),
         Rule(_tile(8, 2, BLOCK_N=32), ("sm_90",), range(17, 33), FLOAT32),
         Rule(_tile(8, 2, BLOCK_N=16), dtypes=FLOAT32),
-        # float16 (its limits and weights), and two terms below 64 features, spill in larger tiles.
-        Rule(_tile(4, 2, BLOCK_N=32), ("sm_90", "interpreter"), range(33, 65), (torch.float16,)),
+        # Two terms below 64 features spill in larger tiles.
         Rule(_tile(4, 2, BLOCK_N=32), ("sm_90", "interpreter"), range(33, 64), HALF),
         Rule(_tile(8, 2, BLOCK_N=128), architectures=("sm_90", "interpreter")),
         Rule(_tile(8, 3, BLOCK_N=32)),
@@ -178,6 +177,8 @@ TABLE: dict[str, tuple[Rule, ...]] = {
         Rule(_tile(8, 3, BLOCK_N=32)),
     ),
     "linear_attention.short_backward": (
+        Rule(_tile(4, 2, BLOCK_N=64), ("sm_100",), range(1, 17), HALF),
+        Rule(_tile(4, 2, BLOCK_N=32), ("sm_80", "sm_86", "sm_100"), range(17, 33), HALF),
         *_NARROW_GRADIENT,
         *_NARROW,
         *_streamed(_WIDE),

@@ -100,7 +100,10 @@ MOST_ISSUE_OVER_COPY = {
 }
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", pytest.param("float32", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "dtype",
+    ["bfloat16", *(pytest.param(name, marks=pytest.mark.slow) for name in ("float16", "float32"))],
+)
 @pytest.mark.parametrize(
     "backend",
     [
@@ -118,11 +121,12 @@ def test_linear_attention_ships_without_faults(backend: str, dtype: str) -> None
         ragged=False,
     )
     healthy(rows)
-    assert any(r["tensor_core"] for r in rows) == (dtype == "bfloat16")
-    if dtype == "bfloat16":
+    half = dtype != "float32"
+    assert any(r["tensor_core"] for r in rows) == half
+    if half:
         assert any(r["wide_loads"] for r in rows)
         assert any(r["wide_stores"] for r in rows)
-    if backend == "triton" and dtype == "bfloat16":
+    if backend == "triton" and half:
         for name, most in MOST_ISSUE_OVER_COPY.items():
             # Where all gradients are wanted: one alone has fewer bytes to hide behind.
             alone = ("DQ=False", "DS=False", "DZ=False", "DK=False", "DV=False")

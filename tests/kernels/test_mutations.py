@@ -59,8 +59,8 @@ MUTATIONS = [
     Mutation(
         "z's gradient is skipped",
         LINEAR,
-        "                dz_positive += _pairs(of_positive * u[:, None], BLOCK_N, BLOCK_D)",
-        "                dz_positive += _pairs(of_positive * 0.0, BLOCK_N, BLOCK_D)",
+        "                dz_positive += second * u_second",
+        "                dz_positive += second * u_first",
         LINEAR_NAMED + " and float16",
     ),
     Mutation(
