@@ -57,11 +57,18 @@ MUTATIONS = [
         LINEAR_NAMED + " and float32",
     ),
     Mutation(
-        "z's gradient is skipped",
+        "z's gradient takes another row's factor",
         LINEAR,
         "                dz_positive += second * u_second",
         "                dz_positive += second * u_first",
         LINEAR_NAMED + " and float16",
+    ),
+    Mutation(
+        "a share of a row's sum beyond float16 is infinite",
+        LINEAR,
+        "                high = narrow_finite(x)",
+        "                high = narrow(x, operand)",
+        "hardly or tiny or few_keys",
     ),
     Mutation(
         "z's gradient is skipped where S is streamed",
