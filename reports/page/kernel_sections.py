@@ -202,7 +202,7 @@ def _speed_line(
 def _beaten(case: Case) -> str:
     """Why a share of a limit is above 1; empty where it is not."""
     share = case["share_of_limit"]
-    if share is None or not share > 1:
+    if not share > 1:  # of no known limit it is NaN
         return ""
     said = "above the limit: its data were in a cache, or it does less than the work counted"
     return str(case["info"].get("limit_note") or said)

@@ -201,3 +201,18 @@ def test_an_ensemble_of_models(kind: str, backend: str | None) -> None:
         one(images).square().sum().backward()
         for name, parameter in one.named_parameters():
             torch.testing.assert_close(found[name][i], parameter.grad, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize(("op", "backend"), op_backend_pairs("linear_attention"))
+def test_a_compiled_transform_is_right_or_fails(op: str, backend: str) -> None:
+    """Dynamo can't differentiate own kernels inside a transform: what it can't do it has to say."""
+    (q,) = _normal((1, 2, 8, 16))
+
+    def loss(q: Tensor, backend: str) -> Tensor:
+        return kernels.linear_attention(q, q, q, backend=backend).square().sum()
+
+    try:
+        found = torch.compile(grad(loss), backend="aot_eager")(q, backend)
+    except torch._dynamo.exc.TorchDynamoException:
+        return
+    torch.testing.assert_close(found, grad(loss)(q, "reference"), atol=1e-4, rtol=1e-4)
