@@ -38,7 +38,7 @@ def transformable(function: type[Function]) -> Callable[..., Any]:
             # Without a gradient Dynamo would pass forward(*inputs) a context that it does not take.
             # In a transform nothing requires a gradient, and one may be asked for: there it fails.
             needs = any(isinstance(x, Tensor) and x.requires_grad for x in inputs)
-            if _are_transforms_traced() or (needs and torch.is_grad_enabled()):
+            if torch._C._are_functorch_transforms_active() or (needs and torch.is_grad_enabled()):
                 return traced.apply(*inputs)
             return function.forward(*inputs)
         # What Function.apply asks, too; there is no public name for it.
@@ -49,11 +49,6 @@ def transformable(function: type[Function]) -> Callable[..., Any]:
         return eager.apply(*inputs)
 
     return apply
-
-
-@torch.compiler.assume_constant_result
-def _are_transforms_traced() -> bool:
-    return bool(torch._C._are_functorch_transforms_active())
 
 
 def _is_differentiated(inputs: tuple[Any, ...]) -> bool:
