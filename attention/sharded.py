@@ -87,6 +87,10 @@ def shard_sequence(model: VisionTransformer, group: Any = None) -> VisionTransfo
     for module in modules:
         if isinstance(module, _Ripple):
             module.take_axes(model.grid)
+        elif isinstance(module, _DropPath):
+            # In a graph nothing would keep this exchange, which reads no activation, in the same
+            # place among the others in every process. Not as a decorator, which imports Dynamo.
+            module.drawn = torch.compiler.disable(module.drawn)  # type: ignore[method-assign]
     return model
 
 
@@ -282,9 +286,6 @@ class _LocalBranch(LocalBranch):
 class _DropPath(DropPath):
     band: Band
 
-    # In a graph nothing would keep this exchange, which reads no activation, in the same place
-    # among the others in every process.
-    @torch.compiler.disable
     def drawn(self, x: Tensor, keep: float) -> Tensor:
         mine = super().drawn(x, keep)
         return summed(self.band.group, mine if self.band.rank == 0 else mine.zero_())[0]

@@ -78,6 +78,10 @@ def pytest(*options: str, folder: Path | None = None) -> subprocess.CompletedPro
     return python("-m", "pytest", *PLUGINS, *options, **found)
 
 
+# A model's first compilation takes half a minute on a quiet machine.
+_UNTIL_LOST_S = 600
+
+
 def together(
     count: int, function: Callable[..., Any], *arguments: Any, joined: bool = True
 ) -> list[Any]:
@@ -99,12 +103,13 @@ def together(
         for process in group:
             process.start()
         for process in group:
-            process.join(120)
+            process.join(_UNTIL_LOST_S)
         for process in group:
             process.kill()
             process.join()
         found = [Path(folder) / str(rank) for rank in range(count)]
-        kept = [torch.load(p, weights_only=False) if p.exists() else (False, "") for p in found]
+        lost = False, f"it ended without a word, or was not done in {_UNTIL_LOST_S} s"
+        kept = [torch.load(p, weights_only=False) if p.exists() else lost for p in found]
         for rank, (right, result) in enumerate(kept):
             assert right, f"process {rank} of {count} failed: {result}"
         return [result for _, result in kept]

@@ -77,11 +77,11 @@ def test_cuda_devices_are_refused_without_one() -> None:
 
 
 def test_import_is_light() -> None:
-    """`import kernels` imports no Triton and no builder; asking what there is builds nothing."""
+    """Imports bring no Triton, no Dynamo and no builder; asking what there is builds nothing."""
     done = python(
-        "import sys, kernels\n"
+        "import sys, kernels, attention, bench, training\n"
         "def loaded(*unwanted): return [m for m in sys.modules if m.startswith(unwanted)]\n"
-        "print(loaded('triton', 'linear_vit.kernels.build', 'torch.utils.cpp_extension'))\n"
+        "print(loaded('triton', 'torch._dynamo', 'linear_vit.kernels.build'))\n"
         "kernels.backends('linear_attention', 'cpu')\n"
         "import torch; q = torch.randn(1, 2, 5, 16)\n"
         "kernels.implementation('softmax_attention', 'torch', q, q, q)\n"
