@@ -9,6 +9,9 @@ from linear_vit.screen import counted
 # by hand: what remains beside products (scaling, row sums) is a few per element a thread holds.
 _MOST_FMA = 256
 _FEW_LOADS, _FEW_STORES = 6, 4
+# What waits in local memory while a main loop runs costs its few instructions once a block: a
+# dozen registers come and go with the compiler's version, more are a tile that is too large.
+_MOST_BYTES_BESIDE_LOOPS = 64
 # Without head dims: a filter's nine taps of four channels, nine sums of taps and two of scales.
 _FILTER_LOADS, _FILTER_STORES = 36, 11
 
@@ -52,8 +55,11 @@ def _times(row: Row) -> Row:
 def faults(row: Row) -> list[str]:
     """What is wrong with a kernel, in words; empty where nothing is."""
     found = []
-    if row["spill_stores"] or row["spill_loads"]:
-        found.append(f"spills {counted(row['spill_stores'] + row['spill_loads'], 'byte')}")
+    spilled = (row["spill_stores"] or 0) + (row["spill_loads"] or 0)
+    if spilled and row["steady_local"]:
+        found.append(f"spills {counted(spilled, 'byte')}, in a main loop")
+    elif spilled > (_MOST_BYTES_BESIDE_LOOPS if row["loops"] else 0):
+        found.append(f"spills {counted(spilled, 'byte')}")
     if row["occupancy"] == 0:
         found.append("does not fit a multiprocessor")
     if row["float_atomics"]:

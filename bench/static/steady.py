@@ -72,22 +72,24 @@ def main_loops(code: Sequence[Instruction]) -> list[Loop]:
 
 
 # Of all main loops together: a tile of each.
-COLUMNS = ("loops", "steady", "steady_tensor_core", "steady_fma", "steady_load_store",
-           "steady_other", "steady_barriers", "steady_bytes", "steady_unknown")  # fmt: skip
+COLUMNS = (
+    "loops", "steady", "steady_tensor_core", "steady_fma", "steady_load_store", "steady_other",
+    "steady_local", "steady_barriers", "steady_bytes", "steady_unknown",
+)  # fmt: skip
 
 
 def as_columns(code: Sequence[Instruction]) -> dict[str, int]:
     """``COLUMNS``: main loops, and a warp's instructions on a tile of each, by pipe.
 
-    Bytes are those of one thread's accesses to global memory, and unknown are nested loops whose
-    number of runs is.
+    Local are accesses to what was spilled, which load_store has, too. Bytes are those of one
+    thread's accesses to global memory, and unknown are nested loops whose number of runs is.
     """
     loops = main_loops(code)
     counts = sum((loop.path.counts for loop in loops), Counter[str]())
     return {
         "loops": len(loops),
         "steady": counts["instructions"],
-        **{f"steady_{name}": counts[name] for name in (*_PIPES, "other", "barriers")},
+        **{f"steady_{name}": counts[name] for name in (*_PIPES, "other", "local", "barriers")},
         "steady_bytes": counts["loaded"] + counts["stored"],
         "steady_unknown": sum(len(loop.unknown) for loop in loops),
     }
@@ -131,6 +133,7 @@ def _counts(code: Iterable[Instruction]) -> Counter[str]:
         counts["instructions"] += 1
         counts[_PIPE_OF.get(one.base, "other")] += 1
         counts["barriers"] += one.base == "BAR"
+        counts["local"] += one.base in ("LDL", "STL")
         counts["products"] += one.base in ("FFMA", "FFMA2")
         counts["special"] += one.base == "MUFU"
         counts["loose"] += one.base in _LOOSE

@@ -104,6 +104,8 @@ def _of_kernel(
     operations = "|".join(name for name in known if name.startswith(room)) or room
     dtypes = "|".join(sorted({str(name) for name in part["dtype"].dropna()}))
     spilled = (part["spill_stores"] + part["spill_loads"]).dropna()
+    # A few bytes beside the main loops are no fault (bench.static.faults).
+    too_much = any(fault.startswith("spills") for found in part["faults"] for fault in found)
     shared = (part["static_shared"] + part["dynamic_shared"].fillna(0)) / 1024
     return {
         "backend": word(backend, backend=backend),
@@ -111,7 +113,7 @@ def _of_kernel(
         "architecture": word(where),
         "configurations": count(len(part)),
         "registers": _range(part["registers"]),
-        "spilled bytes": replace(_range(spilled), mark="failed" if spilled.any() else ""),
+        "spilled bytes": replace(_range(spilled), mark="failed" if too_much else ""),
         "shared KiB": _range(shared.round()),
         "occupancy": _range(100 * part["occupancy"].dropna(), " %"),
         "tensor core": _range(part["tensor_core"]),

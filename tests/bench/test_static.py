@@ -55,31 +55,14 @@ def shipped_kernels(folder: str) -> set[str]:
     return own - called
 
 
-def of_the_recorded_triton() -> bool:
-    """Whether this Triton is the one that the committed table was compiled with."""
-    record = json.loads((_MEASUREMENTS / "static" / "static-triton.json").read_text())
-    return bool(record["machine"]["triton"] == machine.version("triton"))
-
-
-# A few bytes of spill come and go with Triton's version: 3.8 spills up to 48 where 3.9 spills none.
-# The tiles are chosen for the version of the record, whose spills are held to none.
-_SPILL_OF_ANOTHER_VERSION = 64
-
-
 def healthy(rows: list[Row]) -> None:
     """No faults, every kernel is one that an operation launches, and there are some."""
     assert rows
     assert [(r["kernel"], r["configuration"]) for r in rows if r["threads"] is None] == []
-    allowed = 0 if of_the_recorded_triton() else _SPILL_OF_ANOTHER_VERSION
     wrong = [
         f"{r['kernel']} D={r['head_dim']} {r['dtype']} {r['architecture']} {r['layout']}: {fault}"
         for r in rows
         for fault in r["faults"]
-        if not (
-            r["backend"] == "triton"
-            and fault.startswith("spills")
-            and r["spill_stores"] + r["spill_loads"] <= allowed
-        )
     ]
     assert not wrong, "\n".join(wrong)
     assert all(16 <= r["registers"] <= 255 for r in rows)
@@ -313,6 +296,7 @@ SOUND: Row = {
     "narrow_stores": 1,
     "loops": 1,
     "steady": 600,
+    "steady_local": 0,
     "steady_barriers": 1,
     "steady_bytes": 64,
     "issue_us": 0.6,
@@ -320,7 +304,12 @@ SOUND: Row = {
     "copy_share": 0.83,
 }
 WRONG: dict[str, tuple[dict[str, Any], str]] = {
-    "spills": ({"spill_stores": 8, "spill_loads": 4}, "spills 12 bytes"),
+    "spills in a loop": (
+        {"spill_stores": 8, "spill_loads": 4, "steady_local": 1},
+        "spills 12 bytes, in a main loop",
+    ),
+    "spills much": ({"spill_stores": 32, "spill_loads": 36}, "spills 68 bytes"),
+    "spills, no loop": ({"spill_stores": 4, "spill_loads": 4, "loops": 0}, "spills 8 bytes"),
     "too large": ({"occupancy": 0.0}, "does not fit a multiprocessor"),
     "atomics": ({"float_atomics": 1}, "adds floats in no fixed order"),
     "TF32": ({"dtype": "float32", "tf32": 3}, "rounds float32 to TF32"),
@@ -342,6 +331,11 @@ def test_a_sound_kernel_has_no_fault() -> None:
 def test_each_fault_is_found(case: tuple[dict[str, Any], str]) -> None:
     change, fault = case
     assert faults({**SOUND, **change}) == [fault]
+
+
+def test_a_few_bytes_may_wait_while_a_main_loop_runs() -> None:
+    """They cost a few instructions once a block; which kernels have them changes with ptxas."""
+    assert faults({**SOUND, "spill_stores": 32, "spill_loads": 32}) == []
 
 
 def test_a_filter_and_its_sums_are_no_tile() -> None:

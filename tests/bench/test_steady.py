@@ -134,6 +134,14 @@ def test_a_far_branch_that_is_written_as_a_call_ends_nothing() -> None:
     assert steady.as_columns(listing(TWO_LOOPS))["loops"] == 2
 
 
+def test_what_waits_in_local_memory_is_told_from_what_a_loop_reads_there() -> None:
+    code = "STL [R1], R9\n{}\nLDL R9, [R1]\nEXIT"
+    loop = "loop:\n LDG.E.128 R4, [R2.64]\n HMMA.16816.F32 R8, R4, R6, R8\n @P0 BRA <loop>"
+    assert steady.as_columns(listing(code.format(loop)))["steady_local"] == 0
+    loop = loop.replace("HMMA", "LDL R4, [R1]\n HMMA")
+    assert steady.as_columns(listing(code.format(loop)))["steady_local"] == 1
+
+
 def test_products_that_read_a_mask_are_not_passed_by() -> None:
     code = """
     tile:
