@@ -314,7 +314,7 @@ def claim(name: str, backend: str) -> proof.Claim:
         own=row is not None and row.own,
         compiled=row is not None and row.compiles,
         eager=row is not None and row.eager,
-        signature=peer.signature if peer is not None else None,
+        signature=peer.signature if peer is not None else (),
         others=tuple(other.name for other in rows.values() if other.own and other.name != backend),
     )
 

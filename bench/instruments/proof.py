@@ -27,7 +27,7 @@ class Claim:
         own: operators ``linear_vit::{name}_...`` have to run.
         compiled: a compiled graph has to.
         eager: PyTorch's operators have to, and no compiled graph.
-        signature: part of a name that has to occur; None for any.
+        signature: parts of names, one of which has to occur; none for any.
         others: backends whose own operators must not run.
     """
 
@@ -35,7 +35,7 @@ class Claim:
     own: bool = False
     compiled: bool = False
     eager: bool = False
-    signature: str | None = None
+    signature: tuple[str, ...] = ()
     others: tuple[str, ...] = ()
 
 
@@ -72,9 +72,9 @@ def fallback(claim: Claim, operators: tuple[str, ...], kernels: tuple[str, ...],
             return "a compiled graph ran, where eager PyTorch was asked for"
         if not _has(operators, "aten::"):
             return "no operator of PyTorch ran"
-    part = claim.signature
-    if part is not None and not any(part in ran for ran in (*operators, *kernels)):
-        return f"no …{part}… ran, but {_some(operators)}"
+    ran = (*operators, *kernels)
+    if claim.signature and not any(part in one for part in claim.signature for one in ran):
+        return f"no {' or '.join(f'…{part}…' for part in claim.signature)} ran, but {_some(ran)}"
     if own := [other for other in claim.others if _has(operators, f"{NAMESPACE}::{other}_")]:
         return f"kernels of {', '.join(sorted(own))} ran, where {name} was asked for"
     if on == "cuda" and not kernels:

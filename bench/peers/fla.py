@@ -37,7 +37,7 @@ PEERS = (
     Peer(
         "fla",
         "linear_attention",
-        "chunk_",
+        ("chunk_",),
         unusable,
         run,
         "#56B4E9",

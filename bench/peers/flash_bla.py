@@ -91,12 +91,14 @@ def _prune(kernel: Any, width: int) -> None:
 
 _GIVEN = "φ(q) and φ(k) are given, and its gradients are theirs: none of the work of φ"
 
+_SIGNATURE = ("fused_fwd_kernel", "fused_bwd_kernel")
+
 PEERS = (
-    Peer("flash_bla", "linear_attention", "fwd_kernel", unusable, run, "#F0E442"),
+    Peer("flash_bla", "linear_attention", _SIGNATURE, unusable, run, "#F0E442"),
     Peer(
         "flash_bla_given",
         "linear_attention",
-        "fwd_kernel",
+        _SIGNATURE,
         unusable,
         run_given,
         "#999933",

@@ -45,7 +45,7 @@ PEERS = (
     Peer(
         "litemla",
         "linear_attention",
-        "aten::matmul",
+        ("aten::matmul", "aten::bmm"),
         unusable,
         run,
         "#000000",

@@ -15,8 +15,8 @@ class Peer:
     Attributes:
         name: like a backend's.
         operation: that it is compared with.
-        signature: a part of the name of an operator or kernel that it runs, which shows that it
-            ran.
+        signature: parts of the names of operators or kernels that it runs: one of them, in either
+            pass, shows that it ran.
         unusable: for a device and dtype (None: any), why it can't run here; None where it can.
         run: one forward pass of (q, k, v); autograd goes through it.
         colour: in plots.
@@ -28,7 +28,7 @@ class Peer:
 
     name: str
     operation: str
-    signature: str
+    signature: tuple[str, ...]
     unusable: Callable[[torch.device, torch.dtype | None], str | None]
     run: Callable[[Tensor, Tensor, Tensor], Tensor]
     colour: str

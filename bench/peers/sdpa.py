@@ -10,14 +10,19 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from linear_vit.bench.peers.peer import Peer
 
 _KERNELS = {
-    "math": (SDPBackend.MATH, "_scaled_dot_product_attention_math", "#56B4E9"),
-    "flash": (SDPBackend.FLASH_ATTENTION, "_scaled_dot_product_flash_attention", "#F0E442"),
+    # The others' backward operators have their own names; this one's are those of its products.
+    "math": (
+        SDPBackend.MATH,
+        ("_scaled_dot_product_attention_math", "aten::_softmax_backward_data"),
+        "#56B4E9",
+    ),
+    "flash": (SDPBackend.FLASH_ATTENTION, ("_scaled_dot_product_flash_attention",), "#F0E442"),
     "efficient": (
         SDPBackend.EFFICIENT_ATTENTION,
-        "_scaled_dot_product_efficient_attention",
+        ("_scaled_dot_product_efficient_attention",),
         "#000000",
     ),
-    "cudnn": (SDPBackend.CUDNN_ATTENTION, "_scaled_dot_product_cudnn_attention", "#882255"),
+    "cudnn": (SDPBackend.CUDNN_ATTENTION, ("_scaled_dot_product_cudnn_attention",), "#882255"),
 }
 
 

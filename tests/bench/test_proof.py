@@ -7,7 +7,7 @@ from linear_vit import kernels
 from linear_vit.bench import peers
 from linear_vit.bench.group import claim
 from linear_vit.bench.instruments.proof import fallback, names_of, shown
-from linear_vit.bench.problems import FORWARD, FORWARD_BACKWARD, make_problem
+from linear_vit.bench.problems import BACKWARD, FORWARD, FORWARD_BACKWARD, make_problem
 from linear_vit.bench.problems import operation as operation_of
 
 CPU = torch.device("cpu")
@@ -29,6 +29,8 @@ KERNEL = ("_state_kernel", "Memset (Device)")
         ("cuda", OWN["cuda"], KERNEL, "cuda"),
         ("sdpa_math", ("aten::_scaled_dot_product_attention_math",), (), "cpu"),
         ("fla", PLAIN, ("chunk_fwd_kernel_h",), "cuda"),
+        ("fla", PLAIN, ("chunk_bwd_kernel_dv",), "cuda"),
+        ("flash_bla", PLAIN, ("fused_bwd_kernel_ds_dq", "fused_bwd_kernel_dk_dv"), "cuda"),
     ],
 )
 def test_the_one_asked_for_passes(backend, operators, on_device, on) -> None:
@@ -49,13 +51,14 @@ def test_the_one_asked_for_passes(backend, operators, on_device, on) -> None:
         ("torch", OWN["cpu"] + PLAIN, (), "cpu", "kernels of cpu ran, where torch was asked for"),
         ("torch", (), (), "cpu", "no operator of PyTorch ran"),
         ("sdpa_flash", ("aten::_scaled_dot_product_attention_math",), (), "cpu", "flash"),
+        ("flash_bla", PLAIN, KERNEL, "cuda", "no …fused_fwd_kernel… or …fused_bwd_kernel… ran"),
     ],
 )
 def test_a_fallback_is_named(backend, operators, on_device, on, words) -> None:
     assert words in fallback(claim("linear_attention", backend), operators, on_device, on)
 
 
-@pytest.mark.parametrize("mode", [FORWARD, FORWARD_BACKWARD])
+@pytest.mark.parametrize("mode", [FORWARD, BACKWARD, FORWARD_BACKWARD])
 @pytest.mark.parametrize("operation", ["linear_attention", "softmax_attention", "ripple_pool"])
 def test_names_of_what_runs_here(operation: str, mode: str) -> None:
     """Each backend's real names pass as its own and as no other's of another kind."""
@@ -75,7 +78,8 @@ def test_names_of_what_runs_here(operation: str, mode: str) -> None:
         assert first.startswith("linear_vit::cpu_") == (backend == "cpu")
 
 
-def test_sdpa_kernels_are_told_apart() -> None:
+@pytest.mark.parametrize("mode", [FORWARD, BACKWARD, FORWARD_BACKWARD])
+def test_sdpa_kernels_are_told_apart(mode: str) -> None:
     problem = make_problem(
         "softmax_attention", operation_of("softmax_attention").shape(16), torch.float32, CPU
     )
@@ -83,8 +87,17 @@ def test_sdpa_kernels_are_told_apart() -> None:
     names = [name for name, reason in usable.items() if reason is None]
     assert {"sdpa_math", "sdpa_flash"} <= set(names)
     for name in names:
-        operators, _ = names_of(problem.call(name, FORWARD_BACKWARD), CPU)
+        operators, _ = names_of(problem.call(name, mode), CPU)
         passes = [
             n for n in names if not fallback(claim("softmax_attention", n), operators, (), "cpu")
         ]
         assert passes == [name]
+
+
+@pytest.mark.parametrize("mode", [FORWARD, BACKWARD, FORWARD_BACKWARD])
+def test_timm_is_seen_in_either_pass(mode: str) -> None:
+    problem = make_problem(
+        "linear_attention", operation_of("linear_attention").shape(16), torch.float32, CPU
+    )
+    operators, _ = names_of(problem.call("litemla", mode), CPU)
+    assert fallback(claim("linear_attention", "litemla"), operators, (), "cpu") == ""

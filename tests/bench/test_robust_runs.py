@@ -216,6 +216,15 @@ def test_what_measures_nothing_takes_nothing_away(tmp_path: Path, ways: list[lis
     assert not kept.exists()
 
 
+@pytest.mark.slow
+def test_the_sweep_for_a_gpu_can_be_rehearsed(tmp_path: Path) -> None:
+    """Every case that can run here, of every peer and in every pass: a GPU's time is scarce."""
+    done = processes.pytest("--benchmark-only", "--rehearse", "--sweep", "gpu", f"--out={tmp_path}")
+    assert done.returncode == 0, done.stdout[-4000:]
+    assert " passed" in done.stdout
+    assert not list(tmp_path.iterdir())
+
+
 def test_resume_needs_a_file() -> None:
     done = processes.pytest(*OPTIONS, "linear_attention", "--resume-bench")
     assert done.returncode == 4
