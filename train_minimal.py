@@ -201,10 +201,8 @@ def table_command(args: argparse.Namespace) -> None:
             train_missing(args, experiments.by_seed(args.seeds, models), runs, device)
             configs = [chosen_config(args, seed=0, **model) for model in models]
             experiments.time_models(configs, runs, device, seconds=args.seconds)
-        elif not runs.folder.is_dir():
-            raise UserError(
-                f"no folder {runs.folder} of run records; leave out --no-run to train them"
-            )
+        elif not runs.exists():
+            raise UserError(f"no run records in {runs.folder}; leave out --no-run to train them")
         exponents = Path(args.exponents) if args.exponents else None
         ablations = Path(args.ablations)
         shown = tables.write_results(runs.folder, out, exponents=exponents, ablations=ablations)

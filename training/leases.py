@@ -6,10 +6,12 @@ ended when the run does. Numbers only grow, so that of several that find an ende
 the next, and who was superseded sees it.
 """
 
+import errno
 import json
 import os
 import socket
 import threading
+import uuid
 from contextlib import suppress
 from datetime import UTC, datetime, timedelta
 from time import sleep
@@ -20,7 +22,12 @@ from linear_vit.training.record import InUse
 
 LEASE_S = 180.0  # so long after its last sign of life, others may go on with a run
 RENEW_S = 30.0
+_PATIENCE_S = 10.0  # with a store that hangs, where a run is to end
 _NAME = ".lease-"
+
+
+class TakenOver(UserError):
+    """Another process may be training where this one did: it writes nothing more there."""
 
 
 def create(fs: Any, path: str, content: bytes) -> None:
@@ -41,8 +48,15 @@ def create(fs: Any, path: str, content: bytes) -> None:
 
 def _create(fs: Any, path: str, content: bytes) -> None:
     # Not pipe_file(mode="create"), which looks first and then writes where a store has none itself.
-    with fs.open(path, "xb") as file:
-        file.write(content)
+    try:
+        with fs.open(path, "xb") as file:
+            file.write(content)
+    except OSError as error:
+        # How s3fs tells that a condition did not hold, where a store of S3's kind does not name it,
+        # or that two created the file at once.
+        if error.errno in (errno.EINVAL, errno.EIO) and fs.exists(path):
+            raise FileExistsError(path) from error
+        raise
 
 
 class Lease:
@@ -61,47 +75,72 @@ class Lease:
             InUse: another process trains there.
         """
         self._fs, self._folder, self._url, self._owner = fs, folder, url, owner
-        self._listing = threading.Lock()  # of a cache of the store's package, emptied before
-        before = self._ended_ones()
-        self._number, content = max(before, default=0) + 1, self._content(LEASE_S)
-        with suppress(FileExistsError):  # another's, or mine: a lost answer is asked for again
-            create(fs, self._path(self._number), content)
-        if not self._is_last() or fs.cat_file(self._path(self._number)) != content:
-            raise self._just_begun()
-        for number in before:
-            with suppress(FileNotFoundError):
-                fs.rm_file(self._path(number))
+        # Another's may have this one's number, after somebody has deleted this one.
+        self._mark = uuid.uuid4().hex
+        # Listing has a cache, emptied before, and nobody here reads a renewal that is half written.
+        self._asking = threading.RLock()
         self._ended = threading.Event()
         self._renewing = threading.Thread(target=self._renew, daemon=True)
+        before = self._ended_ones()
+        self._number = max(before, default=0) + 1
+        try:
+            with suppress(FileExistsError):  # another's, or mine: a lost answer is asked for again
+                create(fs, self._path(self._number), self._content(LEASE_S))
+            if not self._is_mine():
+                raise self._just_begun()
+            for number in before:
+                with suppress(FileNotFoundError):
+                    fs.rm_file(self._path(number))
+        except BaseException:
+            with suppress(Exception):
+                if self._is_mine():
+                    self._end()
+            raise
         self._renewing.start()
 
     def check(self) -> None:
-        """Raises UserError where another process has taken the folder over."""
-        if not self._is_last():
-            raise UserError(
+        """Raises TakenOver where another process has taken the folder over."""
+        if self._is_mine():
+            return
+        if self._numbers():
+            raise TakenOver(
                 f"another process has taken over {self._url}, since this one gave no sign of life "
                 f"for {LEASE_S:.0f} s: what it trained since is left out"
             )
+        raise TakenOver(
+            f"{self._url} has lost its {_NAME}{self._number}, which keeps others from training "
+            "there: somebody has deleted it. What was trained since is left out"
+        )
 
     def end(self) -> None:
         """Lets others train there again."""
         self._ended.set()
-        self._renewing.join()
-        with suppress(Exception):  # it ends by itself
-            self._fs.pipe_file(self._path(self._number), self._content(0.0))
+        self._renewing.join(_PATIENCE_S)
+        if not self._renewing.is_alive():  # else it may still renew it: it ends by itself
+            with suppress(Exception):
+                if self._is_mine():
+                    self._end()
+
+    def _end(self) -> None:
+        self._fs.pipe_file(self._path(self._number), self._content(0.0))
 
     def _renew(self) -> None:
         while not self._ended.wait(RENEW_S):
-            with suppress(Exception):  # the next time, maybe; a run's own writes tell of it
+            # The next time, maybe; a run's own writes tell of it.
+            with suppress(Exception), self._asking:
                 self.check()
                 self._fs.pipe_file(self._path(self._number), self._content(LEASE_S))
 
-    def _is_last(self) -> bool:
-        return self._numbers()[-1:] == [self._number]
+    def _is_mine(self) -> bool:
+        """Whether the last lease there is this one."""
+        with self._asking, suppress(FileNotFoundError):
+            if self._numbers()[-1:] == [self._number]:
+                return bool(self._read(self._path(self._number))[0].get("mark") == self._mark)
+        return False
 
     def _numbers(self) -> list[int]:
         """Those of all leases there, in order."""
-        with self._listing, suppress(FileNotFoundError):
+        with self._asking, suppress(FileNotFoundError):
             self._fs.invalidate_cache()
             names = [path.rpartition("/")[2] for path in self._fs.ls(self._folder, detail=False)]
             found = [name.removeprefix(_NAME) for name in names if name.startswith(_NAME)]
@@ -114,6 +153,7 @@ class Lease:
     def _content(self, seconds: float) -> bytes:
         until = datetime.now(UTC) + timedelta(seconds=seconds)
         facts = {"owner": self._owner, "host": socket.gethostname(), "process": os.getpid()}
+        facts |= {"mark": self._mark}
         return json.dumps({**facts, "until": until.isoformat()}).encode()
 
     def _ended_ones(self) -> list[int]:

@@ -6,6 +6,7 @@ at once, in one piece, and a run that goes on fetches them first. ``leases`` kee
 
 import copy
 import functools
+import re
 import shutil
 import socket
 import tempfile
@@ -18,8 +19,14 @@ from typing import Any
 
 from linear_vit import screen
 from linear_vit.training.errors import UserError, first_line
-from linear_vit.training.leases import Lease, create
-from linear_vit.training.record import check_writable, followers
+from linear_vit.training.leases import Lease, TakenOver, create
+from linear_vit.training.record import (
+    check_writable,
+    followers,
+    lock,
+    remove_leftovers,
+    unlock,
+)
 
 _LOOK_S = 15.0  # between two looks at how far runs are: each asks the store for a file a run
 _FILES = ("run.json", "last.pt", "best.pt")
@@ -38,6 +45,10 @@ class Runs:
     def check(self) -> None:
         """Raises UserError now, not after an hour, where nothing can be written."""
         check_writable(self.folder)
+
+    def exists(self) -> bool:
+        """Whether there is anything that a table could be made of."""
+        return self.folder.is_dir()
 
     def read(self) -> None:
         """Brings what is recorded now into ``folder``."""
@@ -66,16 +77,20 @@ class Stored(Runs):
 
     def __init__(self, url: str, folder: Path) -> None:
         super().__init__(folder)
-        self._url, self._owner, self._looked = url, uuid.uuid4().hex, 0.0
+        self._asked, self._url = url, without_password(url)  # the one with a password is not shown
+        self._owner, self._looked = uuid.uuid4().hex, 0.0
         self._fs, root = _file_system(url)
         self._root = root.rstrip("/")
 
     @functools.cached_property
     def _fs(self) -> Any:
-        return _file_system(self._url)[0]
+        return _file_system(self._asked)[0]
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in vars(self).items() if name != "_fs"}
+
+    def exists(self) -> bool:
+        return any(self.folder.rglob(_FILES[0]))
 
     def check(self) -> None:
         path = f"{self._root}/.writable-{uuid.uuid4().hex}"
@@ -91,7 +106,7 @@ class Stored(Runs):
                     "so that nothing would keep two commands apart: take another, or a folder"
                 ) from error
             finally:
-                with suppress(FileNotFoundError):
+                with suppress(Exception):  # where it was not made, say: that is told
                     self._fs.rm_file(path)
 
     def read(self) -> None:
@@ -121,10 +136,24 @@ class Stored(Runs):
         with _told("write", url):
             lease = Lease(self._fs, there, url, self._owner)
         try:
-            with self._copy(there, url, lease) as out:
+            with self._locked(there), self._copy(there, url, lease) as out:
                 yield out
         finally:
             lease.end()
+
+    @contextmanager
+    def _locked(self, there: str) -> Iterator[None]:
+        """Keeps a run apart from commands that call the store's folder by its path, if it has one,
+        and clears it of what a killed run half wrote."""
+        if not self._is_local():
+            yield
+            return
+        descriptor = lock(Path(there))
+        try:
+            remove_leftovers(Path(there))
+            yield
+        finally:
+            unlock(descriptor)
 
     @contextmanager
     def _copy(self, there: str, url: str, lease: Lease) -> Iterator[Path]:
@@ -137,10 +166,12 @@ class Stored(Runs):
             nonlocal left
             if path.parent != out or path.name not in _FILES:
                 return
-            with _told("write", url):
-                lease.check()
             try:
+                with _told("write", url):
+                    lease.check()
                 self._put(path, f"{there}/{path.name}")
+            except TakenOver:
+                raise
             except UserError as error:
                 left, here = True, f"{scratch} of {socket.gethostname()}"
                 raise UserError(
@@ -178,21 +209,33 @@ class Stored(Runs):
                 here.write_bytes(content)
 
     def _get(self, there: str, path: Path) -> None:
-        with _told("read", f"{self._url}/{self._below(there)}"), suppress(FileNotFoundError):
-            self._fs.get_file(there, str(path))
+        with _told("read", f"{self._url}/{self._below(there)}"):
+            try:
+                self._fs.get_file(there, str(path))
+            except FileNotFoundError:
+                path.unlink(missing_ok=True)  # some packages leave an empty one
 
     def _put(self, path: Path, there: str) -> None:
         """A reader sees what was there before, or all of the file."""
-        from fsspec.implementations.local import LocalFileSystem
-
         with _told("write", f"{self._url}/{self._below(there)}"):
-            if not isinstance(self._fs, LocalFileSystem):  # an object is there once it is whole
+            if not self._is_local():  # an object is there once it is whole
                 self._fs.put_file(str(path), there)
                 return
             folder, _, name = there.rpartition("/")
-            beside = f"{folder}/.{name}.new"
-            self._fs.put_file(str(path), beside)
-            self._fs.mv(beside, there)
+            # A name of its own: a process that was stopped in its midst may go on with it later.
+            beside = f"{folder}/.{name}.{uuid.uuid4().hex}"
+            try:
+                self._fs.put_file(str(path), beside)
+                self._fs.mv(beside, there)
+            except BaseException:
+                with suppress(Exception):
+                    self._fs.rm_file(beside)
+                raise
+
+    def _is_local(self) -> bool:
+        from fsspec.implementations.local import LocalFileSystem
+
+        return isinstance(self._fs, LocalFileSystem)
 
 
 @contextmanager
@@ -201,12 +244,25 @@ def opened(runs: str) -> Iterator[Runs]:
     if "://" not in runs:
         yield Runs(Path(runs))
         return
+    protocol, _, rest = runs.partition("://")
+    url = f"{protocol}://{rest.rstrip('/')}"
+    if not rest.rstrip("/"):
+        raise UserError(f"--runs {runs}: after :// name a folder of the store")
+    if found := re.search(r"::|[*?[\]]", runs):
+        raise UserError(
+            f"--runs {without_password(runs)}: {found[0]} means more to fsspec than a character of "
+            "a name: take a plain URL"
+        )
     with tempfile.TemporaryDirectory(prefix="linear-vit-") as folder:
-        url = runs.rstrip("/")
-        screen.show_as(Path(folder), url)
+        screen.show_as(Path(folder), without_password(url))
         stored = Stored(url, Path(folder))
         stored.read()
         yield stored
+
+
+def without_password(url: str) -> str:
+    """The URL as it may be shown."""
+    return re.sub(r"(?<=://)([^/@:]*):[^/]*@", r"\1@", url)
 
 
 def _file_system(url: str) -> tuple[Any, str]:
@@ -217,9 +273,9 @@ def _file_system(url: str) -> tuple[Any, str]:
         return url_to_fs(url)
     except ImportError as error:
         how = f"{first_line(error)} (with pip, on every machine that trains)"
-        raise UserError(f"--runs {url}: {how}") from error
+        raise UserError(f"--runs {without_password(url)}: {how}") from error
     except Exception as error:  # an unknown protocol, say
-        raise UserError(f"--runs {url}: {first_line(error)}") from error
+        raise UserError(f"--runs {without_password(url)}: {first_line(error)}") from error
 
 
 @contextmanager

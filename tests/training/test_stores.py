@@ -1,5 +1,6 @@
 """Runs in a store, at a URL: as in a folder, whatever fails meanwhile, and never two in one."""
 
+import errno
 import itertools
 import json
 import os
@@ -42,6 +43,7 @@ class Failing(LocalFileSystem):
     protocol = "failing"
     put: Callable[[str, str], None] | None = None  # called before a file is put
     opened: Callable[[str, str], str] | None = None  # what mode a file of a path is opened in
+    asked: Callable[[str], None] | None = None  # called before it does one of ls and rm
 
     @classmethod
     def _strip_protocol(cls, path: Any) -> str:
@@ -51,6 +53,16 @@ class Failing(LocalFileSystem):
         if Failing.put is not None:
             Failing.put(path1, path2)
         super().put_file(path1, path2, **given)
+
+    def ls(self, *given: Any, **more: Any) -> Any:
+        if Failing.asked is not None:
+            Failing.asked("ls")
+        return super().ls(*given, **more)
+
+    def rm_file(self, path: str) -> None:
+        if Failing.asked is not None:
+            Failing.asked("rm")
+        super().rm_file(path)
 
     def _open(self, path: str, mode: str = "rb", *_: Any, **given: Any) -> Any:
         mode = mode if Failing.opened is None else Failing.opened(path, mode)
@@ -65,11 +77,13 @@ def stores(
     fsspec.register_implementation("failing", Failing, clobber=True)
     (tmp_path / "scratch").mkdir()
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "scratch"))
+    # A process's first optimizer asks for this folder, among the temporary ones if need be.
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "inductor"))
     monkeypatch.setattr(leases, "RENEW_S", 0.05)
     yield monkeypatch
     MemoryFileSystem.store.clear()
     MemoryFileSystem.pseudo_dirs[:] = [""]
-    Failing.put = Failing.opened = None
+    Failing.put = Failing.opened = Failing.asked = None
 
 
 def main(url: str, tmp_path: Path, *more: str) -> int:
@@ -276,6 +290,58 @@ def test_a_run_that_is_begun_again_needs_not_wait_for_itself(
         ends[0].check()
 
 
+def test_a_lease_that_somebody_deleted_is_no_longer_held(tmp_path: Path, ends: list[Lease]) -> None:
+    """The next one has its number, and is not written over."""
+    ends.append(lease(tmp_path))
+    (tmp_path / ".lease-1").unlink()
+    with pytest.raises(UserError, match=r"has lost its \.lease-1, .*: somebody has deleted it"):
+        ends[0].check()
+    ends.append(lease(tmp_path, "another"))
+    with pytest.raises(UserError, match="another process has taken over"):
+        ends[0].check()
+    ends.pop(0).end()
+    ends[0].check()
+    with pytest.raises(InUse):
+        lease(tmp_path)
+
+
+def test_a_lease_that_can_not_be_begun_is_not_held(
+    tmp_path: Path, stores: pytest.MonkeyPatch, ends: list[Lease]
+) -> None:
+    stores.setattr(leases, "sleep", lambda _: pytest.fail("it waits for itself"))
+    (tmp_path / ".lease-3").write_text('{"until": "2026-01-01T00:00:00+00:00"}')
+    store = fsspec.filesystem("failing")
+
+    def deny(what: str) -> None:
+        if what == "rm":
+            raise PermissionError("you have no right to delete")
+
+    Failing.asked = staticmethod(deny)
+    with pytest.raises(PermissionError, match="no right to delete"):
+        Lease(store, str(tmp_path), "failing://", "me")
+    assert (tmp_path / ".lease-4").exists()
+    ends.append(lease(tmp_path, "another"))
+
+
+def test_a_store_that_hangs_does_not_keep_a_run_from_its_end(
+    tmp_path: Path, stores: pytest.MonkeyPatch
+) -> None:
+    stores.setattr(leases, "_PATIENCE_S", 0.05)
+    hangs, goes_on = threading.Event(), threading.Event()
+
+    def hang(_: str) -> None:
+        hangs.set()
+        assert goes_on.wait(20)
+
+    held = Lease(fsspec.filesystem("failing"), str(tmp_path), "failing://", "me")
+    Failing.asked = staticmethod(hang)
+    assert hangs.wait(20)
+    held.end()
+    goes_on.set()
+    held._renewing.join()
+    assert (tmp_path / ".lease-1").exists()
+
+
 @pytest.mark.parametrize("before", [None, b"", b'{"until": "2026-01-01T00:00:00+00:00"}'])
 def test_of_many_at_once_one_gets_the_lease(
     before: bytes | None, tmp_path: Path, ends: list[Lease]
@@ -319,6 +385,31 @@ def test_two_commands_at_once_are_kept_apart(
     assert codes == [2]
     assert list((tmp_path / "scratch").iterdir()) == []
     assert f"another process is training in {url}/" in capsys.readouterr().err
+
+
+def test_a_folder_and_its_url_are_kept_apart(
+    tmp_path: Path, stores: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    step, codes = train_minimal.training_step, list[int]()
+    ways = [str(tmp_path / "runs"), f"file://{tmp_path}/runs"]
+
+    def both(*arguments: Any, **given: Any) -> Any:
+        if len(codes) < 1 + len(trained):
+            codes.append(0)
+            with stores.context() as patch:
+                nothing_trains(patch)
+                codes[-1] = main(ways[len(codes) - 1], tmp_path)
+        return step(*arguments, **given)
+
+    stores.setattr(train_minimal, "training_step", both)
+    trained: list[int] = []
+    for way in reversed(ways):
+        assert main(way, tmp_path) == 0
+        trained.append(0)
+        for run in (tmp_path / "runs").glob("*/*.*"):
+            run.unlink()
+    assert codes == [2, 2]
+    assert capsys.readouterr().err.count("another process is training in") == 2
 
 
 def test_a_run_that_was_taken_over_writes_nothing_more(
@@ -392,23 +483,98 @@ def test_a_url_that_leads_nowhere_is_told_in_a_line(
     assert said in line
 
 
+@pytest.mark.parametrize(
+    ("url", "said"),
+    [
+        ("memory://", "--runs memory://: after :// name a folder of the store"),
+        ("file:///", "--runs file:///: after :// name a folder of the store"),
+        ("memory://runs [1]", "--runs memory://runs [1]: [ means more to fsspec than a character"),
+        ("simplecache::memory://runs", ":: means more to fsspec than a character of a name"),
+        ("s4://me:secret@host/runs", "--runs s4://me@host/runs: Protocol not known: s4"),
+    ],
+)
+def test_a_url_of_no_folder_is_refused(
+    url: str, said: str, tmp_path: Path, stores: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    nothing_trains(stores)
+    stores.chdir(tmp_path)
+    assert main(url, tmp_path) == 2
+    [line] = capsys.readouterr().err.splitlines()
+    assert said in line
+    assert "secret" not in line
+    assert not list(tmp_path.glob("*mem*"))
+
+
+def test_a_table_of_a_store_without_runs_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = f"--out={tmp_path / 'out'}"
+    assert train_minimal.main(["table", "--no-run", "--runs=memory://nope", out]) == 2
+    assert "no run records in memory://nope; leave out --no-run" in capsys.readouterr().err
+    assert not list((tmp_path / "out").glob("table.*"))
+
+
+def test_a_password_is_not_shown(
+    tmp_path: Path, stores: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    original, count = train_minimal.training_step, itertools.count(1)
+
+    def exploding(model: Any, *arguments: Any, **given: Any) -> Any:
+        if next(count) == 8:
+            torch.nn.init.constant_(model.head.weight, float("inf"))
+        return original(model, *arguments, **given)
+
+    stores.setattr(train_minimal, "training_step", exploding)
+    assert main("memory://me:secret@host/runs", tmp_path) == 2
+    said = "".join(capsys.readouterr())
+    [record] = [p for p in MemoryFileSystem.store if p.endswith("run.json")]
+    said += MemoryFileSystem.store[record].getvalue().decode()
+    assert said.count("memory://me@host/runs/digits-") >= 2
+    assert "secret" not in said
+
+
+@pytest.mark.parametrize("number", [errno.EINVAL, errno.EIO])
+def test_a_store_may_refuse_in_a_way_of_its_own(
+    number: int, tmp_path: Path, ends: list[Lease]
+) -> None:
+    """s3fs, of a store that does not say which condition did not hold."""
+
+    def refusing(path: str, mode: str) -> str:
+        if "x" in mode and Path(path).exists():
+            raise OSError(number, "At least one of the pre-conditions you specified did not hold")
+        return mode
+
+    Failing.opened = staticmethod(refusing)
+    Stored(f"failing://{tmp_path}/runs", tmp_path / "copy").check()
+    assert list((tmp_path / "runs").iterdir()) == []
+
+
 def test_other_folders_are_of_this_machine(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         train_minimal.main([*TWO, "--out=s3://bucket/out"])
     assert "'s3://bucket/out' is no folder of this machine" in capsys.readouterr().err
 
 
+def dead(*_: Any) -> None:
+    raise OSError("the line is dead")
+
+
+@pytest.mark.parametrize("before", [True, False])
 def test_nothing_is_lost_where_a_file_does_not_get_there(
-    tmp_path: Path, whole: dict[str, Any], capsys: pytest.CaptureFixture[str]
+    before: bool, tmp_path: Path, whole: dict[str, Any], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The second last.pt breaks off in its middle."""
-    puts = list[str]()
+    """The second last.pt breaks off in its middle, or the store is out of reach before it."""
+    puts, beside = list[str](), set[str]()
 
     def put(path: str, to: str) -> None:
         puts.append(Path(path).name)
+        assert to not in beside  # who was stopped while he wrote one, and goes on, disturbs nobody
+        beside.add(to)
+        if before and puts.count("last.pt") == 1 and puts[-1] == "best.pt":
+            Failing.asked = staticmethod(dead)
         if puts.count("last.pt") == 2 and puts[-1] == "last.pt":
             Path(to).write_bytes(Path(path).read_bytes()[:999])
-            raise OSError("the line is dead")
+            dead()
 
     Failing.put = staticmethod(put)
     url = f"failing://{tmp_path}/runs"

@@ -181,7 +181,7 @@ def test_the_original_command_parses(monkeypatch: pytest.MonkeyPatch) -> None:
         (["--dataset", "digits", "--device", "meta"], "device"),
         (["evaluate", "--checkpoint", "nowhere/best.pt"], "no checkpoint at nowhere/best.pt"),
         (["table", "--dataset", "imagenet"], "dataset must be one of digits"),
-        (["table", "--no-run", "--runs", "nowhere"], "no folder nowhere of run records"),
+        (["table", "--no-run", "--runs", "nowhere"], "no run records in nowhere"),
         (["table", "--models", "vit"], "'vit'"),
         (["table", "--seeds", "0"], "must be at least 1, got 0"),
         (["table", "--seconds", "inf"], "--seconds: must be at least 0 and below 1e9, got inf"),
