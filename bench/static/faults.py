@@ -9,9 +9,11 @@ from linear_vit.screen import counted
 # by hand: what remains beside products (scaling, row sums) is a few per element a thread holds.
 _MOST_FMA = 256
 _FEW_LOADS, _FEW_STORES = 6, 4
-# What waits in local memory while a main loop runs costs its few instructions once a block: a
-# dozen registers come and go with the compiler's version, more are a tile that is too large.
+# A spill by what it costs. What waits in local memory while a main loop runs costs its few
+# instructions once a block, a word that is read once a tile one of a thousand: both come and go with
+# the compiler's version. More are a tile that is too large.
 _MOST_BYTES_BESIDE_LOOPS = 64
+_MOST_OF_A_LOOP = 1 / 200
 # Without head dims: a filter's nine taps of four channels, nine sums of taps and two of scales.
 _FILTER_LOADS, _FILTER_STORES = 36, 11
 
@@ -56,7 +58,7 @@ def faults(row: Row) -> list[str]:
     """What is wrong with a kernel, in words; empty where nothing is."""
     found = []
     spilled = (row["spill_stores"] or 0) + (row["spill_loads"] or 0)
-    if spilled and row["steady_local"]:
+    if spilled and row["steady_local"] > _MOST_OF_A_LOOP * row["steady"]:
         found.append(f"spills {counted(spilled, 'byte')}, in a main loop")
     elif spilled > (_MOST_BYTES_BESIDE_LOOPS if row["loops"] else 0):
         found.append(f"spills {counted(spilled, 'byte')}")

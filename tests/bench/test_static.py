@@ -309,7 +309,7 @@ SOUND: Row = {
 }
 WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "spills in a loop": (
-        {"spill_stores": 8, "spill_loads": 4, "steady_local": 1},
+        {"spill_stores": 8, "spill_loads": 4, "steady_local": 4},
         "spills 12 bytes, in a main loop",
     ),
     "spills much": ({"spill_stores": 32, "spill_loads": 36}, "spills 68 bytes"),
@@ -340,6 +340,7 @@ def test_each_fault_is_found(case: tuple[dict[str, Any], str]) -> None:
 def test_a_few_bytes_may_wait_while_a_main_loop_runs() -> None:
     """They cost a few instructions once a block; which kernels have them changes with ptxas."""
     assert faults({**SOUND, "spill_stores": 32, "spill_loads": 32}) == []
+    assert faults({**SOUND, "spill_stores": 4, "spill_loads": 4, "steady_local": 3}) == []
 
 
 def test_a_filter_and_its_sums_are_no_tile() -> None:
