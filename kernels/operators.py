@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import Function
+from torch.autograd import Function, forward_ad
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 from linear_vit.kernels import sharding
@@ -70,13 +70,12 @@ def register(
         if text is not None:
             sharding.remember(getattr(operators, operator).default, text)
 
+    what = f"the {backend} kernels of {op}"
     calls = (
-        _calling(getattr(operators, name).default, pack),
-        _calling(getattr(operators, f"{name}_backward").default, pack_backward),
+        _calling(what, getattr(operators, name).default, pack),
+        _calling(what, getattr(operators, f"{name}_backward").default, pack_backward),
     )
-    return _differentiable(
-        f"the {backend} kernels of {op}", *calls, setup_context, backward, batch_first
-    )
+    return _differentiable(what, *calls, setup_context, backward, batch_first)
 
 
 def _differentiable(
@@ -89,11 +88,6 @@ def _differentiable(
 ) -> Callable[..., Any]:
     """An operator, and the one that is its gradient, as a function of :func:`register`."""
 
-    def missing(kind: str) -> NotImplementedError:
-        return NotImplementedError(
-            f"{kind} through {what} is not available: use backend='reference' or backend='torch'"
-        )
-
     class Backward(Function):
         forward = staticmethod(call_backward)
 
@@ -103,11 +97,11 @@ def _differentiable(
 
         @staticmethod
         def backward(ctx: Any, *gradients: Tensor) -> Any:
-            raise missing("double backward")
+            raise _missing("double backward", what)
 
         @staticmethod
         def jvp(ctx: Any, *tangents: Tensor) -> Any:
-            raise missing("forward-mode differentiation")
+            raise _missing("forward-mode differentiation", what)
 
         @staticmethod
         def vmap(info: Any, in_dims: tuple[int | None, ...], *inputs: Any) -> Any:
@@ -129,7 +123,9 @@ def _differentiable(
             save(ctx, inputs, output)
 
         @staticmethod
-        def backward(ctx: Any, *gradients: Tensor) -> Any:
+        def backward(ctx: Any, *gradients: Tensor | None) -> Any:
+            if all(gradient is None for gradient in gradients):  # a later backward gave none
+                return (None,) * len(ctx.needs_input_grad)
             found = differentiate(kernel, ctx, *gradients)
             pairs = zip(found, ctx.needs_input_grad, strict=True)
             return tuple([x if needed else None for x, needed in pairs])
@@ -140,6 +136,12 @@ def _differentiable(
 
     function = transformable(Forward)
     return function
+
+
+def _missing(kind: str, what: str) -> NotImplementedError:
+    return NotImplementedError(
+        f"{kind} through {what} is not available: use backend='reference' or backend='torch'"
+    )
 
 
 # Work of operators, from their arguments, that PyTorch's counter has not been told yet.
@@ -169,12 +171,14 @@ def _ignoring_result(work: Callable[..., int]) -> Callable[..., int]:
 
 
 def _calling(
-    operator: Callable[..., Any], pack: Callable[..., tuple[Any, ...]] | None
+    what: str, operator: Callable[..., Any], pack: Callable[..., tuple[Any, ...]] | None
 ) -> Callable[..., Any]:
     def forward(*inputs: Any) -> Any:
         if not torch.compiler.is_compiling():
             _tell_flop_counter()
             sharding.tell_dtensor()
+        elif forward_ad._current_level >= 0:  # in a graph the operator would drop a tangent
+            raise _missing("forward-mode differentiation", what)
         output = operator(*(inputs if pack is None else pack(*inputs)))
         return tuple(output) if isinstance(output, list) else output
 
@@ -195,7 +199,10 @@ def _vmap(
         else x.movedim(axis, 0)
         for x, axis in zip(inputs, in_dims, strict=True)
     ]  # fmt: skip
-    if batch_first:
+    if not size:
+        one = function(*(x.new_zeros(x.shape[1:]) if isinstance(x, Tensor) else x for x in stacked))
+        outputs = [x.new_empty((0, *x.shape)) for x in _as_tuple(one)]
+    elif batch_first:
         one = function(*(x.flatten(0, 1) if isinstance(x, Tensor) else x for x in stacked))
         outputs = [x.unflatten(0, (size, x.shape[0] // size)) for x in _as_tuple(one)]
     else:

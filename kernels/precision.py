@@ -121,10 +121,16 @@ class _Guarded(Function):
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Any, ...]:
         wanted = [x for x in ctx.inputs if isinstance(x, Tensor) and x.requires_grad]
+        outputs = ctx.outputs if isinstance(ctx.outputs, tuple) else (ctx.outputs,)
+        pairs = [(y, g) for y, g in zip(outputs, gradients, strict=True) if y.requires_grad]
         with full_precision(gradients[0].device.type):
             found = iter(
                 torch.autograd.grad(
-                    ctx.outputs, wanted, gradients, retain_graph=True, allow_unused=True
+                    [y for y, _ in pairs],
+                    wanted,
+                    [g for _, g in pairs],
+                    retain_graph=True,
+                    allow_unused=True,
                 )
             )
         return None, *(

@@ -9,9 +9,9 @@ from linear_vit.screen import counted
 # by hand: what remains beside products (scaling, row sums) is a few per element a thread holds.
 _MOST_FMA = 256
 _FEW_LOADS, _FEW_STORES = 6, 4
-# A spill by what it costs. What waits in local memory while a main loop runs costs its few
-# instructions once a block, a word that is read once a tile one of a thousand: both come and go with
-# the compiler's version. More are a tile that is too large.
+# A spill by what it costs. What waits in local memory while a main loop runs costs a few
+# instructions once a block, and a word that is read once a tile one of a thousand: both come and go
+# with the compiler's version. More are a tile that is too large.
 _MOST_BYTES_BESIDE_LOOPS = 64
 _MOST_OF_A_LOOP = 1 / 200
 # Without head dims: a filter's nine taps of four channels, nine sums of taps and two of scales.

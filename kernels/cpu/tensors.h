@@ -59,6 +59,10 @@ struct View {
   // Other axes of x than its own, from element `first` on.
   View(const Tensor& x, const int64_t (&sizes)[4], const int64_t (&strides)[4], int64_t first = 0)
       : element(element_type(x)) {
+    // Validation has refused it, but not in an exported program, whose graph has the operators alone.
+    if (strides[3] != 1 && sizes[3] > 1) {
+      throw std::runtime_error("linear_vit: the last axis must be contiguous: call .contiguous()");
+    }
     data = static_cast<char*>(x.data_ptr()) + first * element_size();
     std::copy(sizes, sizes + 4, size);
     std::copy(strides, strides + 4, stride);

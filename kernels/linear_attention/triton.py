@@ -65,7 +65,7 @@ from torch import Tensor
 from linear_vit.kernels.layout import empty_like, unpack_qkv
 from linear_vit.kernels.linear_attention import triton_streamed as streamed
 from linear_vit.kernels.linear_attention.operators import attach, empty_state
-from linear_vit.kernels.operators import empty_gradients, is_wanted, readable
+from linear_vit.kernels.operators import empty_gradients, is_wanted
 from linear_vit.kernels.triton import tuning
 from linear_vit.kernels.triton.support import (
     INTERPRETING,
@@ -1134,7 +1134,7 @@ def _launch_backward(
     dout: Tensor, q: Tensor, k: Tensor, v: Tensor, S: Tensor, z: Tensor, eps: float, wanted: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     dq, dk, dv = empty_gradients(wanted, q, k, v)
-    _backward_into(dq, dk, dv, readable(dout), q, k, v, S, z, eps, wanted)
+    _backward_into(dq, dk, dv, dout, q, k, v, S, z, eps, wanted)
     return dq, dk, dv
 
 
@@ -1147,7 +1147,7 @@ def _launch_packed(qkv: Tensor, eps: float, save_state: bool) -> tuple[Tensor, T
 @operator("linear_attention_packed_backward")
 def _launch_packed_backward(dout: Tensor, qkv: Tensor, S: Tensor, z: Tensor, eps: float) -> Tensor:
     dqkv = empty_like(qkv)
-    dout = readable(dout).transpose(1, 2)
+    dout = dout.transpose(1, 2)
     _backward_into(*unpack_qkv(dqkv), dout, *unpack_qkv(qkv), S, z, eps, 0b111)
     return dqkv
 
@@ -1180,9 +1180,7 @@ def _launch_apply_backward(
     (dq,) = empty_gradients(wanted, q)
     needs_dS, needs_dz = is_wanted(wanted, 1), is_wanted(wanted, 2)
     with_dS = wanted | needs_dz << 1
-    dS, dz = _launch_query_gradient_into(
-        dq, readable(dout), q, S.contiguous(), z.contiguous(), eps, with_dS
-    )
+    dS, dz = _launch_query_gradient_into(dq, dout, q, S.contiguous(), z.contiguous(), eps, with_dS)
     nothing = S.new_empty((0,))
     return dq, dS if needs_dS else nothing, dz if needs_dz else nothing.clone()
 

@@ -36,7 +36,6 @@ import triton.language as tl
 from torch import Tensor
 
 from linear_vit.kernels.layout import empty_like
-from linear_vit.kernels.operators import readable
 from linear_vit.kernels.operators import wanted as bits
 from linear_vit.kernels.ripple.operators import attach, attach_stages, empty_gradients_of
 from linear_vit.kernels.ripple.stages import (
@@ -703,7 +702,7 @@ def _run_pool_backward(
     pyramid = _Pyramid("pool", x, axes, backward=True)
     of_level, of_weight = pool_needs(wanted, len(axes))
     dx, *dweights = empty_gradients_of(wanted, [x], weights)
-    gradients = [dx, *(readable(g) for g in dlevels)]
+    gradients = [dx, *dlevels]
     partials = pyramid.partials(any(of_weight))
     if x.numel():
         _pool_backward[pyramid.grid](
@@ -754,7 +753,7 @@ def _run_expand_backward(
     axes: Sequence[int],
     wanted: int,
 ) -> list[Tensor]:
-    dout, stages = readable(dout), len(axes)
+    stages = len(axes)
     pyramid = _Pyramid("expand", levels[0], axes, backward=True)
     needs = expand_needs(wanted, stages)
     gradients = empty_gradients_of(wanted, [z, *levels], [*weights, *lateral_weights])

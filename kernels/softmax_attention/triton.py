@@ -40,7 +40,7 @@ import triton.language as tl
 from torch import Tensor
 
 from linear_vit.kernels.layout import empty_like, unpack_qkv
-from linear_vit.kernels.operators import empty_gradients, is_wanted, readable
+from linear_vit.kernels.operators import empty_gradients, is_wanted
 from linear_vit.kernels.softmax_attention.operators import attach
 from linear_vit.kernels.triton import tuning
 from linear_vit.kernels.triton.support import dot, launch_options, narrow, operator
@@ -541,7 +541,7 @@ def _launch_backward(
     needs_dq, needs_dk, needs_dv = (is_wanted(wanted, i) for i in range(3))
     batch, heads, num_queries, head_dim = q.shape
     kv_heads, num_keys = k.shape[1], k.shape[2]
-    dout, out, lse = readable(dout), readable(out), lse.contiguous()
+    lse = lse.contiguous()
     delta = torch.empty_like(lse)
     scales = scale, _dscore_scale(q.dtype, num_keys)
     if q.numel() and (needs_dq or needs_dk):  # delta is of dk

@@ -9,7 +9,7 @@ import torch
 import triton
 import triton.language as tl
 
-from linear_vit.kernels.operators import NAMESPACE
+from linear_vit.kernels.operators import NAMESPACE, readable
 from linear_vit.kernels.triton import tuning
 
 
@@ -24,11 +24,19 @@ def operator(op: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
         @functools.wraps(launcher)
         def guarded(*args: Any) -> Any:
             with _device_of(args):
-                return launcher(*args)
+                return launcher(*map(_rows, args))
 
         return torch.library.custom_op(f"{NAMESPACE}::triton_{op}", guarded, mutates_args=())
 
     return define
+
+
+def _rows(x: Any) -> Any:
+    """With a contiguous last axis: an incoming gradient may be expanded or transposed, and nobody
+    has validated the inputs of an exported program."""
+    if isinstance(x, list | tuple):
+        return [_rows(one) for one in x]
+    return readable(x) if isinstance(x, torch.Tensor) and x.dim() >= 4 else x
 
 
 def _device_of(args: tuple[Any, ...]) -> contextlib.AbstractContextManager[Any]:

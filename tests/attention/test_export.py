@@ -41,6 +41,18 @@ def test_torch_export_of_any_batch(kind: str) -> None:
     assert not [name for name in names if "linear_vit" in name]
 
 
+@pytest.mark.parametrize("strict", [True, False])
+@pytest.mark.parametrize("kind", ["linear", "ripple"])
+def test_an_exported_program_has_gradients(kind: str, strict: bool) -> None:
+    model = swapped(kind)
+    program = torch.export.export(model, (images(),), strict=strict).module()
+    program(images()).square().sum().backward()
+    model(images()).square().sum().backward()
+    for name, parameter in model.named_parameters():
+        found = program.get_parameter(name).grad
+        torch.testing.assert_close(found, parameter.grad, rtol=1e-3, atol=1e-5)
+
+
 def test_own_kernels_are_named_by_the_exported_program() -> None:
     if why := kernels.backends("linear_attention", "cpu")["cpu"]:
         pytest.skip(why)

@@ -134,6 +134,28 @@ def test_a_far_branch_that_is_written_as_a_call_ends_nothing() -> None:
     assert steady.as_columns(listing(TWO_LOOPS))["loops"] == 2
 
 
+def test_a_barrier_that_is_asked_answers() -> None:
+    """What thread 0 knew of the predicate does not hold after: the wait would have no end."""
+    code = """
+        ISETP.LT.AND P4, PT, RZ, RZ, PT
+    tile:
+        LDG.E.128 R4, [R2.64]
+        SYNCS.PHASECHK.TRANS64.TRYWAIT P4, [UR7], R4
+        @!P4 BRA <wait>
+    done:
+        UTCHMMA gdesc[UR4], gdesc[UR6], tmem[UR8], idesc[UR10], P0
+        ISETP.LT.AND P0, PT, R30, R31, PT
+        @P0 BRA <tile>
+        EXIT
+    wait:
+        SYNCS.PHASECHK.TRANS64.TRYWAIT P4, [UR7], R4
+        @!P4 BRA <wait>
+        BRA <done>
+    """
+    (loop,) = steady.main_loops(listing(code))
+    assert (loop.path.counts["tensor_core"], loop.path.counts["instructions"]) == (1, 6)
+
+
 def test_what_waits_in_local_memory_is_told_from_what_a_loop_reads_there() -> None:
     code = "STL [R1], R9\n{}\nLDL R9, [R1]\nEXIT"
     loop = "loop:\n LDG.E.128 R4, [R2.64]\n HMMA.16816.F32 R8, R4, R6, R8\n @P0 BRA <loop>"

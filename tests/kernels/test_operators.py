@@ -84,6 +84,49 @@ def test_opcheck(op: str, backend: str) -> None:
         torch.library.opcheck(operator, arguments)
 
 
+@pytest.mark.parametrize(
+    ("op", "backend"),
+    [pair for pair in op_backend_pairs(*CASES) if pair.values[1] in KERNEL_BACKENDS],
+)
+def test_operators_read_no_other_strides_than_they_are_given(op: str, backend: str) -> None:
+    """Validation comes before them, but an exported program has the operators alone."""
+    refused = 0
+    for operator, arguments in _operators(op, backend):
+        expected = operator(*arguments)
+        for i, x in enumerate(arguments):
+            if not isinstance(x, Tensor) or x.dim() < 4:
+                continue
+            turned = x.transpose(-1, -2).contiguous().transpose(-1, -2)
+            assert turned.stride(-1) != 1
+            given = (*arguments[:i], turned, *arguments[i + 1 :])
+            try:
+                torch.testing.assert_close(operator(*given), expected)
+            except RuntimeError:
+                refused += 1
+                with pytest.raises(RuntimeError, match="the last axis must be contiguous"):
+                    operator(*given)
+    assert refused or backend == "triton"
+
+
+@pytest.mark.parametrize(
+    ("op", "backend"),
+    [pair for pair in op_backend_pairs(*CASES) if pair.values[1] in KERNEL_BACKENDS],
+)
+def test_a_later_function_may_give_no_gradient(op: str, backend: str) -> None:
+    class Ends(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: Tensor) -> Tensor:
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx: Any, gradient: Tensor) -> None:
+            return None
+
+    inputs = CASES[op].inputs()
+    Ends.apply(CASES[op].run(backend, inputs)).sum().backward()
+    assert all(x.grad is None or not x.grad.any() for x in inputs)
+
+
 @pytest.mark.parametrize(("op", "backend"), op_backend_pairs(*CASES, compiled=False))
 def test_full_graph(op: str, backend: str) -> None:
     """torch.compile(fullgraph=True) takes the public function, forward and backward, and where no

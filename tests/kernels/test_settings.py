@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from linear_vit import kernels
 from linear_vit.kernels.accuracy import compare
 from tests.kernels.cases import (
     ATTENTION,
@@ -136,6 +137,19 @@ def test_compiled_float32_is_float32(op: str, restored: None) -> None:
         found = torch.autograd.grad(out, inputs, case.gradient(), retain_graph=retain_graph)
         for a, b in zip(found, reference_results(case)[1:], strict=True):
             assert compare(a, b, gradient=True).passed
+
+
+@pytest.mark.slow
+def test_compiled_state_of_which_one_half_has_a_gradient(restored: None) -> None:
+    """z does not depend on v."""
+    _medium()
+    k, v = torch.randn(2, 1, 2, 6, 16).unbind()
+    found = []
+    for backend in ("compiled", "reference"):
+        given = v.clone().requires_grad_()
+        kernels.linear_attention_state(k, given, backend=backend)[0].sum().backward()
+        found.append(given.grad)
+    torch.testing.assert_close(*found)
 
 
 @pytest.mark.parametrize("backend", ["reference", "torch"])

@@ -203,6 +203,37 @@ def test_an_ensemble_of_models(kind: str, backend: str | None) -> None:
             torch.testing.assert_close(found[name][i], parameter.grad, rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.parametrize(("op", "backend"), op_backend_pairs("linear_attention", compiled=False))
+def test_a_compiled_tangent_is_right_or_fails(op: str, backend: str) -> None:
+    (q,) = _normal((1, 2, 8, 16))
+
+    def tangent(q: Tensor) -> Tensor:
+        with forward_ad.dual_level():
+            dual = forward_ad.make_dual(q, q)
+            out = kernels.linear_attention(dual, q * 2, q * 3, backend=backend)
+            return forward_ad.unpack_dual(out).tangent
+
+    compiled = torch.compile(tangent, backend="aot_eager")
+    if kernels.backend_rows()[backend].own:
+        with pytest.raises(NotImplementedError, match="forward-mode differentiation through the"):
+            compiled(q)
+    else:
+        torch.testing.assert_close(compiled(q), tangent(q))
+
+
+@pytest.mark.parametrize(("op", "backend"), op_backend_pairs(*CALLS, compiled=False))
+def test_vmap_over_no_samples(op: str, backend: str) -> None:
+    if not kernels.backend_rows()[backend].own:
+        pytest.skip("PyTorch's own rules")
+    make, call = CALLS[op]
+    inputs = make()
+    one = call(*inputs, backend=backend)
+    none = vmap(lambda *x: call(*x, backend=backend))(*(x.new_zeros(0, *x.shape) for x in inputs))
+    if isinstance(one, Tensor):
+        none, one = (none,), (one,)
+    assert [x.shape for x in none] == [(0, *x.shape) for x in one]
+
+
 @pytest.mark.parametrize(("op", "backend"), op_backend_pairs("linear_attention"))
 def test_a_compiled_transform_is_right_or_fails(op: str, backend: str) -> None:
     """Dynamo can't differentiate own kernels inside a transform: what it can't do it has to say."""
