@@ -60,7 +60,8 @@ struct View {
   View(const Tensor& x, const int64_t (&sizes)[4], const int64_t (&strides)[4], int64_t first = 0)
       : element(element_type(x)) {
     // Validation has refused it, but not in an exported program, whose graph has the operators alone.
-    if (strides[3] != 1 && sizes[3] > 1) {
+    const bool rows = sizes[0] * sizes[1] * sizes[2] > 0;  // an empty tensor's strides mean nothing
+    if (strides[3] != 1 && sizes[3] > 1 && rows) {
       throw std::runtime_error("linear_vit: the last axis must be contiguous: call .contiguous()");
     }
     data = static_cast<char*>(x.data_ptr()) + first * element_size();

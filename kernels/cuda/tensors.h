@@ -16,7 +16,7 @@
 
 inline TensorView view(const at::Tensor& x) {
   // Validation has refused it, but not in an exported program, whose graph has the operators alone.
-  TORCH_CHECK(x.stride(3) == 1 || x.size(3) <= 1,
+  TORCH_CHECK(x.stride(3) == 1 || x.size(3) <= 1 || x.numel() == 0,
               "linear_vit: the last axis must be contiguous: call .contiguous()");
   return {x.data_ptr(), {x.stride(0), x.stride(1), x.stride(2)}};
 }
