@@ -35,8 +35,6 @@ def transformable(function: type[Function]) -> Callable[..., Any]:
 
     def apply(*inputs: Any) -> Any:
         if torch.compiler.is_compiling():
-            if torch.compiler.is_exporting():  # of a Function its gradient would be lost
-                return function.forward(*inputs)
             # Without a gradient Dynamo would pass forward(*inputs) a context that it does not take.
             # In a transform nothing requires a gradient, and one may be asked for: there it fails.
             needs = any(isinstance(x, Tensor) and x.requires_grad for x in inputs)

@@ -41,11 +41,10 @@ def test_torch_export_of_any_batch(kind: str) -> None:
     assert not [name for name in names if "linear_vit" in name]
 
 
-@pytest.mark.parametrize("strict", [True, False])
 @pytest.mark.parametrize("kind", ["linear", "ripple"])
-def test_an_exported_program_has_gradients(kind: str, strict: bool) -> None:
+def test_an_exported_program_has_gradients(kind: str) -> None:
     model = swapped(kind)
-    program = torch.export.export(model, (images(),), strict=strict).module()
+    program = torch.export.export(model, (images(),)).module()
     program(images()).square().sum().backward()
     model(images()).square().sum().backward()
     for name, parameter in model.named_parameters():
