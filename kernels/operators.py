@@ -244,8 +244,3 @@ def empty_gradients(mask: int, *inputs: Tensor) -> tuple[Tensor, ...]:
     return tuple(
         [empty_like(x) if is_wanted(mask, i) else x.new_empty((0,)) for i, x in enumerate(inputs)]
     )
-
-
-def readable(x: Tensor) -> Tensor:
-    """``x`` with a contiguous last axis: an incoming gradient may be expanded or transposed."""
-    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()

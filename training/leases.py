@@ -153,8 +153,7 @@ class Lease:
     def _content(self, seconds: float) -> bytes:
         until = datetime.now(UTC) + timedelta(seconds=seconds)
         facts = {"owner": self._owner, "host": socket.gethostname(), "process": os.getpid()}
-        facts |= {"mark": self._mark}
-        return json.dumps({**facts, "until": until.isoformat()}).encode()
+        return json.dumps({**facts, "mark": self._mark, "until": until.isoformat()}).encode()
 
     def _ended_ones(self) -> list[int]:
         """The leases there, once the last of them has ended; InUse where it is renewed."""

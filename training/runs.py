@@ -20,13 +20,7 @@ from typing import Any
 from linear_vit import screen
 from linear_vit.training.errors import UserError, first_line
 from linear_vit.training.leases import Lease, TakenOver, create
-from linear_vit.training.record import (
-    check_writable,
-    followers,
-    lock,
-    remove_leftovers,
-    unlock,
-)
+from linear_vit.training.record import check_writable, followers, lock, remove_leftovers, unlock
 
 _LOOK_S = 15.0  # between two looks at how far runs are: each asks the store for a file a run
 _FILES = ("run.json", "last.pt", "best.pt")
@@ -77,7 +71,7 @@ class Stored(Runs):
 
     def __init__(self, url: str, folder: Path) -> None:
         super().__init__(folder)
-        self._asked, self._url = url, without_password(url)  # the one with a password is not shown
+        self._asked, self._url = url, _without_password(url)  # the one with a password is not shown
         self._owner, self._looked = uuid.uuid4().hex, 0.0
         self._fs, root = _file_system(url)
         self._root = root.rstrip("/")
@@ -250,17 +244,17 @@ def opened(runs: str) -> Iterator[Runs]:
         raise UserError(f"--runs {runs}: after :// name a folder of the store")
     if found := re.search(r"::|[*?[\]]", runs):
         raise UserError(
-            f"--runs {without_password(runs)}: {found[0]} means more to fsspec than a character of "
-            "a name: take a plain URL"
+            f"--runs {_without_password(runs)}: {found[0]} means more to fsspec than a character "
+            "of a name: take a plain URL"
         )
     with tempfile.TemporaryDirectory(prefix="linear-vit-") as folder:
-        screen.show_as(Path(folder), without_password(url))
+        screen.show_as(Path(folder), _without_password(url))
         stored = Stored(url, Path(folder))
         stored.read()
         yield stored
 
 
-def without_password(url: str) -> str:
+def _without_password(url: str) -> str:
     """The URL as it may be shown."""
     return re.sub(r"(?<=://)([^/@:]*):[^/]*@", r"\1@", url)
 
@@ -273,9 +267,9 @@ def _file_system(url: str) -> tuple[Any, str]:
         return url_to_fs(url)
     except ImportError as error:
         how = f"{first_line(error)} (with pip, on every machine that trains)"
-        raise UserError(f"--runs {without_password(url)}: {how}") from error
+        raise UserError(f"--runs {_without_password(url)}: {how}") from error
     except Exception as error:  # an unknown protocol, say
-        raise UserError(f"--runs {without_password(url)}: {first_line(error)}") from error
+        raise UserError(f"--runs {_without_password(url)}: {first_line(error)}") from error
 
 
 @contextmanager

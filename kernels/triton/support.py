@@ -9,7 +9,7 @@ import torch
 import triton
 import triton.language as tl
 
-from linear_vit.kernels.operators import NAMESPACE, readable
+from linear_vit.kernels.operators import NAMESPACE
 from linear_vit.kernels.triton import tuning
 
 
@@ -36,7 +36,9 @@ def _rows(x: Any) -> Any:
     has validated the inputs of an exported program."""
     if isinstance(x, list | tuple):
         return [_rows(one) for one in x]
-    return readable(x) if isinstance(x, torch.Tensor) and x.dim() >= 4 else x
+    if not isinstance(x, torch.Tensor) or x.dim() < 4:
+        return x
+    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
 
 
 def _device_of(args: tuple[Any, ...]) -> contextlib.AbstractContextManager[Any]:

@@ -436,6 +436,18 @@ def test_a_run_that_was_taken_over_writes_nothing_more(
 # --- what fails -----------------------------------------------------------------------------------
 
 
+def explode(patch: pytest.MonkeyPatch) -> None:
+    """The eighth step meets weights that are no numbers."""
+    original, count = train_minimal.training_step, itertools.count(1)
+
+    def exploding(model: Any, *arguments: Any, **given: Any) -> Any:
+        if next(count) == 8:
+            torch.nn.init.constant_(model.head.weight, float("inf"))
+        return original(model, *arguments, **given)
+
+    patch.setattr(train_minimal, "training_step", exploding)
+
+
 def refuse(*_: Any) -> Any:
     raise PermissionError("you have no right to write")
 
@@ -517,14 +529,7 @@ def test_a_table_of_a_store_without_runs_is_refused(
 def test_a_password_is_not_shown(
     tmp_path: Path, stores: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    original, count = train_minimal.training_step, itertools.count(1)
-
-    def exploding(model: Any, *arguments: Any, **given: Any) -> Any:
-        if next(count) == 8:
-            torch.nn.init.constant_(model.head.weight, float("inf"))
-        return original(model, *arguments, **given)
-
-    stores.setattr(train_minimal, "training_step", exploding)
+    explode(stores)
     assert main("memory://me:secret@host/runs", tmp_path) == 2
     said = "".join(capsys.readouterr())
     [record] = [p for p in MemoryFileSystem.store if p.endswith("run.json")]
@@ -534,9 +539,7 @@ def test_a_password_is_not_shown(
 
 
 @pytest.mark.parametrize("number", [errno.EINVAL, errno.EIO])
-def test_a_store_may_refuse_in_a_way_of_its_own(
-    number: int, tmp_path: Path, ends: list[Lease]
-) -> None:
+def test_a_store_may_refuse_in_a_way_of_its_own(number: int, tmp_path: Path) -> None:
     """s3fs, of a store that does not say which condition did not hold."""
 
     def refusing(path: str, mode: str) -> str:
@@ -596,14 +599,7 @@ def test_nothing_is_lost_where_a_file_does_not_get_there(
 def test_what_a_failed_run_goes_back_to_is_named_by_its_url(
     tmp_path: Path, stores: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    original, count = train_minimal.training_step, itertools.count(1)
-
-    def exploding(model: Any, *arguments: Any, **given: Any) -> Any:
-        if next(count) == 8:
-            torch.nn.init.constant_(model.head.weight, float("inf"))
-        return original(model, *arguments, **given)
-
-    stores.setattr(train_minimal, "training_step", exploding)
+    explode(stores)
     url = f"file://{tmp_path}/runs"
     assert main(url, tmp_path) == 2
     [path] = (tmp_path / "runs").glob("*/run.json")
