@@ -94,7 +94,18 @@ def _compiled(known: Iterable[str], saved: Saved) -> Iterator[Part]:
         )
     parts = pd.DataFrame(rows).groupby(["backend", "room", "kernel", "architecture"], sort=False)
     lines = [_of_kernel(known, part, *map(str, key)) for key, part in parts]
-    yield Table(f"{counted(len(rows), 'kernel')} compiled, {len(wrong)} at fault", lines)
+    said = f"{counted(len(rows), 'kernel')} compiled, {len(wrong)} at fault"
+    yield Table(
+        said + _by(saved.content.get("toolchain") or {}, {row["backend"] for row in rows}), lines
+    )
+
+
+def _by(toolchain: dict[str, str | None], backends: set[str]) -> str:
+    """Which versions compiled these backends' kernels."""
+    tools = {"cuda": "nvcc", "triton": "triton", "sdpa": "torch"}
+    found = {tool: toolchain.get(tool) for backend, tool in tools.items() if backend in backends}
+    text = ", ".join(f"{tool} {version}" for tool, version in found.items() if version)
+    return f"; {text}" if text else ""
 
 
 def _of_kernel(

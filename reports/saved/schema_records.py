@@ -234,7 +234,8 @@ Counted = of(
     loaded=Count, distinct=Count, stored=Count, ratio=maybe(Amount),
 )  # fmt: skip
 Proof = of(schema_=Literal[1], created=(Date, ""), machine=free(Machine))
-Static = of(Proof, kind=Literal["static"], rows=many(Compiled))
+Toolchain = of(torch=free(str), triton=free(str), nvcc=free(str))
+Static = of(Proof, kind=Literal["static"], toolchain=free(Toolchain), rows=many(Compiled))
 Traffic = of(Proof, kind=Literal["traffic"], rows=many(Counted))
 
 

@@ -473,4 +473,5 @@ def static() -> dict[str, Any]:
         row("state", 128, "bfloat16", 168),
         row("apply", 128, "float32", 255, tensor_core=0, occupancy=None, copy_share=None, **spill),
     ]
-    return {"kind": "static", "schema": 1, "rows": rows}
+    toolchain = {"torch": "2.14.1", "triton": "3.8.0", "nvcc": "13.0"}
+    return {"kind": "static", "schema": 1, "toolchain": toolchain, "rows": rows}
